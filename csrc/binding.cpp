@@ -1,0 +1,142 @@
+// The only file that knows both torch and the kernels: checks, memory layout, threads, operator registrations.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "cpu/norm_relu_pool.h"
+
+namespace {
+
+constexpr int64_t kGrain = 16384;  // elements a thread must have before splitting pays
+
+// A dense channels-last tensor [tasks * images, C, H, W] seen as [tasks, images, C, H, W].
+at::Tensor empty_images(const at::Tensor& z, at::ScalarType dtype, int64_t height, int64_t width) {
+  return at::empty({z.size(0) * z.size(1), z.size(2), height, width}, z.options().dtype(dtype),
+                   at::MemoryFormat::ChannelsLast)
+      .unflatten(0, {z.size(0), z.size(1)});
+}
+
+at::Tensor channels_last(const at::Tensor& x) {
+  const at::Tensor rows = x.permute({0, 1, 3, 4, 2});
+  return rows.is_contiguous() ? x : rows.contiguous().permute({0, 1, 4, 2, 3});
+}
+
+void check(const at::Tensor& z, const at::Tensor& gamma, int64_t pool) {
+  TORCH_CHECK(z.dim() == 5, "norm_relu_pool: z must be [tasks, images, C, H, W], got ", z.sizes());
+  TORCH_CHECK(z.numel() > 0, "norm_relu_pool: z is empty: ", z.sizes());
+  TORCH_CHECK(pool == 1 || pool == 2, "norm_relu_pool: pool must be 1 or 2, got ", pool);
+  TORCH_CHECK(gamma.dim() == 2 && (gamma.size(0) == 1 || gamma.size(0) == z.size(0)) && gamma.size(1) == z.size(2),
+              "norm_relu_pool: gamma and beta must be [1 or ", z.size(0), ", ", z.size(2), "], got ", gamma.sizes());
+  TORCH_CHECK(gamma.scalar_type() == z.scalar_type(), "norm_relu_pool: gamma and beta must be ", z.scalar_type(), ", got ",
+              gamma.scalar_type());
+}
+
+template <typename T>
+lk::NormReluPool<T> describe(const at::Tensor& z, int64_t pool) {
+  lk::NormReluPool<T> p{};
+  p.tasks = z.size(0);
+  p.images = z.size(1);
+  p.channels = z.size(2);
+  p.height = z.size(3);
+  p.width = z.size(4);
+  p.pool = pool;
+  // A function of the shape alone, so that sums are taken in the same order whatever the number of threads.
+  p.slabs = std::clamp<int64_t>(16 / (p.tasks * p.images), 1, std::max<int64_t>(1, p.height / pool));
+  p.z = z.const_data_ptr<T>();
+  return p;
+}
+
+template <typename T>
+void run(void (*kernel)(const lk::NormReluPool<T>&, int64_t, int64_t), const lk::NormReluPool<T>& p, int64_t items) {
+  const int64_t elements = p.tasks * p.images * p.channels * p.height * p.width;
+  const int64_t grain = std::max<int64_t>(1, kGrain * items / elements);
+  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_pool(const at::Tensor& z_, const at::Tensor& gamma_,
+                                                                          const at::Tensor& beta_, double eps, int64_t pool) {
+  check(z_, gamma_, pool);
+  check(z_, beta_, pool);
+  const at::Tensor z = channels_last(z_), gamma = gamma_.contiguous(), beta = beta_.contiguous();
+  at::Tensor y = empty_images(z, z.scalar_type(), z.size(3) / pool, z.size(4) / pool);
+  at::Tensor index = empty_images(z, at::kByte, z.size(3) / pool, z.size(4) / pool);
+  at::Tensor mean = at::empty({z.size(0), z.size(2)}, z.options()), rstd = at::empty(mean.sizes(), z.options());
+  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "norm_relu_pool", [&] {
+    auto p = describe<scalar_t>(z, pool);
+    const at::Tensor partial = at::empty({p.tasks, p.images, p.slabs, 2, p.channels}, z.options().dtype(at::kDouble));
+    p.eps = eps;
+    p.gamma = gamma.const_data_ptr<scalar_t>();
+    p.beta = beta.const_data_ptr<scalar_t>();
+    p.gamma_task = gamma.size(0) == 1 ? 0 : p.channels;
+    p.beta_task = beta.size(0) == 1 ? 0 : p.channels;
+    p.mean = mean.mutable_data_ptr<scalar_t>();
+    p.rstd = rstd.mutable_data_ptr<scalar_t>();
+    p.y = y.mutable_data_ptr<scalar_t>();
+    p.index = index.mutable_data_ptr<uint8_t>();
+    p.partial = partial.mutable_data_ptr<double>();
+    const auto& kernels = lk::norm_relu_pool_kernels<scalar_t>();
+    run(kernels.moments, p, p.tasks * p.images * p.slabs);
+    run(kernels.merge_moments, p, p.tasks);
+    run(kernels.apply, p, p.tasks * p.images * (p.height / pool));
+  });
+  return {y, index, mean, rstd};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad(const at::Tensor& gy_, const at::Tensor& z_,
+                                                                   const at::Tensor& gamma_, const at::Tensor& index_,
+                                                                   const at::Tensor& mean_, const at::Tensor& rstd_,
+                                                                   int64_t pool, bool need_z) {
+  check(z_, gamma_, pool);
+  TORCH_CHECK(gy_.sizes() == index_.sizes() && index_.scalar_type() == at::kByte && gy_.scalar_type() == z_.scalar_type(),
+              "norm_relu_pool_grad: gy ", gy_.sizes(), " ", gy_.scalar_type(), " does not fit index ", index_.sizes());
+  const at::Tensor gy = channels_last(gy_), z = channels_last(z_), index = channels_last(index_);
+  const at::Tensor gamma = gamma_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous();
+  at::Tensor dz = need_z ? empty_images(z, z.scalar_type(), z.size(3), z.size(4)) : at::empty({0}, z.options());
+  at::Tensor dgamma = at::empty({z.size(0), z.size(2)}, z.options()), dbeta = at::empty(dgamma.sizes(), z.options());
+  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "norm_relu_pool_grad", [&] {
+    auto p = describe<scalar_t>(z, pool);
+    const at::Tensor partial = at::empty({p.tasks, p.images, p.slabs, 2, p.channels}, z.options().dtype(at::kDouble));
+    p.gamma = gamma.const_data_ptr<scalar_t>();
+    p.gamma_task = gamma.size(0) == 1 ? 0 : p.channels;
+    p.mean = const_cast<scalar_t*>(mean.const_data_ptr<scalar_t>());
+    p.rstd = const_cast<scalar_t*>(rstd.const_data_ptr<scalar_t>());
+    p.index = const_cast<uint8_t*>(index.const_data_ptr<uint8_t>());
+    p.gy = gy.const_data_ptr<scalar_t>();
+    p.dgamma = dgamma.mutable_data_ptr<scalar_t>();
+    p.dbeta = dbeta.mutable_data_ptr<scalar_t>();
+    p.partial = partial.mutable_data_ptr<double>();
+    const auto& kernels = lk::norm_relu_pool_kernels<scalar_t>();
+    run(kernels.reduce, p, p.tasks * p.images * p.slabs);
+    run(kernels.merge_reduce, p, p.tasks);
+    if (need_z) {
+      p.dz = dz.mutable_data_ptr<scalar_t>();
+      run(kernels.dense, p, p.tasks * p.images * ((p.height + pool - 1) / pool));
+    }
+  });
+  return {dz, dgamma, dbeta};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(lambda_kernels, m) {
+  // z [T, N, C, H, W], gamma and beta [1 or T, C] -> y, index [T, N, C, H / pool, W / pool], mean, rstd [T, C]
+  m.def("norm_relu_pool(Tensor z, Tensor gamma, Tensor beta, float eps, int pool) -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> dz (empty unless need_z), dgamma, dbeta [T, C]
+  m.def("norm_relu_pool_grad(Tensor gy, Tensor z, Tensor gamma, Tensor index, Tensor mean, Tensor rstd, int pool, "
+        "bool need_z) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
+  m.impl("norm_relu_pool", &norm_relu_pool);
+  m.impl("norm_relu_pool_grad", &norm_relu_pool_grad);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.def("isa", &lk::isa, "Instruction set of the CPU kernels: avx512, avx2 or generic (LAMBDA_KERNELS_ISA forces one).");
+}

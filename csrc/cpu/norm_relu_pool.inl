@@ -1,0 +1,263 @@
+// The kernel bodies, compiled once an instruction set: the including file sets LK_ISA and the target pragma.
+// No standard header may be included below that pragma: its inline functions would be shared between instruction sets.
+
+namespace lk {
+namespace LK_ISA {
+
+constexpr int64_t kBlockElements = 4096;  // a block is read twice while it lies in the first-level cache
+constexpr int64_t kStrip = 512;           // channels handled at a time, bounds the stack buffers
+
+template <typename T>
+static void moments(const NormReluPool<T>& p, int64_t begin, int64_t end) {
+  const int64_t C = p.channels;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / p.slabs, slab = item % p.slabs;
+    const int64_t first = p.height * slab / p.slabs, last = p.height * (slab + 1) / p.slabs;
+    const int64_t pixels = (last - first) * p.width;
+    const T* base = p.z + (image * p.height + first) * p.width * C;
+    double* mean = p.partial + item * 2 * C;
+    double* m2 = mean + C;
+    for (int64_t c = 0; c < C; ++c) mean[c] = m2[c] = 0.0;
+    const int64_t strip = C < kStrip ? C : kStrip;
+    const int64_t block = kBlockElements / strip > 1 ? kBlockElements / strip : 1;
+    for (int64_t c0 = 0; c0 < C; c0 += strip) {
+      const int64_t n = C - c0 < strip ? C - c0 : strip;
+      T sum[kStrip], square[kStrip];
+      for (int64_t from = 0; from < pixels; from += block) {
+        const int64_t count = pixels - from < block ? pixels - from : block;
+        const T* z = base + from * C + c0;
+        for (int64_t c = 0; c < n; ++c) sum[c] = square[c] = T(0);
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t c = 0; c < n; ++c) sum[c] += z[i * C + c];
+        const T share = T(1) / T(count);
+        for (int64_t c = 0; c < n; ++c) sum[c] *= share;
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t c = 0; c < n; ++c) {
+            const T d = z[i * C + c] - sum[c];
+            square[c] += d * d;
+          }
+        // Chan, Golub, LeVeque 1983: join (from, mean, m2) with (count, sum, square).
+        const double weight = double(count) / double(from + count), cross = double(from) * weight;
+        for (int64_t c = 0; c < n; ++c) {
+          const double delta = double(sum[c]) - mean[c0 + c];
+          mean[c0 + c] += delta * weight;
+          m2[c0 + c] += double(square[c]) + delta * delta * cross;
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+static void merge_moments(const NormReluPool<T>& p, int64_t begin, int64_t end) {
+  const int64_t C = p.channels, parts = p.images * p.slabs;
+  for (int64_t task = begin; task < end; ++task) {
+    double* mean = p.partial + task * parts * 2 * C;
+    double* m2 = mean + C;
+    double seen = 0.0;
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t slab = part % p.slabs;
+      const int64_t rows = p.height * (slab + 1) / p.slabs - p.height * slab / p.slabs;
+      const double count = double(rows * p.width);
+      if (part > 0 && count > 0) {
+        const double weight = count / (seen + count), cross = seen * weight;
+        const double* other = mean + part * 2 * C;
+        for (int64_t c = 0; c < C; ++c) {
+          const double delta = other[c] - mean[c];
+          mean[c] += delta * weight;
+          m2[c] += other[C + c] + delta * delta * cross;
+        }
+      }
+      seen += count;
+    }
+    for (int64_t c = 0; c < C; ++c) {
+      p.mean[task * C + c] = T(mean[c]);
+      p.rstd[task * C + c] = T(1.0 / __builtin_sqrt(m2[c] / seen + p.eps));
+    }
+  }
+}
+
+// A NaN survives both comparisons, as it does in torch's ReLU and max-pool.
+template <typename T>
+static inline T relu(T v) { return v < T(0) ? T(0) : v; }
+
+template <typename T>
+static void apply(const NormReluPool<T>& p, int64_t begin, int64_t end) {
+  const int64_t C = p.channels, W = p.width, h = p.height / p.pool, w = W / p.pool;
+  for (int64_t c0 = 0; c0 < C; c0 += kStrip) {
+    const int64_t n = C - c0 < kStrip ? C - c0 : kStrip;
+    T scale[kStrip], shift[kStrip];
+    int64_t ready = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t image = item / h, row = item % h, task = image / p.images;
+      if (task != ready) {
+        const T* gamma = p.gamma + task * p.gamma_task + c0;
+        const T* beta = p.beta + task * p.beta_task + c0;
+        const T* mean = p.mean + task * C + c0;
+        const T* rstd = p.rstd + task * C + c0;
+        for (int64_t c = 0; c < n; ++c) {
+          scale[c] = gamma[c] * rstd[c];
+          shift[c] = beta[c] - mean[c] * scale[c];
+        }
+        ready = task;
+      }
+      const T* z = p.z + (image * p.height + row * p.pool) * W * C + c0;
+      T* y = p.y + item * w * C + c0;
+      uint8_t* index = p.index + item * w * C + c0;
+      if (p.pool == 1) {
+        for (int64_t j = 0; j < w; ++j)
+#pragma GCC ivdep
+          for (int64_t c = 0; c < n; ++c) {
+            const T v = z[j * C + c] * scale[c] + shift[c];
+            y[j * C + c] = relu(v);
+            index[j * C + c] = v > T(0) ? 0 : 1;
+          }
+        continue;
+      }
+      for (int64_t j = 0; j < w; ++j) {
+        const T* z0 = z + 2 * j * C;
+        const T* z1 = z0 + W * C;
+#pragma GCC ivdep
+        for (int64_t c = 0; c < n; ++c) {
+          const T v0 = z0[c] * scale[c] + shift[c], v1 = z0[C + c] * scale[c] + shift[c];
+          const T v2 = z1[c] * scale[c] + shift[c], v3 = z1[C + c] * scale[c] + shift[c];
+          const bool right = v1 > v0, low_right = v3 > v2;
+          const T up = right ? v1 : v0, low = low_right ? v3 : v2;
+          const uint8_t at_up = right ? 1 : 0, at_low = low_right ? 3 : 2;
+          const bool below = low > up;
+          const T best = below ? low : up;
+          const uint8_t at = below ? at_low : at_up;
+          y[j * C + c] = relu(best);
+          index[j * C + c] = best > T(0) ? at : 4;
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+static void reduce(const NormReluPool<T>& p, int64_t begin, int64_t end) {
+  const int64_t C = p.channels, W = p.width, h = p.height / p.pool, w = W / p.pool;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / p.slabs, slab = item % p.slabs, task = image / p.images;
+    double* dgamma = p.partial + item * 2 * C;
+    double* dbeta = dgamma + C;
+    for (int64_t c = 0; c < 2 * C; ++c) dgamma[c] = 0.0;
+    for (int64_t c0 = 0; c0 < C; c0 += kStrip) {
+      const int64_t n = C - c0 < kStrip ? C - c0 : kStrip;
+      const T* mean = p.mean + task * C + c0;
+      T a[kStrip], b[kStrip];
+      for (int64_t row = h * slab / p.slabs; row < h * (slab + 1) / p.slabs; ++row) {
+        const T* z = p.z + (image * p.height + row * p.pool) * W * C + c0;
+        const T* gy = p.gy + (image * h + row) * w * C + c0;
+        const uint8_t* index = p.index + (image * h + row) * w * C + c0;
+        for (int64_t c = 0; c < n; ++c) a[c] = b[c] = T(0);
+        for (int64_t j = 0; j < w; ++j) {
+          const T* z0 = z + p.pool * j * C;
+          if (p.pool == 1) {
+#pragma GCC ivdep
+            for (int64_t c = 0; c < n; ++c) {
+              const T g = index[j * C + c] == 0 ? gy[j * C + c] : T(0);
+              a[c] += g * (z0[c] - mean[c]);
+              b[c] += g;
+            }
+            continue;
+          }
+          const T* z1 = z0 + W * C;
+#pragma GCC ivdep
+          for (int64_t c = 0; c < n; ++c) {
+            const uint8_t at = index[j * C + c];
+            const T v0 = z0[c], v1 = z0[C + c], v2 = z1[c], v3 = z1[C + c];
+            const T up = at == 1 ? v1 : v0, low = at == 3 ? v3 : v2;
+            const T v = at >= 2 ? low : up;
+            const T g = at < 4 ? gy[j * C + c] : T(0);
+            a[c] += g * (v - mean[c]);
+            b[c] += g;
+          }
+        }
+        for (int64_t c = 0; c < n; ++c) {
+          dgamma[c0 + c] += double(a[c]);
+          dbeta[c0 + c] += double(b[c]);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+static void merge_reduce(const NormReluPool<T>& p, int64_t begin, int64_t end) {
+  const int64_t C = p.channels, parts = p.images * p.slabs;
+  for (int64_t task = begin; task < end; ++task) {
+    double* dgamma = p.partial + task * parts * 2 * C;
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t c = 0; c < 2 * C; ++c) dgamma[c] += dgamma[part * 2 * C + c];
+    for (int64_t c = 0; c < C; ++c) {
+      p.dgamma[task * C + c] = T(dgamma[c] * double(p.rstd[task * C + c]));
+      p.dbeta[task * C + c] = T(dgamma[C + c]);
+    }
+  }
+}
+
+// dz = gamma rstd (g - dbeta / M - xhat dgamma / M), M = images height width, g = gy at the window's maximum, else 0.
+template <typename T>
+static void dense(const NormReluPool<T>& p, int64_t begin, int64_t end) {
+  const int64_t C = p.channels, W = p.width, h = p.height / p.pool, w = W / p.pool;
+  const int64_t bands = (p.height + p.pool - 1) / p.pool;
+  const double share = 1.0 / double(p.images * p.height * W);
+  for (int64_t c0 = 0; c0 < C; c0 += kStrip) {
+    const int64_t n = C - c0 < kStrip ? C - c0 : kStrip;
+    T scale[kStrip], level[kStrip], slope[kStrip];
+    const T* mean = p.mean;
+    int64_t ready = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t image = item / bands, band = item % bands, task = image / p.images;
+      if (task != ready) {
+        const T* gamma = p.gamma + task * p.gamma_task + c0;
+        const T* rstd = p.rstd + task * C + c0;
+        mean = p.mean + task * C + c0;
+        for (int64_t c = 0; c < n; ++c) {
+          const double a = double(gamma[c]) * double(rstd[c]);
+          scale[c] = T(a);
+          level[c] = T(a * share * double(p.dbeta[task * C + c0 + c]));
+          slope[c] = T(a * share * double(rstd[c]) * double(p.dgamma[task * C + c0 + c]));
+        }
+        ready = task;
+      }
+      const int64_t row = band * p.pool, rows = p.height - row < p.pool ? p.height - row : p.pool;
+      const int64_t offset = (image * p.height + row) * W * C + c0;
+      const bool pooled = band < h;
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* z = p.z + offset + r * W * C;
+        T* dz = p.dz + offset + r * W * C;
+        for (int64_t j = 0; j < W; ++j) {
+          const int64_t window = j / p.pool;
+          if (!pooled || window >= w) {
+#pragma GCC ivdep
+            for (int64_t c = 0; c < n; ++c) dz[j * C + c] = -(level[c] + slope[c] * (z[j * C + c] - mean[c]));
+            continue;
+          }
+          const int64_t at = ((image * h + band) * w + window) * C + c0;
+          const T* gy = p.gy + at;
+          const uint8_t* index = p.index + at;
+          const uint8_t here = uint8_t(r * p.pool + j % p.pool);
+#pragma GCC ivdep
+          for (int64_t c = 0; c < n; ++c) {
+            const T g = index[c] == here ? gy[c] : T(0);
+            dz[j * C + c] = scale[c] * g - (level[c] + slope[c] * (z[j * C + c] - mean[c]));
+          }
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+static constexpr NormReluPoolKernels<T> table{moments<T>, merge_moments<T>, apply<T>, reduce<T>, merge_reduce<T>, dense<T>};
+
+extern const NormReluPoolKernels<float> norm_relu_pool_f32;
+extern const NormReluPoolKernels<double> norm_relu_pool_f64;
+const NormReluPoolKernels<float> norm_relu_pool_f32 = table<float>;
+const NormReluPoolKernels<double> norm_relu_pool_f64 = table<double>;
+
+}  // namespace LK_ISA
+}  // namespace lk

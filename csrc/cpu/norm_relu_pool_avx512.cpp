@@ -1,0 +1,7 @@
+#include "norm_relu_pool.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#define LK_ISA avx512
+#include "norm_relu_pool.inl"
+#endif

@@ -1,0 +1,324 @@
+"""torch.autograd.Functions: which gradients are computed, what is saved for them, vmap, and derivatives of any order.
+
+Every operand carries a task axis of size 1 or T (see `spec`), so a vmap over tasks moves the mapped axis there and calls
+again. {convolution, its input gradient, its weight gradient} and {matrix product} are closed under differentiation: each
+one's backward calls the others. Only the norm needs a second-derivative formula of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .backends import Backend
+from .backends.reference import gather_windows, over_pixels, scatter_windows
+from .spec import ConvSpec
+
+
+def asked(ctx: Any) -> tuple[bool, ...]:
+    """For each tensor input: does the backward pass that is running now want its gradient?
+
+    `needs_input_grad` was fixed in the forward pass. In second-order MAML a frozen weight needs a gradient in the
+    outer pass but not in the inner one, so the engine is asked whether it will go on to that input's node.
+    """
+    if torch.compiler.is_compiling():
+        return ctx.needs_input_grad
+    edges = iter(ctx.next_functions)  # one a tensor input, none for None
+    nodes = [next(edges)[0] if present else None for present in ctx.present]
+    return tuple(needed and _will_run(node) for needed, node in zip(ctx.needs_input_grad, nodes))
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # the engine's answer for a leaf that torch.autograd.grad was asked for
+        return True
+
+
+def _note_inputs(ctx: Any, *tensors: Tensor | None) -> None:
+    ctx.present = [t is not None for t in tensors]
+
+
+def _sum_to(g: Tensor, tasks: int) -> Tensor:
+    """Per-task gradients [T, ...] of an operand with `tasks` (1 or T) tasks."""
+    return g if g.shape[0] == tasks else g.sum(0, keepdim=True)
+
+
+def _expand(t: Tensor, tasks: int) -> Tensor:
+    """A shared operand [1, ...] as [tasks, ...], without a copy."""
+    return t.expand(tasks, *t.shape[1:])
+
+
+class _Merged(NamedTuple):
+    """Operands whose mapped axis V has been merged with their task axis, and the way back."""
+
+    operands: list[Tensor | None]
+    sizes: tuple[int, int]
+
+    def split(self, result: Tensor, tasks: int | None = None) -> Tensor:
+        """[V * T, ...] as [V, T, ...]; summed to [V, 1, ...] where the operand was shared by its tasks."""
+        result = result.unflatten(0, self.sizes)
+        return result.sum(1, keepdim=True) if tasks is not None and tasks < self.sizes[1] else result
+
+
+def _merge(batch: int, dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...]) -> _Merged:
+    moved = [t if t is None or d is None else t.movedim(d, 0) for t, d in zip(tensors, dims)]
+    tasks = max(t.shape[0 if d is None else 1] for t, d in zip(moved, dims) if t is not None)
+    merged: list[Tensor | None] = []
+    for t, d in zip(moved, dims):
+        if t is None or (d is None and t.shape[0] == 1):
+            merged.append(t)
+        else:
+            t = t.unsqueeze(0) if d is None else t
+            merged.append(t.expand(batch, tasks, *t.shape[2:]).flatten(0, 1))
+    return _Merged(merged, (batch, tasks))
+
+
+class Conv2d(Function):
+    """y = convolution(x, weight) + bias; x is kept only if weight wants a gradient, weight only if x does."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, backend: Backend) -> Tensor:
+        return backend.conv2d(x, weight, bias, spec)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.spec, ctx.backend = inputs
+        _note_inputs(ctx, x, weight, bias)
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        ctx.x_shape, ctx.weight_shape = x.shape, weight.shape
+        ctx.bias_tasks = None if bias is None else bias.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = asked(ctx)[:3]
+        gx = Conv2dInputGrad.apply(gy, weight, ctx.x_shape, ctx.spec, ctx.backend) if need_x else None
+        gw = Conv2dWeightGrad.apply(gy, x, ctx.weight_shape, ctx.spec, ctx.backend) if need_weight else None
+        gb = _sum_to(gy.sum((1, 3, 4)), ctx.bias_tasks) if need_bias else None
+        return gx, gw, gb, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: Any, backend: Any) -> Any:
+        merged = _merge(info.batch_size, in_dims, (x, weight, bias))
+        return merged.split(Conv2d.apply(*merged.operands, spec, backend)), 0
+
+
+class Conv2dInputGrad(Function):
+    """The gradient of a convolution's x from gy and weight; linear in both."""
+
+    @staticmethod
+    def forward(gy: Tensor, weight: Tensor, x_shape: torch.Size, spec: ConvSpec, backend: Backend) -> Tensor:
+        return backend.conv2d_input_grad(gy, weight, x_shape, spec)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        gy, weight, _, ctx.spec, ctx.backend = inputs
+        _note_inputs(ctx, gy, weight)
+        need_gy, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(gy if need_weight else None, weight if need_gy else None)
+        ctx.gy_tasks, ctx.weight_shape = gy.shape[0], weight.shape
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        gy, weight = ctx.saved_tensors
+        need_gy, need_weight = asked(ctx)[:2]
+        ggy = _sum_to(Conv2d.apply(v, weight, None, ctx.spec, ctx.backend), ctx.gy_tasks) if need_gy else None
+        gw = Conv2dWeightGrad.apply(gy, v, ctx.weight_shape, ctx.spec, ctx.backend) if need_weight else None
+        return ggy, gw, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, gy: Tensor, weight: Tensor, x_shape: torch.Size, spec: Any, backend: Any) -> Any:
+        merged = _merge(info.batch_size, in_dims[:2], (gy, weight))
+        full = torch.Size((merged.sizes[0] * merged.sizes[1], *x_shape[1:]))
+        return merged.split(Conv2dInputGrad.apply(*merged.operands, full, spec, backend), x_shape[0]), 0
+
+
+class Conv2dWeightGrad(Function):
+    """The gradient of a convolution's weight from gy and x; linear in both."""
+
+    @staticmethod
+    def forward(gy: Tensor, x: Tensor, weight_shape: torch.Size, spec: ConvSpec, backend: Backend) -> Tensor:
+        return backend.conv2d_weight_grad(gy, x, weight_shape, spec)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        gy, x, _, ctx.spec, ctx.backend = inputs
+        _note_inputs(ctx, gy, x)
+        need_gy, need_x = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(gy if need_x else None, x if need_gy else None)
+        ctx.gy_tasks, ctx.x_shape = gy.shape[0], x.shape
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        gy, x = ctx.saved_tensors
+        need_gy, need_x = asked(ctx)[:2]
+        ggy = _sum_to(Conv2d.apply(x, v, None, ctx.spec, ctx.backend), ctx.gy_tasks) if need_gy else None
+        gx = Conv2dInputGrad.apply(gy, v, ctx.x_shape, ctx.spec, ctx.backend) if need_x else None
+        return ggy, gx, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, gy: Tensor, x: Tensor, weight_shape: torch.Size, spec: Any, backend: Any) -> Any:
+        merged = _merge(info.batch_size, in_dims[:2], (gy, x))
+        full = torch.Size((merged.sizes[0] * merged.sizes[1], *weight_shape[1:]))
+        return merged.split(Conv2dWeightGrad.apply(*merged.operands, full, spec, backend), weight_shape[0]), 0
+
+
+class Linear(Function):
+    """y = x weight^T + bias for x [1|T, M, in], weight [1|T, out, in], bias [1|T, out]."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend) -> Tensor:
+        return backend.linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.backend = inputs
+        _note_inputs(ctx, x, weight, bias)
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        ctx.tasks = x.shape[0], weight.shape[0], None if bias is None else bias.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        x_tasks, weight_tasks, bias_tasks = ctx.tasks
+        need_x, need_weight, need_bias = asked(ctx)[:3]
+        gx = gw = gb = None
+        if need_x:
+            gx = _sum_to(Linear.apply(gy, weight.mT, None, ctx.backend), x_tasks)
+        if need_weight and weight_tasks == 1 and x.shape[0] == gy.shape[0]:  # tasks and rows are one sum
+            gw = Linear.apply(gy.flatten(0, 1).mT.unsqueeze(0), x.flatten(0, 1).mT.unsqueeze(0), None, ctx.backend)
+        elif need_weight:
+            gw = _sum_to(Linear.apply(gy.mT, x.mT, None, ctx.backend), weight_tasks)
+        if need_bias:
+            gb = _sum_to(gy.sum(1), bias_tasks)
+        return gx, gw, gb, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: Any) -> Any:
+        merged = _merge(info.batch_size, in_dims, (x, weight, bias))
+        return merged.split(Linear.apply(*merged.operands, backend)), 0
+
+
+class NormReluPool(Function):
+    """Batch-statistics norm, ReLU and max-pool of z [T, N, C, H, W]; returns y, index, mean, rstd (see the backend).
+
+    `bias`, of the convolution in front, cancels in the norm: it is an input only to be given its gradient, zero.
+    """
+
+    @staticmethod
+    def forward(
+        z: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None, eps: float, pool: int, backend: Backend
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return backend.norm_relu_pool(z, gamma, beta, eps, pool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        z, gamma, beta, bias, ctx.eps, ctx.pool, ctx.backend = inputs
+        _, index, mean, rstd = output
+        ctx.mark_non_differentiable(index, mean, rstd)
+        ctx.set_materialize_grads(False)
+        _note_inputs(ctx, z, gamma, beta, bias)
+        ctx.affine_tasks = gamma.shape[0], beta.shape[0]
+        ctx.bias_shape = None if bias is None else bias.shape
+        if any(ctx.needs_input_grad[:3]):
+            ctx.save_for_backward(z, gamma, index, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if gy is None:
+            return (None,) * 7
+        need_z, need_gamma, need_beta, need_bias = asked(ctx)[:4]
+        d_z = d_gamma = d_beta = None
+        if need_z or need_gamma or need_beta:
+            d_z, d_gamma, d_beta = NormReluPoolGrad.apply(gy, *ctx.saved_tensors, ctx.eps, ctx.pool, need_z, ctx.backend)
+            d_z = d_z if need_z else None
+            d_gamma = _sum_to(d_gamma, ctx.affine_tasks[0]) if need_gamma else None
+            d_beta = _sum_to(d_beta, ctx.affine_tasks[1]) if need_beta else None
+        return d_z, d_gamma, d_beta, gy.new_zeros(ctx.bias_shape) if need_bias else None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, z: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None, *constants: Any) -> Any:
+        merged = _merge(info.batch_size, in_dims[:4], (z, gamma, beta, bias))
+        z, *others = merged.operands
+        tasks = merged.sizes[0] * merged.sizes[1]
+        results = NormReluPool.apply(_expand(z, tasks), *others, *constants)
+        return tuple(merged.split(r) for r in results), (0, 0, 0, 0)
+
+
+class NormReluPoolGrad(Function):
+    """The gradients of NormReluPool: dz (an empty tensor unless need_z), and dgamma, dbeta [T, C].
+
+    Its own backward recomputes the statistics from z in differentiable operations, so it is right to any order.
+    """
+
+    @staticmethod
+    def forward(
+        gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor,
+        eps: float, pool: int, need_z: bool, backend: Backend,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dz, dgamma, dbeta = backend.norm_relu_pool_grad(gy, z, gamma, index, mean, rstd, pool, need_z)
+        return z.new_empty(z.shape[0], 0) if dz is None else dz, dgamma, dbeta
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        gy, z, gamma, index, _, _, ctx.eps, ctx.pool, ctx.need_z, _ = inputs
+        ctx.set_materialize_grads(False)
+        _note_inputs(ctx, *inputs[:6])
+        if any(ctx.needs_input_grad[:3]):
+            ctx.save_for_backward(gy, z, gamma, index)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, v_gamma: Tensor | None, v_beta: Tensor | None) -> tuple[Tensor | None, ...]:
+        # With P(u) = u - mean(u) - xhat mean(u xhat): dz = gamma rstd P(g), dgamma = sum(g xhat), dbeta = sum(g), and
+        # xhat moves with z as rstd P, rstd as -rstd^2 xhat / M. g is gy, scattered to the maxima.
+        gy, z, gamma, index = ctx.saved_tensors
+        need_gy, need_z, need_gamma = asked(ctx)[:3]
+        v = v if ctx.need_z else None
+        if v is None and v_gamma is None and v_beta is None:
+            return (None,) * 10
+        pixels = (1, 3, 4)
+        variance, mean = torch.var_mean(z, pixels, correction=0, keepdim=True)
+        rstd = torch.rsqrt(variance + ctx.eps)
+        xhat = (z - mean) * rstd
+        scale = over_pixels(gamma) * rstd
+
+        def average(u: Tensor) -> Tensor:
+            return u.mean(pixels, keepdim=True)
+
+        def project(u: Tensor) -> Tensor:
+            return u - average(u) - xhat * average(u * xhat)
+
+        g = scatter_windows(gy, index, ctx.pool, z.shape[-2], z.shape[-1])
+        pv = project(v) if v is not None else None
+        d_gy = d_z = d_gamma = None
+        if need_gy:
+            u = torch.zeros_like(xhat) if pv is None else scale * pv
+            u = u if v_gamma is None else u + over_pixels(v_gamma) * xhat
+            u = u if v_beta is None else u + over_pixels(v_beta)
+            d_gy = gather_windows(u, index, ctx.pool)
+        if need_gamma and pv is not None:
+            d_gamma = _sum_to((rstd * (pv * g).sum(pixels, keepdim=True)).flatten(1), gamma.shape[0])
+        if need_z and (pv is not None or v_gamma is not None):
+            u = torch.zeros_like(xhat) if v_gamma is None else over_pixels(v_gamma) * g
+            if pv is not None:
+                u = u - scale * (v * average(g * xhat) + g * average(v * xhat))
+            d_z = rstd * project(u)
+            if pv is not None:
+                d_z = d_z - scale * rstd * xhat * average(pv * g)
+        return d_gy, d_z, d_gamma, None, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, *constants: Any
+    ) -> Any:
+        merged = _merge(info.batch_size, in_dims[:6], (gy, z, gamma, index, mean, rstd))
+        gamma = merged.operands.pop(2)
+        gy, z, *others = (_expand(t, merged.sizes[0] * merged.sizes[1]) for t in merged.operands)
+        results = NormReluPoolGrad.apply(gy, z, gamma, *others, *constants)
+        return tuple(merged.split(r) for r in results), (0, 0, 0)

@@ -1,0 +1,71 @@
+"""The native backend: the C++ kernels of csrc/cpu around ATen's convolutions, in channels-last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import Reference
+
+try:
+    from .. import _C  # loads the operators of torch.ops.lambda_kernels
+except ImportError as error:
+    _C = None
+    _WHY = f"the extension lambda_kernels._C is not built or does not load ({error}); run `make` or `pip install .`"
+
+
+class Native(Reference):
+    """Fused norm, ReLU and pool on the CPU; convolutions are ATen's, which are at the machine's limit in channels-last."""
+
+    name = "native"
+
+    def reasons(self) -> list[str]:
+        return [_WHY] if _C is None else []
+
+    def refusals(self, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> list[str]:
+        why = []
+        if device.type != "cpu":
+            why.append(f"it runs on the CPU, the tensors are on {device}")
+        if op == "conv_block" and dtype not in (torch.float32, torch.float64):
+            why.append(f"it is built for float32 and float64, not {dtype}")
+        if op == "conv_block" and pool not in (1, 2):
+            why.append(f"it pools by 1 or 2, not {pool}")
+        return why
+
+    def layout(self, x: Tensor) -> Tensor:
+        if x.shape[2] == 1:  # dense either way: name the channel stride 1, by which ATen recognises channels-last
+            return x.contiguous().squeeze(2).unsqueeze(-1).movedim(-1, 2)
+        return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+    def norm_relu_pool(
+        self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.lambda_kernels.norm_relu_pool(z, gamma, beta, eps, pool)
+
+    def norm_relu_pool_grad(
+        self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, pool: int, need_z: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        dz, dgamma, dbeta = torch.ops.lambda_kernels.norm_relu_pool_grad(gy, z, gamma, index, mean, rstd, pool, need_z)
+        return dz if need_z else None, dgamma, dbeta
+
+
+if _C is not None:
+
+    @torch.library.register_fake("lambda_kernels::norm_relu_pool")
+    def _(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tasks, images, channels, height, width = z.shape
+        y = _images(z, height // pool, width // pool, z.dtype)
+        index = _images(z, height // pool, width // pool, torch.uint8)
+        return y, index, z.new_empty(tasks, channels), z.new_empty(tasks, channels)
+
+    @torch.library.register_fake("lambda_kernels::norm_relu_pool_grad")
+    def _(
+        gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, pool: int, need_z: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dz = _images(z, z.shape[-2], z.shape[-1], z.dtype) if need_z else z.new_empty(0)
+        return dz, torch.empty_like(mean), torch.empty_like(mean)
+
+    def _images(z: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
+        """An empty channels-last [tasks, images, channels, height, width]."""
+        tasks, images, channels = z.shape[:3]
+        return z.new_empty(tasks, images, height, width, channels, dtype=dtype).permute(0, 1, 4, 2, 3)

@@ -1,0 +1,160 @@
+"""The reference backend: ATen on any device and dtype. Every other backend is compared with it in float64.
+
+Operands carry a task axis of size 1 (shared) or T, as `spec` says; a shared operand is never copied T times where
+folding the tasks into the batch does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..spec import ConvSpec
+
+
+def per_task(op: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    """op task by task, stacked over the tasks; keeps a channels-last result in that layout."""
+    tasks = max(t.shape[0] for t in operands)
+    results = [op(*(t[i if t.shape[0] > 1 else 0] for t in operands)) for i in range(tasks)]
+    if results[0].dim() == 4 and results[0].is_contiguous(memory_format=torch.channels_last):
+        return torch.stack([r.permute(0, 2, 3, 1) for r in results]).permute(0, 1, 4, 2, 3)
+    return torch.stack(results)
+
+
+def windows(x: Tensor, pool: int) -> Tensor:
+    """x [..., H, W] as [..., H // pool, W // pool, pool * pool], a window's places in row-major order."""
+    h, w = x.shape[-2] // pool, x.shape[-1] // pool
+    tiles = x[..., : h * pool, : w * pool].unflatten(-1, (w, pool)).unflatten(-3, (h, pool))
+    return tiles.transpose(-3, -2).flatten(-2)
+
+
+def gather_windows(x: Tensor, index: Tensor, pool: int) -> Tensor:
+    """The value of x [..., H, W] at place `index` of every window, zero where the index is pool * pool."""
+    places = torch.arange(pool * pool, device=x.device)
+    return (windows(x, pool) * (index.unsqueeze(-1) == places)).sum(-1)
+
+
+def scatter_windows(g: Tensor, index: Tensor, pool: int, height: int, width: int) -> Tensor:
+    """The adjoint of `gather_windows`: [..., height, width], zero outside the chosen places."""
+    h, w = g.shape[-2:]
+    places = torch.arange(pool * pool, device=g.device)
+    tiles = (g.unsqueeze(-1) * (index.unsqueeze(-1) == places)).unflatten(-1, (pool, pool))
+    full = tiles.transpose(-3, -2).flatten(-4, -3).flatten(-2)
+    return F.pad(full, (0, width - w * pool, 0, height - h * pool))
+
+
+def over_pixels(v: Tensor) -> Tensor:
+    """[T, C] as [T, 1, C, 1, 1], to meet [T, N, C, H, W]."""
+    return v[:, None, :, None, None]
+
+
+class Reference:
+    """The operations that a backend must have, in ATen; other backends override what they do better."""
+
+    name = "reference"
+
+    def reasons(self) -> list[str]:
+        """Why this backend cannot run on this machine; empty when it can."""
+        return []
+
+    def refusals(self, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> list[str]:
+        """Why this backend cannot run this call; empty when it can."""
+        return []
+
+    def layout(self, x: Tensor) -> Tensor:
+        """x [1|T, N, C, H, W] in the memory layout in which this backend's fused block reads it."""
+        return x
+
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+        """x [1|T, N, C, H, W], weight [1|T, O, C/g, kh, kw], bias [1|T, O] -> [T, N, O, H', W']."""
+
+        def one(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return torch.convolution(x, weight, bias, spec.stride, spec.padding, spec.dilation, False, (0, 0), spec.groups)
+
+        if weight.shape[0] == 1 and (bias is None or bias.shape[0] == 1):
+            return one(x.flatten(0, 1), weight[0], None if bias is None else bias[0]).unflatten(0, x.shape[:2])
+        return per_task(one, x, weight) if bias is None else per_task(one, x, weight, bias)
+
+    def conv2d_input_grad(self, gy: Tensor, weight: Tensor, x_shape: torch.Size, spec: ConvSpec) -> Tensor:
+        """gy [1|T, N, O, H', W'], weight [1|T, ...] -> the gradient of x, summed over tasks where x is shared."""
+        images, (channels, height, width) = x_shape[1], x_shape[2:]
+
+        def one(gy: Tensor, weight: Tensor) -> Tensor:
+            # Only the shape and the layout of x are read.
+            layout = torch.channels_last if _is_channels_last(gy) else torch.contiguous_format
+            x = torch.empty((gy.shape[0], channels, height, width), dtype=gy.dtype, device=gy.device, memory_format=layout)
+            return _backward(gy, x, weight, spec, 0)
+
+        if weight.shape[0] == 1:
+            gx = one(gy.flatten(0, 1), weight[0]).unflatten(0, (gy.shape[0], images))
+        else:
+            gx = per_task(one, gy, weight)
+        return gx if x_shape[0] == gx.shape[0] else gx.sum(0, keepdim=True)
+
+    def conv2d_weight_grad(self, gy: Tensor, x: Tensor, weight_shape: torch.Size, spec: ConvSpec) -> Tensor:
+        """gy [1|T, N, O, H', W'], x [1|T, N, C, H, W] -> the gradient of weight, summed over tasks where it is shared."""
+
+        def one(gy: Tensor, x: Tensor) -> Tensor:
+            weight = torch.empty(weight_shape[1:], dtype=gy.dtype, device=gy.device)
+            return _backward(gy, x, weight, spec, 1)
+
+        if weight_shape[0] == 1:
+            tasks = max(gy.shape[0], x.shape[0])
+            return one(gy.expand(tasks, *gy.shape[1:]).flatten(0, 1), x.expand(tasks, *x.shape[1:]).flatten(0, 1)).unsqueeze(0)
+        return per_task(one, gy, x)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [1|T, M, in], weight [1|T, out, in], bias [1|T, out] -> [T, M, out]."""
+        if weight.shape[0] == 1 and (bias is None or bias.shape[0] == 1):
+            return F.linear(x, weight[0], None if bias is None else bias[0])
+        y = torch.matmul(x, weight.mT)
+        return y if bias is None else y + bias.unsqueeze(1)
+
+    def norm_relu_pool(
+        self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Batch-statistics norm, ReLU and max-pool: z [T, N, C, H, W], gamma and beta [1|T, C].
+
+        Returns y, index (uint8: the maximum's place in its window, pool * pool where the ReLU is shut), and each task's
+        mean and rstd [T, C]. Half-precision input is computed in float32.
+        """
+        wide = torch.promote_types(z.dtype, torch.float32)
+        a = z.to(wide)
+        variance, mean = torch.var_mean(a, (1, 3, 4), correction=0)
+        rstd = torch.rsqrt(variance + eps)
+        a = (a - over_pixels(mean)) * over_pixels(gamma * rstd) + over_pixels(beta.to(wide))
+        flat = a.flatten(0, 1)
+        best, at = F.max_pool2d(flat, pool, return_indices=True)
+        row, column = at // a.shape[-1], at % a.shape[-1]
+        index = torch.where(best > 0, row % pool * pool + column % pool, pool * pool).to(torch.uint8)
+        return F.relu(best).to(z.dtype).unflatten(0, a.shape[:2]), index.unflatten(0, a.shape[:2]), mean, rstd
+
+    def norm_relu_pool_grad(
+        self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, pool: int, need_z: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Gradients of `norm_relu_pool`: of z (None unless need_z), and of gamma and beta a task, [T, C]."""
+        wide = mean.dtype
+        g = scatter_windows(gy.to(wide), index, pool, z.shape[-2], z.shape[-1])
+        xhat = (z.to(wide) - over_pixels(mean)) * over_pixels(rstd)
+        dbeta, dgamma = g.sum((1, 3, 4)), (g * xhat).sum((1, 3, 4))
+        dz = None
+        if need_z:
+            share = 1.0 / (z.numel() // (z.shape[0] * z.shape[2]))
+            dz = over_pixels(gamma * rstd) * (g - over_pixels(dbeta * share) - xhat * over_pixels(dgamma * share))
+            dz = dz.to(z.dtype)
+        return dz, dgamma.to(gamma.dtype), dbeta.to(gamma.dtype)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _backward(gy: Tensor, x: Tensor, weight: Tensor, spec: ConvSpec, which: int) -> Tensor:
+    """The gradient of x (which = 0) or of weight (1) alone."""
+    mask = [which == 0, which == 1, False]
+    return torch.ops.aten.convolution_backward(
+        gy, x, weight, None, spec.stride, spec.padding, spec.dilation, False, (0, 0), spec.groups, mask
+    )[which]

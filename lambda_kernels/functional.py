@@ -1,0 +1,161 @@
+"""Everything the kernels do, as functions: check the call, choose a backend, apply.
+
+All three take an optional leading task axis T: x [T, N, ...], and each parameter either shared by the tasks (torch's own
+shape) or one value a task ([T, ...]). Gradients of every order flow to every operand that wants one, and only those are
+computed. The backend is that of `use_backend`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import autograd
+from .backends import choose
+from .spec import ConvSpec, check_affine, check_conv2d, check_conv_block, check_linear, check_same, pair, same_padding
+
+__all__ = ["conv2d", "conv_block", "linear"]
+
+IntOrPair = int | tuple[int, int]
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: IntOrPair | str = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-D convolution with torch's arguments.
+
+    Args:
+        x: [N, C, H, W], [C, H, W], or [T, N, C, H, W] with a task axis.
+        weight: [O, C / groups, kh, kw], or [T, O, C / groups, kh, kw].
+        bias: [O] or [T, O].
+        stride, padding, dilation: an int or a (vertical, horizontal) pair, in pixels; padding also "same" or "valid".
+        groups: number of channel groups that are convolved apart.
+
+    Returns:
+        [N, O, H', W'], with a leading T where x or a parameter has one.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit; the message holds them.
+    """
+    x, weight, bias = _autocast("conv2d", x, weight, bias)
+    if x.dim() == 3:
+        return conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(-4)
+    stride, dilation = pair("conv2d: stride", stride, 1), pair("conv2d: dilation", dilation, 1)
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f"conv2d: padding must be 'same', 'valid', an int or a pair, got {padding!r}")
+        if padding == "same":
+            x = F.pad(x, same_padding(weight.shape, stride, dilation))
+        padding = 0
+    spec = ConvSpec(stride, pair("conv2d: padding", padding, 0), dilation, groups)
+    check_conv2d("conv2d", x.shape, weight.shape, None if bias is None else bias.shape, spec)
+    tasks = x.dim() == 5 or weight.dim() == 5 or (bias is not None and bias.dim() == 2)
+    y = autograd.Conv2d.apply(_lift(x, 4), _lift(weight, 4), _lift(bias, 1), spec, choose("conv2d", x))
+    return y if tasks else y.squeeze(0)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x weight^T + bias.
+
+    Args:
+        x: [..., in]; with per-task parameters its first axis is the task axis.
+        weight: [out, in] or [T, out, in].
+        bias: [out] or [T, out].
+
+    Returns:
+        [..., out].
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit; the message holds them.
+    """
+    x, weight, bias = _autocast("linear", x, weight, bias)
+    check_linear(x.shape, weight.shape, None if bias is None else bias.shape)
+    per_task = weight.dim() == 3 or (bias is not None and bias.dim() == 2)
+    rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+    if not per_task:
+        rows = rows.flatten(0, 1).unsqueeze(0)
+    elif x.dim() == 2:
+        rows = x.unsqueeze(1)
+    y = autograd.Linear.apply(rows, _lift(weight, 2), _lift(bias, 1), choose("linear", x))
+    return y.reshape(*x.shape[:-1], weight.shape[-2])
+
+
+def conv_block(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    *,
+    padding: IntOrPair = 1,
+    eps: float = 1e-5,
+    pool: int = 2,
+    stride: IntOrPair = 1,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution, batch norm with the batch's own statistics, ReLU and max-pool (window and stride `pool`) as one.
+
+    The statistics are each task's own, over its N images; gradients flow through them. `bias` cancels in the norm: it
+    changes nothing and its gradient is exactly zero (Ioffe & Szegedy 2015, section 3.2).
+
+    Args:
+        x: [N, C, H, W] or [T, N, C, H, W].
+        weight: [O, C / groups, kh, kw] or [T, ...].
+        bias, gamma, beta: [O] or [T, O]; gamma None means 1, beta None means 0.
+        padding, stride, dilation, groups: of the convolution, as in `conv2d`, in pixels.
+        eps: added to the variance.
+        pool: 1 for no pooling; the surplus rows and columns of a size that it does not divide are dropped, as torch does.
+
+    Returns:
+        [N, O, H', W'] or [T, N, O, H', W'], in channels-last memory on the native backend.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices do not fit, or there is but one value a channel.
+    """
+    return conv_block_with_statistics(x, weight, bias, gamma, beta, padding, eps, pool, stride, dilation, groups)[0]
+
+
+def conv_block_with_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, padding: IntOrPair, eps: float,
+    pool: int, stride: IntOrPair, dilation: IntOrPair, groups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`conv_block`'s result with the mean and variance [O] or [T, O] of the convolution's output, for running averages."""
+    x, weight, bias = _autocast("conv_block", x, weight, bias)
+    check_affine("conv_block", x, gamma, beta)
+    names = ("stride", "padding", "dilation")
+    geometry = (pair(f"conv_block: {n}", v, n != "padding") for n, v in zip(names, (stride, padding, dilation)))
+    spec = ConvSpec(*geometry, groups)
+    shapes = (None if t is None else t.shape for t in (bias, gamma, beta))
+    count = check_conv_block(x.shape, weight.shape, *shapes, spec, pool)
+    backend = choose("conv_block", x, pool)
+    tasks = x.dim() == 5 or any(t is not None and t.dim() == r for t, r in ((weight, 5), (bias, 2), (gamma, 2), (beta, 2)))
+    z = autograd.Conv2d.apply(backend.layout(_lift(x, 4)), _lift(weight, 4), None, spec, backend)
+    gamma = z.new_ones(z.shape[2]) if gamma is None else gamma
+    beta = z.new_zeros(z.shape[2]) if beta is None else beta
+    z = z.expand(max(z.shape[0], count), *z.shape[1:])
+    y, _, mean, rstd = autograd.NormReluPool.apply(z, _lift(gamma, 1), _lift(beta, 1), _lift(bias, 1), eps, pool, backend)
+    mean = mean if bias is None else mean + bias.detach()
+    variance = rstd.detach().pow(-2) - eps
+    return (y, mean, variance) if tasks else (y.squeeze(0), mean.squeeze(0), variance.squeeze(0))
+
+
+def _lift(tensor: Tensor | None, rank: int) -> Tensor | None:
+    """The tensor with a task axis of size 1 where it has none."""
+    return tensor if tensor is None or tensor.dim() > rank else tensor.unsqueeze(0)
+
+
+def _autocast(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in autocast's dtype where it is on, as torch's own layers have them; else checked to agree."""
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    check_same(op, x, ("weight", weight), ("bias", bias))
+    return x, weight, bias
