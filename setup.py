@@ -127,6 +127,9 @@ def build_command(torch: Any) -> type[build_ext]:
 
     from torch.utils.cpp_extension import BuildExtension
 
+    # ninja of an environment that was not activated
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+
     class Build(BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()

@@ -1,0 +1,91 @@
+# Every target sets up what it needs: .venv, the pinned requirements, the extension.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+NATIVE := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
+
+# $(call supported,PYTHON): a Python that this project runs on
+supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 13) or sys.exit( \
+    "lambda-kernels needs Python 3.10 to 3.13, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint wheel clean distclean force
+
+help:
+	@echo "make demo     train on an embedded image set, choose a pattern, draw the picture: runs/demo"
+	@echo "make test     all tests"
+	@echo "make bench    benchmarks; the timings go to bench/results/local.json"
+	@echo "make lint     ruff and mypy"
+	@echo "make wheel    a wheel in dist/, tried in an environment of its own"
+	@echo "make clean    remove what was built; make distclean: $(VENV) too"
+	@echo "PYTHON=python3.12 names the interpreter of a new $(VENV), CXX=g++-13 the compiler, MAX_JOBS=2 compilers at a time."
+
+demo: $(VENV)/.built
+	$(BIN)/lambda-maml demo --out runs/demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest tests -p no:benchmark
+
+bench: $(VENV)/.built
+	mkdir -p bench/results
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/local.json.tmp
+	mv bench/results/local.json.tmp bench/results/local.json
+
+lint: $(VENV)/.required
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests
+	$(BIN)/mypy bench
+
+# The wheel is tried from an empty folder: its environment has the requirements of $(VENV) behind its own site-packages.
+wheel: TRY := build/try
+wheel: $(VENV)/.required
+	rm -rf build/lib* build/bdist* $(TRY)
+	LAMBDA_KERNELS_LOCAL_VERSION=$$($(BIN)/python -c \
+	    'import torch; c = torch.version.cuda; print("cu" + c.replace(".", "") if c else "cpu")') \
+	    $(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(TRY) .
+	$(BIN)/python -m venv $(TRY)/venv
+	$(TRY)/venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-index $(TRY)/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > "$$($(TRY)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/requirements.pth"
+	mkdir $(TRY)/empty
+	cd $(TRY)/empty && ../venv/bin/python $(CURDIR)/tests/smoke.py
+	cd $(TRY)/empty && ../venv/bin/python -m lambda_kernels.info
+	cd $(TRY)/empty && ../venv/bin/lambda-maml --help
+	mkdir -p dist
+	mv $(TRY)/*.whl dist/
+	rm -rf $(TRY)
+	@ls dist/*.whl
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.built
+	rm -f lambda_kernels/_C*.so lambda_kernels/_build_info.json
+	for folder in lambda_kernels python tests bench; do \
+	    test ! -d $$folder || find $$folder -name __pycache__ -type d -prune -exec rm -rf {} +; done
+
+distclean: clean
+	rm -rf $(VENV)
+
+# The compiler and the interpreter are looked for before anything is downloaded; setup.py looks again.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) found: install Python 3.10 to 3.13 (Debian: apt install" \
+	    "python3 python3-venv) or name one, such as make PYTHON=python3.12" >&2; exit 1; }
+	@$(call supported,$(PYTHON))
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make environments:" \
+	    "install its venv module (Debian: apt install python3-venv)" >&2; exit 1; }
+	@for compiler in $${CXX:-g++ c++ clang++}; do command -v $$compiler >/dev/null && exit 0; done; \
+	    echo "make: no C++ compiler ($${CXX:-g++, c++, clang++}): install one (Debian, Ubuntu: apt install g++;" \
+	    "Fedora: dnf install gcc-c++; conda: conda install gxx_linux-64) or set CXX to the compiler" >&2; exit 1
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.required: requirements.txt | $(BIN)/python
+	@$(call supported,$(BIN)/python)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
+	$(PIP) install --quiet 'pip>=22.3'
+	$(PIP) install --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.required $(NATIVE) $(if $(wildcard lambda_kernels/_C.*.so),,force)
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@

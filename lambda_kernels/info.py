@@ -1,0 +1,161 @@
+"""What runs here: versions, build, processor, devices, and each backend with the reasons why it cannot run.
+
+`python -m lambda_kernels.info` prints it, with `--json` for programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from lambda_kernels import _build, backends
+
+__all__ = ["collect", "environment", "main", "text"]
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, str | int]:
+    """What a timing depends on: torch, device (with the processor's name), threads, backend, commit.
+
+    The backend is the one that a fused block on `device` gets now: the named one, or the one that "auto" takes.
+    """
+    device = torch.device(device)
+    name = _processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return {
+        "torch": torch.__version__,
+        "device": f"{device} ({name})",
+        "threads": torch.get_num_threads(),
+        "backend": backends.choose("conv_block", torch.empty(0, device=device), pool=2).name,
+        "commit": _commit(),
+    }
+
+
+def collect() -> dict[str, Any]:
+    """All that `python -m lambda_kernels.info --json` prints. Looks for CUDA devices; nothing is computed on them."""
+    build, isa, why_not = _extension()
+    return {
+        "versions": {
+            "lambda_kernels": _version(build),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+            "python": platform.python_version(),
+        },
+        "commit": _commit(),
+        "extension": {"loads": not why_not, "why_not": why_not, "build": build},
+        "cpu": {
+            "model": _processor(),
+            "cores": os.cpu_count(),
+            "usable_cores": len(os.sched_getaffinity(0)),
+            "instruction_set": isa,
+        },
+        "threads": {"intra_op": torch.get_num_threads(), "inter_op": torch.get_num_interop_threads()},
+        "cuda_devices": _cuda_devices(),
+        "backends": {name: {"reasons": backends.reasons(name)} for name in backends.names()},
+        "backend_wanted": backends.current(),
+    }
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report of `collect` for people."""
+    extension, cpu, threads = report["extension"], report["cpu"], report["threads"]
+    rows = [*report["versions"].items(), ("commit", report["commit"] or "unknown")]
+    rows.append(("extension", "loads" if extension["loads"] else f"does not load: {extension['why_not']}"))
+    for key, value in (extension["build"] or {}).items():
+        rows.append((f"  {key.replace('_', ' ')}", "none" if value is None else value or "unknown"))
+    rows.append(("processor", f"{cpu['model']}, {cpu['usable_cores']} of {cpu['cores']} cores usable"))
+    rows.append(("instruction set", cpu["instruction_set"] or "unknown, the extension does not load"))
+    rows.append(("threads", f"{threads['intra_op']} in an operation, {threads['inter_op']} operations at a time"))
+    for device in report["cuda_devices"]:
+        rows.append((device["device"], f"{device['name']}, sm_{device['capability']}, {device['memory_gib']} GiB"))
+    if not report["cuda_devices"]:
+        rows.append(("CUDA devices", "none"))
+    for name, backend in report["backends"].items():
+        rows.append((f"backend {name}", "; ".join(backend["reasons"]) or "can run"))
+    rows.append(("backend wanted", report["backend_wanted"]))
+    width = max(len(key) for key, _ in rows) + 2
+    return "\n".join(f"{key:<{width}}{value}" for key, value in rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m lambda_kernels.info", description=summary)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    as_json = parser.parse_args(arguments).json
+    report = collect()
+    print(json.dumps(report, indent=1) if as_json else text(report))
+
+
+def _extension() -> tuple[dict[str, str | None] | None, str, str]:
+    """(build information, instruction set, why the extension cannot be used)."""
+    try:
+        build = _build.read()
+        if why := _build.mismatch():
+            return build, "", why
+    except ValueError as error:
+        return None, "", str(error)
+    try:
+        return build, str(importlib.import_module("lambda_kernels._C").isa()), ""
+    except ModuleNotFoundError as error:
+        return build, "", f"it is not built ({error}): run make, or pip install . with a C++ compiler"
+    except (ImportError, RuntimeError) as error:  # RuntimeError: LAMBDA_KERNELS_ISA names what this machine cannot run
+        return build, "", str(error)
+
+
+def _version(build: dict[str, str | None] | None) -> str:
+    try:
+        return metadata.version("lambda-kernels")
+    except metadata.PackageNotFoundError:
+        return (build or {}).get("version") or "not installed"
+
+
+def _commit() -> str:
+    """The commit of the code that runs: a checkout's own, marked -dirty after changes, else the build's, else ""."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        try:
+            return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            pass
+    try:
+        return (_build.read() or {}).get("commit") or ""
+    except ValueError:
+        return ""
+
+
+def _processor() -> str:
+    """The processor's name as Linux gives it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names and names[0] else platform.processor() or platform.machine()
+
+
+def _cuda_devices() -> list[dict[str, Any]]:
+    found = []
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "device": f"cuda:{i}",
+                "name": device.name,
+                "capability": f"{device.major}{device.minor}",
+                "memory_gib": round(device.total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The extension as it was built, the build information, and the messages of a build that cannot go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lambda_kernels
+from lambda_kernels import _build, info
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(lambda_kernels.__file__).parent
+
+
+def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def needed_libraries(path: Path) -> list[str]:
+    """The DT_NEEDED entries of a 64-bit little-endian ELF file."""
+    data = path.read_bytes()
+    assert data[:6] == b"\x7fELF\x02\x01", f"{path.name} is no 64-bit little-endian ELF file"
+    (table,) = struct.unpack_from("<Q", data, 0x20)
+    size, count = struct.unpack_from("<HH", data, 0x36)
+    segments = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(count)]
+    loaded = [(address, offset, length) for kind, _, offset, address, _, length in segments if kind == 1]  # PT_LOAD
+    ((start, length),) = [(offset, length) for kind, _, offset, _, _, length in segments if kind == 2]  # PT_DYNAMIC
+    entries = list(struct.iter_unpack("<qQ", data[start : start + length]))
+    strings = next(value for tag, value in entries if tag == 5)  # DT_STRTAB, an address
+    base = next(offset + strings - first for first, offset, size in loaded if first <= strings < first + size)
+    names = [base + value for tag, value in entries if tag == 1]  # DT_NEEDED
+    return [data[at : data.index(b"\0", at)].decode() for at in names]
+
+
+@pytest.fixture(scope="module")
+def extension() -> Path:
+    (path,) = PACKAGE.glob(f"_C.{sys.implementation.cache_tag}*.so")
+    return path
+
+
+def test_the_extension_brings_no_thread_pool_of_its_own(extension):
+    needed = needed_libraries(extension)
+    assert "libtorch_cpu.so" in needed
+    assert [name for name in needed if "omp" in name] == []
+
+
+def test_one_openmp_runtime_is_loaded(extension):
+    done = run("-c", "import torch, lambda_kernels._C; print(open('/proc/self/maps').read())")
+    assert done.returncode == 0, done.stderr
+    mapped = {line.split()[-1] for line in done.stdout.splitlines() if line.endswith(".so") or ".so." in line}
+    assert str(extension.resolve()) in mapped
+    assert len([name for name in mapped if "omp" in Path(name).name]) == 1
+
+
+def test_build_information():
+    stored = _build.read()
+    assert stored is not None
+    assert stored["torch"] == torch.__version__ and stored["cuda"] == torch.version.cuda
+    assert stored["version"] and stored["compiler"] and stored["compiler_version"]
+    flags = (stored["flags"] or "").split()
+    assert "-std=c++20" in flags
+    assert [flag for flag in flags if flag.startswith("-m")] == []  # a wheel runs on any processor
+    assert _build.mismatch() == ""
+
+
+def test_an_extension_of_another_torch_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(_build, "__file__", str(tmp_path / "_build.py"))
+    assert _build.read() is None and _build.mismatch() == ""
+    stored = tmp_path / "_build_info.json"
+    stored.write_text(json.dumps({"torch": ".".join([*torch.__version__.split(".")[:2], "99"])}))
+    assert _build.mismatch() == ""
+    stored.write_text(json.dumps({"torch": "1.2.3"}))
+    assert "built for torch 1.2.3" in _build.mismatch() and torch.__version__ in _build.mismatch()
+    stored.write_text("{")
+    with pytest.raises(ValueError, match=r"_build_info\.json is damaged"):
+        _build.read()
+
+
+def test_info_for_programs():
+    done = run("-W", "error", "-m", "lambda_kernels.info", "--json")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    report = json.loads(done.stdout)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["extension"] == {"loads": True, "why_not": "", "build": _build.read()}
+    assert report["cpu"]["instruction_set"] in ("generic", "avx2", "avx512")
+    assert report["backends"]["reference"] == report["backends"]["native"] == {"reasons": []}
+
+
+def test_info_for_people():
+    done = run("-m", "lambda_kernels.info", LAMBDA_KERNELS_ISA="generic")
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.split(r" {2,}", line.strip(), maxsplit=1) for line in done.stdout.splitlines() if line[0] != " ")
+    assert rows["torch"] == torch.__version__
+    assert rows["extension"] == "loads" and rows["instruction set"] == "generic"
+    assert rows["backend native"] == rows["backend reference"] == "can run"
+
+
+def test_info_says_why_the_extension_does_not_load(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "lambda_kernels", ignore=shutil.ignore_patterns("*.so", "_build_info.json"))
+    program = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]; "
+        "from lambda_kernels import info; info.main(['--json'])"
+    )
+    done = run("-c", program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["extension"]["build"] is None and "not built" in report["extension"]["why_not"]
+    assert report["backends"]["native"]["reasons"] and report["backends"]["reference"]["reasons"] == []
+
+
+def test_info_names_an_instruction_set_that_the_machine_lacks():
+    done = run("-m", "lambda_kernels.info", "--json", LAMBDA_KERNELS_ISA="mmx")
+    assert done.returncode == 0, done.stderr
+    assert "LAMBDA_KERNELS_ISA=mmx" in json.loads(done.stdout)["extension"]["why_not"]
+
+
+def test_environment_of_a_timing():
+    environment = info.environment()
+    assert environment.keys() == {"torch", "device", "threads", "backend", "commit"}
+    assert environment["torch"] == torch.__version__ and environment["threads"] == torch.get_num_threads()
+    assert environment["backend"] == "native"
+    assert str(environment["device"]).startswith("cpu (")
+    with lambda_kernels.use_backend("reference"):
+        assert info.environment()["backend"] == "reference"
+
+
+def test_a_missing_compiler_is_named_with_the_remedy(tmp_path):
+    done = run("setup.py", "--quiet", "build_ext", "--build-lib", tmp_path, cwd=ROOT, CXX="no-such-compiler -O1")
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    for part in ("CXX=no-such-compiler -O1", "apt install g++", "gcc-c++", "gxx_linux-64", "set CXX"):
+        assert part in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_torch_is_named_with_the_remedy(tmp_path):
+    program = (
+        "import runpy, sys; sys.modules['torch'] = None; "
+        f"sys.argv = ['setup.py', '--quiet', 'build_ext', '--build-lib', {str(tmp_path)!r}]; "
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = run("-c", program, cwd=ROOT)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "install torch first" in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,208 @@
+"""Who may import whom (docs/architecture.md), and that importing is cheap: no GPU, no network, no plotting."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS, MAML = ROOT / "lambda_kernels", ROOT / "python" / "lambda_maml"
+
+# What each module of lambda_kernels may import from its own package, itself and its submodules aside.
+BELOW = {
+    "_C": set(),
+    "_build": set(),
+    "spec": set(),
+    "backends": {"_C", "_build", "spec"},
+    "autograd": {"backends", "spec"},
+    "functional": {"autograd", "backends", "spec"},
+    "layers": {"functional", "spec"},
+    "info": {"_C", "_build", "backends"},
+    "": {"backends", "functional", "layers"},
+}
+# What of lambda_kernels the adapter may reach, beside the names of its top level.
+OPEN = {"functional", "info", "layers"}
+
+
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of everything that `source` imports, and of attributes reached through an import.
+
+    `from a import b` gives a.b; `import a as x` followed by x.b.c gives a and a.b.c.
+    """
+    tree = ast.parse(source)
+    package = module if is_package else module.rpartition(".")[0]
+    aliases: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield node.lineno, name.name
+                first = name.name.partition(".")[0]
+                aliases[name.asname or first] = name.name if name.asname else first
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - (node.level - 1)]
+                base = ".".join([*parents, base] if base else parents)
+            for name in node.names:
+                yield node.lineno, f"{base}.{name.name}"
+                aliases[name.asname or name.name] = f"{base}.{name.name}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            if node.args and isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            head, _, rest = ast.unparse(node).partition(".")
+            if head in aliases and re.fullmatch(r"[\w.]+", rest):
+                yield node.lineno, f"{aliases[head]}.{rest}"
+
+
+def modules(folder: Path, package: str) -> list[tuple[str, Path]]:
+    """(dotted name, file) of every module below `folder`."""
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        parts = [package, *path.relative_to(folder).with_suffix("").parts]
+        found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    assert found, f"no module found in {folder}"
+    return found
+
+
+def breaches(source: str, module: str, is_package: bool = False) -> list[str]:
+    """What `source`, taken as `module`, imports against the directions."""
+    wrong = []
+    for line, name in imports(source, module, is_package):
+        top, _, rest = name.partition(".")
+        part = rest.partition(".")[0]
+        if name.startswith("torch.ops.lambda_kernels"):
+            top, part = "lambda_kernels", "_C"
+        if top in ("tests", "bench"):
+            wrong.append(f"{module}:{line} imports {name}")
+        elif module.startswith("lambda_kernels"):
+            mine = module.split(".")[1] if "." in module else ""
+            if top == "lambda_maml":
+                wrong.append(f"{module}:{line} imports {name}")
+            elif top == "lambda_kernels" and part != mine and part in BELOW and part not in BELOW[mine]:
+                wrong.append(f"{module}:{line} imports {name}")
+        elif top == "lambda_kernels" and part in BELOW.keys() - OPEN - {""}:
+            wrong.append(f"{module}:{line} imports {name}")
+    return wrong
+
+
+def test_every_module_of_the_kernels_has_its_place():
+    parts = {name.split(".")[1] for name, _ in modules(KERNELS, "lambda_kernels") if "." in name}
+    assert parts == BELOW.keys() - {"", "_C"}, "add a new module of lambda_kernels to BELOW, above what it imports"
+
+
+def test_the_table_has_no_circle():
+    order: list[str] = []
+    while len(order) < len(BELOW):
+        ready = [m for m in BELOW if m not in order and BELOW[m] <= set(order)]
+        assert ready, f"circular: {sorted(BELOW.keys() - set(order))}"
+        order += ready
+
+
+@pytest.mark.parametrize("folder", [KERNELS, MAML], ids=lambda folder: folder.name)
+def test_imports_point_downwards(folder):
+    for module, path in modules(folder, folder.name):
+        assert breaches(path.read_text(encoding="utf-8"), module, path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lambda_kernels.spec", "from .backends import choose"),
+        ("lambda_kernels.backends.native", "from ..autograd import conv2d"),
+        ("lambda_kernels.backends.native", "from .. import functional"),
+        ("lambda_kernels.autograd", "import lambda_kernels.layers"),
+        ("lambda_kernels.functional", "from lambda_kernels import layers"),
+        ("lambda_kernels.layers", "from .backends import choose"),
+        ("lambda_kernels.autograd", "import torch\ntorch.ops.lambda_kernels.norm_relu_pool(1)"),
+        ("lambda_kernels.layers", "import importlib\nimportlib.import_module('lambda_kernels._C')"),
+        ("lambda_kernels.layers", "from lambda_maml import Pattern"),
+        ("lambda_kernels.layers", "def late():\n    import lambda_maml.plan"),
+        ("lambda_maml.plan", "from lambda_kernels.autograd import conv2d"),
+        ("lambda_maml.plan", "import lambda_kernels as lk\nlk.backends.choose('linear')"),
+        ("lambda_maml.plan", "from lambda_kernels import _C"),
+        ("lambda_maml.plan", "import torch\ntorch.ops.lambda_kernels.norm_relu_pool(1)"),
+        ("lambda_maml.plan", "from bench import bench_adapt"),
+    ],
+)
+def test_an_upward_import_is_found(module, source):
+    assert breaches(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lambda_kernels.backends.any", "from .. import _C\nfrom ..spec import pair\nfrom .reference import f"),
+        ("lambda_kernels.backends.native", "import torch\ntorch.ops.lambda_kernels.norm_relu_pool(1)"),
+        ("lambda_maml.plan", "import lambda_kernels as lk\nlk.functional.linear(1, 2)\nlk.convert(3)"),
+        ("lambda_maml.plan", "from lambda_kernels.layers import ConvBlock\nfrom lambda_kernels import info"),
+    ],
+)
+def test_a_downward_import_passes(module, source):
+    assert breaches(source, module) == []
+
+
+FOREIGN = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10|caffe2|pybind11|Python\.h)', re.MULTILINE)
+
+
+def test_only_the_binding_knows_torch_and_python():
+    files = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
+    assert len(files) > 1
+    assert [str(path.relative_to(ROOT)) for path in files if FOREIGN.search(path.read_text())] == ["csrc/binding.cpp"]
+
+
+# In a fresh interpreter: fails on a socket, on a question to the CUDA driver (also where torch has no CUDA: the
+# functions are put in place first), and on a heavy module.
+LEAN = """
+import sys
+
+def hook(event, arguments):
+    if event.startswith("socket."):
+        raise RuntimeError(f"the import used {event} {arguments}")
+
+sys.addaudithook(hook)
+import torch
+
+def touched(*arguments):
+    raise RuntimeError("the import touched CUDA")
+
+for name in ("_cuda_init", "_cuda_getDeviceCount", "_cuda_getDevice", "_cuda_setDevice"):
+    setattr(torch._C, name, touched)
+torch.cuda._device_count_nvml = torch.cuda._lazy_init = touched
+PROBE
+assert not torch.cuda.is_initialized()
+heavy = {"matplotlib", "rich", "PIL"} & set(sys.modules)
+assert not heavy, f"the import loads {heavy}"
+"""
+
+
+def lean(probe: str) -> subprocess.CompletedProcess[str]:
+    program = LEAN.replace("PROBE", probe)
+    return subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("package", ["lambda_kernels", "lambda_maml"])
+def test_import_is_lean(package):
+    done = lean(f"import {package}")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("probe", "complaint"),
+    [
+        ("import torch; torch.cuda.is_available()", "touched CUDA"),
+        ("import torch; torch.zeros(1, device='cuda')", "touched CUDA"),
+        ("import socket; socket.socket()", "socket.__new__"),
+        ("import PIL", "the import loads {'PIL'}"),
+    ],
+)
+def test_the_probe_of_lean_imports_can_fail(probe, complaint):
+    done = lean(probe)
+    assert done.returncode != 0 and complaint in done.stderr, done.stderr
