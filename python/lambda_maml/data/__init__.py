@@ -1,0 +1,49 @@
+"""Few-shot image sets and the episode sampler."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from . import glyphs, omniglot, pickled
+from .episodes import Task, sample_tasks
+from .imageset import SPLITS, ImageSet, with_rotations
+
+__all__ = ["NAMES", "ImageSet", "Task", "load", "sample_tasks"]
+
+NAMES = ("glyphs", "omniglot", "cifar_fs", "fc100", "mini_imagenet")
+
+
+def load(
+    name: str, root: str | os.PathLike[str] | None = None, split: str = "train", rotations: bool | None = None
+) -> ImageSet:
+    """One split of an image set.
+
+    Args:
+        name: one of `NAMES`, with dashes or underscores.
+        root: the folder that holds the set, or its parent; for `glyphs` the cache folder (default: the user's).
+        split: train, val or test.
+        rotations: turn each class by 90, 180 and 270 degrees into three more classes. Default: for Omniglot's train
+            split, as usual in MAML's protocol, and nothing else.
+
+    Raises:
+        ValueError: unknown name or split, `root` not given, or files of another content than expected.
+        FileNotFoundError: a file is missing; the message shows the expected layout and what was found.
+    """
+    key = name.replace("-", "_").lower()
+    if key not in NAMES:
+        raise ValueError(f"unknown image set {name!r}: choose from {', '.join(NAMES)}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
+    folder = None if root is None else Path(root).expanduser()
+    if key == "glyphs":
+        dataset = glyphs.load(split, folder)
+    elif folder is None:
+        layout = omniglot.LAYOUT if key == "omniglot" else pickled.layout(key)
+        raise ValueError(f"{key}: root is not given. Expected under it: {layout}")
+    elif key == "omniglot":
+        dataset = omniglot.load(split, folder)
+    else:
+        dataset = pickled.load(key, split, folder)
+    turn = key == "omniglot" and split == "train" if rotations is None else rotations
+    return with_rotations(dataset) if turn else dataset

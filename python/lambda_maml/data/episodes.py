@@ -1,0 +1,89 @@
+"""The episode sampler."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .imageset import ImageSet
+
+
+class Task(NamedTuple):
+    """One task (episode): a support set to adapt on and a query set to judge by. Both are class-major."""
+
+    xs: torch.Tensor  # [ways * shots, C, H, W] float32
+    ys: torch.Tensor  # [ways * shots] int64, 0..ways-1
+    xq: torch.Tensor  # [ways * query, C, H, W] float32
+    yq: torch.Tensor  # [ways * query] int64
+
+
+def sample_tasks(
+    dataset: ImageSet, n: int, ways: int = 5, shots: int = 1, query: int = 15, seed: int = 0, first: int = 0
+) -> list[Task]:
+    """Tasks `first` to `first + n - 1` of the endless sequence that `seed` names.
+
+    Task k depends on nothing but the set's content, `seed`, k, `ways`, `shots` and `query`: a shorter list is a prefix
+    of a longer one, and training resumes anywhere by `first`. Each task draws `ways` distinct classes in random order
+    (the order gives the labels 0..ways-1), then `shots + query` distinct images of each, the support images first.
+    Images come class-major, so `ys` is `0 .. 0 1 .. 1 ...`. Draws are raw PCG64 words, the same under every NumPy.
+
+    Raises:
+        ValueError: a number is out of range, or the set has too few classes or too few images in a class.
+    """
+    for label, value, least in (
+        ("n", n, 0),
+        ("ways", ways, 1),
+        ("shots", shots, 1),
+        ("query", query, 0),
+        ("seed", seed, 0),
+        ("first", first, 0),
+    ):
+        if value < least:
+            raise ValueError(f"sample_tasks: {label} is {value}, expected at least {least}")
+    where = f"{dataset.name} {dataset.split}"
+    if ways > dataset.num_classes:
+        raise ValueError(f"sample_tasks: {ways} ways, but {where} has {dataset.num_classes} classes")
+    smallest = int(np.argmin(np.diff(dataset.starts)))
+    if shots + query > dataset.counts[smallest]:
+        raise ValueError(
+            f"sample_tasks: {shots} shots and {query} query images need {shots + query} images a class, but class "
+            f"{dataset.class_names[smallest]} of {where} has {dataset.counts[smallest]}"
+        )
+    labels = torch.arange(ways)
+    tasks = []
+    for k in range(first, first + n):
+        index = _draw(dataset, ways, shots + query, seed, k)
+        support, rest = index[:, :shots].reshape(-1), index[:, shots:].reshape(-1)
+        tasks.append(
+            Task(
+                dataset.tensors(support),
+                labels.repeat_interleave(shots),
+                dataset.tensors(rest),
+                labels.repeat_interleave(query),
+            )
+        )
+    return tasks
+
+
+def _draw(dataset: ImageSet, ways: int, images: int, seed: int, k: int) -> NDArray[np.int64]:
+    """Indices [ways, images] of the images of task k."""
+    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(k,))).random_raw(ways * (1 + images)).tolist()
+    classes = _distinct(words[:ways], dataset.num_classes)
+    rows = [
+        _distinct(words[ways + i * images : ways + (i + 1) * images], dataset.counts[c]) for i, c in enumerate(classes)
+    ]
+    return np.array(rows, dtype=np.int64).reshape(ways, images) + dataset.starts[classes][:, None]
+
+
+def _distinct(words: list[int], size: int) -> list[int]:
+    """`len(words)` distinct numbers below `size` in random order: a Fisher-Yates shuffle, as far as it is needed."""
+    moved: dict[int, int] = {}
+    drawn = []
+    for i, word in enumerate(words):
+        j = i + word % (size - i)  # the bias is below size / 2**64
+        drawn.append(moved.get(j, j))
+        moved[j] = moved.get(i, i)
+    return drawn

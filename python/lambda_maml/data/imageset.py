@@ -1,0 +1,104 @@
+"""A set of labelled images, and how its pixels become tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one split, class-major: all images of class 0, then class 1, and so on. Classes may differ in size.
+
+    Args:
+        name, split: where the images come from, for messages and reports.
+        images: [M, H, W, C] uint8, C = 1 (ink high) or 3 (RGB).
+        counts: images of each class, in order; they add up to M.
+        class_names: one name a class.
+        mean, std: a value a channel. A tensor is `(pixel / 255 - mean) / std`; 0 and 1 leave the range 0..1.
+
+    Raises:
+        ValueError: the parts do not fit together.
+    """
+
+    name: str
+    split: str
+    images: NDArray[np.uint8]
+    counts: tuple[int, ...]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    starts: NDArray[np.int64] = field(init=False, repr=False)  # [classes + 1]: class k owns starts[k]:starts[k + 1]
+
+    def __post_init__(self) -> None:
+        images, channels = self.images, self.images.shape[-1] if self.images.ndim else 0
+        if images.dtype != np.uint8 or images.ndim != 4 or channels not in (1, 3) or 0 in images.shape[1:]:
+            raise ValueError(
+                f"{self.name} {self.split}: images are {images.dtype} {list(images.shape)}, expected uint8 [M, H, W, 1 or 3]"
+            )
+        if len(self.counts) != len(self.class_names) or any(n < 1 for n in self.counts):
+            raise ValueError(
+                f"{self.name} {self.split}: {len(self.class_names)} class names for counts of {len(self.counts)} classes, "
+                f"the smallest {min(self.counts, default=0)}; expected one name a class and at least one image a class"
+            )
+        if sum(self.counts) != len(images):
+            raise ValueError(
+                f"{self.name} {self.split}: counts add up to {sum(self.counts)}, but there are {len(images)} images"
+            )
+        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
+            raise ValueError(
+                f"{self.name} {self.split}: mean {self.mean} and std {self.std} need {channels} values each, std above 0"
+            )
+        object.__setattr__(self, "starts", np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64))
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the split has."""
+        return len(self.counts)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        _, height, width, channels = self.images.shape
+        return channels, height, width
+
+    def __len__(self) -> int:
+        """How many images the split has."""
+        return len(self.images)
+
+    def tensors(self, index: NDArray[np.integer[Any]]) -> torch.Tensor:
+        """Images `index` [n] as float32 [n, C, H, W], contiguous and normalised."""
+        x = np.ascontiguousarray(self.images[index].transpose(0, 3, 1, 2), dtype=np.float32)
+        x /= 255
+        if any(self.mean):
+            x -= np.array(self.mean, dtype=np.float32)[:, None, None]
+        if any(s != 1 for s in self.std):
+            x /= np.array(self.std, dtype=np.float32)[:, None, None]
+        return torch.from_numpy(x)
+
+
+def with_rotations(dataset: ImageSet) -> ImageSet:
+    """The set with each class turned by 90, 180 and 270 degrees as three more classes (Santoro et al. 2016).
+
+    Raises ValueError for images that are not square.
+    """
+    _, height, width = dataset.image_shape
+    if height != width:
+        raise ValueError(f"{dataset.name}: rotations need square images, these are {height}x{width}")
+    turned = [np.rot90(dataset.images, k, axes=(1, 2)) for k in range(4)]
+    names = dataset.class_names + tuple(f"{name}@{90 * k}" for k in (1, 2, 3) for name in dataset.class_names)
+    return ImageSet(
+        dataset.name,
+        dataset.split,
+        np.ascontiguousarray(np.concatenate(turned)),
+        dataset.counts * 4,
+        names,
+        dataset.mean,
+        dataset.std,
+    )

@@ -1,0 +1,142 @@
+"""Read pickles of arrays without trusting them.
+
+A pickle names the callables that rebuild its objects. Here NumPy's names lead to stand-ins that check every field and
+build plain arrays from bytes; nothing of NumPy's own state machinery, and no other callable, is ever reached.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def load(path: Path) -> Any:
+    """The object in a pickle of arrays (no object arrays), numbers, strings, bytes, lists, tuples, dicts and sets.
+
+    Pickles of Python 2 are read too; their byte strings come as latin-1 text.
+
+    Raises:
+        ValueError: the file names another global, holds an object or structured array, or is cut short or damaged.
+        OSError: the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        try:
+            return _finish(_Unpickler(file, encoding="latin1").load())
+        except _Refused as error:
+            raise ValueError(f"{path}: refused, {error}; only arrays and plain containers are read") from None
+        except OSError:
+            raise
+        except Exception as error:  # a damaged stream can fail in any opcode
+            raise ValueError(
+                f"{path}: not a sound pickle ({type(error).__name__}: {error}); it may be cut short: copy it again"
+            ) from error
+
+
+class _Refused(Exception):
+    pass
+
+
+class _DType:
+    """Stand-in for numpy.dtype: booleans, numbers, byte and text strings of fixed length."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        try:
+            self.dtype = np.dtype(str(code))
+        except TypeError:
+            raise _Refused(f"it holds an array of dtype {code!r}") from None
+        if self.dtype.kind not in "biufSU":
+            raise _Refused(f"it holds an array of dtype {code!r}" + (" (objects)" if self.dtype.kind == "O" else ""))
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order, subarray, names, fields = state[1:5]
+        if subarray is not None or names is not None or fields is not None:
+            raise _Refused("it holds a structured array")
+        if order in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(order)
+
+
+class _Array:
+    """Stand-in for an array under reconstruction: NumPy pickles it as an empty one and a state."""
+
+    array: np.ndarray[Any, Any] | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        if isinstance(data, list):
+            raise _Refused("it holds an array of objects")
+        self.array = _array(data, dtype, shape, "F" if fortran else "C")
+
+
+def _array(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray[Any, Any]:
+    if not isinstance(dtype, _DType) or not isinstance(data, (bytes, bytearray, str)):
+        raise pickle.UnpicklingError("an array without dtype or bytes")
+    raw = data.encode("latin1") if isinstance(data, str) else data
+    size = math.prod(shape) * dtype.dtype.itemsize
+    if any(n < 0 for n in shape) or size != len(raw):
+        raise pickle.UnpicklingError(f"an array of shape {shape} and dtype {dtype.dtype} in {len(raw)} bytes")
+    flat = np.frombuffer(raw, dtype.dtype) if raw else np.empty(0, dtype.dtype)
+    return flat.reshape(shape, order="F" if order == "F" else "C")
+
+
+def _scalar(dtype: _DType, data: Any) -> Any:
+    return _array(data, dtype, (1,), "C")[0]
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return _Array()
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """Python 3 writes bytes this way into pickles that Python 2 can read."""
+    if codecs.lookup(encoding).name != "iso8859-1":
+        raise _Refused(f"it calls _codecs.encode with {encoding!r}")
+    return text.encode("latin1")
+
+
+def _nothing(*_: Any) -> None:
+    """For numpy.ndarray, which is named only as an argument of `_reconstruct`."""
+
+
+_ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy", "dtype"): _DType,
+    ("numpy", "ndarray"): _nothing,
+    ("_codecs", "encode"): _encode,
+    ("collections", "OrderedDict"): OrderedDict,
+}
+for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+    _ADMITTED[_core + ".multiarray", "_reconstruct"] = _reconstruct
+    _ADMITTED[_core + ".multiarray", "scalar"] = _scalar
+    _ADMITTED[_core + ".numeric", "_frombuffer"] = _array
+for _builtins in ("builtins", "__builtin__"):
+    for _type in (set, frozenset, bytes, bytearray):
+        _ADMITTED[_builtins, _type.__name__] = _type
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        admitted = _ADMITTED.get((module, name))
+        if admitted is None:
+            raise _Refused(f"it names {module}.{name}")
+        return lambda *args: admitted(*args)  # a fresh one, so that a stream can alter nothing that outlives it
+
+
+def _finish(value: Any) -> Any:
+    """`value` with every stand-in replaced by its array."""
+    if isinstance(value, _Array):
+        if value.array is None:
+            raise pickle.UnpicklingError("an array without content")
+        return value.array
+    if isinstance(value, _DType):
+        return value.dtype
+    if isinstance(value, dict):
+        return {_finish(k): _finish(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_finish(v) for v in value)
+    return value
