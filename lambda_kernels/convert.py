@@ -1,0 +1,111 @@
+"""Drop-in conversion of whole models, and the account of what was done."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .graph import NORMS, Program, has_hooks, program_of
+from .layers import TORCH_CLASS, Conv2d, Linear
+
+__all__ = ["convert", "report", "to_torch"]
+
+_DROP_IN: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: Conv2d, nn.Linear: Linear}
+
+
+class Fused:
+    """Runs a module's program, in which conv-norm-ReLU-pool runs are one block, in place of its forward."""
+
+    fuses: type[nn.Module]
+    unfused_forward: Callable[..., Any]  # the forward of `fuses`, which torch.fx traces
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        if not named and len(inputs) == 1 and isinstance(inputs[0], Tensor) and not torch.compiler.is_compiling():
+            program = program_of(self)  # type: ignore[arg-type]
+            if program.untraceable is None and program.inputs == 1:
+                return program(self, *inputs)  # type: ignore[arg-type]
+        return self.unfused_forward(*inputs, **named)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _revive, (self.fuses,), self.__getstate__()  # type: ignore[attr-defined]
+
+
+@cache
+def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
+    names = {"fuses": cls, "unfused_forward": cls.forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (Fused, cls), names)
+
+
+def _revive(cls: type[nn.Module]) -> nn.Module:
+    fused = _fused_class(cls)
+    return fused.__new__(fused)
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Put the drop-in layers into a model, in place, and return it.
+
+    Every `nn.Conv2d` and `nn.Linear` becomes the layer of the same name here, and conv-norm-ReLU-pool runs that torch.fx
+    finds in the model's forward are computed as one block. Parameters, state_dict keys, the modules' places and identity,
+    hooks and training mode stay as they are. Subclasses of these layers are left alone. `report` says what was done.
+    """
+    for module in model.modules():
+        drop_in = _DROP_IN.get(type(module))
+        if drop_in is not None:
+            module.__class__ = drop_in
+    cls = type(model)
+    if not isinstance(model, Fused) and cls not in TORCH_CLASS and program_of(model).fusions:
+        model.__class__ = _fused_class(cls)
+    return model
+
+
+def to_torch(model: nn.Module) -> nn.Module:
+    """A deep copy of the model in which every layer of this package is torch's own again: the yardstick's network."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, Fused):
+            module.__class__ = module.fuses
+        module.__class__ = TORCH_CLASS.get(type(module), type(module))
+    return twin
+
+
+def report(model: nn.Module) -> str:
+    """What the layers of a model became, which runs of layers are one fused block, and what was left alone and why."""
+    program = program_of(model)
+    lines = [f"{type(model).__name__}: {_summary(program)}"]
+    fused = {f.conv: f for f in program.fusions}
+    parts = {path: f.conv for f in program.fusions for path in (f.norm, f.relu, f.pool) if path}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            lines.append(f"  {path or '(model)'}: {_became(module)}{_place(path, fused, program)}")
+        elif path in parts:
+            lines.append(f"  {path}: {type(module).__name__}, computed in the block of {parts[path]}")
+        elif isinstance(module, NORMS):
+            lines.append(f"  {path}: {type(module).__name__}, torch's")
+    return "\n".join(lines)
+
+
+def _summary(program: Program) -> str:
+    if program.untraceable is not None:
+        return f"torch.fx cannot trace it, so nothing is fused ({program.untraceable})"
+    return f"{len(program.fusions)} fused block{'' if len(program.fusions) == 1 else 's'}, {len(program.steps)} steps"
+
+
+def _became(module: nn.Module) -> str:
+    name = type(module).__name__
+    if type(module) in (Conv2d, Linear):
+        return f"lambda_kernels.{name}"
+    why = f"a subclass of {'Conv2d' if isinstance(module, nn.Conv2d) else 'Linear'}" if type(module) not in _DROP_IN else "not converted"
+    return f"{name}, left alone: {why}{', has hooks' if has_hooks(module) else ''}"
+
+
+def _place(path: str, fused: dict[str, Any], program: Program) -> str:
+    if path in fused:
+        run = fused[path]
+        pool = f", max-pool {run.size}" if run.size > 1 else ""
+        return f", fused with {run.norm} (norm, ReLU{pool})"
+    return f", not fused: {program.left_alone[path]}" if path in program.left_alone else ""

@@ -1,0 +1,606 @@
+"""A module as a program: its torch.fx graph, conv-norm-ReLU-pool runs fused, every step knowing what it reads.
+
+A step computes with parameters that are handed to it by name, so the same program runs the module itself, its adapted
+copies, and parts of it (a frozen prefix once, the rest every inner step). Programs hold paths, never modules, so that
+all modules of the same structure share one.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import functional, layers
+from .layers import ConvBlock, Update
+
+__all__ = ["Fusion", "Program", "Step", "program_of"]
+
+State = Mapping[str, Tensor]
+Effects = list[Update]
+
+
+class Slot(NamedTuple):
+    """The place of a value in the environment of a run."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A run of layers that one fused block computes; paths are "" for a function in place of a module."""
+
+    conv: str
+    norm: str
+    relu: str
+    pool: str
+    size: int  # pooling window, 1 for none
+
+
+@dataclass(frozen=True)
+class Step:
+    """One computation of a program."""
+
+    slot: int
+    label: str
+    kind: str  # "block", "conv", "linear", "norm", "module", "function" or "attribute"
+    call: Callable[..., Any]  # call(modules, state, effects, *args, **kwargs)
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reads: tuple[int, ...]  # slots
+    parameters: tuple[str, ...]  # names, as in named_parameters
+    layer: tuple[str, str] | None = None  # paths of a Conv2d or Linear and, where one belongs to it, of its norm
+    not_reusable: str | None = None  # why a second run with the same inputs may not be left out
+    writes_input: bool = False
+
+
+@dataclass(frozen=True)
+class Program:
+    """The steps of a module in the order of execution."""
+
+    steps: tuple[Step, ...]
+    inputs: int
+    result: Any
+    fusions: tuple[Fusion, ...]
+    left_alone: dict[str, str]  # path of a convolution that no block computes -> why
+    paths: tuple[str, ...]  # modules that the steps use
+    untraceable: str | None = None  # why the module is one opaque step
+    aliases: dict[str, str] = field(default_factory=dict)  # second names of shared tensors -> their first
+
+    def bind(self, root: nn.Module) -> dict[str, nn.Module]:
+        """The modules that the steps use, by path."""
+        return {path: root.get_submodule(path) for path in self.paths}
+
+    def __call__(self, root: nn.Module, *inputs: Tensor) -> Any:
+        """The module's result, with its own parameters."""
+        env = dict(enumerate(inputs))
+        self.run(self.part(range(len(self.steps)), ()), self.bind(root), OwnState(root), env)
+        return self.take(env)
+
+    def take(self, env: dict[int, Any]) -> Any:
+        """The program's result out of a run's environment."""
+        return _resolve(self.result, env)
+
+    def part(self, indices: Iterable[int], keep: Iterable[int]) -> list[tuple[Step, tuple[int, ...]]]:
+        """Some steps, each with the slots that no later one of them reads and that are neither result nor in `keep`."""
+        steps = [self.steps[i] for i in indices]
+        wanted = {*keep, *_slots(self.result), *range(self.inputs)}
+        part = []
+        for step in reversed(steps):
+            last = {step.slot, *step.reads} - wanted
+            wanted |= last
+            part.append((step, tuple(last)))
+        return part[::-1]
+
+    def run(
+        self,
+        part: Sequence[tuple[Step, tuple[int, ...]]],
+        modules: Mapping[str, nn.Module],
+        state: State,
+        env: dict[int, Any],
+        effects: Effects | None = None,
+    ) -> None:
+        """Run a part with the given parameters and buffers; results go to `env`, updates of running statistics are made
+        and, for a caller that will leave out later runs, noted in `effects`."""
+        for step, done in part:
+            args, kwargs = _resolve(step.args, env), _resolve(step.kwargs, env)
+            env[step.slot] = step.call(modules, state, effects, *args, **kwargs)
+            for slot in done:
+                env.pop(slot, None)
+
+
+class OwnState(Mapping[str, Tensor]):
+    """The parameters and buffers that a module has at the moment, by name."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.root.get_submodule(path), leaf)
+
+    def __iter__(self) -> Any:
+        return iter(self.root.state_dict(keep_vars=True))
+
+    def __len__(self) -> int:
+        return len(self.root.state_dict(keep_vars=True))
+
+
+def _slots(value: Any) -> list[int]:
+    found: list[int] = []
+    _resolve(value, None, found)
+    return found
+
+
+def _resolve(value: Any, env: dict[int, Any] | None, found: list[int] | None = None) -> Any:
+    """The value with each Slot replaced by what `env` holds; with env None, the slots are noted in `found` instead."""
+    kind = type(value)
+    if kind is Slot:
+        if env is None:
+            assert found is not None
+            found.append(value.index)
+            return None
+        return env[value.index]
+    if kind is tuple or kind is list:
+        return kind([_resolve(v, env, found) for v in value])
+    if kind is dict:
+        return {k: _resolve(v, env, found) for k, v in value.items()}
+    if kind is slice:
+        return slice(*(_resolve(v, env, found) for v in (value.start, value.stop, value.step)))
+    return value
+
+
+# Which structure a program belongs to.
+
+_CACHE: OrderedDict[Any, Program] = OrderedDict()
+_CACHE_SIZE = 128
+_LOCK = threading.Lock()
+_BASE = frozenset(nn.Module().__dict__)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before or after the module's forward or backward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+class _Same:
+    """Compares by identity, and keeps the object so that its identity is not given to another."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+_SCALARS = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
+
+
+def _freeze(value: Any) -> Any:
+    if type(value) in _SCALARS:
+        return value
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(_freeze(v) for v in value)
+    if isinstance(value, dict):
+        return dict, tuple((_freeze(k), _freeze(v)) for k, v in value.items())
+    return _Same(value)
+
+
+def _fingerprint(root: nn.Module) -> tuple[Any, ...]:
+    """All that the trace of a module can depend on: classes, modes, hooks, plain attributes, which tensors there are."""
+    parts: list[Any] = []
+    seen: dict[int, str] = {}
+    for path, module in root.named_modules():
+        state = module.__dict__
+        parts += (path, type(module), module.training, has_hooks(module))
+        for group in (state["_parameters"], state["_buffers"]):
+            for name, tensor in group.items():
+                parts += (name, tensor is None or seen.setdefault(id(tensor), f"{path}.{name}"))
+        for name, value in state.items():
+            if name not in _BASE:
+                parts += (name, value if type(value) in _SCALARS else _freeze(value))
+    return tuple(parts)
+
+
+def program_of(root: nn.Module) -> Program:
+    """The program of a module in its present mode; a module that torch.fx cannot trace is one opaque step."""
+    key = _fingerprint(root)
+    with _LOCK:
+        if key in _CACHE:
+            _CACHE.move_to_end(key)
+            return _CACHE[key]
+    program = _build(root)
+    with _LOCK:
+        _CACHE[key] = program
+        while len(_CACHE) > _CACHE_SIZE:
+            _CACHE.popitem(last=False)
+    return program
+
+
+# From a module to its fx graph.
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__module__ == layers.__name__ or super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not any(a is t for t in (*self.root.parameters(), *self.root.buffers())):
+            raise fx.proxy.TraceError(f"its forward makes or holds a tensor {list(a.shape)} that is no parameter or buffer")
+        return super().create_arg(a)
+
+
+def _trace(root: nn.Module) -> fx.Graph:
+    tracer = _Tracer()
+    if hasattr(type(root), "unfused_forward"):
+        tracer.traced_func_name = "unfused_forward"
+    return tracer.trace(root)
+
+
+def _spelled(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    return [(n.op, str(n.target), repr(n.args), repr(n.kwargs)) for n in graph.nodes]
+
+
+def _build(root: nn.Module) -> Program:
+    random_state = torch.random.get_rng_state()
+    try:
+        graph = _trace(root)
+        if _spelled(graph) != _spelled(_trace(root)):
+            raise fx.proxy.TraceError("its forward does not do the same twice (random numbers or counters in Python)")
+        return _Builder(root, graph).program()
+    except Exception as error:  # whatever a forward raises on a symbolic input
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return _opaque(root, reason)
+    finally:
+        torch.random.set_rng_state(random_state)
+
+
+def _opaque(root: nn.Module, reason: str) -> Program:
+    names = tuple(name for name, _ in root.named_parameters())
+    step = Step(1, type(root).__name__, "module", _Module(""), (Slot(0),), {}, (0,), names, not_reusable=reason)
+    return Program((step,), 1, Slot(1), (), {}, ("",), reason, _aliases(root))
+
+
+def _aliases(root: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, tensor in (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)):
+        if first.setdefault(id(tensor), name) != name:
+            aliases[name] = first[id(tensor)]
+    return aliases
+
+
+# From the graph to steps.
+
+_CONV = (nn.Conv2d, layers.Conv2d)
+_LINEAR = (nn.Linear, layers.Linear)
+_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+_RANDOM = ("dropout", "rrelu", "fractional", "rand", "bernoulli", "multinomial", "normal_", "poisson", "gumbel", "sample")
+_IN_PLACE = ("setitem", "delitem", *(f"i{name}" for name in (
+    "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")))
+_KNOWN = ("torch", "_operator", "operator", "math", "builtins")
+
+
+class _Module:
+    """A module that the program does not look into."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, modules: Mapping[str, nn.Module], state: State, effects: Effects | None, *args: Any, **kwargs: Any) -> Any:
+        module = modules[self.path]
+        if isinstance(state, OwnState):
+            return module(*args, **kwargs)
+        prefix = f"{self.path}." if self.path else ""
+        names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+        if not names:
+            return module(*args, **kwargs)
+        return torch.func.functional_call(module, {name: state[prefix + name] for name in names}, args, kwargs)
+
+
+class _Leaf(_Module):
+    """A layer whose parameters are looked up by name."""
+
+    def get(self, state: State, module: nn.Module, name: str, path: str | None = None) -> Any:
+        return None if getattr(module, name) is None else state[f"{self.path if path is None else path}.{name}"]
+
+
+class _Conv(_Leaf):
+    def __call__(self, modules: Any, state: State, effects: Any, x: Tensor) -> Tensor:
+        conv = modules[self.path]
+        return layers.convolve(conv, x, self.get(state, conv, "weight"), self.get(state, conv, "bias"))
+
+
+class _Linear(_Leaf):
+    def __call__(self, modules: Any, state: State, effects: Any, x: Tensor) -> Tensor:
+        linear = modules[self.path]
+        return functional.linear(x, self.get(state, linear, "weight"), self.get(state, linear, "bias"))
+
+
+class _Norm(_Leaf):
+    def __call__(self, modules: Any, state: State, effects: Effects | None, x: Tensor) -> Tensor:
+        norm = modules[self.path]
+        own = {name: self.get(state, norm, name) for name in layers.own_state(norm)}
+        if not layers.uses_batch_statistics(norm):
+            return F.batch_norm(x, own["running_mean"], own["running_var"], own["weight"], own["bias"], False, 0.0, norm.eps)
+        if norm.training and norm.track_running_stats:
+            axes = [a for a in range(x.dim()) if a != 1]
+            variance, mean = torch.var_mean(x.detach(), axes, correction=0)
+            _make(layers.running_update(norm, own, mean, variance, x.numel() // x.shape[1]), effects)
+        return F.batch_norm(x, None, None, own["weight"], own["bias"], True, 0.0, norm.eps)
+
+
+class _Block(_Leaf):
+    def __init__(self, conv: str, norm: str, size: int) -> None:
+        super().__init__(conv)
+        self.norm, self.size = norm, size
+
+    def __call__(self, modules: Any, state: State, effects: Effects | None, x: Tensor) -> Tensor:
+        conv, norm = modules[self.path], modules[self.norm]
+        own = {name: self.get(state, norm, name, self.norm) for name in layers.own_state(norm)}
+        weight, bias = self.get(state, conv, "weight"), self.get(state, conv, "bias")
+        y, update = layers.fused_block(conv, norm, self.size, x, weight, bias, own)
+        if update is not None:
+            _make(update, effects)
+        return y
+
+
+def _make(update: Update, effects: Effects | None) -> None:
+    update()
+    if effects is not None:
+        effects.append(update)
+
+
+class _Function:
+    """A function or tensor method that needs no parameter of ours."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, modules: Any, state: Any, effects: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class _Method:
+    def __init__(self, name: str) -> None:
+        # A fused block's result may be channels-last, where view() refuses what it does on contiguous memory.
+        self.name = "reshape" if name == "view" else name
+
+    def __call__(self, modules: Any, state: Any, effects: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(x, self.name)(*args, **kwargs)
+
+
+class _Attribute:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, modules: Any, state: State, effects: Any) -> Tensor:
+        return state[self.name]
+
+
+class _Builder:
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self.root, self.nodes = root, list(graph.nodes)
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.inputs = [n for n in self.nodes if n.op == "placeholder"]
+        self.slots: dict[fx.Node, Slot] = {}
+        self.steps: list[Step] = []
+        self.fusions: list[Fusion] = []
+        self.left_alone: dict[str, str] = {}
+        self.paths: set[str] = set()
+
+    def program(self) -> Program:
+        result: Any = None
+        absorbed: set[fx.Node] = set()
+        for node in self.nodes:
+            if node.op == "placeholder":
+                if node.args:
+                    raise fx.proxy.TraceError(f"its forward has the optional argument {node.target!r}")
+                self.slots[node] = Slot(len(self.slots))
+            elif node.op == "output":
+                result = self._convert(node.args[0])
+            elif node not in absorbed:
+                absorbed |= self._add(node)
+        return Program(
+            tuple(self.steps), len(self.inputs), result, tuple(self.fusions), self.left_alone, tuple(sorted(self.paths)),
+            aliases=_aliases(self.root),
+        )
+
+    def _convert(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return self.slots[value]
+        if isinstance(value, (tuple, list)):
+            return (list if isinstance(value, list) else tuple)(self._convert(v) for v in value)
+        if isinstance(value, dict):
+            return {k: self._convert(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self._convert(v) for v in (value.start, value.stop, value.step)))
+        return value
+
+    def _add(self, node: fx.Node) -> set[fx.Node]:
+        """Append the node's step; returns the later nodes that the step computes too."""
+        args, kwargs = self._convert(tuple(node.args)), self._convert(dict(node.kwargs))
+        last = node
+        facts: dict[str, Any] = {"parameters": ()}
+        call: Any
+        if node.op == "call_module":
+            path = str(node.target)
+            module = self.modules[path]
+            kind, call, last = self._module(node, path, module, facts)
+        elif node.op == "get_attr":
+            kind, call = "attribute", _Attribute(str(node.target))
+            facts["parameters"] = (str(node.target),)
+        else:
+            name = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
+            kind = "function"
+            call = _Method(name) if node.op == "call_method" else _Function(node.target)
+            facts["not_reusable"] = self._impure(node, name)
+            facts["writes_input"] = (
+                (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+                or (getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE)
+            )
+        slot = Slot(len(self.inputs) + len(self.steps))
+        reads = tuple(dict.fromkeys(_slots((args, kwargs))))
+        self.steps.append(Step(slot.index, str(node.name), kind, call, args, kwargs, reads, **facts))
+        run = {node}
+        while node is not last:
+            node = next(iter(node.users))
+            run.add(node)
+        for node in run:
+            self.slots[node] = slot
+        return run
+
+    def _impure(self, node: fx.Node, name: str) -> str | None:
+        if any(word in name for word in _RANDOM):
+            return f"{name} draws random numbers"
+        if name in ("batch_norm", "instance_norm"):
+            return f"{name} may update running statistics"
+        home = getattr(node.target, "__module__", "") or ""
+        if node.op == "call_function" and home.split(".")[0] not in _KNOWN:
+            return f"{name} is a function that the program knows nothing of"
+        return None
+
+    def _names(self, *paths: str) -> tuple[str, ...]:
+        return tuple(f"{p}.{name}" if p else name for p in paths for name, _ in self.modules[p].named_parameters())
+
+    def _module(self, node: fx.Node, path: str, module: nn.Module, facts: dict[str, Any]) -> tuple[str, Any, fx.Node]:
+        """Kind, computation and last node of a module's step; what else is known of it goes to `facts`."""
+        self.paths.add(path)
+        facts["parameters"] = self._names(path)
+        facts["writes_input"] = bool(getattr(module, "inplace", False))
+        if isinstance(module, ConvBlock):
+            facts["layer"] = (f"{path}.conv", f"{path}.norm")
+            why = self._block_refusal(module, len(node.args))
+            if why is None:
+                size = layers.pool_size(module.pool)
+                self.fusions.append(Fusion(*(f"{path}.{part}" for part in ("conv", "norm", "relu", "pool")), size))
+                self.paths |= {f"{path}.conv", f"{path}.norm"}
+                return "block", _Block(f"{path}.conv", f"{path}.norm", size), node
+            self.left_alone[f"{path}.conv"] = why
+        elif isinstance(module, LAYERS):
+            norm = next((n for n in node.users if n.op == "call_module" and isinstance(self._at(n), NORMS)), None)
+            facts["layer"] = (path, str(norm.target) if norm is not None else "")
+        plain = not has_hooks(module) and len(node.args) == 1 and not node.kwargs
+        if plain and type(module) in _CONV:
+            found = self._fuse(node, path)
+            if not isinstance(found, str):
+                fusion, last = found
+                self.fusions.append(fusion)
+                self.paths.add(fusion.norm)
+                facts["parameters"] = self._names(path, fusion.norm)
+                return "block", _Block(path, fusion.norm, fusion.size), last
+            self.left_alone[path] = found
+            return "conv", _Conv(path), node
+        if plain and type(module) in _LINEAR:
+            return "linear", _Linear(path), node
+        if plain and type(module) in _BATCH_NORM:
+            return "norm", _Norm(path), node
+        if isinstance(module, LAYERS) and type(module) not in (*_CONV, *_LINEAR):
+            self.left_alone[path] = f"it is a {type(module).__name__}, which may compute something else than its base class"
+        facts["not_reusable"] = self._module_impure(module)
+        return "module", _Module(path), node
+
+    def _module_impure(self, module: nn.Module) -> str | None:
+        name = type(module).__name__
+        for child in module.modules():
+            kind = type(child).__name__
+            if has_hooks(child):
+                return f"{kind} has hooks"
+            if kind.startswith("Fractional"):
+                return f"{kind} draws random numbers"
+            if child.training and getattr(child, "running_mean", None) is not None:
+                return f"{kind} updates running statistics"
+            drops = getattr(child, "dropout", 0.0)
+            random = "Dropout" in kind or kind == "RReLU" or (isinstance(drops, float) and drops > 0.0)
+            if child.training and random:
+                return f"{kind} draws random numbers in training mode"
+        if not type(module).__module__.startswith(("torch.nn", layers.__name__)):
+            return f"{name} is a module that the program knows nothing of"
+        return None
+
+    def _at(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[str(node.target)] if node.op == "call_module" else None
+
+    def _block_refusal(self, block: ConvBlock, arguments: int) -> str | None:
+        parts = [block, block.conv, block.norm, block.relu, block.pool]
+        if any(has_hooks(part) for part in parts):
+            return "a part of the block has hooks"
+        if arguments != 1 or type(block.conv) not in _CONV or type(block.norm) is not nn.BatchNorm2d:
+            return "a part of the block was replaced"
+        return self._norm_refusal(block.norm)
+
+    def _norm_refusal(self, norm: nn.BatchNorm2d) -> str | None:
+        return None if layers.uses_batch_statistics(norm) else "the norm is in evaluation mode and uses its running statistics"
+
+    def _fuse(self, node: fx.Node, path: str) -> tuple[Fusion, fx.Node] | str:
+        """The run of layers that begins with a convolution and the run's last node, or why there is none."""
+        conv = self.modules[path]
+        assert isinstance(conv, nn.Conv2d)
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return f"its padding is {conv.padding_mode if conv.padding_mode != 'zeros' else conv.padding!r}"
+        following = self._only_user(node)
+        norm = None if following is None else self._at(following)
+        if following is None or type(norm) is not nn.BatchNorm2d:
+            return "no BatchNorm2d alone follows it"
+        assert isinstance(norm, nn.BatchNorm2d)
+        why = "the norm has hooks" if has_hooks(norm) else self._norm_refusal(norm)
+        if why is not None:
+            return why
+        relu = self._only_user(following)
+        if relu is None or not self._is_relu(relu):
+            return "no ReLU alone follows its norm"
+        pool = self._only_user(relu)
+        size = 0 if pool is None else self._pool_size(pool)
+        last = pool if pool is not None and size else relu
+        where = [str(n.target) if n is not None and n.op == "call_module" else "" for n in (relu, pool if size else None)]
+        return Fusion(path, str(following.target), where[0], where[1], size or 1), last
+
+    def _only_user(self, node: fx.Node) -> fx.Node | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        module = self._at(node)
+        if module is not None:
+            return type(module) is nn.ReLU and not has_hooks(module)
+        return node.target in (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+
+    def _pool_size(self, node: fx.Node) -> int:
+        """The window of a max-pool whose windows tile the image, else 0."""
+        module = self._at(node)
+        if type(module) is nn.MaxPool2d and not has_hooks(module):
+            assert isinstance(module, nn.MaxPool2d)
+            given = [module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode, module.return_indices]
+        elif node.target in (F.max_pool2d, torch.max_pool2d):
+            names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+            given = [None, None, 0, 1, False, False]
+            for i, value in enumerate(node.args[1:]):
+                given[i] = value
+            for name, value in node.kwargs.items():
+                if name in names:
+                    given[names.index(name)] = value
+        else:
+            return 0
+        kernel, stride, padding, dilation, *flags = given
+        size = set(_pair(kernel)) | set(_pair(stride if stride not in (None, [], ()) else kernel))
+        tiles = len(size) == 1 and set(_pair(padding)) == {0} and set(_pair(dilation)) == {1} and not any(flags)
+        only = size.pop() if tiles else 0
+        return only if isinstance(only, int) else 0
+
+
+def _pair(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)

@@ -1,0 +1,151 @@
+"""Drop-in layers: torch's constructors, state_dict keys and results, on the kernels of `functional`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional
+
+__all__ = ["Conv2d", "ConvBlock", "Linear"]
+
+Update = Callable[[], None]
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` on `functional.conv2d`: the input of a frozen layer is not kept for the backward pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return convolve(self, input, self.weight, self.bias)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` on `functional.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(input, self.weight, self.bias)
+
+
+class ConvBlock(nn.Module):
+    """Convolution, batch norm, ReLU and max-pool as one fused block: the block of MAML's conv4.
+
+    Its children are `conv` (Conv2d), `norm` (BatchNorm2d), `relu` and `pool`, with the state_dict keys that these four
+    layers have by themselves.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, bias: of the convolution, as in `torch.nn.Conv2d`.
+        pool: window and stride of the max-pool, 1 for none.
+        eps, momentum, affine, track_running_stats: as in `torch.nn.BatchNorm2d`, but by default the batch's own
+            statistics serve in training and in evaluation, as MAML has it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 1,
+        bias: bool = True,
+        pool: int = 2,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.relu = nn.ReLU()
+        self.pool = nn.MaxPool2d(pool) if pool > 1 else nn.Identity()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not uses_batch_statistics(self.norm):
+            return self.pool(self.relu(self.norm(self.conv(input))))
+        y, update = fused_block(
+            self.conv, self.norm, pool_size(self.pool), input, self.conv.weight, self.conv.bias, own_state(self.norm)
+        )
+        if update is not None:
+            update()
+        return y
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The result of a torch or lambda_kernels convolution with the given parameters in place of its own."""
+    padding = conv.padding
+    if conv.padding_mode != "zeros":
+        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+    return functional.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def pool_size(pool: nn.Module) -> int:
+    """The window of a block's pooling layer, 1 for none."""
+    return pool.kernel_size if isinstance(pool, nn.MaxPool2d) else 1
+
+
+def uses_batch_statistics(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether the norm, in its present mode, normalises with the batch's own mean and variance."""
+    return norm.training or norm.running_mean is None
+
+
+def own_state(norm: nn.modules.batchnorm._BatchNorm) -> dict[str, Tensor | None]:
+    """gamma, beta and running statistics, by the names that torch's batch norm gives them."""
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    return {name: getattr(norm, name) for name in names}
+
+
+def fused_block(
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d,
+    pool: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Mapping[str, Tensor | None],
+) -> tuple[Tensor, Update | None]:
+    """conv, norm with the batch's statistics, ReLU and pool as one, with the given parameters.
+
+    Returns the result, and the update of `state`'s running statistics by this batch where the norm tracks them.
+    """
+    assert not isinstance(conv.padding, str)
+    y, mean, variance = functional.conv_block_with_statistics(
+        x, weight, bias, state["weight"], state["bias"], conv.padding, norm.eps, pool, conv.stride, conv.dilation, conv.groups
+    )
+    if not (norm.training and norm.track_running_stats):
+        return y, None
+    height, width = ((x.shape[a] + 2 * conv.padding[a] - conv.dilation[a] * (conv.kernel_size[a] - 1) - 1) // conv.stride[a] + 1
+                     for a in (-2, -1))
+    return y, running_update(norm, state, mean, variance, x.shape[0] * height * width)
+
+
+def running_update(
+    norm: nn.modules.batchnorm._BatchNorm, state: Mapping[str, Tensor | None], mean: Tensor, variance: Tensor, count: int
+) -> Update:
+    """The update of the running statistics that a batch of `count` values a channel calls for; may be made K times."""
+    unbiased = variance.detach() * (count / (count - 1))
+
+    def update() -> None:
+        running_mean, running_var, seen = (state[k] for k in ("running_mean", "running_var", "num_batches_tracked"))
+        assert running_mean is not None and running_var is not None and seen is not None
+        seen.add_(1)
+        share = 1.0 / float(seen) if norm.momentum is None else norm.momentum
+        running_mean.lerp_(mean.detach().to(running_mean.dtype), share)
+        running_var.lerp_(unbiased.to(running_var.dtype), share)
+
+    return update
+
+
+class _TorchBlock(nn.Module):
+    """A ConvBlock's children run one after another by torch."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.pool(self.relu(self.norm(self.conv(input))))
+
+
+TORCH_CLASS: dict[type[nn.Module], type[nn.Module]] = {Conv2d: nn.Conv2d, Linear: nn.Linear, ConvBlock: _TorchBlock}
