@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import shlex
 import shutil
 import site
@@ -23,7 +24,6 @@ from typing import Any
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-VERSION = "0.1.0"
 ROOT = Path(__file__).resolve().parent
 COMPILE_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd"]
 COMPILERS = ("g++", "c++", "clang++")
@@ -95,8 +95,12 @@ def build_info(torch: Any, compiler: str, compiler_version: str, flags: list[str
 
 
 def version() -> str:
+    source = (ROOT / "lambda_kernels" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "(.+)"$', source, re.MULTILINE)
+    if found is None:
+        raise SystemExit("lambda-kernels: lambda_kernels/__init__.py has no line __version__ = ...")
     local = os.environ.get("LAMBDA_KERNELS_LOCAL_VERSION", "")
-    return f"{VERSION}+{local}" if local else VERSION
+    return f"{found[1]}+{local}" if local else found[1]
 
 
 def extension(torch: ModuleType | None) -> Extension:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 import torch
 
+import lambda_kernels
 from lambda_kernels import _build, backends
 
 __all__ = ["collect", "environment", "main", "text"]
@@ -44,7 +45,7 @@ def collect() -> dict[str, Any]:
     build, isa, why_not = _extension()
     return {
         "versions": {
-            "lambda_kernels": _version(build),
+            "lambda_kernels": _version(),
             "torch": torch.__version__,
             "numpy": numpy.__version__,
             "python": platform.python_version(),
@@ -110,11 +111,12 @@ def _extension() -> tuple[dict[str, str | None] | None, str, str]:
         return build, "", str(error)
 
 
-def _version(build: dict[str, str | None] | None) -> str:
+def _version() -> str:
+    """The installed version with its local part (+cpu); that of the source where it is not installed."""
     try:
         return metadata.version("lambda-kernels")
     except metadata.PackageNotFoundError:
-        return (build or {}).get("version") or "not installed"
+        return lambda_kernels.__version__
 
 
 def _commit() -> str:
