@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 IMAGES = 20  # per class
 SIZE = 28  # pixels a side
-DIGEST = "0e24f56b28c51cb612b946593582607d38dfdcc1f11687d408ea8803f7dfd2bf"
+DIGEST = "f56854910608a4fb07b3a1d68224c59899bf5571ca0f65fa80cc1c3970eaae40"
 FONTS_DIGEST = "a74cae936ec06b6246f2157e0288120ce27054a2ea8bdb0bdd636e7c66a4185f"
 
 # Faces in which a character may be drawn; all with the repertoire of `BLOCKS` except Computer Modern.
@@ -188,9 +188,9 @@ def rasterise(
 ) -> NDArray[np.uint8]:
     """Fill outlines by the nonzero rule: [n, 28, 28], each pixel the number of its 16 samples inside the outline.
 
-    which [n]: an index of an outline an image; matrix [n, 2, 2], bend [n, 2]: multiples of 1 / `_ONE`; shift [n, 2]:
-    how far, in 1 / `_UNIT` of a sample, from the image's centre and as a share (in 1 / `_ONE`) of the room that is left;
-    stroke [n]: samples by which the strokes grow (1, 2) or shrink (-1).
+    which [n]: the outline of each image; matrix [n, 2, 2] and bend [n, 2]: multiples of 1 / `_ONE`; shift [n, 2]: from
+    the image's centre, as a share of the room that is left or of two pixels, in 1 / `_ONE`; stroke [n]: samples by
+    which the strokes grow (1, 2) or shrink (-1, unless more than a third of the ink would go).
     """
     count = len(which)
     lengths = outlines.starts[which + 1] - outlines.starts[which]
@@ -221,10 +221,14 @@ def rasterise(
     change = np.bincount(cell, winds, count * _GRID * (_GRID + 1)).astype(np.int8)
     winding = np.cumsum(change, dtype=np.int8)  # closed outlines: every row ends at 0, its last column is spare
     inside = np.ascontiguousarray(winding.reshape(count, _GRID, _GRID + 1)[:, :, :-1] != 0)
-    for value in (-1, 1, 2):
+    for value in (1, 2):
         chosen = np.flatnonzero(stroke == value)
-        for _ in range(abs(value)):
-            inside[chosen] = _grow(inside[chosen]) if value > 0 else ~_grow(~inside[chosen])
+        for _ in range(value):
+            inside[chosen] = _grow(inside[chosen])
+    chosen = np.flatnonzero(stroke == -1)
+    thinner = ~_grow(~inside[chosen])
+    lasting = 3 * thinner.sum((1, 2)) >= 2 * inside[chosen].sum((1, 2))
+    inside[chosen[lasting]] = thinner[lasting]
     quads = inside.view(np.uint32).reshape(count, SIZE, _SUB, SIZE).sum(2, dtype=np.uint32)  # four bytes, each 0..4
     pixels: NDArray[np.uint8] = (quads * np.uint32(0x01010101) >> np.uint32(24)).astype(np.uint8)  # their sum
     return pixels
@@ -419,7 +423,7 @@ def _script(code: int) -> str:
 def _read(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int32]] | None:
     """The cached images and code points, or None when there is no sound file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             images, codes, stored = file["images"], file["codes"], str(file["digest"])
     except FileNotFoundError:
         return None

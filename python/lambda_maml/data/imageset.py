@@ -38,23 +38,20 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         images, channels = self.images, self.images.shape[-1] if self.images.ndim else 0
+        where = f"{self.name} {self.split}"
         if images.dtype != np.uint8 or images.ndim != 4 or channels not in (1, 3) or 0 in images.shape[1:]:
             raise ValueError(
-                f"{self.name} {self.split}: images are {images.dtype} {list(images.shape)}, expected uint8 [M, H, W, 1 or 3]"
+                f"{where}: images are {images.dtype} {list(images.shape)}, expected uint8 [M, H, W, 1 or 3]"
             )
         if len(self.counts) != len(self.class_names) or any(n < 1 for n in self.counts):
             raise ValueError(
-                f"{self.name} {self.split}: {len(self.class_names)} class names for counts of {len(self.counts)} classes, "
-                f"the smallest {min(self.counts, default=0)}; expected one name a class and at least one image a class"
+                f"{where}: {len(self.class_names)} class names for counts of {len(self.counts)} classes, the smallest "
+                f"{min(self.counts, default=0)}; expected one name a class and at least one image a class"
             )
         if sum(self.counts) != len(images):
-            raise ValueError(
-                f"{self.name} {self.split}: counts add up to {sum(self.counts)}, but there are {len(images)} images"
-            )
+            raise ValueError(f"{where}: counts add up to {sum(self.counts)}, but there are {len(images)} images")
         if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
-            raise ValueError(
-                f"{self.name} {self.split}: mean {self.mean} and std {self.std} need {channels} values each, std above 0"
-            )
+            raise ValueError(f"{where}: mean {self.mean} and std {self.std} need {channels} values each, std above 0")
         object.__setattr__(self, "starts", np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64))
 
     @property
