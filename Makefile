@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-NATIVE := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
+NATIVE := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml lambda_kernels/__init__.py
 
 # $(call supported,PYTHON): a Python that this project runs on
 supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 13) or sys.exit( \

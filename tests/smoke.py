@@ -10,7 +10,7 @@ import lambda_maml
 
 site = Path(sysconfig.get_path("platlib")).resolve()
 for package in (lk, lambda_maml):
-    where = Path(package.__file__).resolve()
+    where = Path(str(package.__file__)).resolve()
     assert where.is_relative_to(site), f"{package.__name__} comes from {where}, not from the wheel in {site}"
 
 torch.manual_seed(0)
