@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -60,9 +61,10 @@ class Step:
     layer: tuple[str, str] | None = None  # paths of a Conv2d or Linear and, where one belongs to it, of its norm
     not_reusable: str | None = None  # why a second run with the same inputs may not be left out
     writes_input: bool = False
+    tracks: bool = False  # updates running statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
     """The steps of a module in the order of execution."""
 
@@ -82,8 +84,18 @@ class Program:
     def __call__(self, root: nn.Module, *inputs: Tensor) -> Any:
         """The module's result, with its own parameters."""
         env = dict(enumerate(inputs))
-        self.run(self.part(range(len(self.steps)), ()), self.bind(root), OwnState(root), env)
+        self.run(self.whole, self.bind(root), OwnState(root), env)
         return self.take(env)
+
+    @cached_property
+    def whole(self) -> list[tuple[Step, tuple[int, ...]]]:
+        """All steps."""
+        return self.part(range(len(self.steps)), ())
+
+    @property
+    def result_slots(self) -> list[int]:
+        """The slots that the program's result is made of."""
+        return _slots(self.result)
 
     def take(self, env: dict[int, Any]) -> Any:
         """The program's result out of a run's environment."""
@@ -92,7 +104,7 @@ class Program:
     def part(self, indices: Iterable[int], keep: Iterable[int]) -> list[tuple[Step, tuple[int, ...]]]:
         """Some steps, each with the slots that no later one of them reads and that are neither result nor in `keep`."""
         steps = [self.steps[i] for i in indices]
-        wanted = {*keep, *_slots(self.result), *range(self.inputs)}
+        wanted = {*keep, *self.result_slots, *range(self.inputs)}
         part = []
         for step in reversed(steps):
             last = {step.slot, *step.reads} - wanted
@@ -490,6 +502,7 @@ class _Builder:
                 size = layers.pool_size(module.pool)
                 self.fusions.append(Fusion(*(f"{path}.{part}" for part in ("conv", "norm", "relu", "pool")), size))
                 self.paths |= {f"{path}.conv", f"{path}.norm"}
+                facts["tracks"] = _tracks(module.norm)
                 return "block", _Block(f"{path}.conv", f"{path}.norm", size), node
             self.left_alone[f"{path}.conv"] = why
         elif isinstance(module, LAYERS):
@@ -503,11 +516,13 @@ class _Builder:
                 self.fusions.append(fusion)
                 self.paths.add(fusion.norm)
                 facts["parameters"] = self._names(path, fusion.norm)
+                facts["tracks"] = _tracks(self.modules[fusion.norm])
                 return "block", _Block(path, fusion.norm, fusion.size), last
             self.left_alone[path] = found
             return "conv", _Conv(path), node
         if plain and type(module) in _LINEAR:
             return "linear", _Linear(path), node
+        facts["tracks"] = any(_tracks(child) for child in module.modules())
         if plain and type(module) in _BATCH_NORM:
             return "norm", _Norm(path), node
         if isinstance(module, LAYERS) and type(module) not in (*_CONV, *_LINEAR):
@@ -523,7 +538,7 @@ class _Builder:
                 return f"{kind} has hooks"
             if kind.startswith("Fractional"):
                 return f"{kind} draws random numbers"
-            if child.training and getattr(child, "running_mean", None) is not None:
+            if _tracks(child):
                 return f"{kind} updates running statistics"
             drops = getattr(child, "dropout", 0.0)
             random = "Dropout" in kind or kind == "RReLU" or (isinstance(drops, float) and drops > 0.0)
@@ -600,6 +615,10 @@ class _Builder:
         tiles = len(size) == 1 and set(_pair(padding)) == {0} and set(_pair(dilation)) == {1} and not any(flags)
         only = size.pop() if tiles else 0
         return only if isinstance(only, int) else 0
+
+
+def _tracks(module: nn.Module) -> bool:
+    return module.training and getattr(module, "running_mean", None) is not None
 
 
 def _pair(value: Any) -> tuple[Any, ...]:

@@ -1,0 +1,316 @@
+"""The inner loop: K gradient steps on a support set, for one task or for many at once (Finn et al. 2017, algorithm 1)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .patterns import Pattern
+from .plan import Part, plan_of, say_once, state_of
+
+__all__ = ["Learner", "adapt", "adapt_tasks"]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def adapt(
+    model: nn.Module,
+    xs: Tensor,
+    ys: Tensor,
+    *,
+    pattern: str | Pattern,
+    steps: int = 5,
+    lr: float = 0.01,
+    norm: str = "follow",
+    second_order: bool = False,
+    loss: Loss = F.cross_entropy,
+) -> Learner:
+    """Adapt a network to one task: theta <- theta - lr grad loss(f_theta(xs), ys), `steps` times, under a pattern.
+
+    Computed is what a plain loop with `torch.autograd.grad` over the updated parameters gives; what no updated parameter
+    reaches is run once. The model is left as it was. Updated are the parameters that the pattern names, whatever their
+    `requires_grad`; buffers (running statistics) are updated in the learner's own copies.
+
+    Args:
+        model: any module that maps images to logits.
+        xs: [N, C, H, W], support images; ys: [N], their labels 0..ways-1 (or what `loss` takes).
+        pattern: one bit a layer, or a schedule; see `Pattern`.
+        steps: number of gradient steps, K.
+        lr: inner learning rate.
+        norm: "follow": a layer's norm gamma and beta follow its bit; "never": they stay (the original MAML's convention).
+        second_order: differentiate through the inner gradients. Without it the gradient of a query loss with respect to
+            the model's parameters is that at the adapted ones (first-order MAML).
+        loss: from logits and ys to a scalar, the mean over the support set.
+
+    Returns:
+        A `Learner`: `learner(xq)` are query logits, `learner.parameters_dict()` the adapted parameters.
+
+    Raises:
+        ValueError, TypeError: pattern, shapes, labels, dtypes or devices do not fit.
+        FloatingPointError: the support loss or the adapted parameters became infinite or NaN.
+    """
+    loop = _Loop(model, pattern, steps, lr, norm, second_order)
+    loop.check(xs, ys)
+    meta = state_of(model)
+    state = loop.start(meta)
+    losses: list[Tensor] = []
+    with torch.enable_grad():
+        for part, count in loop.parts:
+            with torch.set_grad_enabled(loop.second_order):
+                frozen = part.freeze(loop.modules, state, xs)
+            for _ in range(count):
+                value = _scalar(loss(frozen(loop.modules, state), ys))
+                loop.update(state, part, value)
+                losses.append(value.detach())
+    loop.check_finite(losses, state, xs)
+    return Learner(model, loop.finish(meta, state))
+
+
+class Learner(nn.Module):
+    """A network with the parameters of one adapted task. The network itself is left as it is, and shared."""
+
+    def __init__(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._held = (model, state)  # in a tuple: the model is no submodule of the learner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The adapted network's result for x [N, C, H, W]."""
+        model, state = self._held
+        program = plan_of(model).program
+        env: dict[int, Any] = {0: x}
+        program.run(program.whole, program.bind(model), state, env)
+        return program.take(env)
+
+    def parameters_dict(self) -> dict[str, Tensor]:
+        """All parameters by name, the adapted ones in place of the model's."""
+        model, state = self._held
+        return {name: state[name] for name, _ in model.named_parameters()}
+
+    def to_module(self) -> nn.Module:
+        """A copy of the network with the adapted parameters and buffers as its own."""
+        model, state = self._held
+        twin = copy.deepcopy(model)
+        twin.load_state_dict({name: state[name].detach() for name in twin.state_dict()})
+        return twin
+
+
+def adapt_tasks(
+    model: nn.Module,
+    xs: Tensor,
+    ys: Tensor,
+    xq: Tensor,
+    *,
+    pattern: str | Pattern,
+    steps: int = 5,
+    lr: float = 0.01,
+    norm: str = "follow",
+    second_order: bool = False,
+    loss: Loss = F.cross_entropy,
+) -> Tensor:
+    """Adapt to T tasks, each by itself as `adapt` does, and give their query logits; the tasks run as batches.
+
+    Frozen layers see all tasks of a batch at once, updated layers have weights of each task's own, norm statistics are
+    each task's own. Networks that torch.fx cannot trace, or that update running statistics, are adapted one task at a time.
+
+    Args:
+        xs: [T, N, C, H, W]; ys: [T, N]; xq: [T, Q, C, H, W]; the others as in `adapt`.
+
+    Returns:
+        Query logits [T, Q, ways]; gradients reach the model's parameters as in `adapt`.
+
+    Raises:
+        As `adapt`.
+    """
+    if xs.dim() < 3 or ys.dim() < 2 or not xs.shape[0] == ys.shape[0] == xq.shape[0]:
+        raise ValueError(
+            f"adapt_tasks: xs [T, N, C, H, W], ys [T, N] and xq [T, Q, C, H, W] must agree on T, got {list(xs.shape)}, "
+            f"{list(ys.shape)}, {list(xq.shape)}"
+        )
+    if xs.shape[0] == 0:
+        raise ValueError("adapt_tasks: there are no tasks (T = 0)")
+    loop = _Loop(model, pattern, steps, lr, norm, second_order)
+    if (why := loop.plan.why_not_batched) is not None:
+        say_once(f"{type(model).__name__} is adapted one task at a time: {why}")
+        given: dict[str, Any] = dict(pattern=pattern, steps=steps, lr=lr, norm=norm, second_order=second_order, loss=loss)
+        return torch.stack([adapt(model, x, y, **given)(q) for x, y, q in zip(xs, ys, xq)])
+    for x, y in zip(xs, ys):
+        loop.check(x, y)
+    at_once = max(1, _PIXELS_AT_ONCE // max(1, xs[0].numel()))
+    batches = zip(*(t.split(at_once) for t in (xs, ys, xq)))
+    return torch.cat([_adapt_batch(model, loop, loss, *batch) for batch in batches])
+
+
+# Values of the support images of one batch of tasks: with more of them the activations fall out of the cache.
+_PIXELS_AT_ONCE = 1 << 16
+
+
+def _adapt_batch(model: nn.Module, loop: _Loop, loss: Loss, xs: Tensor, ys: Tensor, xq: Tensor) -> Tensor:
+    program, modules = loop.plan.program, loop.modules
+    meta = state_of(model)
+    meta.update({n: meta[n].expand(xs.shape[0], *meta[n].shape) for n in loop.updated})
+    state = loop.start(meta)
+    losses: list[Tensor] = []
+
+    def each_task(function: Callable[..., Any], *values: Any) -> Any:
+        """function(state, values of one task) for every task of the batch at once."""
+
+        def one(own: tuple[Tensor, ...], *values: Any) -> Any:
+            return function(loop.tie({**state, **dict(zip(loop.updated, own))}), *values)
+
+        return torch.func.vmap(one, randomness="different")(tuple(state[n] for n in loop.updated), *values)
+
+    with torch.enable_grad():
+        for part, count in loop.parts:
+            shared: list[Any] = []  # what of the boundary is no tensor: sizes, equal for all tasks
+
+            def freeze(own: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+                boundary = part.freeze(modules, own, x).boundary
+                shared[:] = [None if isinstance(v, Tensor) else v for v in boundary]
+                return tuple(v for v in boundary if isinstance(v, Tensor))
+
+            def value(own: Mapping[str, Tensor], tensors: tuple[Tensor, ...], y: Tensor) -> Tensor:
+                values = iter(tensors)
+                boundary = tuple(next(values) if v is None else v for v in shared)
+                return _scalar(loss(part.finish(modules, own, boundary), y))
+
+            with torch.set_grad_enabled(loop.second_order):
+                tensors = each_task(freeze, xs)
+            for _ in range(count):
+                values = each_task(value, tensors, ys)
+                loop.update(state, part, values.sum())
+                losses.append(values.detach())
+    loop.check_finite(losses, state, xs)
+    state = loop.finish(meta, state)
+
+    def query(own: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        env: dict[int, Any] = {0: x}
+        program.run(program.whole, modules, own, env)
+        return program.take(env)
+
+    return each_task(query, xq)
+
+
+class _Loop:
+    """The inner loop's settings, and its parts that one task and a batch of tasks share."""
+
+    def __init__(
+        self, model: nn.Module, pattern: str | Pattern, steps: int, lr: float, norm: str, second_order: bool
+    ) -> None:
+        if norm not in ("follow", "never"):
+            raise ValueError(f"norm must be 'follow' or 'never', got {norm!r}")
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"steps must be a whole number of at least 0, got {steps!r}")
+        if not 0.0 < lr < float("inf"):
+            raise ValueError(f"lr must be a positive number, got {lr!r}")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("adaptation needs gradients: call it under torch.no_grad() instead of torch.inference_mode()")
+        self.pattern, self.lr = Pattern.parse(pattern), lr
+        self.plan = plan_of(model)
+        self.pattern.check(self.plan)
+        self.modules = self.plan.program.bind(model)
+        self.parts = [(self.plan.part(bits, norm), count) for bits, count in self.pattern.segments(steps)]
+        self.updated = tuple(dict.fromkeys(n for part, _ in self.parts for n in part.updated))
+        self.parameter = next(model.parameters())
+        self.second_order = second_order and torch.is_grad_enabled()
+
+    def check(self, xs: Tensor, ys: Tensor) -> None:
+        """ValueError or TypeError for a support set that the network cannot be adapted to."""
+        if xs.dim() < 2 or xs.shape[0] == 0 or ys.dim() < 1 or ys.shape[0] != xs.shape[0]:
+            raise ValueError(
+                f"support set: xs [N, C, H, W] and ys [N] with N of at least 1 expected, got {list(xs.shape)} and {list(ys.shape)}"
+            )
+        if not self.parameter.device == xs.device == ys.device:
+            raise ValueError(f"support set: xs is on {xs.device}, ys on {ys.device}, the network on {self.parameter.device}: "
+                             "move them together with .to(device)")
+        if xs.dtype != self.parameter.dtype and not torch.is_autocast_enabled(xs.device.type):
+            raise TypeError(f"support set: xs is {xs.dtype}, the network {self.parameter.dtype}: "
+                            f"convert xs with .to({self.parameter.dtype})")
+        if ys.is_floating_point():
+            return  # regression targets
+        low, high = (int(v) for v in torch.aminmax(ys))
+        if low == high:
+            raise ValueError(f"support set: all {ys.numel()} labels are {low}; at least two classes are needed")
+        outputs = self.plan.outputs(self.modules)
+        if low < 0 or (outputs is not None and high >= outputs):
+            raise ValueError(f"support set: labels run from {low} to {high}, the network's outputs from 0 to "
+                             f"{'ways-1' if outputs is None else outputs - 1}: renumber them or build it with more ways")
+
+    def start(self, meta: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state of step 0. In first order frozen tensors are cut off from autograd, updated ones are leaves of our own."""
+        if self.second_order:
+            own = {n: meta[n] if meta[n].requires_grad else meta[n].detach().requires_grad_() for n in self.updated}
+            return self.tie({**meta, **own})
+        own = {n: meta[n].detach().clone(memory_format=torch.contiguous_format).requires_grad_() for n in self.updated}
+        return self.tie({**{n: t.detach() for n, t in meta.items()}, **own})
+
+    def tie(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state with every second name of a shared parameter holding what its first name holds."""
+        for alias, name in self.plan.program.aliases.items():
+            state[alias] = state[name]
+        return state
+
+    def update(self, state: dict[str, Tensor], part: Part, value: Tensor) -> None:
+        """One gradient step on the part's updated parameters."""
+        weights = [state[n] for n in part.updated]
+        gradients = torch.autograd.grad(value, weights, create_graph=self.second_order, allow_unused=True)
+        used = [(n, w, g) for n, w, g in zip(part.updated, weights, gradients) if g is not None]
+        if self.second_order:
+            state.update((n, w - self.lr * g) for n, w, g in used)
+            self.tie(state)
+        else:
+            with torch.no_grad():
+                torch._foreach_add_([w for _, w, _ in used], [g for _, _, g in used], alpha=-self.lr)
+
+    def finish(self, meta: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The adapted state; in first order its gradient with respect to the model's parameters is the identity."""
+        if self.second_order:
+            return state
+        if not torch.is_grad_enabled():
+            return {n: t.detach() for n, t in state.items()}
+        attached = {n: _Attached.apply(meta[n], state[n]) for n in self.updated}
+        return self.tie({**{n: meta[n] if t.requires_grad else state[n] for n, t in meta.items()}, **attached})
+
+    def check_finite(self, losses: list[Tensor], state: dict[str, Tensor], xs: Tensor) -> None:
+        """FloatingPointError where a step's loss, or a parameter after the last step, is infinite or NaN."""
+        if not losses:
+            return
+        with torch.no_grad():
+            values = torch.stack([v.reshape(-1) for v in losses])  # [steps, tasks]
+            after = torch.stack([state[n].sum() for n in self.updated])
+            if bool(torch.isfinite(values).all() & torch.isfinite(after).all()):
+                return
+            wrong = (~torch.isfinite(values)).nonzero().tolist()
+            step, task = wrong[0] if wrong else (len(losses) - 1, 0)
+            images = int((~torch.isfinite(xs)).sum())
+        why = f"the support images hold {images} NaN or infinite values" if images else "lower lr or look at the images' scale"
+        raise FloatingPointError(
+            f"adaptation under {self.pattern} with lr={self.lr} diverged in step {step + 1} of {len(losses)}, support loss "
+            f"{float(values[step, task])}: {why}"
+        )
+
+
+class _Attached(torch.autograd.Function):
+    """The adapted tensor, with the model's parameter in its place for gradients."""
+
+    @staticmethod
+    def forward(meta: Tensor, adapted: Tensor) -> Tensor:
+        return adapted.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _scalar(value: Tensor) -> Tensor:
+    if value.dim() != 0:
+        raise ValueError(f"the loss must be one number a task, got {list(value.shape)}: take the mean over the support set")
+    return value

@@ -1,0 +1,145 @@
+"""The plan: what of a network has to be run again in every inner step, and what is frozen prefix and runs once.
+
+The network is evaluated partially with respect to the updated parameters: a step of its program belongs to the frozen
+prefix when no updated parameter reaches it and it may be left out the second time (no random numbers, no unknown code).
+A batch norm with running statistics may: its update is noted and made again for each run that is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from lambda_kernels.graph import Program, Step, program_of
+
+from .network import layers_of
+
+__all__ = ["Frozen", "Part", "Plan", "moving_steps", "plan_of", "say_once", "state_of"]
+
+_log = logging.getLogger("lambda_maml")
+_told: set[str] = set()
+
+
+def moving_steps(model: nn.Module, updated: frozenset[str]) -> tuple[set[int], tuple[Step, ...]]:
+    """The indices of the steps that differ from one inner step to the next, and all steps of the network's program."""
+    program = program_of(model)
+    return _moving(program, updated), program.steps
+
+
+def _moving(program: Program, updated: frozenset[str]) -> set[int]:
+    slots: set[int] = set()
+    indices: set[int] = set()
+    for index, step in enumerate(program.steps):
+        names = {program.aliases.get(n, n) for n in step.parameters}
+        if step.not_reusable or not names.isdisjoint(updated) or not slots.isdisjoint(step.reads):
+            slots.add(step.slot)
+            indices.add(index)
+    return indices
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The network's parameters, and copies of its buffers, by every name that they have."""
+    state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    copies: dict[int, Tensor] = {}
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        state[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+    return state
+
+
+class Part:
+    """A program cut in two by the parameters that are updated: the frozen prefix and the rest."""
+
+    def __init__(self, program: Program, updated: tuple[str, ...]) -> None:
+        moving = _moving(program, frozenset(updated))
+        computed = {step.slot for i, step in enumerate(program.steps) if i not in moving} | set(range(program.inputs))
+        read = {slot for i in moving for slot in program.steps[i].reads} | set(program.result_slots)
+        self.program = program
+        self.updated = updated
+        self.boundary = tuple(sorted(computed & read))
+        self.prefix = program.part([i for i in range(len(program.steps)) if i not in moving], self.boundary)
+        self.rest = program.part(sorted(moving), ())
+        # An in-place step of the rest would write into the prefix's results, or into a view of them.
+        self.copies = any(program.steps[i].writes_input for i in moving)
+
+    def freeze(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], x: Tensor) -> Frozen:
+        """Run the prefix on x."""
+        env: dict[int, Any] = {0: x}
+        effects: list[Callable[[], None]] = []
+        self.program.run(self.prefix, modules, state, env, effects)
+        return Frozen(self, tuple(env[slot] for slot in self.boundary), effects)
+
+    def finish(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], boundary: tuple[Any, ...]) -> Any:
+        """The network's result from the prefix's values."""
+        if self.copies:
+            boundary = tuple(v.clone() if isinstance(v, Tensor) else v for v in boundary)
+        env: dict[int, Any] = dict(zip(self.boundary, boundary))
+        self.program.run(self.rest, modules, state, env)
+        return self.program.take(env)
+
+
+class Frozen:
+    """The prefix's values for one input. Every call finishes the network from them and counts as one run of it."""
+
+    def __init__(self, part: Part, boundary: tuple[Any, ...], effects: list[Callable[[], None]]) -> None:
+        self.part, self.boundary, self.effects, self.runs = part, boundary, effects, 0
+
+    def __call__(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> Any:
+        if self.runs:
+            for update in self.effects:
+                update()
+        self.runs += 1
+        return self.part.finish(modules, state, self.boundary)
+
+
+class Plan:
+    """A network's program, its layers, and its parts: one for each set of layers that is updated."""
+
+    def __init__(self, model: nn.Module, program: Program) -> None:
+        self.program, self.network = program, type(model).__name__
+        self.layers = layers_of(model, program)
+        self.parts: dict[tuple[str, str], Part] = {}
+
+    def part(self, bits: str, norm: str) -> Part:
+        """The program cut by the parameters that a pattern's step updates."""
+        key = (bits, norm)
+        if key not in self.parts:
+            updated = tuple(n for bit, layer in zip(bits, self.layers) if bit == "1" for n in layer.adapted(norm))
+            self.parts[key] = Part(self.program, updated)
+        return self.parts[key]
+
+    @cached_property
+    def why_not_batched(self) -> str | None:
+        """Why several tasks cannot be adapted as one batch, or None where they can."""
+        if any(step.tracks for step in self.program.steps):
+            return "it updates running statistics"
+        return next((step.not_reusable for step in self.program.steps if step.not_reusable), None)
+
+    def outputs(self, modules: Mapping[str, nn.Module]) -> int | None:
+        """The number of logits, where the network ends in a linear layer."""
+        step = self.program.steps[-1]
+        return modules[step.layer[0]].out_features if step.kind == "linear" and step.layer else None  # type: ignore[return-value]
+
+
+_PLANS: WeakKeyDictionary[Program, Plan] = WeakKeyDictionary()
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan of a network in its present mode; says once when the network cannot be traced."""
+    program = program_of(model)
+    if program not in _PLANS:
+        _PLANS[program] = Plan(model, program)
+        if program.untraceable is not None:
+            say_once(f"{type(model).__name__} is adapted without prefix reuse: torch.fx cannot trace it ({program.untraceable})")
+    return _PLANS[program]
+
+
+def say_once(message: str) -> None:
+    """Log a warning that was not given before in this process."""
+    if message not in _told:
+        _told.add(message)
+        _log.warning(message)
