@@ -1,0 +1,84 @@
+"""Checkpoints: one safetensors file that holds everything, and a readable JSON copy of its header beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import models
+from .files import atomic, write_json
+
+FORMAT = "lambda-maml 1"
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write named tensors and a JSON-able `meta` to one safetensors file, atomically."""
+    whole = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+    header = {"format": FORMAT, "meta": json.dumps(meta, allow_nan=False)}
+    with atomic(path) as part:
+        save_file(whole, part, metadata=header)
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote. Raises FileNotFoundError, or ValueError for a file of another kind."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: format is {header.get('format')!r}, expected {FORMAT!r}: not a lambda-maml checkpoint"
+        )
+    return tensors, json.loads(header["meta"])
+
+
+def save(path: str | Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
+    """Write `model` to `path` (a .safetensors name) and `meta` with the network's config to a .json of the same name.
+
+    `meta` holds what JSON can (training settings, metrics). The JSON is for people and programs; `load` reads only the
+    safetensors file, whose header holds the same, so that the two can never be mixed up.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: a checkpoint's name ends in .safetensors")
+    meta = {**meta, "network": models.config_of(model)}
+    write_tensors(path, model.state_dict(), meta)
+    write_json(path.with_suffix(".json"), meta)
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Read a checkpoint: the model built from its config, on the CPU, and its `meta`.
+
+    With `model` given, its parameters are overwritten instead and it is returned. Raises ValueError that names the
+    first key that differs in name or shape; `model` is then unchanged.
+    """
+    tensors, meta = read_tensors(path)
+    if model is None:
+        if not isinstance(meta.get("network"), dict):
+            raise ValueError(f"{path}: holds no network config: it is a training state, pass best.safetensors")
+        model = models.build(meta["network"])
+    load_tensors(model, tensors, str(path))
+    return model, meta
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy `tensors` into `model` after checking every name and shape. `source` names the file in errors."""
+    expected = model.state_dict()
+    for key in [*expected, *(k for k in tensors if k not in expected)]:
+        if key not in tensors or key not in expected or tensors[key].shape != expected[key].shape:
+            has = list(tensors[key].shape) if key in tensors else "no such tensor"
+            wants = list(expected[key].shape) if key in expected else "no such tensor"
+            raise ValueError(f"{source}: is of another network: {key} is {has} in the file, {wants} in the network")
+    model.load_state_dict(dict(tensors))

@@ -1,0 +1,577 @@
+"""The command line, `lambda-maml`: results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from lambda_kernels import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from .evaluate import Progress
+    from .train import Result
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEMO: dict[str, Any] = {
+    "dataset": "glyphs",
+    "width": 32,
+    "settings": {
+        "ways": 5, "shots": 1, "query": 15, "steps": 5, "lr": 0.05, "meta_lr": 2e-3, "second_order": False,
+        "val_tasks": 60, "val_every": 200,
+    },
+    "iterations": 2000,
+    "train_minutes": 1.2,
+    "select_tasks": 150,
+    "test_tasks": 200,
+    "timing_seconds": 10.0,
+    "max_drop": 0.01,
+}  # fmt: skip
+"""All that the demo's time and result depend on; the whole of it stays within 3 minutes on 2 cores."""
+
+SELECT_SEED, TEST_SEED = 1000, 2000
+"""Seeds of the tasks to choose on and to report on, apart from those of training and of its validation."""
+
+
+class Group(click.Group):
+    """Commands in the order in which they are defined."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
+
+
+@click.group(cls=Group, context_settings=HELP, invoke_without_command=True)
+@click.version_option(__version__, prog_name="lambda-maml")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Adapt few-shot networks fast: find out which layers a MAML-trained network must update.
+
+    A pattern has one bit a layer, input first: 0 frozen, 1 updated while adapting to a new task. 11111 is MAML, 00001
+    is ANIL. Begin with `lambda-maml demo`; then `train` a network, `select` a pattern, and `adapt` to your own images.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several click options as one decorator."""
+
+    def apply(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
+)
+device_option = click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:N.")
+data_options = options(
+    click.option(
+        "--dataset", help="glyphs (built in), omniglot, cifar_fs, fc100 or mini_imagenet.  [default: the checkpoint's]"
+    ),
+    click.option("--root", type=click.Path(path_type=Path), help="Folder in which the set lies (glyphs needs none)."),
+)
+inner_options = options(
+    click.option("--steps", type=click.IntRange(1), help="Gradient steps of adaptation.  [default: the checkpoint's]"),
+    click.option("--lr", type=float, help="Rate of these steps.  [default: the checkpoint's]"),
+    click.option(
+        "--norm", type=click.Choice(["follow", "never"]),
+        help="Do a layer's norm weights follow its bit, or never adapt.  [default: the checkpoint's]",
+    ),
+)  # fmt: skip
+checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), help="Folder for the results.")
+@click.option("--seed", default=0, help="Seed of the network and of the tasks.")
+@json_option
+def demo(out: Path, seed: int, as_json: bool) -> None:
+    """Train, choose a pattern and show what it gains, in three minutes.
+
+    Meta-trains a small network on glyphs (characters of many scripts, made on the spot), evaluates and times all 31
+    patterns, and compares the chosen one with MAML in stock PyTorch on tasks that it was not chosen on. In the folder:
+    best.safetensors, pattern.json and report.png.
+    """
+    from . import data
+    from .select import select_pattern
+    from .train import BEST, Settings
+
+    start = time.perf_counter()
+    _say("preparing glyphs")
+    train_set, val_set, test_set = (data.load(DEMO["dataset"], split=split) for split in ("train", "val", "test"))
+    settings = Settings(**DEMO["settings"], seed=seed)
+    result = _train(
+        train_set, val_set, out, settings, DEMO["width"], iterations=DEMO["iterations"], minutes=DEMO["train_minutes"],
+        overwrite=True,
+    )  # fmt: skip
+    if result.stopped == "interrupt":
+        raise click.Abort
+    model, _ = _load(out / BEST, "cpu")
+    episode = {"ways": settings.ways, "shots": settings.shots, "query": settings.query}
+    with _bar("selecting") as progress:
+        chosen = select_pattern(
+            model,
+            data.sample_tasks(val_set, DEMO["select_tasks"], seed=SELECT_SEED + seed, **episode),
+            test_tasks=data.sample_tasks(test_set, DEMO["test_tasks"], seed=TEST_SEED + seed, **episode),
+            steps=settings.evaluation_steps, lr=settings.lr, norm=settings.norm, max_drop=DEMO["max_drop"],
+            seconds=DEMO["timing_seconds"], progress=progress,
+        )  # fmt: skip
+    _publish(chosen.to_dict(), chosen.warnings, out / "pattern.json", as_json)
+    _say(f"the whole demo took {time.perf_counter() - start:.0f} s")
+
+
+@cli.command()
+@click.option("--dataset", default="glyphs", help="glyphs (built in), omniglot, cifar_fs, fc100 or mini_imagenet.")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder in which the set lies (glyphs needs none).")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the checkpoint and the state.")
+@click.option("--ways", default=5, help="Classes in a task.")
+@click.option("--shots", default=1, help="Support images a class.")
+@click.option("--query", default=15, help="Query images a class.")
+@click.option("--steps", default=5, help="Inner gradient steps in training.")
+@click.option(
+    "--test-steps", type=click.IntRange(1), help="Inner steps in validation and after.  [default: as --steps]"
+)
+@click.option("--lr", default=0.01, help="Inner rate.")
+@click.option("--meta-lr", default=1e-3, help="Adam's rate.")
+@click.option("--meta-batch", default=4, help="Tasks an iteration.")
+@click.option("--width", default=32, help="Channels of each convolution.")
+@click.option("--iterations", default=10000, help="Meta-updates in all, earlier runs included.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop this run after so many minutes.")
+@click.option("--first-order/--second-order", "first_order", default=False, help="Leave out second derivatives.")
+@click.option("--pattern", help="Pattern used in training, e.g. 00011.  [default: all layers]")
+@click.option(
+    "--norm", type=click.Choice(["follow", "never"]), default="follow",
+    help="Do a layer's norm weights follow its bit, or never adapt.",
+)  # fmt: skip
+@click.option("--val-tasks", default=100, help="Validation tasks that the best checkpoint is chosen by.")
+@click.option("--val-every", default=250, help="Iterations between validations.")
+@click.option("--batched/--one-by-one", default=True, help="Adapt the tasks of an iteration together, or save memory.")
+@click.option("--seed", default=0, help="Seed of the network and of the tasks.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out; the result is the same as without the break.")
+@device_option
+@json_option
+def train(
+    dataset: str, root: Path | None, out: Path, width: int, iterations: int, minutes: float | None, first_order: bool,
+    batched: bool, resume: bool, device: str, as_json: bool, **settings: Any,
+) -> None:  # fmt: skip
+    """Meta-train a conv4 network (MAML). Ctrl-C saves; --resume continues.
+
+    In the folder: best.safetensors with best.json, the checkpoint of the best validation accuracy, and
+    last.safetensors, the state to resume from.
+    """
+    from . import data
+    from .train import BEST, Settings
+
+    chosen = Settings(**settings, second_order=not first_order)
+    train_set, val_set = (data.load(dataset, root=root, split=split) for split in ("train", "val"))
+    result = _train(
+        train_set, val_set, out, chosen, width, iterations=iterations, minutes=minutes, resume=resume, batched=batched,
+        device=device,
+    )  # fmt: skip
+    best = result.best
+    if as_json:
+        line = best._asdict() if best else None
+        _print_json(
+            {
+                "checkpoint": str(out / BEST) if best else None,
+                "iteration": result.iteration,
+                "stopped": result.stopped,
+                "best": line,
+            }
+        )
+    elif best:
+        click.echo(
+            f"{out / BEST}: {100 * best.accuracy:.2f} ± {100 * best.ci95:.2f} % on {chosen.val_tasks} validation tasks "
+            f"at iteration {best.iteration}"
+        )
+    if result.stopped == "interrupt":
+        _say(f"stopped at iteration {result.iteration} and saved; continue with --resume")
+        raise click.exceptions.Exit(130)
+
+
+@cli.command()
+@checkpoint_argument
+@data_options
+@click.option("--tasks", default=200, help="Validation tasks to choose on; as many test tasks to report on.")
+@inner_options
+@click.option(
+    "--max-drop", type=click.FloatRange(0, 1), default=0.01,
+    help="Allowed drop of accuracy against the full pattern, a fraction.",
+)  # fmt: skip
+@click.option("--relative", is_flag=True, help="The drop is a fraction of the full pattern's accuracy.")
+@click.option(
+    "--rule", type=click.Choice(["bound", "point"]), default="bound",
+    help="Compare the drop's one-sided 95% bound over paired tasks, or the estimate itself.",
+)  # fmt: skip
+@click.option("--timings", type=click.Path(path_type=Path), help="Take times from pytest-benchmark's JSON instead.")
+@click.option("--seconds", default=30.0, help="Time to spend on measuring adaptation times.")
+@click.option("--seed", default=0, help="Seed of the tasks.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Where to write.  [default: pattern.json by the checkpoint]"
+)
+@device_option
+@json_option
+def select(
+    checkpoint: Path, dataset: str | None, root: Path | None, tasks: int, steps: int | None, lr: float | None,
+    norm: str | None, max_drop: float, relative: bool, rule: str, timings: Path | None, seconds: float, seed: int,
+    out: Path | None, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Choose the fastest pattern whose accuracy is good enough.
+
+    Evaluates every pattern on the same validation tasks, measures how long each one adapts, and takes the fastest one
+    within --max-drop of the full pattern. Writes pattern.json and, beside it, report.png.
+    """
+    from . import data
+    from .select import select_pattern
+
+    model, meta = _load(checkpoint, device)
+    inner = _inner(meta, {}, steps, lr, norm)
+    val_set, test_set = (_images(meta, dataset, root, split) for split in ("val", "test"))
+    episode = _episode(meta)
+    val_tasks = data.sample_tasks(val_set, tasks, seed=SELECT_SEED + seed, **episode)
+    test_tasks = data.sample_tasks(test_set, tasks, seed=TEST_SEED + seed, **episode)
+    with _bar("selecting") as progress:
+        chosen = select_pattern(
+            model, val_tasks, test_tasks=test_tasks, **inner, max_drop=max_drop, relative=relative, rule=rule,
+            timings=timings, seconds=seconds, progress=progress,
+        )  # fmt: skip
+    _publish(chosen.to_dict(), chosen.warnings, out or checkpoint.parent / "pattern.json", as_json)
+
+
+@cli.command("eval")
+@checkpoint_argument
+@click.option("--pattern", help="Bits such as 00011, or a pattern.json.  [default: all layers]")
+@data_options
+@click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", help="Part of the set.")
+@click.option("--tasks", default=400, help="Number of tasks.")
+@inner_options
+@click.option("--seed", default=0, help="Seed of the tasks.")
+@device_option
+@json_option
+def evaluate_command(
+    checkpoint: Path, pattern: str | None, dataset: str | None, root: Path | None, split: str, tasks: int,
+    steps: int | None, lr: float | None, norm: str | None, seed: int, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Accuracy of a checkpoint on new tasks, under a pattern."""
+    from . import data
+    from .evaluate import evaluate
+
+    model, meta = _load(checkpoint, device)
+    bits, report = _pattern(model, pattern)
+    inner = _inner(meta, report, steps, lr, norm)
+    episodes = data.sample_tasks(_images(meta, dataset, root, split), tasks, seed=TEST_SEED + seed, **_episode(meta))
+    with _bar("evaluating") as progress:
+        found = evaluate(model, episodes, pattern=bits, **inner, progress=progress)
+    ci95 = found.ci95 if tasks > 1 else None
+    if as_json:
+        _print_json({"pattern": bits, "split": split, "tasks": tasks, "accuracy": found.mean, "ci95": ci95, **inner})
+    else:
+        interval = f"± {100 * ci95:.2f} %" if ci95 is not None else "% (no interval from one task)"
+        click.echo(f"{bits}: {100 * found.mean:.2f} {interval} on {tasks} {split} tasks, {inner['steps']} steps")
+
+
+@cli.command()
+@checkpoint_argument
+@click.option(
+    "--support", type=click.Path(path_type=Path), required=True, help="Folder with one sub-folder of images a class."
+)
+@click.option(
+    "--query", type=click.Path(path_type=Path), help="Folder of images to classify, or one sub-folder a class."
+)
+@click.option("--pattern", help="Bits such as 00011, or a pattern.json.  [default: all layers]")
+@inner_options
+@click.option(
+    "--invert/--no-invert", default=None,
+    help="Dark ink on light paper becomes high.  [default: --invert for one-channel networks]",
+)  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), help="Write the adapted network here (.safetensors).")
+@device_option
+@json_option
+def adapt(
+    checkpoint: Path, support: Path, query: Path | None, pattern: str | None, steps: int | None, lr: float | None,
+    norm: str | None, invert: bool | None, out: Path | None, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Adapt a checkpoint to your own images, and classify others."""
+    import torch
+
+    from . import checkpoint as files
+    from .adapt import adapt as adapt_model
+    from .images import class_folders, image_files, read_images
+
+    if out is not None and out.suffix != ".safetensors":
+        raise ValueError(f"--out {out}: the name ends in .safetensors")
+    model, meta = _load(checkpoint, device)
+    network = meta["network"]
+    bits, report = _pattern(model, pattern)
+    inner = _inner(meta, report, steps, lr, norm)
+    classes = class_folders(support)
+    if len(classes) != network["ways"]:
+        found = f"{len(classes)} class folders ({', '.join(classes)})" if classes else "no class folder"
+        raise ValueError(f"{support}: {found}, but the network has {network['ways']} classes")
+    dark = network["in_channels"] == 1 if invert is None else invert
+
+    def read(paths: list[Path]) -> torch.Tensor:
+        return read_images(paths, network, meta["dataset"], invert=dark).to(device)
+
+    labels = [index for index, paths in enumerate(classes.values()) for _ in paths]
+    xs, ys = read([path for paths in classes.values() for path in paths]), torch.tensor(labels, device=device)
+    queries: list[Path] = []
+    if query is not None:
+        if not query.is_dir():
+            raise FileNotFoundError(f"{query}: no such folder")
+        folders = sorted(path for path in query.iterdir() if path.is_dir() and not path.name.startswith("."))
+        queries = [path for folder in (query, *folders) for path in image_files(folder)]
+        if not queries:
+            raise ValueError(f"{query}: no image in this folder")
+    xq = read(queries) if queries else None
+
+    learner = adapt_model(model, xs, ys, pattern=bits, **inner)
+    predictions = []
+    if xq is not None:
+        with torch.no_grad():
+            chances = learner(xq).softmax(-1).cpu()
+        names = list(classes)
+        predictions = [
+            {"image": str(path), "class": names[int(row.argmax())], "probability": float(row.max())}
+            for path, row in zip(queries, chances, strict=True)
+        ]
+    if out is not None:
+        adapted = {key: value.detach() for key, value in learner.parameters_dict().items()}
+        model.load_state_dict({**model.state_dict(), **adapted})
+        files.save(out, model, {**meta, "adapted": {"pattern": bits, **inner, "classes": list(classes)}})
+        _say(f"wrote {out}")
+    if as_json:
+        _print_json(
+            {"pattern": bits, **inner, "classes": list(classes), "support": len(labels), "predictions": predictions}
+        )
+        return
+    click.echo(f"adapted under {bits} to {len(labels)} support images of {', '.join(classes)}")
+    for row in predictions:
+        click.echo(f"{row['image']}: {row['class']} ({row['probability']:.1%})")
+
+
+@cli.command()
+@click.argument("pattern_json", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The picture.  [default: report.png by pattern.json]")
+@click.option("--all", "every", is_flag=True, help="List every candidate, not the front and the well-known ones alone.")
+@json_option
+def report(pattern_json: Path, out: Path | None, every: bool, as_json: bool) -> None:
+    """Tables and picture of a selection that was made before."""
+    from .report import plot, summary
+    from .select import read_selection
+
+    found = read_selection(pattern_json)
+    picture = out or pattern_json.with_name("report.png")
+    plot(found, picture)
+    if as_json:
+        _print_json({**summary(found), "picture": str(picture)})
+    else:
+        _tables(found, every)
+        click.echo(f"picture: {picture}")
+
+
+@cli.command()
+@json_option
+def info(as_json: bool) -> None:
+    """Versions, devices, and which kernels can run here."""
+    from lambda_kernels import info as kernels
+
+    found = kernels.collect()
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(kernels.text(found))
+
+
+def _train(
+    train_set: Any, val_set: Any, out: Path, settings: Any, width: int, *, device: str = "cpu", **more: Any
+) -> Result:
+    """Build conv4 for the set and train it with a progress bar."""
+    import torch
+
+    from . import models
+    from .train import train as run
+
+    channels, height, side = train_set.image_shape
+    if height != side:
+        raise ValueError(f"{train_set.name}: images are {height}x{side}, expected square ones")
+    torch.manual_seed(settings.seed)
+    model = models.conv4(ways=settings.ways, in_channels=channels, width=width, image_size=side).to(_device(device))
+    with _bar("training") as progress:
+        return run(model, train_set, val_set, out=out, settings=settings, progress=progress, **more)
+
+
+def _publish(found: dict[str, Any], warnings: list[str], path: Path, as_json: bool) -> None:
+    """Write pattern.json and report.png, then print the tables or the JSON."""
+    from .files import write_json
+    from .report import plot
+
+    write_json(path, found)
+    plot(found, path.with_name("report.png"))
+    for warning in warnings:
+        _say(f"warning: {warning}")
+    if as_json:
+        _print_json(found)
+    else:
+        _tables(found)
+        click.echo(f"wrote {path} and {path.with_name('report.png')}")
+
+
+def _tables(found: Mapping[str, Any], every: bool = False) -> None:
+    from rich.console import Console
+
+    from .report import candidates, headline
+
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(candidates(found, every=every))
+    console.print(headline(found))
+
+
+def _load(path: Path, device: str) -> tuple[Any, dict[str, Any]]:
+    from . import checkpoint
+
+    where = _device(device)
+    model, meta = checkpoint.load(path)
+    return model.to(where), meta
+
+
+def _device(text: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise ValueError(f"--device {text}: expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {text}: this torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _images(meta: Mapping[str, Any], dataset: str | None, root: Path | None, split: str) -> Any:
+    """The set that was asked for, or the checkpoint's; its images must fit the network."""
+    from . import data
+
+    images = data.load(dataset or meta["dataset"]["name"], root=root, split=split)
+    network = meta["network"]
+    fits = (network["in_channels"], network["image_size"], network["image_size"])
+    if tuple(images.image_shape) != fits:
+        raise ValueError(
+            f"{images.name} has images {list(images.image_shape)}, the checkpoint's network takes {list(fits)}"
+        )
+    return images
+
+
+def _episode(meta: Mapping[str, Any]) -> dict[str, int]:
+    return {key: meta["settings"][key] for key in ("ways", "shots", "query")}
+
+
+def _pattern(model: Any, text: str | None) -> tuple[str, dict[str, Any]]:
+    """Bits and, if they come from a pattern.json, that file's content."""
+    from . import models
+    from .patterns import Pattern
+    from .select import read_selection
+
+    if text is None:
+        return str(Pattern.full(len(models.layer_names(model)))), {}
+    if text.endswith(".json"):
+        found = read_selection(text)
+        return str(Pattern.parse(found["chosen"]["pattern"])), found
+    return str(Pattern.parse(text)), {}
+
+
+def _inner(
+    meta: Mapping[str, Any], report: Mapping[str, Any], steps: int | None, lr: float | None, norm: str | None
+) -> dict[str, Any]:
+    """Steps, rate and norm of the inner loop: as asked, else as in the pattern.json, else as in the checkpoint."""
+    settings = meta["settings"]
+    default = {
+        "steps": settings["test_steps"] or settings["steps"], "lr": settings["lr"], "norm": settings["norm"],
+        **{key: report[key] for key in ("steps", "lr", "norm") if key in report},
+    }  # fmt: skip
+    asked = {"steps": steps, "lr": lr, "norm": norm}
+    return {key: default[key] if value is None else value for key, value in asked.items()}
+
+
+def _say(text: str) -> None:
+    """A line for the person who waits."""
+    click.echo(text, err=True)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Progress]:
+    """A progress bar on stderr on a terminal, else a line there every ten seconds and at the end."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn(title),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Bar(*columns, console=console) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+        return
+    last = time.monotonic()
+
+    def line(done: int, total: int, what: str) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= 10:
+            last = time.monotonic()
+            _say(f"{title}: {done}/{total} {what}")
+
+    yield line
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
+
+    With LAMBDA_MAML_DEBUG=1 in the environment errors show their traceback.
+    """
+    debug = os.environ.get("LAMBDA_MAML_DEBUG", "") not in ("", "0")
+    try:
+        status = cli.main(args, prog_name="lambda-maml", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.ClickException as error:
+        message = error.format_message()
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("lambda-maml: interrupted", err=True)
+        return 130
+    except (ValueError, OSError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+        if debug:
+            raise
+        message = str(error)
+    click.echo(f"lambda-maml: error: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run())

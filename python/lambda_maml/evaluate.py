@@ -1,0 +1,71 @@
+"""Accuracy of an adapted model, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .adapt import adapt_tasks
+from .patterns import Pattern
+from .stats import mean_ci95
+
+if TYPE_CHECKING:
+    from .data import Task
+
+Progress = Callable[[int, int, str], None]
+"""Called as progress(done, total, what): whole numbers of the same unit, and a few words on the last step."""
+
+
+class Evaluation(NamedTuple):
+    """Query accuracies of the adapted model: one a task, their mean and the half width of its 95% interval."""
+
+    accuracies: Tensor
+    mean: float
+    ci95: float
+
+
+def stack(tasks: Sequence[Task], model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tasks of equal shapes as xs [T, N, C, H, W], ys [T, N], xq [T, Q, C, H, W], yq [T, Q], on the model's device and
+    in its dtype."""
+    weight = next(model.parameters())
+    xs, ys, xq, yq = (torch.stack(parts).to(weight.device) for parts in zip(*tasks, strict=True))
+    return xs.to(weight.dtype), ys, xq.to(weight.dtype), yq
+
+
+def evaluate(
+    model: nn.Module,
+    tasks: Sequence[Task],
+    *,
+    pattern: Pattern | str,
+    steps: int,
+    lr: float,
+    norm: str = "follow",
+    batch: int = 16,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Adapt to each task's support set and classify its query set.
+
+    The accuracies (fractions, float64, [len(tasks)]) stay in the order of `tasks`, so that two patterns can be compared
+    task by task. At most `batch` tasks of equal shapes are adapted together. Raises ValueError without tasks.
+    """
+    if not tasks:
+        raise ValueError("evaluate: there are no tasks")
+    found: list[Tensor] = []
+    done = 0
+    while done < len(tasks):
+        shapes = [part.shape for part in tasks[done]]
+        end = done + 1
+        while end < min(done + batch, len(tasks)) and [part.shape for part in tasks[end]] == shapes:
+            end += 1
+        xs, ys, xq, yq = stack(tasks[done:end], model)
+        with torch.no_grad():  # the query pass; adapt_tasks turns gradients on for itself
+            logits = adapt_tasks(model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, norm=norm)
+        found.append((logits.argmax(-1) == yq).double().mean(-1).cpu())
+        done = end
+        if progress is not None:
+            progress(done, len(tasks), "tasks")
+    accuracies = torch.cat(found)
+    return Evaluation(accuracies, *mean_ci95(accuracies))

@@ -1,0 +1,244 @@
+"""A selection (the form of pattern.json) as tables for a terminal and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import atomic
+from .patterns import Pattern
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Report = Mapping[str, Any]
+
+
+def names(report: Report) -> dict[str, str]:
+    """Well-known patterns among the candidates, by their text: MAML, ANIL, BOIL."""
+    n = len(str(report["full"]["pattern"]).split(",")[0])
+    known = {"1" * n: "MAML", "0" * (n - 1) + "1": "ANIL", "1" * (n - 1) + "0": "BOIL"}
+    there = {row["pattern"] for row in report["candidates"]}
+    return {pattern: name for pattern, name in known.items() if pattern in there}
+
+
+def pareto(report: Report) -> list[dict[str, Any]]:
+    """Candidates that no other one beats in both time and accuracy, the fastest first."""
+    front: list[dict[str, Any]] = []
+    for row in sorted(report["candidates"], key=lambda row: (row["time_ms"], -row["accuracy"])):
+        if not front or row["accuracy"] > front[-1]["accuracy"]:
+            front.append(row)
+    return front
+
+
+def admissible(report: Report, row: Mapping[str, Any]) -> bool:
+    """Whether the pattern's drop, by the report's rule, is within max_drop."""
+    if row["pattern"] == report["full"]["pattern"]:
+        return True
+    drop = row["drop"] if report["rule"] == "point" else row["drop_bound"]
+    return drop is not None and drop <= report["max_drop"] + 1e-12
+
+
+def speedups(report: Report) -> dict[str, float | None]:
+    """How many times faster the chosen pattern adapts than the full one, in plain PyTorch and in this package."""
+    chosen, full, stock = (report[key]["time_ms"] for key in ("chosen", "full", "stock_full"))
+    return {"over_stock_full": stock / chosen if stock else None, "over_full": full / chosen}
+
+
+def _points(value: float | None, ci95: float | None = None) -> str:
+    """A fraction as percentage points."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f}" + ("" if ci95 is None else f" ± {100 * ci95:.2f}")
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def headline(report: Report) -> Table:
+    """The choice beside the full pattern, in this package and in plain PyTorch: times, and accuracy on test tasks."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    chosen, full, stock, test = (report[key] for key in ("chosen", "full", "stock_full", "test"))
+    tested = test["tasks"] > 0
+    accuracy = ("full_accuracy", "chosen_accuracy") if tested else (None, None)
+    values = [
+        test[key] if key else report[part]["accuracy"] for key, part in zip(accuracy, ("full", "chosen"), strict=True)
+    ]
+    drop, ci95 = (test["drop"], test["drop_ci95"]) if tested else (chosen["drop"], None)
+    where = f"{test['tasks']} test tasks" if tested else "validation tasks it was chosen on"
+    table = Table(
+        title=f"{report['network']}, {report['ways']}-way {report['shots']}-shot, {report['steps']} steps: "
+        f"{chosen['pattern']} beside MAML",
+        caption=f"adapt: support tensors to adapted parameters; stock: plain PyTorch layers and autograd, same run; "
+        f"accuracy: {where}; cost: mean of paired differences ± 95%",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("", no_wrap=True)
+    for title in ("adapt\nms", "+ query\nms", "x faster\nvs stock", "x faster\nvs ours", "accuracy\n%", "cost\npoints"):
+        table.add_column(title, justify="right", no_wrap=True)
+    rows = [
+        (f"MAML {full['pattern']}, stock", stock, values[0], "0"),
+        (f"MAML {full['pattern']}, ours", full, values[0], "0"),
+        (f"chosen {chosen['pattern']}, ours", chosen, values[1], _points(drop, ci95)),
+    ]
+    for title, row, value, cost in rows:
+        time = row["time_ms"]
+        ratios = [f"{base['time_ms'] / time:.1f}x" if time and base["time_ms"] else "-" for base in (stock, full)]
+        bold = "bold" if row is chosen else None
+        table.add_row(title, _ms(time), _ms(row.get("end_to_end_ms")), *ratios, _points(value), cost, style=bold)
+    return table
+
+
+def candidates(report: Report, *, every: bool = False) -> Table:
+    """Candidates, the fastest first: the Pareto front and the well-known ones, or with `every` all of them."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    known, front = names(report), [row["pattern"] for row in pareto(report)]
+    rows = sorted(report["candidates"], key=lambda row: (row["time_ms"], -row["accuracy"]))
+    keep = {*known, *front, report["chosen"]["pattern"], report["full"]["pattern"]}
+    shown = rows if every else [row for row in rows if row["pattern"] in keep]
+    unit = "% of full" if report.get("relative") else "points"
+    limit = f"{100 * report['max_drop']:g} {unit}"
+    rule = "drop" if report["rule"] == "point" else "95% bound of the drop"
+    more = len(rows) - len(shown)
+    table = Table(
+        title="Candidates on validation tasks",
+        caption=f"Allowed: {rule} at most {limit}." + (f" {more} more patterns are in pattern.json." if more else ""),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("pattern", no_wrap=True)
+    for title in ("adapt\nms", "accuracy\n%", f"drop\n{unit}", "drop, 95%\nbound"):
+        table.add_column(title, justify="right")
+    table.add_column("", no_wrap=True)
+    for row in shown:
+        pattern = row["pattern"]
+        notes = [known[pattern]] if pattern in known else []
+        notes += ["chosen"] if pattern == report["chosen"]["pattern"] else []
+        notes += ["Pareto"] if pattern in front else []
+        notes += [] if admissible(report, row) else ["costs too much"]
+        bold = "bold" if pattern == report["chosen"]["pattern"] else None
+        table.add_row(
+            pattern, _ms(row["time_ms"]), _points(row["accuracy"], row["ci95"]), _points(row["drop"]),
+            _points(row["drop_bound"]), ", ".join(notes), style=bold,
+        )  # fmt: skip
+    return table
+
+
+def plot(report: Report, path: str | Path) -> None:
+    """Write a PNG: validation accuracy (95% bars) against adaptation time, the Pareto front, the choice, MAML, ANIL and
+    plain PyTorch's full pattern. Raises ValueError for another file type."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: the picture's name ends in .png")
+    rows, chosen, full = report["candidates"], report["chosen"], report["full"]
+    known, front = names(report), pareto(report)
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+
+    def bars(chosen_rows: list[Any], **style: Any) -> None:
+        axes.errorbar(
+            [row["time_ms"] for row in chosen_rows], [100 * row["accuracy"] for row in chosen_rows],
+            yerr=[100 * (row["ci95"] or 0) for row in chosen_rows], linestyle="none", capsize=2, elinewidth=1, **style,
+        )  # fmt: skip
+
+    # Patterns that fail altogether (a frozen head that was trained to adapt) would flatten all the rest: they are
+    # marked at the lower edge.
+    important = [chosen, full, *(row for row in rows if row["pattern"] in known and known[row["pattern"]] != "BOIL")]
+    floor = min(full["accuracy"] - 0.15, *(row["accuracy"] for row in important)) - 1e-9
+    above = [row for row in rows if row["accuracy"] >= floor]
+    below = [row for row in rows if row["accuracy"] < floor]
+    stock = report["stock_full"]["time_ms"]
+    drawn = [*above, full]
+    low = min(row["accuracy"] - (row["ci95"] or 0) for row in drawn)
+    high = max(row["accuracy"] + (row["ci95"] or 0) for row in drawn)
+    span = max(high - low, 0.01)
+    bottom = 100 * (low - (0.14 if below else 0.06) * span)
+
+    others = [row for row in above if row["pattern"] != chosen["pattern"]]
+    bars(
+        [row for row in others if not admissible(report, row)],
+        fmt="o", color="0.6", markersize=4, label="costs too much accuracy",
+    )  # fmt: skip
+    bars(
+        [row for row in others if admissible(report, row)],
+        fmt="o", color="tab:blue", markersize=5, label="within the allowed drop",
+    )  # fmt: skip
+    axes.plot(
+        [row["time_ms"] for row in front], [100 * row["accuracy"] for row in front], drawstyle="steps-post",
+        color="tab:green", linewidth=1.2, alpha=0.8, label="Pareto front", zorder=1,
+    )  # fmt: skip
+    bars([chosen], fmt="*", color="tab:red", markersize=15, label=f"chosen: {chosen['pattern']}", zorder=5)
+    if stock:
+        bars([{**full, "time_ms": stock}], fmt="s", color="black", markersize=7, label="stock PyTorch, full pattern")
+    if below:
+        best = 100 * max(row["accuracy"] for row in below)
+        axes.plot(
+            [row["time_ms"] for row in below], [bottom + 100 * 0.04 * span] * len(below), "v", color="0.6",
+            markersize=5, label=f"{len(below)} patterns lower down, at most {best:.1f}%",
+        )  # fmt: skip
+
+    named = {row["pattern"]: row for row in important}
+    points = [
+        (row["time_ms"], row["accuracy"], f"{known.get(pattern, '')} {pattern}".strip())
+        for pattern, row in named.items()
+        if pattern in known or pattern == chosen["pattern"]
+    ]
+    if stock:
+        points.append((stock, full["accuracy"], f"stock {full['pattern']}"))
+    for index, (time, accuracy, text) in enumerate(sorted(points)):
+        # Neighbours get labels at different heights above the points, with a line down to the point they belong to.
+        axes.annotate(
+            text, (time, 100 * accuracy), xytext=(time, 100 * (high + (0.08 + 0.08 * (index % 2)) * span)),
+            ha="center", fontsize=9, fontweight="bold" if chosen["pattern"] in text else "normal",
+            arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.7, "shrinkB": 6},
+        )  # fmt: skip
+    times = [row["time_ms"] for row in rows] + ([stock] if stock else [])
+    axes.set_xscale("log")
+    axes.set_xlim(min(times) / 1.5, max(times) * 1.5)
+    axes.set_ylim(bottom, 100 * (high + 0.25 * span))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
+    axes.set_xlabel("adaptation time, ms (support tensors to adapted parameters; log scale)")
+    axes.set_ylabel("validation accuracy, % (95% interval)")
+    axes.set_title(_title(report), fontsize=11)
+    axes.grid(alpha=0.25)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
+    with atomic(path) as part:
+        figure.savefig(part, format="png", dpi=150)
+
+
+def _title(report: Report) -> str:
+    ratio = speedups(report)
+    factor = ratio["over_stock_full"]
+    text = f"{report['network']}, {report['ways']}-way {report['shots']}-shot, {report['steps']} steps: "
+    text += (
+        f"{report['chosen']['pattern']} adapts {ratio['over_full']:.1f}x faster than our {report['full']['pattern']}"
+    )
+    return text + (f",\n{factor:.1f}x faster than stock PyTorch's" if factor else "")
+
+
+def summary(report: Report) -> dict[str, Any]:
+    """The figures that answer the question, for a program: the choice, its speed-ups, its cost on test tasks."""
+    return {"pattern": report["chosen"]["pattern"], **speedups(report), "test": dict(report["test"])}
+
+
+def pattern_of(report: Report) -> Pattern:
+    """The chosen pattern."""
+    return Pattern.parse(report["chosen"]["pattern"])

@@ -1,0 +1,237 @@
+"""Adaptation time: measured here, or read from pytest-benchmark's JSON.
+
+Adaptation time runs from support tensors to adapted parameters; the query forward is not in it.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lambda_kernels import info, to_torch
+
+from . import models
+from .adapt import adapt
+from .evaluate import Progress
+from .files import read_json
+from .patterns import Pattern
+from .stock import inner_loop, inner_parameters
+
+STOCK = "stock_full"
+"""Name of the full pattern run by plain PyTorch among the timings."""
+
+
+class Timing(NamedTuple):
+    """Milliseconds: the median and the quartiles around it."""
+
+    median: float
+    q1: float
+    q3: float
+
+
+class _Stock:
+    """The plain loop, ready to run: its parameters are put back before each run, outside the clock."""
+
+    def __init__(
+        self, model: nn.Module, xs: Tensor, ys: Tensor, steps: int, lr: float, norm: str, xq: Tensor | None
+    ) -> None:
+        self.model = to_torch(model)
+        self.free = inner_parameters(self.model, norm)
+        self.start = [p.detach().clone() for p in self.free]
+        self.call = (xs, ys, steps, lr)
+        self.xq = xq
+
+    def reset(self) -> None:
+        with torch.no_grad():
+            for p, start in zip(self.free, self.start, strict=True):
+                p.copy_(start)
+
+    def __call__(self) -> None:
+        xs, ys, steps, lr = self.call
+        inner_loop(self.model, self.free, xs, ys, steps=steps, lr=lr)
+        if self.xq is not None:
+            with torch.no_grad():
+                self.model(self.xq)
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 2, seconds: float | None = None,
+    synchronize: Callable[[], object] = lambda: None, before: Callable[[str], object] = lambda name: None,
+    progress: Progress | None = None,
+) -> dict[str, Timing]:  # fmt: skip
+    """Time every entry of `runs` once a round, in an order shuffled each round, so that drift of the machine hits all.
+
+    `warmup` rounds are not counted. After `seconds` no new round begins, but three are always counted. `before(name)`
+    runs off the clock ahead of each call; `synchronize()` waits for the device.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}, expected at least 1")
+    clock: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
+    collecting = gc.isenabled()
+    gc.disable()
+    start = time.perf_counter()
+    try:
+        for turn in range(-warmup, repeats):
+            if seconds is not None and turn >= min(3, repeats) and time.perf_counter() - start > seconds:
+                break
+            gc.collect()
+            shuffle(order)
+            for name in order:
+                before(name)
+                synchronize()
+                tick = time.perf_counter_ns()
+                runs[name]()
+                synchronize()
+                if turn >= 0:
+                    clock[name].append((time.perf_counter_ns() - tick) / 1e6)
+            if progress is not None:
+                progress(warmup + turn + 1, warmup + repeats, "timing rounds")
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: _summary(times) for name, times in clock.items()}
+
+
+def _summary(times: Sequence[float]) -> Timing:
+    q1, _, q3 = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+    return Timing(statistics.median(times), q1, q3)
+
+
+def measure_times(
+    model: nn.Module, xs: Tensor, ys: Tensor, *, patterns: Iterable[Pattern | str], steps: int, lr: float,
+    norm: str = "follow", stock: bool = True, xq: Tensor | None = None, repeats: int = 20, warmup: int = 2,
+    seconds: float | None = None, progress: Progress | None = None,
+) -> dict[str, Timing]:  # fmt: skip
+    """Adaptation time of every pattern on xs [N, C, H, W], ys [N], interleaved in this process; keys are the patterns'
+    texts.
+
+    With `stock`, also that of the full pattern in plain PyTorch, under the name `STOCK`: its parameters are copied
+    before the clock starts, while `adapt` pays for its own copies. With `xq`, the times include classifying `xq`.
+    """
+
+    def ours(pattern: Pattern) -> Callable[[], object]:
+        def run() -> None:
+            learner = adapt(model, xs, ys, pattern=pattern, steps=steps, lr=lr, norm=norm)
+            if xq is not None:
+                with torch.no_grad():
+                    learner(xq)
+
+        return run
+
+    runs: dict[str, Callable[[], object]] = {str(p): ours(p) for p in map(Pattern.parse, patterns)}
+    yardstick = _Stock(model, xs, ys, steps, lr, norm, xq) if stock else None
+    if yardstick is not None:
+        runs[STOCK] = yardstick
+
+    def before(name: str) -> None:
+        if name == STOCK and yardstick is not None:
+            yardstick.reset()
+
+    synchronize = torch.cuda.synchronize if xs.is_cuda else (lambda: None)
+    return interleave(
+        runs, repeats=repeats, warmup=warmup, seconds=seconds, synchronize=synchronize, before=before, progress=progress
+    )
+
+
+def measure_time(
+    model: nn.Module, xs: Tensor, ys: Tensor, *, pattern: Pattern | str, steps: int, lr: float, norm: str = "follow",
+    repeats: int = 20,
+) -> float:  # fmt: skip
+    """Median adaptation time in milliseconds: support tensors xs [N, C, H, W], ys [N] to adapted parameters."""
+    times = measure_times(
+        model, xs, ys, patterns=[pattern], steps=steps, lr=lr, norm=norm, stock=False, repeats=repeats
+    )
+    return times[str(Pattern.parse(pattern))].median
+
+
+def timing_info(
+    model: nn.Module, xs: Tensor, *, pattern: Pattern | str, shots: int, steps: int, norm: str, stock: bool = False
+) -> dict[str, Any]:
+    """What a benchmark states of itself, for pytest-benchmark's `extra_info`; `read_timings` matches on it."""
+    return {
+        "kind": STOCK if stock else "adapt",
+        "pattern": str(Pattern.parse(pattern)),
+        "network": models.config_of(model),
+        "shots": shots,
+        "steps": steps,
+        "norm": norm,
+        "dtype": str(xs.dtype).removeprefix("torch."),
+        "device": str(xs.device),
+        "environment": info.environment(xs.device),
+    }
+
+
+def read_timings(
+    path: str | Path, *, patterns: Iterable[Pattern | str], network: Mapping[str, Any], shots: int, steps: int,
+    norm: str, dtype: str = "float32",
+) -> tuple[dict[str, Timing], dict[str, Any]]:  # fmt: skip
+    """Adaptation times from pytest-benchmark's JSON (`--benchmark-json`), and the environment they were taken in.
+
+    Benchmarks of other configurations in the same file are passed over. Raises ValueError if nothing in the file was
+    taken for this network, shots, steps, norm and dtype (naming what differs), if a pattern is missing (naming it), or
+    if one occurs twice. The entry `STOCK` is there if the file has one.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict) or not isinstance(document.get("benchmarks"), list):
+        raise ValueError(f"{path}: not pytest-benchmark's JSON (no list 'benchmarks')")
+    wanted = {"network": dict(network), "shots": shots, "steps": steps, "norm": norm, "dtype": dtype}
+    found: dict[str, list[Timing]] = {}
+    environments: dict[str, dict[str, Any]] = {}
+    nearest: list[str] | None = None
+    for benchmark in document["benchmarks"]:
+        extra = benchmark.get("extra_info", {})
+        if extra.get("kind") not in ("adapt", STOCK):
+            continue
+        differs = _differences({key: extra.get(key, "float32" if key == "dtype" else None) for key in wanted}, wanted)
+        if differs:
+            nearest = differs if nearest is None or len(differs) < len(nearest) else nearest
+            continue
+        name = STOCK if extra["kind"] == STOCK else str(Pattern.parse(extra["pattern"]))
+        found.setdefault(name, []).append(_stats(path, benchmark))
+        device = str(extra.get("device", "unknown device"))
+        environments[device] = {"device": device, **extra.get("environment", {})}
+    if not found:
+        reason = f"the nearest differs in {', '.join(nearest)}" if nearest else "it holds no benchmark of kind 'adapt'"
+        raise ValueError(f"{path}: no timing was taken for this configuration: {reason}")
+    if len(environments) > 1:
+        raise ValueError(f"{path}: mixes timings of {' and '.join(sorted(environments))}: keep one device in the file")
+    twice = [name for name, timings in found.items() if len(timings) > 1]
+    if twice:
+        raise ValueError(f"{path}: pattern {', '.join(twice)} was timed more than once: keep one run in the file")
+    missing = [str(p) for p in map(Pattern.parse, patterns) if str(p) not in found]
+    if missing:
+        raise ValueError(f"{path}: has no timing for pattern {', '.join(missing)} ({len(found)} others are there)")
+    return {name: timing for name, (timing,) in found.items()}, next(iter(environments.values()))
+
+
+def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
+    """Each field in which the two differ, as "steps (5 in the file, 10 here)"."""
+    found = []
+    for key in {**want, **have}:
+        mine, theirs = want.get(key), have.get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            found += [f"{key} {difference}" for difference in _differences(theirs, mine)]
+        elif mine != theirs:
+            found.append(f"{key} ({theirs} in the file, {mine} here)")
+    return found
+
+
+def _stats(path: str | Path, benchmark: Mapping[str, Any]) -> Timing:
+    """Seconds in the file, milliseconds here."""
+    stats = benchmark.get("stats", {})
+    try:
+        timing = Timing(*(1e3 * float(stats[key]) for key in ("median", "q1", "q3")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: benchmark {benchmark.get('name')!r} has no median and quartiles") from error
+    if not 0 < timing.median < float("inf"):
+        raise ValueError(f"{path}: benchmark {benchmark.get('name')!r} has median {stats['median']} s")
+    return timing
