@@ -12,7 +12,6 @@ on every machine; `DIGEST` is their SHA-256 for the fonts named by `FONTS_DIGEST
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import os
 import tempfile
@@ -120,12 +119,17 @@ def candidates() -> list[int]:
     return [c for c in points if unicodedata.category(chr(c))[0] in "LNSP" and not unicodedata.decomposition(chr(c))]
 
 
-def font_folder() -> Path:
-    """The TrueType folder of matplotlib's package (found without importing matplotlib)."""
-    spec = importlib.util.find_spec("matplotlib")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("the glyph set is drawn from the fonts in matplotlib's package: pip install matplotlib")
-    return Path(spec.submodule_search_locations[0]) / "mpl-data" / "fonts" / "ttf"
+def font_file(face: str) -> Path:
+    """The TrueType file of a face in matplotlib's package.
+
+    Raises FileNotFoundError when the package lacks it.
+    """
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+    if not path.is_file():
+        raise FileNotFoundError(f"glyphs: no font file {path}: install matplotlib with its own fonts")
+    return path
 
 
 def read_outlines(font: TTFont, codes: list[int]) -> Outlines:
@@ -273,8 +277,8 @@ def distinct(bitmaps: NDArray[np.uint8], owner: NDArray[np.int64]) -> list[int]:
         return products > np.outer(_ALIKE * spread[a], spread[b])
 
     chosen: list[int] = []
-    kept = np.zeros(0, dtype=np.int64)  # rows of the chosen
-    starts = np.flatnonzero(np.diff(owner, prepend=-1))
+    kept: NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # rows of the chosen
+    starts: NDArray[np.int64] = np.flatnonzero(np.diff(owner, prepend=-1))
     stops = np.append(starts[1:], n)
     for first in range(0, len(starts), 64):  # few large products
         own, last = starts[first : first + 64], stops[first : first + 64]
@@ -301,7 +305,7 @@ def render() -> tuple[NDArray[np.uint8], list[int]]:
     owner: list[int] = []
     bold: list[bool] = []
     for face in FACES:
-        with TTFont(font_folder() / f"{face}.ttf", lazy=True) as font:
+        with TTFont(font_file(face), lazy=True) as font:
             names, glyf = font.getBestCmap(), font["glyf"]
             here = [c for c in codes if c in names and glyf[names[c]].numberOfContours != 0]
             if face.startswith("cm"):  # their other code points hold other characters
@@ -368,7 +372,7 @@ def fonts_digest() -> str:
     """SHA-256 of the font files that the set is drawn from."""
     sha = hashlib.sha256()
     for face in FACES:
-        sha.update((font_folder() / f"{face}.ttf").read_bytes())
+        sha.update(font_file(face).read_bytes())
     return sha.hexdigest()
 
 
