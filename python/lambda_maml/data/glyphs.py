@@ -274,7 +274,8 @@ def distinct(bitmaps: NDArray[np.uint8], owner: NDArray[np.int64]) -> list[int]:
 
     def alike(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.bool_]:
         products = pixels * (exact[a] @ exact[b].T).astype(np.float64) - np.outer(total[a], total[b])
-        return products > np.outer(_ALIKE * spread[a], spread[b])
+        over: NDArray[np.bool_] = products > np.outer(_ALIKE * spread[a], spread[b])
+        return over
 
     chosen: list[int] = []
     kept: NDArray[np.int64] = np.zeros(0, dtype=np.int64)  # rows of the chosen
