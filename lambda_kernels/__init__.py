@@ -10,7 +10,14 @@ from .convert import convert, report, to_torch
 from .layers import Conv2d, ConvBlock, Linear
 
 __all__ = [
-    "BackendError", "Conv2d", "ConvBlock", "Linear", "convert", "functional", "report", "to_torch",
+    "BackendError",
+    "Conv2d",
+    "ConvBlock",
+    "Linear",
+    "convert",
+    "functional",
+    "report",
+    "to_torch",
     "use_backend",
 ]
 __version__ = "0.1.0"

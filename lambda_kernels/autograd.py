@@ -1,8 +1,8 @@
 """torch.autograd.Functions: which gradients are computed, what is saved for them, vmap, and derivatives of any order.
 
-Every operand carries a task axis of size 1 or T (see `spec`), so a vmap over tasks moves the mapped axis there and calls
-again. {convolution, its input gradient, its weight gradient} and {matrix product} are closed under differentiation: each
-one's backward calls the others. Only the norm needs a second-derivative formula of its own.
+Every operand carries a task axis of size 1 or T (see `spec`), so a vmap over tasks moves the mapped axis there and
+calls again. {convolution, its input gradient, its weight gradient} and {matrix product} are closed under
+differentiation: each one's backward calls the others. Only the norm needs a second-derivative formula of its own.
 """
 
 from __future__ import annotations
@@ -11,11 +11,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch.autograd_function import custom_function_call
 
 from .backends import Backend
 from .backends.reference import gather_windows, over_pixels, scatter_windows
 from .spec import ConvSpec
+
+
+class Function(torch.autograd.Function):
+    """torch's Function with a short way in: its own `apply` inspects the signature of forward anew in every call."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().apply(*args)
+        if torch._C._are_functorch_transforms_active():
+            return custom_function_call(cls, *args)
+        if not torch.is_grad_enabled():
+            return cls.forward(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
 def asked(ctx: Any) -> tuple[bool, ...]:
@@ -47,8 +61,9 @@ def _sum_to(g: Tensor, tasks: int) -> Tensor:
     return g if g.shape[0] == tasks else g.sum(0, keepdim=True)
 
 
-def _expand(t: Tensor, tasks: int) -> Tensor:
+def _expand(t: Tensor | None, tasks: int) -> Tensor:
     """A shared operand [1, ...] as [tasks, ...], without a copy."""
+    assert t is not None
     return t.expand(tasks, *t.shape[1:])
 
 
@@ -206,7 +221,7 @@ class Linear(Function):
 
 
 class NormReluPool(Function):
-    """Batch-statistics norm, ReLU and max-pool of z [T, N, C, H, W]; returns y, index, mean, rstd (see the backend).
+    """Batch-statistics norm, ReLU and max-pool of z [T, N, C, H, W]; returns y, index, mean, rstd as the backend does.
 
     `bias`, of the convolution in front, cancels in the norm: it is an input only to be given its gradient, zero.
     """
@@ -236,18 +251,21 @@ class NormReluPool(Function):
         need_z, need_gamma, need_beta, need_bias = asked(ctx)[:4]
         d_z = d_gamma = d_beta = None
         if need_z or need_gamma or need_beta:
-            d_z, d_gamma, d_beta = NormReluPoolGrad.apply(gy, *ctx.saved_tensors, ctx.eps, ctx.pool, need_z, ctx.backend)
+            d_z, d_gamma, d_beta = NormReluPoolGrad.apply(
+                gy, *ctx.saved_tensors, ctx.eps, ctx.pool, need_z, ctx.backend
+            )
             d_z = d_z if need_z else None
             d_gamma = _sum_to(d_gamma, ctx.affine_tasks[0]) if need_gamma else None
             d_beta = _sum_to(d_beta, ctx.affine_tasks[1]) if need_beta else None
         return d_z, d_gamma, d_beta, gy.new_zeros(ctx.bias_shape) if need_bias else None, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, z: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None, *constants: Any) -> Any:
+    def vmap(
+        info: Any, in_dims: Any, z: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None, *constants: Any
+    ) -> Any:
         merged = _merge(info.batch_size, in_dims[:4], (z, gamma, beta, bias))
-        z, *others = merged.operands
         tasks = merged.sizes[0] * merged.sizes[1]
-        results = NormReluPool.apply(_expand(z, tasks), *others, *constants)
+        results = NormReluPool.apply(_expand(merged.operands[0], tasks), *merged.operands[1:], *constants)
         return tuple(merged.split(r) for r in results), (0, 0, 0, 0)
 
 
@@ -259,8 +277,16 @@ class NormReluPoolGrad(Function):
 
     @staticmethod
     def forward(
-        gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor,
-        eps: float, pool: int, need_z: bool, backend: Backend,
+        gy: Tensor,
+        z: Tensor,
+        gamma: Tensor,
+        index: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        eps: float,
+        pool: int,
+        need_z: bool,
+        backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dz, dgamma, dbeta = backend.norm_relu_pool_grad(gy, z, gamma, index, mean, rstd, pool, need_z)
         return z.new_empty(z.shape[0], 0) if dz is None else dz, dgamma, dbeta
@@ -274,7 +300,9 @@ class NormReluPoolGrad(Function):
             ctx.save_for_backward(gy, z, gamma, index)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor | None, v_gamma: Tensor | None, v_beta: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, v: Tensor | None, v_gamma: Tensor | None, v_beta: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         # With P(u) = u - mean(u) - xhat mean(u xhat): dz = gamma rstd P(g), dgamma = sum(g xhat), dbeta = sum(g), and
         # xhat moves with z as rstd P, rstd as -rstd^2 xhat / M. g is gy, scattered to the maxima.
         gy, z, gamma, index = ctx.saved_tensors
@@ -306,7 +334,7 @@ class NormReluPoolGrad(Function):
             d_gamma = _sum_to((rstd * (pv * g).sum(pixels, keepdim=True)).flatten(1), gamma.shape[0])
         if need_z and (pv is not None or v_gamma is not None):
             u = torch.zeros_like(xhat) if v_gamma is None else over_pixels(v_gamma) * g
-            if pv is not None:
+            if v is not None and pv is not None:
                 u = u - scale * (v * average(g * xhat) + g * average(v * xhat))
             d_z = rstd * project(u)
             if pv is not None:
@@ -315,10 +343,18 @@ class NormReluPoolGrad(Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, *constants: Any
+        info: Any,
+        in_dims: Any,
+        gy: Tensor,
+        z: Tensor,
+        gamma: Tensor,
+        index: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        *constants: Any,
     ) -> Any:
         merged = _merge(info.batch_size, in_dims[:6], (gy, z, gamma, index, mean, rstd))
-        gamma = merged.operands.pop(2)
-        gy, z, *others = (_expand(t, merged.sizes[0] * merged.sizes[1]) for t in merged.operands)
-        results = NormReluPoolGrad.apply(gy, z, gamma, *others, *constants)
+        own = merged.operands.pop(2)
+        wide = [_expand(t, merged.sizes[0] * merged.sizes[1]) for t in merged.operands]
+        results = NormReluPoolGrad.apply(*wide[:2], own, *wide[2:], *constants)
         return tuple(merged.split(r) for r in results), (0, 0, 0)

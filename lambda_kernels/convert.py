@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .graph import NORMS, Program, has_hooks, program_of
+from .graph import NORMS, Program, program_of
 from .layers import TORCH_CLASS, Conv2d, Linear
 
 __all__ = ["convert", "report", "to_torch"]
@@ -36,12 +36,12 @@ class Fused:
 
 
 @cache
-def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _fused_class(cls: Any) -> type[nn.Module]:
     names = {"fuses": cls, "unfused_forward": cls.forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (Fused, cls), names)
 
 
-def _revive(cls: type[nn.Module]) -> nn.Module:
+def _revive(cls: Any) -> nn.Module:
     fused = _fused_class(cls)
     return fused.__new__(fused)
 
@@ -49,15 +49,16 @@ def _revive(cls: type[nn.Module]) -> nn.Module:
 def convert(model: nn.Module) -> nn.Module:
     """Put the drop-in layers into a model, in place, and return it.
 
-    Every `nn.Conv2d` and `nn.Linear` becomes the layer of the same name here, and conv-norm-ReLU-pool runs that torch.fx
-    finds in the model's forward are computed as one block. Parameters, state_dict keys, the modules' places and identity,
-    hooks and training mode stay as they are. Subclasses of these layers are left alone. `report` says what was done.
+    Every `nn.Conv2d` and `nn.Linear` becomes the layer of the same name here, and conv-norm-ReLU-pool runs that
+    torch.fx finds in the model's forward are computed as one block. Parameters, state_dict keys, the modules' places
+    and identity, hooks and training mode stay as they are. Subclasses of these layers are left alone. `report` says
+    what was done.
     """
     for module in model.modules():
         drop_in = _DROP_IN.get(type(module))
         if drop_in is not None:
             module.__class__ = drop_in
-    cls = type(model)
+    cls: Any = type(model)
     if not isinstance(model, Fused) and cls not in TORCH_CLASS and program_of(model).fusions:
         model.__class__ = _fused_class(cls)
     return model
@@ -67,9 +68,8 @@ def to_torch(model: nn.Module) -> nn.Module:
     """A deep copy of the model in which every layer of this package is torch's own again: the yardstick's network."""
     twin = copy.deepcopy(model)
     for module in twin.modules():
-        if isinstance(module, Fused):
-            module.__class__ = module.fuses
-        module.__class__ = TORCH_CLASS.get(type(module), type(module))
+        cls = type(module)
+        module.__class__ = cls.fuses if issubclass(cls, Fused) else TORCH_CLASS.get(cls, cls)
     return twin
 
 
@@ -99,8 +99,9 @@ def _became(module: nn.Module) -> str:
     name = type(module).__name__
     if type(module) in (Conv2d, Linear):
         return f"lambda_kernels.{name}"
-    why = f"a subclass of {'Conv2d' if isinstance(module, nn.Conv2d) else 'Linear'}" if type(module) not in _DROP_IN else "not converted"
-    return f"{name}, left alone: {why}{', has hooks' if has_hooks(module) else ''}"
+    if type(module) in _DROP_IN:
+        return f"{name}, torch's"
+    return f"{name}, left alone: a subclass of {'Conv2d' if isinstance(module, nn.Conv2d) else 'Linear'}"
 
 
 def _place(path: str, fused: dict[str, Any], program: Program) -> str:

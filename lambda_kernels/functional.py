@@ -1,8 +1,8 @@
 """Everything the kernels do, as functions: check the call, choose a backend, apply.
 
-All three take an optional leading task axis T: x [T, N, ...], and each parameter either shared by the tasks (torch's own
-shape) or one value a task ([T, ...]). Gradients of every order flow to every operand that wants one, and only those are
-computed. The backend is that of `use_backend`.
+All three take an optional leading task axis T: x [T, N, ...], and each parameter either shared by the tasks (torch's
+own shape) or one value a task ([T, ...]). Gradients of every order flow to every operand that wants one, and only those
+are computed. The backend is that of `use_backend`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .spec import ConvSpec, check_affine, check_conv2d, check_conv_block, check_
 
 __all__ = ["conv2d", "conv_block", "linear"]
 
-IntOrPair = int | tuple[int, int]
+IntOrPair = int | tuple[int, ...]
 
 
 def conv2d(
@@ -47,17 +47,17 @@ def conv2d(
     x, weight, bias = _autocast("conv2d", x, weight, bias)
     if x.dim() == 3:
         return conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(-4)
-    stride, dilation = pair("conv2d: stride", stride, 1), pair("conv2d: dilation", dilation, 1)
+    same = padding == "same"
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f"conv2d: padding must be 'same', 'valid', an int or a pair, got {padding!r}")
-        if padding == "same":
-            x = F.pad(x, same_padding(weight.shape, stride, dilation))
         padding = 0
-    spec = ConvSpec(stride, pair("conv2d: padding", padding, 0), dilation, groups)
+    spec = _conv_spec("conv2d", stride, padding, dilation, groups)
+    if same:
+        x = F.pad(x, same_padding(weight.shape, spec.stride, spec.dilation))
     check_conv2d("conv2d", x.shape, weight.shape, None if bias is None else bias.shape, spec)
     tasks = x.dim() == 5 or weight.dim() == 5 or (bias is not None and bias.dim() == 2)
-    y = autograd.Conv2d.apply(_lift(x, 4), _lift(weight, 4), _lift(bias, 1), spec, choose("conv2d", x))
+    y = autograd.Conv2d.apply(_lift(x, 4), _lift(weight, 4), _lift_if(bias, 1), spec, choose("conv2d", x))
     return y if tasks else y.squeeze(0)
 
 
@@ -83,7 +83,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = rows.flatten(0, 1).unsqueeze(0)
     elif x.dim() == 2:
         rows = x.unsqueeze(1)
-    y = autograd.Linear.apply(rows, _lift(weight, 2), _lift(bias, 1), choose("linear", x))
+    y = autograd.Linear.apply(rows, _lift(weight, 2), _lift_if(bias, 1), choose("linear", x))
     return y.reshape(*x.shape[:-1], weight.shape[-2])
 
 
@@ -112,7 +112,7 @@ def conv_block(
         bias, gamma, beta: [O] or [T, O]; gamma None means 1, beta None means 0.
         padding, stride, dilation, groups: of the convolution, as in `conv2d`, in pixels.
         eps: added to the variance.
-        pool: 1 for no pooling; the surplus rows and columns of a size that it does not divide are dropped, as torch does.
+        pool: 1 for no pooling; surplus rows and columns of a size that it does not divide are dropped, as torch does.
 
     Returns:
         [N, O, H', W'] or [T, N, O, H', W'], in channels-last memory on the native backend.
@@ -124,32 +124,55 @@ def conv_block(
 
 
 def conv_block_with_statistics(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, padding: IntOrPair, eps: float,
-    pool: int, stride: IntOrPair, dilation: IntOrPair, groups: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    padding: IntOrPair,
+    eps: float,
+    pool: int,
+    stride: IntOrPair,
+    dilation: IntOrPair,
+    groups: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`conv_block`'s result with the mean and variance [O] or [T, O] of the convolution's output, for running averages."""
+    """`conv_block`'s result, with the mean and variance [O] or [T, O] of the convolution's output."""
     x, weight, bias = _autocast("conv_block", x, weight, bias)
     check_affine("conv_block", x, gamma, beta)
-    names = ("stride", "padding", "dilation")
-    geometry = (pair(f"conv_block: {n}", v, n != "padding") for n, v in zip(names, (stride, padding, dilation)))
-    spec = ConvSpec(*geometry, groups)
+    spec = _conv_spec("conv_block", stride, padding, dilation, groups)
     shapes = (None if t is None else t.shape for t in (bias, gamma, beta))
     count = check_conv_block(x.shape, weight.shape, *shapes, spec, pool)
     backend = choose("conv_block", x, pool)
-    tasks = x.dim() == 5 or any(t is not None and t.dim() == r for t, r in ((weight, 5), (bias, 2), (gamma, 2), (beta, 2)))
+    ranks = ((x, 4), (weight, 4), (bias, 1), (gamma, 1), (beta, 1))
+    tasks = any(t is not None and t.dim() > rank for t, rank in ranks)
     z = autograd.Conv2d.apply(backend.layout(_lift(x, 4)), _lift(weight, 4), None, spec, backend)
     gamma = z.new_ones(z.shape[2]) if gamma is None else gamma
     beta = z.new_zeros(z.shape[2]) if beta is None else beta
     z = z.expand(max(z.shape[0], count), *z.shape[1:])
-    y, _, mean, rstd = autograd.NormReluPool.apply(z, _lift(gamma, 1), _lift(beta, 1), _lift(bias, 1), eps, pool, backend)
+    y, _, mean, rstd = autograd.NormReluPool.apply(
+        z, _lift(gamma, 1), _lift(beta, 1), _lift_if(bias, 1), eps, pool, backend
+    )
     mean = mean if bias is None else mean + bias.detach()
     variance = rstd.detach().pow(-2) - eps
     return (y, mean, variance) if tasks else (y.squeeze(0), mean.squeeze(0), variance.squeeze(0))
 
 
-def _lift(tensor: Tensor | None, rank: int) -> Tensor | None:
+def _conv_spec(op: str, stride: IntOrPair, padding: IntOrPair, dilation: IntOrPair, groups: int) -> ConvSpec:
+    return ConvSpec(
+        pair(f"{op}: stride", stride, 1),
+        pair(f"{op}: padding", padding, 0),
+        pair(f"{op}: dilation", dilation, 1),
+        groups,
+    )
+
+
+def _lift(tensor: Tensor, rank: int) -> Tensor:
     """The tensor with a task axis of size 1 where it has none."""
-    return tensor if tensor is None or tensor.dim() > rank else tensor.unsqueeze(0)
+    return tensor if tensor.dim() > rank else tensor.unsqueeze(0)
+
+
+def _lift_if(tensor: Tensor | None, rank: int) -> Tensor | None:
+    return None if tensor is None else _lift(tensor, rank)
 
 
 def _autocast(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

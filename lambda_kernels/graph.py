@@ -7,13 +7,12 @@ all modules of the same structure share one.
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,8 @@ State = Mapping[str, Tensor]
 Effects = list[Update]
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class Slot:
     """The place of a value in the environment of a run."""
 
     index: int
@@ -180,7 +180,9 @@ _BASE = frozenset(nn.Module().__dict__)
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything is called before or after the module's forward or backward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class _Same:
@@ -212,7 +214,7 @@ def _freeze(value: Any) -> Any:
 
 
 def _fingerprint(root: nn.Module) -> tuple[Any, ...]:
-    """All that the trace of a module can depend on: classes, modes, hooks, plain attributes, which tensors there are."""
+    """All that a module's trace can depend on: classes, modes, hooks, plain attributes, which tensors there are."""
     parts: list[Any] = []
     seen: dict[int, str] = {}
     for path, module in root.named_modules():
@@ -251,7 +253,7 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not any(a is t for t in (*self.root.parameters(), *self.root.buffers())):
-            raise fx.proxy.TraceError(f"its forward makes or holds a tensor {list(a.shape)} that is no parameter or buffer")
+            raise fx.proxy.TraceError(f"its forward uses a tensor {list(a.shape)} that is no parameter or buffer")
         return super().create_arg(a)
 
 
@@ -271,7 +273,7 @@ def _build(root: nn.Module) -> Program:
     try:
         graph = _trace(root)
         if _spelled(graph) != _spelled(_trace(root)):
-            raise fx.proxy.TraceError("its forward does not do the same twice (random numbers or counters in Python)")
+            raise fx.proxy.TraceError("its forward does not do the same twice: random numbers or counters in Python")
         return _Builder(root, graph).program()
     except Exception as error:  # whatever a forward raises on a symbolic input
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -302,9 +304,41 @@ _LINEAR = (nn.Linear, layers.Linear)
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
-_RANDOM = ("dropout", "rrelu", "fractional", "rand", "bernoulli", "multinomial", "normal_", "poisson", "gumbel", "sample")
-_IN_PLACE = ("setitem", "delitem", *(f"i{name}" for name in (
-    "add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")))
+_RANDOM = (
+    "dropout",
+    "rrelu",
+    "fractional",
+    "rand",
+    "bernoulli",
+    "multinomial",
+    "normal_",
+    "poisson",
+    "gumbel",
+    "sample",
+)
+_IN_PLACE = (
+    "setitem",
+    "delitem",
+    *(
+        f"i{name}"
+        for name in (
+            "add",
+            "sub",
+            "mul",
+            "matmul",
+            "truediv",
+            "floordiv",
+            "mod",
+            "pow",
+            "and",
+            "or",
+            "xor",
+            "lshift",
+            "rshift",
+        )
+    ),
+)
+_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _KNOWN = ("torch", "_operator", "operator", "math", "builtins")
 
 
@@ -314,7 +348,9 @@ class _Module:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __call__(self, modules: Mapping[str, nn.Module], state: State, effects: Effects | None, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, modules: Mapping[str, nn.Module], state: State, effects: Effects | None, *args: Any, **kwargs: Any
+    ) -> Any:
         module = modules[self.path]
         if isinstance(state, OwnState):
             return module(*args, **kwargs)
@@ -349,7 +385,9 @@ class _Norm(_Leaf):
         norm = modules[self.path]
         own = {name: self.get(state, norm, name) for name in layers.own_state(norm)}
         if not layers.uses_batch_statistics(norm):
-            return F.batch_norm(x, own["running_mean"], own["running_var"], own["weight"], own["bias"], False, 0.0, norm.eps)
+            return F.batch_norm(
+                x, own["running_mean"], own["running_var"], own["weight"], own["bias"], False, 0.0, norm.eps
+            )
         if norm.training and norm.track_running_stats:
             axes = [a for a in range(x.dim()) if a != 1]
             variance, mean = torch.var_mean(x.detach(), axes, correction=0)
@@ -429,7 +467,12 @@ class _Builder:
             elif node not in absorbed:
                 absorbed |= self._add(node)
         return Program(
-            tuple(self.steps), len(self.inputs), result, tuple(self.fusions), self.left_alone, tuple(sorted(self.paths)),
+            tuple(self.steps),
+            len(self.inputs),
+            result,
+            tuple(self.fusions),
+            self.left_alone,
+            tuple(sorted(self.paths)),
             aliases=_aliases(self.root),
         )
 
@@ -458,12 +501,14 @@ class _Builder:
             kind, call = "attribute", _Attribute(str(node.target))
             facts["parameters"] = (str(node.target),)
         else:
-            name = node.target if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-            kind = "function"
-            call = _Method(name) if node.op == "call_method" else _Function(node.target)
+            kind, target = "function", node.target
+            name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+            call = _Method(target) if isinstance(target, str) else _Function(target)
             facts["not_reusable"] = self._impure(node, name)
             facts["writes_input"] = (
-                (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace")) or "out" in node.kwargs
+                (name.endswith("_") and not name.endswith("__"))
+                or bool(node.kwargs.get("inplace"))
+                or "out" in node.kwargs
                 or (getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE)
             )
         slot = Slot(len(self.inputs) + len(self.steps))
@@ -500,7 +545,7 @@ class _Builder:
             why = self._block_refusal(module, len(node.args))
             if why is None:
                 size = layers.pool_size(module.pool)
-                self.fusions.append(Fusion(*(f"{path}.{part}" for part in ("conv", "norm", "relu", "pool")), size))
+                self.fusions.append(Fusion(f"{path}.conv", f"{path}.norm", f"{path}.relu", f"{path}.pool", size))
                 self.paths |= {f"{path}.conv", f"{path}.norm"}
                 facts["tracks"] = _tracks(module.norm)
                 return "block", _Block(f"{path}.conv", f"{path}.norm", size), node
@@ -526,7 +571,7 @@ class _Builder:
         if plain and type(module) in _BATCH_NORM:
             return "norm", _Norm(path), node
         if isinstance(module, LAYERS) and type(module) not in (*_CONV, *_LINEAR):
-            self.left_alone[path] = f"it is a {type(module).__name__}, which may compute something else than its base class"
+            self.left_alone[path] = f"it is a {type(module).__name__}, which may compute something of its own"
         facts["not_reusable"] = self._module_impure(module)
         return "module", _Module(path), node
 
@@ -560,7 +605,7 @@ class _Builder:
         return self._norm_refusal(block.norm)
 
     def _norm_refusal(self, norm: nn.BatchNorm2d) -> str | None:
-        return None if layers.uses_batch_statistics(norm) else "the norm is in evaluation mode and uses its running statistics"
+        return None if layers.uses_batch_statistics(norm) else "the norm is in evaluation mode, with running statistics"
 
     def _fuse(self, node: fx.Node, path: str) -> tuple[Fusion, fx.Node] | str:
         """The run of layers that begins with a convolution and the run's last node, or why there is none."""
@@ -582,7 +627,9 @@ class _Builder:
         pool = self._only_user(relu)
         size = 0 if pool is None else self._pool_size(pool)
         last = pool if pool is not None and size else relu
-        where = [str(n.target) if n is not None and n.op == "call_module" else "" for n in (relu, pool if size else None)]
+        where = [
+            str(n.target) if n is not None and n.op == "call_module" else "" for n in (relu, pool if size else None)
+        ]
         return Fusion(path, str(following.target), where[0], where[1], size or 1), last
 
     def _only_user(self, node: fx.Node) -> fx.Node | None:
@@ -599,15 +646,14 @@ class _Builder:
         module = self._at(node)
         if type(module) is nn.MaxPool2d and not has_hooks(module):
             assert isinstance(module, nn.MaxPool2d)
-            given = [module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode, module.return_indices]
+            given: list[Any] = [getattr(module, name) for name in _POOL]
         elif node.target in (F.max_pool2d, torch.max_pool2d):
-            names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
             given = [None, None, 0, 1, False, False]
             for i, value in enumerate(node.args[1:]):
                 given[i] = value
             for name, value in node.kwargs.items():
-                if name in names:
-                    given[names.index(name)] = value
+                if name in _POOL:
+                    given[_POOL.index(name)] = value
         else:
             return 0
         kernel, stride, padding, dilation, *flags = given

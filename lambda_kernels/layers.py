@@ -60,7 +60,9 @@ class ConvBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias, device=device, dtype=dtype)
+        self.conv = Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, bias=bias, device=device, dtype=dtype
+        )
         self.norm = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.relu = nn.ReLU()
         self.pool = nn.MaxPool2d(pool) if pool > 1 else nn.Identity()
@@ -80,13 +82,14 @@ def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     """The result of a torch or lambda_kernels convolution with the given parameters in place of its own."""
     padding = conv.padding
     if conv.padding_mode != "zeros":
-        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        padding = (0, 0)
     return functional.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
 def pool_size(pool: nn.Module) -> int:
     """The window of a block's pooling layer, 1 for none."""
-    return pool.kernel_size if isinstance(pool, nn.MaxPool2d) else 1
+    return int(pool.kernel_size) if isinstance(pool, nn.MaxPool2d) else 1  # type: ignore[arg-type]
 
 
 def uses_batch_statistics(norm: nn.modules.batchnorm._BatchNorm) -> bool:
@@ -115,19 +118,35 @@ def fused_block(
     """
     assert not isinstance(conv.padding, str)
     y, mean, variance = functional.conv_block_with_statistics(
-        x, weight, bias, state["weight"], state["bias"], conv.padding, norm.eps, pool, conv.stride, conv.dilation, conv.groups
+        x,
+        weight,
+        bias,
+        state["weight"],
+        state["bias"],
+        conv.padding,
+        norm.eps,
+        pool,
+        conv.stride,
+        conv.dilation,
+        conv.groups,
     )
     if not (norm.training and norm.track_running_stats):
         return y, None
-    height, width = ((x.shape[a] + 2 * conv.padding[a] - conv.dilation[a] * (conv.kernel_size[a] - 1) - 1) // conv.stride[a] + 1
-                     for a in (-2, -1))
+    height, width = (
+        (x.shape[a] + 2 * conv.padding[a] - conv.dilation[a] * (conv.kernel_size[a] - 1) - 1) // conv.stride[a] + 1
+        for a in (-2, -1)
+    )
     return y, running_update(norm, state, mean, variance, x.shape[0] * height * width)
 
 
 def running_update(
-    norm: nn.modules.batchnorm._BatchNorm, state: Mapping[str, Tensor | None], mean: Tensor, variance: Tensor, count: int
+    norm: nn.modules.batchnorm._BatchNorm,
+    state: Mapping[str, Tensor | None],
+    mean: Tensor,
+    variance: Tensor,
+    count: int,
 ) -> Update:
-    """The update of the running statistics that a batch of `count` values a channel calls for; may be made K times."""
+    """The update of the running statistics by a batch of `count` values a channel; it may be made K times."""
     unbiased = variance.detach() * (count / (count - 1))
 
     def update() -> None:
@@ -143,6 +162,11 @@ def running_update(
 
 class _TorchBlock(nn.Module):
     """A ConvBlock's children run one after another by torch."""
+
+    conv: nn.Module
+    norm: nn.Module
+    relu: nn.Module
+    pool: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
         return self.pool(self.relu(self.norm(self.conv(input))))

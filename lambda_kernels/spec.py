@@ -24,7 +24,7 @@ class ConvSpec(NamedTuple):
     groups: int
 
 
-def pair(name: str, value: int | tuple[int, ...] | list[int], least: int) -> Pair:
+def pair(name: str, value: int | tuple[int, ...], least: int) -> Pair:
     """(vertical, horizontal) from an int, a 1-tuple or a 2-tuple; ValueError below `least`."""
     values = (value, value) if isinstance(value, int) else tuple(value)
     if len(values) == 1:
@@ -47,14 +47,16 @@ def _list(shape: torch.Size) -> list[int]:
 
 
 def _tasks(op: str, named: tuple[tuple[str, torch.Size | None, int], ...]) -> int:
-    """The number of tasks T: every operand that carries a task axis (one dimension more than its `rank`) agrees on it."""
+    """The number of tasks T, on which every operand with a task axis (a dimension more than its `rank`) agrees."""
     tasks, owner = 1, ""
     for name, shape, rank in named:
         if shape is None or len(shape) == rank:
             continue
         if owner and shape[0] != tasks:
-            raise ValueError(f"{op}: {name} has {shape[0]} tasks, {owner} has {tasks}: give all of them the same number, "
-                             "or leave the task axis out of a shared parameter")
+            raise ValueError(
+                f"{op}: {name} has {shape[0]} tasks, {owner} has {tasks}: give all of them the same number, "
+                "or leave the task axis out of a shared parameter"
+            )
         tasks, owner = shape[0], name
     return tasks
 
@@ -70,43 +72,61 @@ def check_conv2d(op: str, x: torch.Size, weight: torch.Size, bias: torch.Size | 
     if len(x) not in (4, 5):
         raise ValueError(f"{op}: x must be [N, C, H, W] or [tasks, N, C, H, W], got {_list(x)}")
     if len(weight) not in (4, 5):
-        raise ValueError(f"{op}: weight must be [O, C/groups, kh, kw], or that with a leading task axis, got {_list(weight)}")
+        raise ValueError(
+            f"{op}: weight must be [O, C/groups, kh, kw], or that with a leading task axis, got {_list(weight)}"
+        )
     out, per_group, *kernel = weight[-4:]
     if spec.groups < 1 or out % spec.groups:
         raise ValueError(f"{op}: {out} output channels cannot be split into groups={spec.groups}")
     if x[-3] % spec.groups or per_group != x[-3] // spec.groups:
-        raise ValueError(f"{op}: weight has {per_group} channels per group, expected {x[-3]}/{spec.groups} "
-                         f"(x {_list(x)}, weight {_list(weight)}, groups={spec.groups})")
+        raise ValueError(
+            f"{op}: weight has {per_group} channels per group, expected {x[-3]}/{spec.groups} "
+            f"(x {_list(x)}, weight {_list(weight)}, groups={spec.groups})"
+        )
     _vector(op, "bias", bias, out, "one value an output channel")
     for axis in (0, 1):
         padded = x[-2 + axis] + 2 * spec.padding[axis]
         reach = spec.dilation[axis] * (kernel[axis] - 1) + 1
         if padded < reach:
-            raise ValueError(f"{op}: the kernel reaches over {reach} pixels, the padded image has {padded} "
-                             f"(x {_list(x)}, weight {_list(weight)}, padding={spec.padding}, dilation={spec.dilation})")
+            raise ValueError(
+                f"{op}: the kernel reaches over {reach} pixels, the padded image has {padded} "
+                f"(x {_list(x)}, weight {_list(weight)}, padding={spec.padding}, dilation={spec.dilation})"
+            )
     return _tasks(op, (("x", x, 4), ("weight", weight, 4), ("bias", bias, 1)))
 
 
 @lru_cache(maxsize=4096)
 def check_conv_block(
-    x: torch.Size, weight: torch.Size, bias: torch.Size | None, gamma: torch.Size | None, beta: torch.Size | None,
-    spec: ConvSpec, pool: int,
+    x: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size | None,
+    gamma: torch.Size | None,
+    beta: torch.Size | None,
+    spec: ConvSpec,
+    pool: int,
 ) -> int:
-    """Number of tasks of a fused block; ValueError where the shapes do not fit or the statistics are of one value."""
+    """Number of tasks of a fused block; ValueError where the shapes do not fit or a channel has but one value."""
     op = "conv_block"
     tasks = check_conv2d(op, x, weight, bias, spec)
     for name, shape in (("gamma", gamma), ("beta", beta)):
         _vector(op, name, shape, weight[-4], "one value an output channel")
     if not isinstance(pool, int) or pool < 1:
         raise ValueError(f"{op}: pool must be a whole number of at least 1 (1 = no pooling), got {pool!r}")
-    size = [(x[a] + 2 * spec.padding[a] - spec.dilation[a] * (weight[a] - 1) - 1) // spec.stride[a] + 1 for a in (-2, -1)]
+    size = [
+        (x[a] + 2 * spec.padding[a] - spec.dilation[a] * (weight[a] - 1) - 1) // spec.stride[a] + 1 for a in (-2, -1)
+    ]
     if x[-4] * size[0] * size[1] < 2:
-        raise ValueError(f"{op}: batch statistics need more than one value a channel, got N={x[-4]} images of "
-                         f"{size[0]}x{size[1]} (x {_list(x)})")
+        raise ValueError(
+            f"{op}: batch statistics need more than one value a channel, got N={x[-4]} images of "
+            f"{size[0]}x{size[1]} (x {_list(x)})"
+        )
     if min(size) < pool:
-        raise ValueError(f"{op}: the convolution's output of {size[0]}x{size[1]} is smaller than the {pool}x{pool} "
-                         f"pooling window (x {_list(x)})")
-    return max(tasks, _tasks(op, (("x", x, 4), ("weight", weight, 4), ("bias", bias, 1), ("gamma", gamma, 1), ("beta", beta, 1))))
+        raise ValueError(
+            f"{op}: the convolution's output of {size[0]}x{size[1]} is smaller than the {pool}x{pool} "
+            f"pooling window (x {_list(x)})"
+        )
+    affine = (("bias", bias, 1), ("gamma", gamma, 1), ("beta", beta, 1))
+    return max(tasks, _tasks(op, (("x", x, 4), ("weight", weight, 4), *affine)))
 
 
 @lru_cache(maxsize=4096)
@@ -116,13 +136,17 @@ def check_linear(x: torch.Size, weight: torch.Size, bias: torch.Size | None) -> 
     if len(weight) not in (2, 3):
         raise ValueError(f"{op}: weight must be [out, in], or that with a leading task axis, got {_list(weight)}")
     if len(x) < 1 or x[-1] != weight[-1]:
-        raise ValueError(f"{op}: x has {x[-1] if len(x) else 'no'} features, weight takes {weight[-1]} "
-                         f"(x {_list(x)}, weight {_list(weight)})")
+        raise ValueError(
+            f"{op}: x has {x[-1] if len(x) else 'no'} features, weight takes {weight[-1]} "
+            f"(x {_list(x)}, weight {_list(weight)})"
+        )
     _vector(op, "bias", bias, weight[-2], "one value an output feature")
     tasks = _tasks(op, (("weight", weight, 2), ("bias", bias, 1)))
     per_task = len(weight) == 3 or (bias is not None and len(bias) == 2)
     if per_task and (len(x) < 2 or x[0] != tasks):
-        raise ValueError(f"{op}: the parameters have {tasks} tasks, x must be [{tasks}, ..., {weight[-1]}], got {_list(x)}")
+        raise ValueError(
+            f"{op}: the parameters have {tasks} tasks, x must be [{tasks}, ..., {weight[-1]}], got {_list(x)}"
+        )
     return tasks
 
 
@@ -147,4 +171,6 @@ def check_same(op: str, x: Tensor, *others: tuple[str, Tensor | None]) -> None:
         if tensor.dtype != x.dtype:
             raise TypeError(f"{op}: {name} is {tensor.dtype}, x is {x.dtype}: convert one of them with .to(dtype)")
         if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}: move one of them with .to(device)")
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, x is on {x.device}: move one of them with .to(device)"
+            )

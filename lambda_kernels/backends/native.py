@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
+from .. import _build
 from .reference import Reference
 
-try:
-    from .. import _C  # loads the operators of torch.ops.lambda_kernels
-except ImportError as error:
-    _C = None
-    _WHY = f"the extension lambda_kernels._C is not built or does not load ({error}); run `make` or `pip install .`"
+_WHY = _build.mismatch()
+if not _WHY:
+    try:
+        importlib.import_module("lambda_kernels._C")  # registers the operators of torch.ops.lambda_kernels
+    except ImportError as error:
+        _WHY = f"the extension lambda_kernels._C does not load ({error}): build it with `pip install .`"
 
 
 class Native(Reference):
-    """Fused norm, ReLU and pool on the CPU; convolutions are ATen's, which are at the machine's limit in channels-last."""
+    """Fused norm, ReLU and pool on the CPU; convolutions are ATen's, at the machine's limit in channels-last."""
 
     name = "native"
 
     def reasons(self) -> list[str]:
-        return [_WHY] if _C is None else []
+        return [_WHY] if _WHY else []
 
     def refusals(self, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> list[str]:
         why = []
@@ -49,7 +53,7 @@ class Native(Reference):
         return dz if need_z else None, dgamma, dbeta
 
 
-if _C is not None:
+if not _WHY:
 
     @torch.library.register_fake("lambda_kernels::norm_relu_pool")
     def _(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

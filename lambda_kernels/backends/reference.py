@@ -72,7 +72,9 @@ class Reference:
         """x [1|T, N, C, H, W], weight [1|T, O, C/g, kh, kw], bias [1|T, O] -> [T, N, O, H', W']."""
 
         def one(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return torch.convolution(x, weight, bias, spec.stride, spec.padding, spec.dilation, False, (0, 0), spec.groups)
+            return torch.convolution(
+                x, weight, bias, spec.stride, spec.padding, spec.dilation, False, (0, 0), spec.groups
+            )
 
         if weight.shape[0] == 1 and (bias is None or bias.shape[0] == 1):
             return one(x.flatten(0, 1), weight[0], None if bias is None else bias[0]).unflatten(0, x.shape[:2])
@@ -85,7 +87,9 @@ class Reference:
         def one(gy: Tensor, weight: Tensor) -> Tensor:
             # Only the shape and the layout of x are read.
             layout = torch.channels_last if _is_channels_last(gy) else torch.contiguous_format
-            x = torch.empty((gy.shape[0], channels, height, width), dtype=gy.dtype, device=gy.device, memory_format=layout)
+            x = torch.empty(
+                (gy.shape[0], channels, height, width), dtype=gy.dtype, device=gy.device, memory_format=layout
+            )
             return _backward(gy, x, weight, spec, 0)
 
         if weight.shape[0] == 1:
@@ -95,7 +99,7 @@ class Reference:
         return gx if x_shape[0] == gx.shape[0] else gx.sum(0, keepdim=True)
 
     def conv2d_weight_grad(self, gy: Tensor, x: Tensor, weight_shape: torch.Size, spec: ConvSpec) -> Tensor:
-        """gy [1|T, N, O, H', W'], x [1|T, N, C, H, W] -> the gradient of weight, summed over tasks where it is shared."""
+        """gy [1|T, N, O, H', W'], x [1|T, N, C, H, W] -> the gradient of weight, summed over tasks that share it."""
 
         def one(gy: Tensor, x: Tensor) -> Tensor:
             weight = torch.empty(weight_shape[1:], dtype=gy.dtype, device=gy.device)
@@ -103,7 +107,8 @@ class Reference:
 
         if weight_shape[0] == 1:
             tasks = max(gy.shape[0], x.shape[0])
-            return one(gy.expand(tasks, *gy.shape[1:]).flatten(0, 1), x.expand(tasks, *x.shape[1:]).flatten(0, 1)).unsqueeze(0)
+            folded = (t.expand(tasks, *t.shape[1:]).flatten(0, 1) for t in (gy, x))
+            return one(*folded).unsqueeze(0)
         return per_task(one, gy, x)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,8 +123,8 @@ class Reference:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Batch-statistics norm, ReLU and max-pool: z [T, N, C, H, W], gamma and beta [1|T, C].
 
-        Returns y, index (uint8: the maximum's place in its window, pool * pool where the ReLU is shut), and each task's
-        mean and rstd [T, C]. Half-precision input is computed in float32.
+        Returns y, index (uint8: the maximum's place in its window, pool * pool where the ReLU is shut), and each
+        task's mean and rstd [T, C]. Half-precision input is computed in float32.
         """
         wide = torch.promote_types(z.dtype, torch.float32)
         a = z.to(wide)

@@ -8,5 +8,13 @@ from .select import select_pattern
 from .timing import measure_time
 
 __all__ = [
-    "LambdaMAML", "Learner", "Pattern", "adapt", "adapt_tasks", "data", "measure_time", "models", "select_pattern",
+    "LambdaMAML",
+    "Learner",
+    "Pattern",
+    "adapt",
+    "adapt_tasks",
+    "data",
+    "measure_time",
+    "models",
+    "select_pattern",
 ]

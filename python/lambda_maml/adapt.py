@@ -1,4 +1,4 @@
-"""The inner loop: K gradient steps on a support set, for one task or for many at once (Finn et al. 2017, algorithm 1)."""
+"""The inner loop: K gradient steps on a support set, for one task or many at once (Finn et al. 2017, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def adapt(
 ) -> Learner:
     """Adapt a network to one task: theta <- theta - lr grad loss(f_theta(xs), ys), `steps` times, under a pattern.
 
-    Computed is what a plain loop with `torch.autograd.grad` over the updated parameters gives; what no updated parameter
-    reaches is run once. The model is left as it was. Updated are the parameters that the pattern names, whatever their
-    `requires_grad`; buffers (running statistics) are updated in the learner's own copies.
+    Computed is what a plain loop with `torch.autograd.grad` over the updated parameters gives; what no updated
+    parameter reaches is run once. The model is left as it was. Updated are the parameters that the pattern names,
+    whatever their `requires_grad`; buffers (running statistics) are updated in the learner's own copies.
 
     Args:
         model: any module that maps images to logits.
@@ -42,7 +42,7 @@ def adapt(
         pattern: one bit a layer, or a schedule; see `Pattern`.
         steps: number of gradient steps, K.
         lr: inner learning rate.
-        norm: "follow": a layer's norm gamma and beta follow its bit; "never": they stay (the original MAML's convention).
+        norm: "follow": a layer's norm gamma and beta follow its bit; "never": they stay (the original MAML code).
         second_order: differentiate through the inner gradients. Without it the gradient of a query loss with respect to
             the model's parameters is that at the adapted ones (first-order MAML).
         loss: from logits and ys to a scalar, the mean over the support set.
@@ -115,7 +115,8 @@ def adapt_tasks(
     """Adapt to T tasks, each by itself as `adapt` does, and give their query logits; the tasks run as batches.
 
     Frozen layers see all tasks of a batch at once, updated layers have weights of each task's own, norm statistics are
-    each task's own. Networks that torch.fx cannot trace, or that update running statistics, are adapted one task at a time.
+    each task's own. Networks that torch.fx cannot trace, that draw random numbers or update running statistics are
+    adapted one task at a time.
 
     Args:
         xs: [T, N, C, H, W]; ys: [T, N]; xq: [T, Q, C, H, W]; the others as in `adapt`.
@@ -136,7 +137,9 @@ def adapt_tasks(
     loop = _Loop(model, pattern, steps, lr, norm, second_order)
     if (why := loop.plan.why_not_batched) is not None:
         say_once(f"{type(model).__name__} is adapted one task at a time: {why}")
-        given: dict[str, Any] = dict(pattern=pattern, steps=steps, lr=lr, norm=norm, second_order=second_order, loss=loss)
+        given: dict[str, Any] = dict(
+            pattern=pattern, steps=steps, lr=lr, norm=norm, second_order=second_order, loss=loss
+        )
         return torch.stack([adapt(model, x, y, **given)(q) for x, y, q in zip(xs, ys, xq)])
     for x, y in zip(xs, ys):
         loop.check(x, y)
@@ -162,26 +165,15 @@ def _adapt_batch(model: nn.Module, loop: _Loop, loss: Loss, xs: Tensor, ys: Tens
         def one(own: tuple[Tensor, ...], *values: Any) -> Any:
             return function(loop.tie({**state, **dict(zip(loop.updated, own))}), *values)
 
-        return torch.func.vmap(one, randomness="different")(tuple(state[n] for n in loop.updated), *values)
+        return torch.func.vmap(one, randomness="error")(tuple(state[n] for n in loop.updated), *values)
 
     with torch.enable_grad():
         for part, count in loop.parts:
-            shared: list[Any] = []  # what of the boundary is no tensor: sizes, equal for all tasks
-
-            def freeze(own: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
-                boundary = part.freeze(modules, own, x).boundary
-                shared[:] = [None if isinstance(v, Tensor) else v for v in boundary]
-                return tuple(v for v in boundary if isinstance(v, Tensor))
-
-            def value(own: Mapping[str, Tensor], tensors: tuple[Tensor, ...], y: Tensor) -> Tensor:
-                values = iter(tensors)
-                boundary = tuple(next(values) if v is None else v for v in shared)
-                return _scalar(loss(part.finish(modules, own, boundary), y))
-
+            frozen = _FrozenBatch(part, modules, loss)
             with torch.set_grad_enabled(loop.second_order):
-                tensors = each_task(freeze, xs)
+                boundary = each_task(frozen.freeze, xs)
             for _ in range(count):
-                values = each_task(value, tensors, ys)
+                values = each_task(frozen.loss_of, boundary, ys)
                 loop.update(state, part, values.sum())
                 losses.append(values.detach())
     loop.check_finite(losses, state, xs)
@@ -193,6 +185,24 @@ def _adapt_batch(model: nn.Module, loop: _Loop, loss: Loss, xs: Tensor, ys: Tens
         return program.take(env)
 
     return each_task(query, xq)
+
+
+class _FrozenBatch:
+    """A part's prefix for a batch of tasks; only tensors are mapped over tasks, sizes, equal for all, are set aside."""
+
+    def __init__(self, part: Part, modules: Mapping[str, nn.Module], loss: Loss) -> None:
+        self.part, self.modules, self.loss = part, modules, loss
+        self.sizes: list[Any] = []
+
+    def freeze(self, state: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+        boundary = self.part.freeze(self.modules, state, x).boundary
+        self.sizes = [None if isinstance(v, Tensor) else v for v in boundary]
+        return tuple(v for v in boundary if isinstance(v, Tensor))
+
+    def loss_of(self, state: Mapping[str, Tensor], tensors: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        values = iter(tensors)
+        boundary = tuple(next(values) if v is None else v for v in self.sizes)
+        return _scalar(self.loss(self.part.finish(self.modules, state, boundary), y))
 
 
 class _Loop:
@@ -208,7 +218,9 @@ class _Loop:
         if not 0.0 < lr < float("inf"):
             raise ValueError(f"lr must be a positive number, got {lr!r}")
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("adaptation needs gradients: call it under torch.no_grad() instead of torch.inference_mode()")
+            raise RuntimeError(
+                "adaptation needs gradients: call it under torch.no_grad() instead of torch.inference_mode()"
+            )
         self.pattern, self.lr = Pattern.parse(pattern), lr
         self.plan = plan_of(model)
         self.pattern.check(self.plan)
@@ -222,14 +234,19 @@ class _Loop:
         """ValueError or TypeError for a support set that the network cannot be adapted to."""
         if xs.dim() < 2 or xs.shape[0] == 0 or ys.dim() < 1 or ys.shape[0] != xs.shape[0]:
             raise ValueError(
-                f"support set: xs [N, C, H, W] and ys [N] with N of at least 1 expected, got {list(xs.shape)} and {list(ys.shape)}"
+                "support set: xs [N, C, H, W] and ys [N] with N of at least 1 expected, "
+                f"got {list(xs.shape)} and {list(ys.shape)}"
             )
         if not self.parameter.device == xs.device == ys.device:
-            raise ValueError(f"support set: xs is on {xs.device}, ys on {ys.device}, the network on {self.parameter.device}: "
-                             "move them together with .to(device)")
+            raise ValueError(
+                f"support set: xs is on {xs.device}, ys on {ys.device}, the network on {self.parameter.device}: "
+                "move them together with .to(device)"
+            )
         if xs.dtype != self.parameter.dtype and not torch.is_autocast_enabled(xs.device.type):
-            raise TypeError(f"support set: xs is {xs.dtype}, the network {self.parameter.dtype}: "
-                            f"convert xs with .to({self.parameter.dtype})")
+            raise TypeError(
+                f"support set: xs is {xs.dtype}, the network {self.parameter.dtype}: "
+                f"convert xs with .to({self.parameter.dtype})"
+            )
         if ys.is_floating_point():
             return  # regression targets
         low, high = (int(v) for v in torch.aminmax(ys))
@@ -237,11 +254,13 @@ class _Loop:
             raise ValueError(f"support set: all {ys.numel()} labels are {low}; at least two classes are needed")
         outputs = self.plan.outputs(self.modules)
         if low < 0 or (outputs is not None and high >= outputs):
-            raise ValueError(f"support set: labels run from {low} to {high}, the network's outputs from 0 to "
-                             f"{'ways-1' if outputs is None else outputs - 1}: renumber them or build it with more ways")
+            raise ValueError(
+                f"support set: labels run from {low} to {high}, the network's outputs from 0 to "
+                f"{'ways-1' if outputs is None else outputs - 1}: renumber them or build it with more ways"
+            )
 
     def start(self, meta: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state of step 0. In first order frozen tensors are cut off from autograd, updated ones are leaves of our own."""
+        """The state of step 0; in first order frozen tensors are cut off from autograd, updated ones are new leaves."""
         if self.second_order:
             own = {n: meta[n] if meta[n].requires_grad else meta[n].detach().requires_grad_() for n in self.updated}
             return self.tie({**meta, **own})
@@ -287,10 +306,14 @@ class _Loop:
             wrong = (~torch.isfinite(values)).nonzero().tolist()
             step, task = wrong[0] if wrong else (len(losses) - 1, 0)
             images = int((~torch.isfinite(xs)).sum())
-        why = f"the support images hold {images} NaN or infinite values" if images else "lower lr or look at the images' scale"
+        why = (
+            f"the support images hold {images} NaN or infinite values"
+            if images
+            else "lower lr or look at the images' scale"
+        )
         raise FloatingPointError(
-            f"adaptation under {self.pattern} with lr={self.lr} diverged in step {step + 1} of {len(losses)}, support loss "
-            f"{float(values[step, task])}: {why}"
+            f"adaptation under {self.pattern} with lr={self.lr} diverged in step {step + 1} of {len(losses)}, "
+            f"support loss {float(values[step, task])}: {why}"
         )
 
 
@@ -312,5 +335,7 @@ class _Attached(torch.autograd.Function):
 
 def _scalar(value: Tensor) -> Tensor:
     if value.dim() != 0:
-        raise ValueError(f"the loss must be one number a task, got {list(value.shape)}: take the mean over the support set")
+        raise ValueError(
+            f"the loss must be one number a task, got {list(value.shape)}: take the mean over the support set"
+        )
     return value

@@ -102,15 +102,19 @@ class TaskLearner(nn.Module):
         maml = self._maml[0]
         first_order = maml.first_order if first_order is None else first_order
         if not bool(torch.isfinite(loss.detach()).all()):
-            raise FloatingPointError(f"step {self._step + 1} of the inner loop: the loss is {float(loss)}; lower lr={maml.lr}, or look "
-                                     "for NaN in the images")
+            raise FloatingPointError(
+                f"step {self._step + 1} of the inner loop: the loss is {float(loss)}; lower lr={maml.lr}, or look "
+                "for NaN in the images"
+            )
         plan = plan_of(maml.module)
         names = plan.part(maml.pattern.at(self._step), maml.norm).updated
         weights = [self._state[n] for n in names]
         gradients = torch.autograd.grad(loss, weights, create_graph=not first_order, allow_unused=True)
         if all(g is None for g in gradients):
-            raise ValueError(f"adapt: the loss does not depend on the parameters that {maml.pattern} updates: compute it from "
-                             "this clone's result")
+            raise ValueError(
+                f"adapt: the loss does not depend on the parameters that {maml.pattern} updates: compute it from "
+                "this clone's result"
+            )
         for name, weight, gradient in zip(names, weights, gradients):
             if gradient is not None:
                 self._state[name] = weight - maml.lr * gradient

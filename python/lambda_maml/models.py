@@ -25,7 +25,9 @@ class Conv4(nn.Sequential):
                 raise ValueError(f"conv4: {name} must be a whole number of at least 1, got {value!r}")
         side = image_size // 2**BLOCKS
         if side < 1:
-            raise ValueError(f"conv4: {BLOCKS} poolings need images of at least {2**BLOCKS} pixels a side, got image_size={image_size}")
+            raise ValueError(
+                f"conv4: {BLOCKS} poolings need images of {2**BLOCKS} pixels a side or more, got {image_size}"
+            )
         blocks = [(f"block{i + 1}", lk.ConvBlock(in_channels if i == 0 else width, width)) for i in range(BLOCKS)]
         super().__init__(
             OrderedDict([*blocks, ("flatten", nn.Flatten()), ("head", lk.Linear(width * side * side, ways))])
@@ -34,8 +36,8 @@ class Conv4(nn.Sequential):
 
 
 def conv4(ways: int, in_channels: int, width: int, image_size: int) -> Conv4:
-    """The network of the MAML papers (paper.md): 4 x (3x3 convolution with bias, batch norm with the batch's statistics,
-    ReLU, 2x2 max-pool), then a linear layer; 5 layers in a pattern.
+    """MAML's network (Finn et al. 2017): 4 x (3x3 convolution with bias, batch norm with the batch's statistics, ReLU,
+    2x2 max-pool), then a linear layer; 5 layers in a pattern.
 
     Args:
         ways: number of classes. in_channels: 1 grey, 3 RGB. width: channels of every block. image_size: pixels a side,
@@ -47,13 +49,18 @@ def conv4(ways: int, in_channels: int, width: int, image_size: int) -> Conv4:
 def config_of(model: nn.Module) -> dict[str, Any]:
     """The settings from which `build` makes the same network anew."""
     if not isinstance(model, Conv4):
-        raise ValueError(f"the settings of {type(model).__name__} are not known: only networks of lambda_maml.models have them")
+        raise ValueError(
+            f"the settings of {type(model).__name__} are not known: only networks of lambda_maml.models have them"
+        )
     names = ("ways", "in_channels", "width", "image_size")
     return {"network": "conv4", **{name: getattr(model, name) for name in names}}
 
 
 def build(config: dict[str, Any]) -> nn.Module:
-    """The network of the given settings, e.g. {"network": "conv4", "ways": 5, "in_channels": 1, "width": 32, "image_size": 28}."""
+    """The network of settings as `config_of` gives them.
+
+    E.g. {"network": "conv4", "ways": 5, "in_channels": 1, "width": 32, "image_size": 28}.
+    """
     settings = dict(config)
     name = settings.pop("network", None)
     if name != "conv4":

@@ -33,7 +33,8 @@ def layers_of(model: nn.Module, program: Program | None = None) -> tuple[Layer, 
     """The layers of a network, input first: in the order of its torch.fx graph, else in that of registration.
 
     Every parameter belongs to one layer: those of the convolution or linear layer and of the norm behind it, and any
-    other parameter belongs to the layer in front of it (the first layer where there is none). So a pattern of ones is MAML.
+    other parameter belongs to the layer in front of it (the first layer where there is none). So a pattern of ones is
+    MAML.
 
     Raises:
         ValueError: the network has no convolution or linear layer.
@@ -58,7 +59,9 @@ def _find(model: nn.Module, program: Program) -> tuple[Layer, ...]:
             order.append((path if isinstance(module, LAYERS) else "", own))
     names = [path for path, _ in order if path]
     if not names:
-        raise ValueError(f"{type(model).__name__} has no convolution or linear layer, so there is nothing to choose from")
+        raise ValueError(
+            f"{type(model).__name__} has no convolution or linear layer, so there is nothing to choose from"
+        )
     of_norm = {n for path, module in modules.items() if isinstance(module, NORMS) for n in _names(model, path)}
     members: dict[str, list[str]] = {path: [] for path in names}
     taken: set[str] = set()

@@ -45,11 +45,15 @@ class Pattern:
             if not part:
                 raise ValueError(f"pattern {text!r} is empty: give one bit a layer, as in '00011'")
             if wrong:
-                raise ValueError(f"pattern {text!r} has {', '.join(map(repr, wrong))}: a bit is 0 (frozen) or 1 (updated)")
+                raise ValueError(
+                    f"pattern {text!r} has {', '.join(map(repr, wrong))}: a bit is 0 (frozen) or 1 (updated)"
+                )
             if "1" not in part:
                 raise ValueError(f"pattern {text!r} updates no layer: at least one bit of {part!r} must be 1")
             if len(part) != len(stages[0]):
-                raise ValueError(f"pattern {text!r} mixes {len(stages[0])} and {len(part)} layers: all steps need the same number")
+                raise ValueError(
+                    f"pattern {text!r} mixes {len(stages[0])} and {len(part)} layers: all steps need the same number"
+                )
         self.stages = tuple(s for i, s in enumerate(stages) if i == 0 or any(t != stages[i - 1] for t in stages[i:]))
 
     @classmethod
@@ -101,8 +105,10 @@ class Pattern:
         return plan.part(self.at(step), norm).updated
 
     def cost(self, model: nn.Module, input_shape: tuple[int, ...], step: int = 0) -> Cost:
-        """Multiply-adds of adapting on a support set of the given shape [N, C, H, W] (paper.md: forward, input and weight
-        gradients; the first updated layer needs no input gradient, a frozen layer no weight gradient)."""
+        """Multiply-adds of an adaptation on a support set [N, C, H, W]: forward, input and weight gradients.
+
+        The first updated layer needs no input gradient, a frozen layer no weight gradient.
+        """
         updated = frozenset(self.parameters(model, "follow", step))
         costs = layer_costs(model, tuple(input_shape))
         moving, steps = moving_steps(model, updated)

@@ -134,7 +134,10 @@ def plan_of(model: nn.Module) -> Plan:
     if program not in _PLANS:
         _PLANS[program] = Plan(model, program)
         if program.untraceable is not None:
-            say_once(f"{type(model).__name__} is adapted without prefix reuse: torch.fx cannot trace it ({program.untraceable})")
+            say_once(
+                f"{type(model).__name__} is adapted without prefix reuse: torch.fx cannot trace it "
+                f"({program.untraceable})"
+            )
     return _PLANS[program]
 
 
