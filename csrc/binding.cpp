@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "cpu/norm_relu_pool.h"
@@ -37,9 +38,9 @@ void check(const at::Tensor& z, const at::Tensor& gamma, int64_t pool) {
               gamma.scalar_type());
 }
 
-template <typename T>
-lk::NormReluPool<T> describe(const at::Tensor& z, int64_t pool) {
-  lk::NormReluPool<T> p{};
+template <typename T, template <typename> class Params = lk::NormReluPool>
+Params<T> describe(const at::Tensor& z, int64_t pool) {
+  Params<T> p{};
   p.tasks = z.size(0);
   p.images = z.size(1);
   p.channels = z.size(2);
@@ -52,8 +53,8 @@ lk::NormReluPool<T> describe(const at::Tensor& z, int64_t pool) {
   return p;
 }
 
-template <typename T>
-void run(void (*kernel)(const lk::NormReluPool<T>&, int64_t, int64_t), const lk::NormReluPool<T>& p, int64_t items) {
+template <typename P>
+void run(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t items) {
   const int64_t elements = p.tasks * p.images * p.channels * p.height * p.width;
   const int64_t grain = std::max<int64_t>(1, kGrain * items / elements);
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -93,6 +94,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad(const at::Ten
                                                                    const at::Tensor& mean_, const at::Tensor& rstd_,
                                                                    int64_t pool, bool need_z) {
   check(z_, gamma_, pool);
+  for (const at::Tensor* t : {&mean_, &rstd_})
+    TORCH_CHECK(t->dim() == 2 && t->size(0) == z_.size(0) && t->size(1) == z_.size(2), "norm_relu_pool_grad: mean and rstd must be [",
+                z_.size(0), ", ", z_.size(2), "], got ", t->sizes());
+  const int64_t pooled[] = {z_.size(0), z_.size(1), z_.size(2), z_.size(3) / pool, z_.size(4) / pool};
+  TORCH_CHECK(index_.sizes() == at::IntArrayRef(pooled), "norm_relu_pool_grad: index must be ", at::IntArrayRef(pooled), ", got ",
+              index_.sizes());
   TORCH_CHECK(gy_.sizes() == index_.sizes() && index_.scalar_type() == at::kByte && gy_.scalar_type() == z_.scalar_type(),
               "norm_relu_pool_grad: gy ", gy_.sizes(), " ", gy_.scalar_type(), " does not fit index ", index_.sizes());
   const at::Tensor gy = channels_last(gy_), z = channels_last(z_), index = channels_last(index_);
@@ -122,6 +129,51 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad(const at::Ten
   return {dz, dgamma, dbeta};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad_grad(
+    const at::Tensor& gy_, const at::Tensor& z_, const at::Tensor& gamma_, const at::Tensor& index_,
+    const at::Tensor& mean_, const at::Tensor& rstd_, int64_t pool, const std::optional<at::Tensor>& v_,
+    const at::Tensor& v_gamma_, const at::Tensor& v_beta_, bool need_z) {
+  check(z_, gamma_, pool);
+  check(z_, v_gamma_, pool);
+  check(z_, v_beta_, pool);
+  TORCH_CHECK(gy_.sizes() == index_.sizes() && index_.scalar_type() == at::kByte && gy_.scalar_type() == z_.scalar_type(),
+              "norm_relu_pool_grad_grad: gy ", gy_.sizes(), " ", gy_.scalar_type(), " does not fit index ", index_.sizes());
+  TORCH_CHECK(!v_ || (v_->sizes() == z_.sizes() && v_->scalar_type() == z_.scalar_type()),
+              "norm_relu_pool_grad_grad: v must be like z, ", z_.sizes());
+  const at::Tensor gy = channels_last(gy_), z = channels_last(z_), index = channels_last(index_);
+  const at::Tensor v = v_ ? channels_last(*v_) : at::Tensor();
+  const at::Tensor gamma = gamma_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous();
+  const at::Tensor v_gamma = v_gamma_.expand(mean.sizes()).contiguous(), v_beta = v_beta_.expand(mean.sizes()).contiguous();
+  at::Tensor d_gy = empty_images(z, z.scalar_type(), gy.size(3), gy.size(4));
+  at::Tensor d_z = need_z ? empty_images(z, z.scalar_type(), z.size(3), z.size(4)) : at::empty({0}, z.options());
+  at::Tensor d_gamma = at::empty(mean.sizes(), z.options());
+  AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "norm_relu_pool_grad_grad", [&] {
+    auto p = describe<scalar_t, lk::NormReluPoolSecond>(z, pool);
+    const auto doubles = z.options().dtype(at::kDouble);
+    const at::Tensor partial = at::empty({p.tasks, p.images, p.slabs, 5, p.channels}, doubles);
+    const at::Tensor sums = at::empty({p.tasks, 5, p.channels}, doubles);
+    p.gamma = gamma.const_data_ptr<scalar_t>();
+    p.gamma_task = gamma.size(0) == 1 ? 0 : p.channels;
+    p.mean = const_cast<scalar_t*>(mean.const_data_ptr<scalar_t>());
+    p.rstd = const_cast<scalar_t*>(rstd.const_data_ptr<scalar_t>());
+    p.index = const_cast<uint8_t*>(index.const_data_ptr<uint8_t>());
+    p.gy = gy.const_data_ptr<scalar_t>();
+    p.partial = partial.mutable_data_ptr<double>();
+    p.v = v_ ? v.const_data_ptr<scalar_t>() : nullptr;
+    p.v_gamma = v_gamma.const_data_ptr<scalar_t>();
+    p.v_beta = v_beta.const_data_ptr<scalar_t>();
+    p.sums = sums.mutable_data_ptr<double>();
+    p.d_gy = d_gy.mutable_data_ptr<scalar_t>();
+    p.d_z = need_z ? d_z.mutable_data_ptr<scalar_t>() : nullptr;
+    p.d_gamma = d_gamma.mutable_data_ptr<scalar_t>();
+    const auto& kernels = lk::norm_relu_pool_kernels<scalar_t>();
+    run(kernels.reduce_second, p, p.tasks * p.images * p.slabs);
+    run(kernels.merge_second, p, p.tasks);
+    run(kernels.dense_second, p, p.tasks * p.images * ((p.height + pool - 1) / pool));
+  });
+  return {d_gy, d_z, d_gamma};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(lambda_kernels, m) {
@@ -130,11 +182,16 @@ TORCH_LIBRARY(lambda_kernels, m) {
   // -> dz (empty unless need_z), dgamma, dbeta [T, C]
   m.def("norm_relu_pool_grad(Tensor gy, Tensor z, Tensor gamma, Tensor index, Tensor mean, Tensor rstd, int pool, "
         "bool need_z) -> (Tensor, Tensor, Tensor)");
+  // The gradients of norm_relu_pool_grad's results in direction v [as z or None], v_gamma, v_beta [1 or T, C]
+  // -> d_gy, d_z (empty unless need_z), d_gamma [T, C]
+  m.def("norm_relu_pool_grad_grad(Tensor gy, Tensor z, Tensor gamma, Tensor index, Tensor mean, Tensor rstd, int pool, "
+        "Tensor? v, Tensor v_gamma, Tensor v_beta, bool need_z) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
   m.impl("norm_relu_pool", &norm_relu_pool);
   m.impl("norm_relu_pool_grad", &norm_relu_pool_grad);
+  m.impl("norm_relu_pool_grad_grad", &norm_relu_pool_grad_grad);
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch._functorch.autograd_function import custom_function_call
 
 from .backends import Backend
-from .backends.reference import gather_windows, over_pixels, scatter_windows
+from .backends.reference import Reference
 from .spec import ConvSpec
+
+_REFERENCE = Reference()
 
 
 class Function(torch.autograd.Function):
@@ -272,7 +274,8 @@ class NormReluPool(Function):
 class NormReluPoolGrad(Function):
     """The gradients of NormReluPool: dz (an empty tensor unless need_z), and dgamma, dbeta [T, C].
 
-    Its own backward recomputes the statistics from z in differentiable operations, so it is right to any order.
+    Its own backward is the backend's; where a further derivative may follow, it is the reference's, which takes the
+    statistics from z in differentiable operations and so is right to any order.
     """
 
     @staticmethod
@@ -293,52 +296,29 @@ class NormReluPoolGrad(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        gy, z, gamma, index, _, _, ctx.eps, ctx.pool, ctx.need_z, _ = inputs
+        *tensors, ctx.eps, ctx.pool, ctx.need_z, ctx.backend = inputs
         ctx.set_materialize_grads(False)
-        _note_inputs(ctx, *inputs[:6])
+        _note_inputs(ctx, *tensors)
         if any(ctx.needs_input_grad[:3]):
-            ctx.save_for_backward(gy, z, gamma, index)
+            ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(
         ctx: Any, v: Tensor | None, v_gamma: Tensor | None, v_beta: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        # With P(u) = u - mean(u) - xhat mean(u xhat): dz = gamma rstd P(g), dgamma = sum(g xhat), dbeta = sum(g), and
-        # xhat moves with z as rstd P, rstd as -rstd^2 xhat / M. g is gy, scattered to the maxima.
-        gy, z, gamma, index = ctx.saved_tensors
-        need_gy, need_z, need_gamma = asked(ctx)[:3]
+        gy, z, gamma, index, mean, rstd = ctx.saved_tensors
+        _, need_z, need_gamma = asked(ctx)[:3]
         v = v if ctx.need_z else None
         if v is None and v_gamma is None and v_beta is None:
             return (None,) * 10
-        pixels = (1, 3, 4)
-        variance, mean = torch.var_mean(z, pixels, correction=0, keepdim=True)
-        rstd = torch.rsqrt(variance + ctx.eps)
-        xhat = (z - mean) * rstd
-        scale = over_pixels(gamma) * rstd
-
-        def average(u: Tensor) -> Tensor:
-            return u.mean(pixels, keepdim=True)
-
-        def project(u: Tensor) -> Tensor:
-            return u - average(u) - xhat * average(u * xhat)
-
-        g = scatter_windows(gy, index, ctx.pool, z.shape[-2], z.shape[-1])
-        pv = project(v) if v is not None else None
-        d_gy = d_z = d_gamma = None
-        if need_gy:
-            u = torch.zeros_like(xhat) if pv is None else scale * pv
-            u = u if v_gamma is None else u + over_pixels(v_gamma) * xhat
-            u = u if v_beta is None else u + over_pixels(v_beta)
-            d_gy = gather_windows(u, index, ctx.pool)
-        if need_gamma and pv is not None:
-            d_gamma = _sum_to((rstd * (pv * g).sum(pixels, keepdim=True)).flatten(1), gamma.shape[0])
-        if need_z and (pv is not None or v_gamma is not None):
-            u = torch.zeros_like(xhat) if v_gamma is None else over_pixels(v_gamma) * g
-            if v is not None and pv is not None:
-                u = u - scale * (v * average(g * xhat) + g * average(v * xhat))
-            d_z = rstd * project(u)
-            if pv is not None:
-                d_z = d_z - scale * rstd * xhat * average(pv * g)
+        v_gamma = torch.zeros_like(mean) if v_gamma is None else v_gamma
+        v_beta = torch.zeros_like(mean) if v_beta is None else v_beta
+        # Only the reference can be differentiated once more: it takes the statistics from z.
+        again = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        d_gy, d_z, d_gamma = (_REFERENCE if again else ctx.backend).norm_relu_pool_grad_grad(
+            gy, z, gamma, index, mean, rstd, ctx.eps, ctx.pool, v, v_gamma, v_beta, need_z
+        )
+        d_gamma = _sum_to(d_gamma, gamma.shape[0]) if need_gamma else None
         return d_gy, d_z, d_gamma, None, None, None, None, None, None, None
 
     @staticmethod

@@ -27,11 +27,23 @@ struct NormReluPool {
   T* dgamma;       // [tasks, channels]
   T* dbeta;        // [tasks, channels]
   T* dz;           // as z
-  double* partial; // [tasks, images, slabs, 2, channels] scratch of the reductions
+  double* partial; // [tasks, images, slabs, 2 (second: 5), channels] scratch of the reductions
+};
+
+// The derivative of (dz, dgamma, dbeta) in direction (v, v_gamma, v_beta), taken back to gy, z and gamma.
+template <typename T>
+struct NormReluPoolSecond : NormReluPool<T> {
+  const T* v;        // as z, or null for zeros
+  const T* v_gamma;  // [tasks, channels]
+  const T* v_beta;   // [tasks, channels]
+  double* sums;      // [tasks, 5, channels]: of v, v (z - mean), g, g (z - mean), v g; g is gy at the maxima, else 0
+  T* d_gy;           // as gy
+  T* d_z;            // as z, or null
+  T* d_gamma;        // [tasks, channels]
 };
 
 // Items: (task, image, slab) for the reductions, tasks for the merges, (task, image, row of y) for `apply`,
-// (task, image, window row of z, the last one short where pool does not divide the height) for `dense`.
+// (task, image, row of windows, the last one short where pool does not divide the height) for `dense` and its second.
 template <typename T>
 struct NormReluPoolKernels {
   void (*moments)(const NormReluPool<T>&, int64_t begin, int64_t end);        // z -> partial
@@ -40,6 +52,9 @@ struct NormReluPoolKernels {
   void (*reduce)(const NormReluPool<T>&, int64_t begin, int64_t end);         // gy, z, index -> partial
   void (*merge_reduce)(const NormReluPool<T>&, int64_t begin, int64_t end);   // partial -> dgamma, dbeta
   void (*dense)(const NormReluPool<T>&, int64_t begin, int64_t end);          // gy, z, dgamma, dbeta -> dz
+  void (*reduce_second)(const NormReluPoolSecond<T>&, int64_t begin, int64_t end);  // v, gy, z -> partial
+  void (*merge_second)(const NormReluPoolSecond<T>&, int64_t begin, int64_t end);   // partial -> sums, d_gamma
+  void (*dense_second)(const NormReluPoolSecond<T>&, int64_t begin, int64_t end);   // v, gy, z, sums -> d_gy, d_z
 };
 
 // The fastest instruction set of this machine, or the one that LAMBDA_KERNELS_ISA names: "avx512", "avx2", "generic".

@@ -52,6 +52,26 @@ class Native(Reference):
         dz, dgamma, dbeta = torch.ops.lambda_kernels.norm_relu_pool_grad(gy, z, gamma, index, mean, rstd, pool, need_z)
         return dz if need_z else None, dgamma, dbeta
 
+    def norm_relu_pool_grad_grad(
+        self,
+        gy: Tensor,
+        z: Tensor,
+        gamma: Tensor,
+        index: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        eps: float,
+        pool: int,
+        v: Tensor | None,
+        v_gamma: Tensor,
+        v_beta: Tensor,
+        need_z: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        d_gy, d_z, d_gamma = torch.ops.lambda_kernels.norm_relu_pool_grad_grad(
+            gy, z, gamma, index, mean, rstd, pool, v, v_gamma, v_beta, need_z
+        )
+        return d_gy, d_z if need_z else None, d_gamma
+
 
 if not _WHY:
 
@@ -68,6 +88,23 @@ if not _WHY:
     ) -> tuple[Tensor, Tensor, Tensor]:
         dz = _images(z, z.shape[-2], z.shape[-1], z.dtype) if need_z else z.new_empty(0)
         return dz, torch.empty_like(mean), torch.empty_like(mean)
+
+    @torch.library.register_fake("lambda_kernels::norm_relu_pool_grad_grad")
+    def _(
+        gy: Tensor,
+        z: Tensor,
+        gamma: Tensor,
+        index: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        pool: int,
+        v: Tensor | None,
+        v_gamma: Tensor,
+        v_beta: Tensor,
+        need_z: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        d_z = _images(z, z.shape[-2], z.shape[-1], z.dtype) if need_z else z.new_empty(0)
+        return _images(z, gy.shape[-2], gy.shape[-1], z.dtype), d_z, torch.empty_like(mean)
 
     def _images(z: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
         """An empty channels-last [tasks, images, channels, height, width]."""

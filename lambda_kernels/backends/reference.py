@@ -134,7 +134,7 @@ class Reference:
         flat = a.flatten(0, 1)
         best, at = F.max_pool2d(flat, pool, return_indices=True)
         row, column = at // a.shape[-1], at % a.shape[-1]
-        index = torch.where(best > 0, row % pool * pool + column % pool, pool * pool).to(torch.uint8)
+        index = torch.where(best <= 0, pool * pool, row % pool * pool + column % pool).to(torch.uint8)
         return F.relu(best).to(z.dtype).unflatten(0, a.shape[:2]), index.unflatten(0, a.shape[:2]), mean, rstd
 
     def norm_relu_pool_grad(
@@ -151,6 +151,58 @@ class Reference:
             dz = over_pixels(gamma * rstd) * (g - over_pixels(dbeta * share) - xhat * over_pixels(dgamma * share))
             dz = dz.to(z.dtype)
         return dz, dgamma.to(gamma.dtype), dbeta.to(gamma.dtype)
+
+    def norm_relu_pool_grad_grad(
+        self,
+        gy: Tensor,
+        z: Tensor,
+        gamma: Tensor,
+        index: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        eps: float,
+        pool: int,
+        v: Tensor | None,
+        v_gamma: Tensor,
+        v_beta: Tensor,
+        need_z: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The gradients of <dz, v> + <dgamma, v_gamma> + <dbeta, v_beta>, of `norm_relu_pool_grad`'s results.
+
+        v is like z or None for zeros, v_gamma and v_beta are [T, C]. Returns those of gy, of z (None unless need_z)
+        and of gamma a task, [T, C]. They are made of differentiable operations, with mean and rstd taken from z anew.
+        """
+        # With P(u) = u - mean(u) - xhat mean(u xhat): dz = gamma rstd P(g), dgamma = sum(g xhat), dbeta = sum(g), and
+        # xhat moves with z as rstd P, rstd as -rstd^2 xhat / M. g is gy, scattered to the maxima.
+        pixels = (1, 3, 4)
+        wide = mean.dtype
+        variance, average_z = torch.var_mean(z.to(wide), pixels, correction=0, keepdim=True)
+        r = torch.rsqrt(variance + eps)
+        xhat = (z.to(wide) - average_z) * r
+        scale = over_pixels(gamma.to(wide)) * r
+
+        def average(u: Tensor) -> Tensor:
+            return u.mean(pixels, keepdim=True)
+
+        def project(u: Tensor) -> Tensor:
+            return u - average(u) - xhat * average(u * xhat)
+
+        g = scatter_windows(gy.to(wide), index, pool, z.shape[-2], z.shape[-1])
+        along = over_pixels(v_gamma) * xhat + over_pixels(v_beta)
+        u = over_pixels(v_gamma) * g
+        d_gamma, turn = torch.zeros_like(mean), None
+        if v is not None:
+            v = v.to(wide)
+            pv = project(v)
+            along = along + scale * pv
+            u = u - scale * (v * average(g * xhat) + g * average(v * xhat))
+            d_gamma = (r * (pv * g).sum(pixels, keepdim=True)).flatten(1)
+            turn = scale * r * xhat * average(pv * g)
+        d_gy = gather_windows(along, index, pool).to(gy.dtype)
+        d_z = None
+        if need_z:
+            d_z = (r * project(u) - (0 if turn is None else turn)).to(z.dtype)
+        return d_gy, d_z, d_gamma.to(gamma.dtype)
 
 
 def _is_channels_last(x: Tensor) -> bool:
