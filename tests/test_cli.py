@@ -119,14 +119,19 @@ def test_select_prints_json_alone(trained, tmp_path, capsys):
     one_line_error(capsys, "no timing for pattern 00001")
 
 
-def test_eval_takes_bits_and_pattern_json(trained, selected, capsys):
+def test_eval_takes_bits_and_pattern_json(trained, selected, tmp_path, capsys):
     common = ["--tasks", 4, "--json"]
     assert call("eval", trained / "best.safetensors", "--pattern", "00011", *common) == 0
     by_bits = json.loads(capsys.readouterr().out)
     assert by_bits["pattern"] == "00011" and 0 <= by_bits["accuracy"] <= 1 and by_bits["steps"] == 2
     assert call("eval", trained / "best.safetensors", "--pattern", selected, *common, "--steps", 3) == 0
     by_file = json.loads(capsys.readouterr().out)
-    assert by_file["pattern"] == json.loads(selected.read_text())["chosen"]["pattern"] and by_file["steps"] == 3
+    report = json.loads(selected.read_text())
+    assert by_file["pattern"] == report["chosen"]["pattern"] and by_file["steps"] == 3
+    (tmp_path / "other.json").write_text(json.dumps({**report, "steps": 4, "lr": 0.3, "norm": "never"}))
+    assert call("eval", trained / "best.safetensors", "--pattern", tmp_path / "other.json", *common) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["steps"], found["lr"], found["norm"]) == (4, 0.3, "never")
     assert call("eval", trained / "best.safetensors", "--tasks", 1) == 0
     assert "11111: " in (out := capsys.readouterr().out) and "no interval from one task" in out
 

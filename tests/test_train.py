@@ -131,6 +131,20 @@ def test_a_run_of_several_parts_goes_on_from_a_finished_one(tmp_path):
     assert whole[1:] == parts[1:]
 
 
+def test_every_iteration_has_tasks_of_its_own(tmp_path, monkeypatch):
+    sample, firsts = data.sample_tasks, []
+
+    def recorded(dataset: data.ImageSet, n: int, **options: Any) -> list[data.Task]:
+        if dataset is TRAIN:
+            firsts.append((options["first"], n))
+        return sample(dataset, n, **options)
+
+    monkeypatch.setattr(data, "sample_tasks", recorded)
+    run(tmp_path, 2)
+    run(tmp_path, 4, resume=True)
+    assert firsts == [(0, 2), (2, 2), (4, 2), (6, 2)]
+
+
 def test_the_time_limit_validates_and_saves(tmp_path):
     result = run(tmp_path, 1000, minutes=1e-9)
     assert (result.stopped, result.iteration) == ("minutes", 1)

@@ -214,7 +214,7 @@ def plot(report: Report, path: str | Path) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(MaxNLocator(8))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value <= 100 else ""))
+    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])
     axes.set_xlabel("adaptation time, ms (support tensors to adapted parameters; log scale)")
     axes.set_ylabel("validation accuracy, % (95% interval)")
     axes.set_title(_title(report), fontsize=11)
