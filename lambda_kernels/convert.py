@@ -28,11 +28,13 @@ class Fused:
         if not named and len(inputs) == 1 and isinstance(inputs[0], Tensor) and not torch.compiler.is_compiling():
             program = program_of(self)  # type: ignore[arg-type]
             if program.untraceable is None and program.inputs == 1:
-                return program(self, *inputs)  # type: ignore[arg-type]
+                y = program(self, *inputs)  # type: ignore[arg-type]
+                # A fused block's result may be channels-last, where the caller's view() refuses what it did before.
+                return y.contiguous() if isinstance(y, Tensor) and inputs[0].is_contiguous() else y
         return self.unfused_forward(*inputs, **named)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _revive, (self.fuses,), self.__getstate__()  # type: ignore[attr-defined]
+        return _revive, (self.fuses,), super().__reduce_ex__(2)[2]
 
 
 @cache

@@ -176,9 +176,20 @@ def _lift_if(tensor: Tensor | None, rank: int) -> Tensor | None:
 
 
 def _autocast(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands in autocast's dtype where it is on, as torch's own layers have them; else checked to agree."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    """The operands in autocast's dtype where it is on, as torch's own layers have them, and checked to agree."""
+    if isinstance(x, Tensor) and _autocasts(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        x, weight = _narrow(x, dtype), _narrow(weight, dtype)
+        bias = None if bias is None else _narrow(bias, dtype)
     check_same(op, x, ("weight", weight), ("bias", bias))
     return x, weight, bias
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: not float64, and nothing that is no floating-point tensor."""
+    eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if eligible else tensor

@@ -7,6 +7,9 @@ all modules of the same structure share one.
 
 from __future__ import annotations
 
+import copy
+import pickle
+import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,13 +17,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import functional, layers
-from .layers import ConvBlock, Update
+from .layers import ConvBlock, Update, has_hooks
 
 __all__ = ["Fusion", "Program", "Step", "program_of"]
 
@@ -178,13 +182,6 @@ _LOCK = threading.Lock()
 _BASE = frozenset(nn.Module().__dict__)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anything is called before or after the module's forward or backward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 class _Same:
     """Compares by identity, and keeps the object so that its identity is not given to another."""
 
@@ -203,23 +200,32 @@ class _Same:
 _SCALARS = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
 
 
-def _freeze(value: Any) -> Any:
+def _freeze(value: Any, depth: int = 4) -> Any:
+    """What the value is now, hashable: containers and plain objects by what they hold, `depth` levels deep."""
     if type(value) in _SCALARS:
         return value
+    if depth == 0 or isinstance(value, (Tensor, nn.Module, type)):
+        return _Same(value)
     if isinstance(value, (tuple, list)):
-        return type(value), tuple(_freeze(v) for v in value)
+        return type(value), tuple(_freeze(v, depth - 1) for v in value)
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_freeze(v, depth - 1) for v in value)
     if isinstance(value, dict):
-        return dict, tuple((_freeze(k), _freeze(v)) for k, v in value.items())
-    return _Same(value)
+        return dict, tuple((_freeze(k, depth - 1), _freeze(v, depth - 1)) for k, v in value.items())
+    held = getattr(value, "__dict__", None)
+    return (_Same(value), _freeze(held, depth - 1)) if isinstance(held, dict) and held else _Same(value)
 
 
 def _fingerprint(root: nn.Module) -> tuple[Any, ...]:
     """All that a module's trace can depend on: classes, modes, hooks, plain attributes, which tensors there are."""
     parts: list[Any] = []
     seen: dict[int, str] = {}
+    numbers: dict[int, int] = {}
     for path, module in root.named_modules():
         state = module.__dict__
         parts += (path, type(module), module.training, has_hooks(module))
+        for name, child in state["_modules"].items():
+            parts += (name, child is None or numbers.setdefault(id(child), len(numbers)))
         for group in (state["_parameters"], state["_buffers"]):
             for name, tensor in group.items():
                 parts += (name, tensor is None or seen.setdefault(id(tensor), f"{path}.{name}"))
@@ -247,21 +253,74 @@ def program_of(root: nn.Module) -> Program:
 # From a module to its fx graph.
 
 
+class _Input(fx.Proxy):
+    """A symbolic input that passes for a tensor: `isinstance(x, Tensor)` in a forward takes a real call's branch."""
+
+    @property
+    def __class__(self) -> type:
+        return Tensor
+
+    @__class__.setter
+    def __class__(self, value: type) -> None:
+        raise TypeError("the class of an input is fixed")
+
+
 class _Tracer(fx.Tracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes = _modes()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__module__ == layers.__name__ or super().is_leaf_module(m, module_qualified_name)
+        if type(m).__module__ == layers.__name__ or super().is_leaf_module(m, module_qualified_name):
+            return True
+        if has_hooks(m) and any(isinstance(child, LAYERS) for child in m.modules()):
+            raise fx.proxy.TraceError(f"{module_qualified_name} holds layers and has hooks")
+        return has_hooks(m)
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise fx.proxy.TraceError("its forward switches gradients or autocast for a part of it")
+        return super().create_node(kind, *args, **kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Input(node, self) if node.op == "placeholder" else super().proxy(node)
 
     def create_arg(self, a: Any) -> Any:
+        if type(a) is _Input:
+            return a.node
         if isinstance(a, Tensor) and not any(a is t for t in (*self.root.parameters(), *self.root.buffers())):
             raise fx.proxy.TraceError(f"its forward uses a tensor {list(a.shape)} that is no parameter or buffer")
         return super().create_arg(a)
 
 
+def _modes() -> tuple[Any, ...]:
+    """What a `with` in a forward can change and a graph does not hold."""
+    devices = ("cpu", "cuda")
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in devices]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
 def _trace(root: nn.Module) -> fx.Graph:
     tracer = _Tracer()
+    if "forward" in root.__dict__:
+        raise fx.proxy.TraceError("its forward was replaced on the instance")
     if hasattr(type(root), "unfused_forward"):
         tracer.traced_func_name = "unfused_forward"
     return tracer.trace(root)
+
+
+def _stand_in(root: nn.Module) -> nn.Module:
+    """Copies of the modules around the same tensors: a trace runs the forward, which may write to `self`."""
+    memo: dict[int, Any] = {}
+    for module in root.modules():
+        for group in (module._parameters, module._buffers, module.__dict__):
+            memo.update({id(value): value for value in group.values() if isinstance(value, Tensor)})
+    return copy.deepcopy(root, memo)
+
+
+def _outside() -> tuple[Any, ...]:
+    """The states of the global random number generators."""
+    return torch.random.get_rng_state().tolist(), random.getstate(), pickle.dumps(np.random.get_state())
 
 
 def _spelled(graph: fx.Graph) -> list[tuple[Any, ...]]:
@@ -269,17 +328,25 @@ def _spelled(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 
 def _build(root: nn.Module) -> Program:
-    random_state = torch.random.get_rng_state()
+    torch_state, python_state, numpy_state = torch.random.get_rng_state(), random.getstate(), np.random.get_state()
     try:
-        graph = _trace(root)
-        if _spelled(graph) != _spelled(_trace(root)):
-            raise fx.proxy.TraceError("its forward does not do the same twice: random numbers or counters in Python")
+        twin = _stand_in(root)
+        before = _fingerprint(twin), _outside()
+        graph = _trace(twin)
+        with torch.set_grad_enabled(not torch.is_grad_enabled()):
+            again = _trace(twin)
+        if (_fingerprint(twin), _outside()) != before:
+            raise fx.proxy.TraceError("its forward draws random numbers in Python or writes to attributes")
+        if _spelled(graph) != _spelled(again):
+            raise fx.proxy.TraceError("its forward does not do the same twice, with gradients and without")
         return _Builder(root, graph).program()
     except Exception as error:  # whatever a forward raises on a symbolic input
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return _opaque(root, reason)
     finally:
-        torch.random.set_rng_state(random_state)
+        torch.random.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _opaque(root: nn.Module, reason: str) -> Program:
@@ -429,10 +496,11 @@ class _Function:
 class _Method:
     def __init__(self, name: str) -> None:
         # A fused block's result may be channels-last, where view() refuses what it does on contiguous memory.
-        self.name = "reshape" if name == "view" else name
+        self.name = name
 
     def __call__(self, modules: Any, state: Any, effects: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(x, self.name)(*args, **kwargs)
+        shape = self.name == "view" and not isinstance(args[0] if args else kwargs.get("dtype"), torch.dtype)
+        return getattr(x, "reshape" if shape else self.name)(*args, **kwargs)
 
 
 class _Attribute:
@@ -461,6 +529,8 @@ class _Builder:
             if node.op == "placeholder":
                 if node.args:
                     raise fx.proxy.TraceError(f"its forward has the optional argument {node.target!r}")
+                if str(node.target).startswith("*"):
+                    raise fx.proxy.TraceError(f"its forward takes any number of arguments, {node.target}")
                 self.slots[node] = Slot(len(self.slots))
             elif node.op == "output":
                 result = self._convert(node.args[0])
@@ -600,7 +670,7 @@ class _Builder:
         parts = [block, block.conv, block.norm, block.relu, block.pool]
         if any(has_hooks(part) for part in parts):
             return "a part of the block has hooks"
-        if arguments != 1 or type(block.conv) not in _CONV or type(block.norm) is not nn.BatchNorm2d:
+        if arguments != 1 or not block.is_whole():
             return "a part of the block was replaced"
         return self._norm_refusal(block.norm)
 

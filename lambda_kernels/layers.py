@@ -67,8 +67,26 @@ class ConvBlock(nn.Module):
         self.relu = nn.ReLU()
         self.pool = nn.MaxPool2d(pool) if pool > 1 else nn.Identity()
 
+    def is_whole(self) -> bool:
+        """Whether all parts are of the kinds that one fused block computes: nothing else was put in place of one."""
+        conv, pool = self.conv, self.pool
+        if (
+            type(conv) not in (Conv2d, nn.Conv2d)
+            or type(self.norm) is not nn.BatchNorm2d
+            or type(self.relu) is not nn.ReLU
+        ):
+            return False
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return False
+        if type(pool) is nn.MaxPool2d:
+            tiles = pool.stride == pool.kernel_size and (pool.padding, pool.dilation, pool.ceil_mode) == (0, 1, False)
+            return tiles and isinstance(pool.kernel_size, int) and not pool.return_indices
+        return type(pool) is nn.Identity
+
     def forward(self, input: Tensor) -> Tensor:
-        if not uses_batch_statistics(self.norm):
+        parts = self.conv, self.norm, self.relu, self.pool
+        apart = not self.is_whole() or any(has_hooks(part) for part in parts)
+        if apart or not uses_batch_statistics(self.norm):
             return self.pool(self.relu(self.norm(self.conv(input))))
         y, update = fused_block(
             self.conv, self.norm, pool_size(self.pool), input, self.conv.weight, self.conv.bias, own_state(self.norm)
@@ -78,11 +96,19 @@ class ConvBlock(nn.Module):
         return y
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is called before, after or, for this instance alone, in place of the module's forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
+
+
 def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The result of a torch or lambda_kernels convolution with the given parameters in place of its own."""
     padding = conv.padding
     if conv.padding_mode != "zeros":
-        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        images = x.flatten(0, -4) if x.dim() > 4 else x  # F.pad takes one batch axis
+        images = F.pad(images, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+        x = images.unflatten(0, x.shape[:-3]) if x.dim() > 4 else images
         padding = (0, 0)
     return functional.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
@@ -117,6 +143,11 @@ def fused_block(
     Returns the result, and the update of `state`'s running statistics by this batch where the norm tracks them.
     """
     assert not isinstance(conv.padding, str)
+    if norm.training and norm.track_running_stats and x.dim() > 4:
+        raise ValueError(
+            f"conv_block: running statistics are of one network, x {list(x.shape)} holds several tasks: "
+            "set track_running_stats=False"
+        )
     y, mean, variance = functional.conv_block_with_statistics(
         x,
         weight,

@@ -26,10 +26,10 @@ class ConvSpec(NamedTuple):
 
 def pair(name: str, value: int | tuple[int, ...], least: int) -> Pair:
     """(vertical, horizontal) from an int, a 1-tuple or a 2-tuple; ValueError below `least`."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
     if len(values) == 1:
         values = values * 2
-    if len(values) != 2 or any(int(v) < least for v in values):
+    if len(values) != 2 or any(isinstance(v, (float, str)) or v is None or int(v) < least for v in values):
         raise ValueError(f"{name} must be an int of at least {least} or a pair of them, got {value!r}")
     return int(values[0]), int(values[1])
 
@@ -66,7 +66,7 @@ def _vector(op: str, name: str, shape: torch.Size | None, size: int, meaning: st
         raise ValueError(f"{op}: {name} must be [{size}] or [tasks, {size}] ({meaning}), got {_list(shape)}")
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def check_conv2d(op: str, x: torch.Size, weight: torch.Size, bias: torch.Size | None, spec: ConvSpec) -> int:
     """Number of tasks of a convolution; ValueError where the shapes do not fit."""
     if len(x) not in (4, 5):
@@ -95,7 +95,7 @@ def check_conv2d(op: str, x: torch.Size, weight: torch.Size, bias: torch.Size | 
     return _tasks(op, (("x", x, 4), ("weight", weight, 4), ("bias", bias, 1)))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def check_conv_block(
     x: torch.Size,
     weight: torch.Size,
@@ -129,7 +129,7 @@ def check_conv_block(
     return max(tasks, _tasks(op, (("x", x, 4), ("weight", weight, 4), *affine)))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def check_linear(x: torch.Size, weight: torch.Size, bias: torch.Size | None) -> int:
     """Number of tasks of a linear layer; ValueError where the shapes do not fit."""
     op = "linear"

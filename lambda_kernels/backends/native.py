@@ -13,7 +13,10 @@ from .reference import Reference
 _WHY = _build.mismatch()
 if not _WHY:
     try:
-        importlib.import_module("lambda_kernels._C")  # registers the operators of torch.ops.lambda_kernels
+        # Registers the operators of torch.ops.lambda_kernels. isa() throws where LAMBDA_KERNELS_ISA cannot be had.
+        importlib.import_module("lambda_kernels._C").isa()
+    except RuntimeError as error:
+        _WHY = str(error)
     except ImportError as error:
         _WHY = f"the extension lambda_kernels._C does not load ({error}): build it with `pip install .`"
 
