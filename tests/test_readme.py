@@ -1,0 +1,102 @@
+"""README.md and docs/: the code runs, and the commands, options, files and links that they name exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+
+import lambda_maml
+from lambda_maml import LambdaMAML, Pattern, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def fewer(function: Callable[..., Any], **small: Any) -> Callable[..., Any]:
+    """The function with some of its named arguments given, whatever the caller says."""
+    return lambda *args, **given: function(*args, **{**given, **small})
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two threads wait for each other wherever another process has a core, in each of many small operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = lambda_maml.data.sample_tasks
+    monkeypatch.setattr(lambda_maml.data, "sample_tasks", lambda dataset, n, **more: sample(dataset, min(n, 2), **more))
+    some = ["00001", "00011", "10000"]
+    monkeypatch.setattr(
+        lambda_maml, "select_pattern", fewer(lambda_maml.select_pattern, patterns=some, seconds=0.0)
+    )
+    found = blocks(README, "python")
+    assert found
+    names: dict[str, Any] = {}
+    for code in found:
+        exec(compile(code, str(README), "exec"), names)
+    assert names["logits"].shape == (75, 5) and bool(torch.isfinite(names["logits"]).all())
+    assert isinstance(names["maml"], LambdaMAML) and isinstance(names["chosen"].pattern, Pattern)
+    assert all(p.grad is not None for p in names["model"].parameters())
+
+
+def commands(program: str) -> list[list[str]]:
+    """The arguments of every line of the pages' shell blocks, and of prose in backquotes, that calls the program."""
+    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    lines += [code for page in PAGES for code in re.findall(r"`([^`\n]+)`", prose(page))]
+    split = [shlex.split(line, comments=True) for line in lines if program in line]
+    calls = [[word for word in words if not re.match(r"\w+=", word)] for words in split]
+    return [words[1:] for words in calls if words and words[0] == program]
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    called = [target for words in commands("make") for target in words]
+    assert {"demo", "test"} <= set(called) <= targets
+
+
+def test_commands_and_their_options_exist() -> None:
+    called = commands("lambda-maml")
+    assert {words[0] for words in called} >= {"train", "select", "eval", "adapt", "report", "info"}
+    for name, *arguments in called:
+        command = cli.cli.commands[name]
+        try:
+            command.make_context(name, arguments, resilient_parsing=False)
+        except click.UsageError as error:
+            pytest.fail(f"lambda-maml {name} {' '.join(arguments)}: {error.format_message()}")
+
+
+def test_image_sets_are_all_there() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(rows) == sorted(lambda_maml.data.NAMES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    text = prose(page)
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]*|[\w]+\.(?:py|cpp|md))`", text)
+    linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    places = [ROOT, ROOT / "python", ROOT / "lambda_kernels", ROOT / "csrc", ROOT / "python" / "lambda_maml"]
+    made = {"images_evaluation/"}
+    missing = [name for name in named if name not in made and not any((place / name).exists() for place in places)]
+    assert missing == [] and all((page.parent / target).exists() for target in linked)
