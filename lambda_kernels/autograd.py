@@ -69,6 +69,11 @@ def _expand(t: Tensor | None, tasks: int) -> Tensor:
     return t.expand(tasks, *t.shape[1:])
 
 
+def _own(result: Tensor) -> Tensor:
+    """The result, not marked as a view: of a view that is made in here autograd refuses in-place steps outside."""
+    return torch.ops.aten._unsafe_view(result, result.shape)
+
+
 class _Merged(NamedTuple):
     """Operands whose mapped axis V has been merged with their task axis, and the way back."""
 
@@ -99,7 +104,7 @@ class Conv2d(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, backend: Backend) -> Tensor:
-        return backend.conv2d(x, weight, bias, spec)
+        return _own(backend.conv2d(x, weight, bias, spec))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -190,7 +195,7 @@ class Linear(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, backend: Backend) -> Tensor:
-        return backend.linear(x, weight, bias)
+        return _own(backend.linear(x, weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,6 +8,7 @@ all modules of the same structure share one.
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 import random
 import threading
@@ -56,7 +57,7 @@ class Step:
 
     slot: int
     label: str
-    kind: str  # "block", "conv", "linear", "norm", "module", "function" or "attribute"
+    kind: str  # "block", "conv", "linear", "norm", "flatten", "size", "module", "function" or "attribute"
     call: Callable[..., Any]  # call(modules, state, effects, *args, **kwargs)
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -64,7 +65,7 @@ class Step:
     parameters: tuple[str, ...]  # names, as in named_parameters
     layer: tuple[str, str] | None = None  # paths of a Conv2d or Linear and, where one belongs to it, of its norm
     not_reusable: str | None = None  # why a second run with the same inputs may not be left out
-    writes_input: bool = False
+    writes: tuple[int, ...] = ()  # slots whose tensors are written in place
     tracks: bool = False  # updates running statistics
 
 
@@ -80,6 +81,7 @@ class Program:
     paths: tuple[str, ...]  # modules that the steps use
     untraceable: str | None = None  # why the module is one opaque step
     aliases: dict[str, str] = field(default_factory=dict)  # second names of shared tensors -> their first
+    memory: tuple[int, ...] = (0, 1)  # for each slot a number; slots that may share memory have the same
 
     def bind(self, root: nn.Module) -> dict[str, nn.Module]:
         """The modules that the steps use, by path."""
@@ -179,6 +181,8 @@ def _resolve(value: Any, env: dict[int, Any] | None, found: list[int] | None = N
 _CACHE: OrderedDict[Any, Program] = OrderedDict()
 _CACHE_SIZE = 128
 _LOCK = threading.Lock()
+# Held while torch.func.functional_call has put other tensors into a module, and by whoever reads a module's tensors.
+SWAP = threading.RLock()
 _BASE = frozenset(nn.Module().__dict__)
 
 
@@ -235,14 +239,19 @@ def _fingerprint(root: nn.Module) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def program_of(root: nn.Module) -> Program:
-    """The program of a module in its present mode; a module that torch.fx cannot trace is one opaque step."""
-    key = _fingerprint(root)
+def program_of(root: nn.Module, called: bool = False) -> Program:
+    """The program of a module in its present mode; a module that torch.fx cannot trace is one opaque step.
+
+    The program does what the module's forward does; with `called`, what calling it does, its own hooks included.
+    """
+    hooked = called and has_hooks(root)
+    with SWAP:
+        key = (_fingerprint(root), hooked)
     with _LOCK:
         if key in _CACHE:
             _CACHE.move_to_end(key)
             return _CACHE[key]
-    program = _build(root)
+    program = _opaque(root, "it has hooks of its own") if hooked else _build(root)
     with _LOCK:
         _CACHE[key] = program
         while len(_CACHE) > _CACHE_SIZE:
@@ -253,7 +262,38 @@ def program_of(root: nn.Module) -> Program:
 # From a module to its fx graph.
 
 
-class _Input(fx.Proxy):
+class _Value(fx.Proxy):
+    """A symbolic value on which `x += y` and `x[i] = y` are in-place steps, as they are on a tensor."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _in_place(name: str) -> Callable[..., Any]:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return method
+
+
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "ilshift",
+    "irshift",
+):
+    setattr(_Value, f"__{_name}__", _in_place(_name))
+
+
+class _Input(_Value):
     """A symbolic input that passes for a tensor: `isinstance(x, Tensor)` in a forward takes a real call's branch."""
 
     @property
@@ -283,7 +323,7 @@ class _Tracer(fx.Tracer):
         return super().create_node(kind, *args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Input(node, self) if node.op == "placeholder" else super().proxy(node)
+        return (_Input if node.op == "placeholder" else _Value)(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is _Input:
@@ -310,12 +350,16 @@ def _trace(root: nn.Module) -> fx.Graph:
 
 
 def _stand_in(root: nn.Module) -> nn.Module:
-    """Copies of the modules around the same tensors: a trace runs the forward, which may write to `self`."""
+    """Copies of modules and buffers around the same parameters: a trace runs the forward, which may write to `self`."""
     memo: dict[int, Any] = {}
     for module in root.modules():
-        for group in (module._parameters, module._buffers, module.__dict__):
+        for group in (module._parameters, module.__dict__):
             memo.update({id(value): value for value in group.values() if isinstance(value, Tensor)})
     return copy.deepcopy(root, memo)
+
+
+def _versions(root: nn.Module) -> list[int]:
+    return [t._version for t in (*root.parameters(), *root.buffers())]
 
 
 def _outside() -> tuple[Any, ...]:
@@ -331,12 +375,12 @@ def _build(root: nn.Module) -> Program:
     torch_state, python_state, numpy_state = torch.random.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         twin = _stand_in(root)
-        before = _fingerprint(twin), _outside()
+        before = _fingerprint(twin), _versions(twin), _outside()
         graph = _trace(twin)
         with torch.set_grad_enabled(not torch.is_grad_enabled()):
             again = _trace(twin)
-        if (_fingerprint(twin), _outside()) != before:
-            raise fx.proxy.TraceError("its forward draws random numbers in Python or writes to attributes")
+        if (_fingerprint(twin), _versions(twin), _outside()) != before:
+            raise fx.proxy.TraceError("its forward draws random numbers in Python or writes to attributes or buffers")
         if _spelled(graph) != _spelled(again):
             raise fx.proxy.TraceError("its forward does not do the same twice, with gradients and without")
         return _Builder(root, graph).program()
@@ -382,6 +426,10 @@ _RANDOM = (
     "poisson",
     "gumbel",
     "sample",
+    "uniform",
+    "exponential",
+    "geometric",
+    "cauchy",
 )
 _IN_PLACE = (
     "setitem",
@@ -407,6 +455,19 @@ _IN_PLACE = (
 )
 _POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _KNOWN = ("torch", "_operator", "operator", "math", "builtins")
+# Their results never share memory with what they read; of any other function it is assumed that they may.
+_FRESH = frozenset(
+    "add sub mul truediv floordiv mod pow matmul neg abs exp log sqrt rsqrt square bmm mm baddbmm cat concat stack "
+    "where sigmoid tanh relu relu6 leaky_relu elu selu gelu silu mish hardswish hardtanh softplus softmax "
+    "clone log_softmax "
+    "normalize conv1d conv2d conv3d linear bilinear layer_norm group_norm max_pool1d max_pool2d max_pool3d avg_pool1d "
+    "avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d mean sum var std amax amin "
+    "clamp".split()
+)
+_FRESH_MODULES = tuple(
+    f"torch.nn.modules.{name}"
+    for name in ("activation", "pooling", "conv", "linear", "normalization", "batchnorm", "instancenorm")
+)
 
 
 class _Module:
@@ -420,12 +481,26 @@ class _Module:
     ) -> Any:
         module = modules[self.path]
         if isinstance(state, OwnState):
-            return module(*args, **kwargs)
+            with SWAP:
+                return module(*args, **kwargs)
         prefix = f"{self.path}." if self.path else ""
         names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
         if not names:
             return module(*args, **kwargs)
-        return torch.func.functional_call(module, {name: state[prefix + name] for name in names}, args, kwargs)
+        tensors = {name: state[prefix + name] for name in names}
+        if not module._modules and not has_hooks(module) and type(module).__module__.startswith(_FRESH_MODULES):
+            return _twin(module, tensors)(*args, **kwargs)
+        with SWAP:
+            return torch.func.functional_call(module, tensors, args, kwargs)
+
+
+def _twin(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """A childless module with other tensors, in which everything else is shared with the given one."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    for group in ("_parameters", "_buffers"):
+        twin.__dict__[group] = {n: None if t is None else tensors[n] for n, t in module.__dict__[group].items()}
+    return twin
 
 
 class _Leaf(_Module):
@@ -441,7 +516,7 @@ class _Conv(_Leaf):
         return layers.convolve(conv, x, self.get(state, conv, "weight"), self.get(state, conv, "bias"))
 
 
-class _Linear(_Leaf):
+class LinearCall(_Leaf):
     def __call__(self, modules: Any, state: State, effects: Any, x: Tensor) -> Tensor:
         linear = modules[self.path]
         return functional.linear(x, self.get(state, linear, "weight"), self.get(state, linear, "bias"))
@@ -455,14 +530,15 @@ class _Norm(_Leaf):
             return F.batch_norm(
                 x, own["running_mean"], own["running_var"], own["weight"], own["bias"], False, 0.0, norm.eps
             )
+        y = F.batch_norm(x, None, None, own["weight"], own["bias"], True, 0.0, norm.eps)
         if norm.training and norm.track_running_stats:
             axes = [a for a in range(x.dim()) if a != 1]
             variance, mean = torch.var_mean(x.detach(), axes, correction=0)
             _make(layers.running_update(norm, own, mean, variance, x.numel() // x.shape[1]), effects)
-        return F.batch_norm(x, None, None, own["weight"], own["bias"], True, 0.0, norm.eps)
+        return y
 
 
-class _Block(_Leaf):
+class BlockCall(_Leaf):
     def __init__(self, conv: str, norm: str, size: int) -> None:
         super().__init__(conv)
         self.norm, self.size = norm, size
@@ -521,6 +597,7 @@ class _Builder:
         self.fusions: list[Fusion] = []
         self.left_alone: dict[str, str] = {}
         self.paths: set[str] = set()
+        self.memory: list[int] = []
 
     def program(self) -> Program:
         result: Any = None
@@ -532,10 +609,12 @@ class _Builder:
                 if str(node.target).startswith("*"):
                     raise fx.proxy.TraceError(f"its forward takes any number of arguments, {node.target}")
                 self.slots[node] = Slot(len(self.slots))
+                self.memory.append(len(self.memory))
             elif node.op == "output":
                 result = self._convert(node.args[0])
             elif node not in absorbed:
                 absorbed |= self._add(node)
+        self._check_writes()
         return Program(
             tuple(self.steps),
             len(self.inputs),
@@ -544,7 +623,18 @@ class _Builder:
             self.left_alone,
             tuple(sorted(self.paths)),
             aliases=_aliases(self.root),
+            memory=tuple(self.memory),
         )
+
+    def _check_writes(self) -> None:
+        """What is handed in must not be written to: the parts of a program are run again with the same."""
+        given = {self.memory[i] for i in range(len(self.inputs))}
+        held = {self.memory[step.slot] for step in self.steps if step.kind == "attribute"}
+        for step in self.steps:
+            written = {self.memory[slot] for slot in step.writes}
+            if written & (given | held):
+                what = "its input" if written & given else "a parameter or buffer"
+                raise fx.proxy.TraceError(f"its forward writes into {what} in place ({step.label})")
 
     def _convert(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -567,22 +657,34 @@ class _Builder:
             path = str(node.target)
             module = self.modules[path]
             kind, call, last = self._module(node, path, module, facts)
+            in_place = any(getattr(child, "inplace", False) for child in module.modules())
+            home = type(module).__module__
+            fresh = kind != "module" or (home.startswith(_FRESH_MODULES) and not in_place and not has_hooks(module))
+            facts["writes"] = tuple(_slots(args)) if in_place and kind == "module" else ()
         elif node.op == "get_attr":
-            kind, call = "attribute", _Attribute(str(node.target))
+            kind, call, fresh, in_place = "attribute", _Attribute(str(node.target)), True, False
             facts["parameters"] = (str(node.target),)
         else:
             kind, target = "function", node.target
             name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
             call = _Method(target) if isinstance(target, str) else _Function(target)
             facts["not_reusable"] = self._impure(node, name)
-            facts["writes_input"] = (
+            in_place = (
                 (name.endswith("_") and not name.endswith("__"))
                 or bool(node.kwargs.get("inplace"))
-                or "out" in node.kwargs
                 or (getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE)
             )
+            fresh = name in _FRESH and not in_place and "out" not in node.kwargs
+            facts["writes"] = (
+                tuple(_slots(args)[:1] or _slots(kwargs)[:1]) if in_place else tuple(_slots(kwargs.get("out")))
+            )
+        if self._flattens(node):
+            kind = "flatten"
+        elif _is_batch_size(node) or _is_shape(node):
+            kind = "size"
         slot = Slot(len(self.inputs) + len(self.steps))
         reads = tuple(dict.fromkeys(_slots((args, kwargs))))
+        self._share(() if fresh else facts["writes"] or reads)
         self.steps.append(Step(slot.index, str(node.name), kind, call, args, kwargs, reads, **facts))
         run = {node}
         while node is not last:
@@ -592,8 +694,30 @@ class _Builder:
             self.slots[node] = slot
         return run
 
+    def _share(self, slots: tuple[int, ...]) -> None:
+        """Give the next slot a number in `memory`, the same as that of the given ones, which become one."""
+        joined = {self.memory[slot] for slot in slots}
+        number = min(joined, default=len(self.memory))
+        self.memory = [number if m in joined else m for m in self.memory] + [number]
+
+    def _flattens(self, node: fx.Node) -> bool:
+        """Whether the node makes [N, F] of [N, ...]: the step between the blocks and a linear layer."""
+        module = self._at(node)
+        if module is not None:
+            return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+        if node.kwargs or not node.args or not isinstance(node.args[0], fx.Node):
+            return False
+        x, *shape = node.args
+        if node.target in (torch.flatten, "flatten"):
+            return shape in ([1], [1, -1])
+        viewed = node.target in ("view", "reshape") and len(shape) == 2 and shape[1] == -1
+        return viewed and isinstance(shape[0], fx.Node) and _is_batch_size(shape[0]) and _measured(shape[0]) is x
+
     def _impure(self, node: fx.Node, name: str) -> str | None:
-        if any(word in name for word in _RANDOM):
+        drops = node.kwargs.get(
+            "dropout_p", node.args[4] if name.startswith("scaled_dot") and len(node.args) > 4 else 0.0
+        )
+        if any(word in name for word in _RANDOM) or drops != 0.0:
             return f"{name} draws random numbers"
         if name in ("batch_norm", "instance_norm"):
             return f"{name} may update running statistics"
@@ -609,7 +733,6 @@ class _Builder:
         """Kind, computation and last node of a module's step; what else is known of it goes to `facts`."""
         self.paths.add(path)
         facts["parameters"] = self._names(path)
-        facts["writes_input"] = bool(getattr(module, "inplace", False))
         if isinstance(module, ConvBlock):
             facts["layer"] = (f"{path}.conv", f"{path}.norm")
             why = self._block_refusal(module, len(node.args))
@@ -618,7 +741,7 @@ class _Builder:
                 self.fusions.append(Fusion(f"{path}.conv", f"{path}.norm", f"{path}.relu", f"{path}.pool", size))
                 self.paths |= {f"{path}.conv", f"{path}.norm"}
                 facts["tracks"] = _tracks(module.norm)
-                return "block", _Block(f"{path}.conv", f"{path}.norm", size), node
+                return "block", BlockCall(f"{path}.conv", f"{path}.norm", size), node
             self.left_alone[f"{path}.conv"] = why
         elif isinstance(module, LAYERS):
             norm = next((n for n in node.users if n.op == "call_module" and isinstance(self._at(n), NORMS)), None)
@@ -632,11 +755,11 @@ class _Builder:
                 self.paths.add(fusion.norm)
                 facts["parameters"] = self._names(path, fusion.norm)
                 facts["tracks"] = _tracks(self.modules[fusion.norm])
-                return "block", _Block(path, fusion.norm, fusion.size), last
+                return "block", BlockCall(path, fusion.norm, fusion.size), last
             self.left_alone[path] = found
             return "conv", _Conv(path), node
         if plain and type(module) in _LINEAR:
-            return "linear", _Linear(path), node
+            return "linear", LinearCall(path), node
         facts["tracks"] = any(_tracks(child) for child in module.modules())
         if plain and type(module) in _BATCH_NORM:
             return "norm", _Norm(path), node
@@ -735,6 +858,24 @@ class _Builder:
 
 def _tracks(module: nn.Module) -> bool:
     return module.training and getattr(module, "running_mean", None) is not None
+
+
+def _is_shape(node: fx.Node) -> bool:
+    return node.target is getattr and len(node.args) == 2 and node.args[1] == "shape"
+
+
+def _is_batch_size(node: fx.Node) -> bool:
+    """Whether the node is x.size(0) or x.shape[0]."""
+    if node.target == "size":
+        return node.args[1:] == (0,)
+    shape = node.args[0] if node.target is operator.getitem else None
+    return isinstance(shape, fx.Node) and _is_shape(shape) and node.args[1] == 0
+
+
+def _measured(size: fx.Node) -> Any:
+    """The tensor whose batch size a node is."""
+    source = size.args[0]
+    return source.args[0] if isinstance(source, fx.Node) and _is_shape(source) else source
 
 
 def _pair(value: Any) -> tuple[Any, ...]:

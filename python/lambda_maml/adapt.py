@@ -61,6 +61,7 @@ def adapt(
     losses: list[Tensor] = []
     with torch.enable_grad():
         for part, count in loop.parts:
+            loop.enter(state, part)
             with torch.set_grad_enabled(loop.second_order):
                 frozen = part.freeze(loop.modules, state, xs)
             for _ in range(count):
@@ -95,7 +96,9 @@ class Learner(nn.Module):
         """A copy of the network with the adapted parameters and buffers as its own."""
         model, state = self._held
         twin = copy.deepcopy(model)
-        twin.load_state_dict({name: state[name].detach() for name in twin.state_dict()})
+        with torch.no_grad():
+            for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+                tensor.copy_(state[name])
         return twin
 
 
@@ -169,6 +172,7 @@ def _adapt_batch(model: nn.Module, loop: _Loop, loss: Loss, xs: Tensor, ys: Tens
 
     with torch.enable_grad():
         for part, count in loop.parts:
+            loop.enter(state, part)
             frozen = _FrozenBatch(part, modules, loss)
             with torch.set_grad_enabled(loop.second_order):
                 boundary = each_task(frozen.freeze, xs)
@@ -215,7 +219,7 @@ class _Loop:
             raise ValueError(f"norm must be 'follow' or 'never', got {norm!r}")
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(f"steps must be a whole number of at least 0, got {steps!r}")
-        if not 0.0 < lr < float("inf"):
+        if not isinstance(lr, (int, float)) or not 0.0 < lr < float("inf"):
             raise ValueError(f"lr must be a positive number, got {lr!r}")
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -232,6 +236,9 @@ class _Loop:
 
     def check(self, xs: Tensor, ys: Tensor) -> None:
         """ValueError or TypeError for a support set that the network cannot be adapted to."""
+        for name, tensor in (("xs", xs), ("ys", ys)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"support set: {name} must be a tensor, got {type(tensor).__name__}")
         if xs.dim() < 2 or xs.shape[0] == 0 or ys.dim() < 1 or ys.shape[0] != xs.shape[0]:
             raise ValueError(
                 "support set: xs [N, C, H, W] and ys [N] with N of at least 1 expected, "
@@ -249,6 +256,10 @@ class _Loop:
             )
         if ys.is_floating_point():
             return  # regression targets
+        if ys.dtype not in (torch.int64, torch.uint8):
+            raise TypeError(
+                f"support set: ys is {ys.dtype}: convert labels with .long(), regression targets with .float()"
+            )
         low, high = (int(v) for v in torch.aminmax(ys))
         if low == high:
             raise ValueError(f"support set: all {ys.numel()} labels are {low}; at least two classes are needed")
@@ -273,10 +284,23 @@ class _Loop:
             state[alias] = state[name]
         return state
 
+    def enter(self, state: dict[str, Tensor], part: Part) -> None:
+        """Before a part's steps: a step's gradient is by the present values, not by what they were to earlier steps."""
+        if self.second_order:
+            state.update({n: state[n].view_as(state[n]) for n in part.updated})
+            self.tie(state)
+
     def update(self, state: dict[str, Tensor], part: Part, value: Tensor) -> None:
         """One gradient step on the part's updated parameters."""
         weights = [state[n] for n in part.updated]
-        gradients = torch.autograd.grad(value, weights, create_graph=self.second_order, allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = (None,)
+        if value.requires_grad:
+            gradients = torch.autograd.grad(value, weights, create_graph=self.second_order, allow_unused=True)
+        if all(g is None for g in gradients):
+            raise ValueError(
+                f"pattern {str(self.pattern)!r}: the support loss has no gradient with respect to the parameters "
+                f"that it updates ({', '.join(part.updated)}): choose layers that the loss depends on"
+            )
         used = [(n, w, g) for n, w, g in zip(part.updated, weights, gradients) if g is not None]
         if self.second_order:
             state.update((n, w - self.lr * g) for n, w, g in used)
@@ -334,6 +358,8 @@ class _Attached(torch.autograd.Function):
 
 
 def _scalar(value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the loss must be a tensor of one number, got {type(value).__name__}")
     if value.dim() != 0:
         raise ValueError(
             f"the loss must be one number a task, got {list(value.shape)}: take the mean over the support set"

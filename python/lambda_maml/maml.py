@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class LambdaMAML(nn.Module):
         norm: str = "follow",
     ) -> None:
         super().__init__()
-        if not 0.0 < lr < float("inf"):
+        if not isinstance(lr, (int, float)) or not 0.0 < lr < float("inf"):
             raise ValueError(f"lr must be a positive number, got {lr!r}")
         if norm not in ("follow", "never"):
             raise ValueError(f"norm must be 'follow' or 'never', got {norm!r}")
@@ -60,6 +61,11 @@ class LambdaMAML(nn.Module):
         """A learner that starts from the model's present parameters; gradients of what it computes reach them."""
         state = state_of(self.module)
         copies = {id(p): p.clone() for p in self.module.parameters()}  # an optimiser's step must not reach the learner
+        plan = plan_of(self.module)
+        updated = {n for bits in self.pattern.stages for n in plan.part(bits, self.norm).updated}
+        for name, parameter in self.module.named_parameters():
+            if name in updated and not parameter.requires_grad:
+                copies[id(parameter)].requires_grad_()
         return TaskLearner(self, {n: copies.get(id(t), t) for n, t in state.items()}, 0)
 
 
@@ -90,7 +96,22 @@ class TaskLearner(nn.Module):
         if held is None or held.x is not x or held.key != (part, x._version, torch.is_grad_enabled()):
             key = (part, x._version, torch.is_grad_enabled())
             held = self._held = _Held(x, key, part.freeze(modules, self._state, x))
+            self._forget_when_freed(held.frozen)
         return held.frozen(modules, self._state)
+
+    def _forget_when_freed(self, frozen: Frozen) -> None:
+        """Drop the prefix once a backward pass has gone through it: that frees its graph."""
+        me = weakref.ref(self)
+
+        def forget(_: Tensor) -> None:
+            learner = me()
+            if learner is not None and learner._held is not None and learner._held.frozen.boundary is boundary:
+                learner._held = None
+
+        boundary = frozen.boundary
+        for value in boundary:
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                value.register_hook(forget)
 
     def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
         """One inner step: theta <- theta - lr grad loss for the parameters that the pattern updates in this step.
@@ -109,7 +130,9 @@ class TaskLearner(nn.Module):
         plan = plan_of(maml.module)
         names = plan.part(maml.pattern.at(self._step), maml.norm).updated
         weights = [self._state[n] for n in names]
-        gradients = torch.autograd.grad(loss, weights, create_graph=not first_order, allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = (None,)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, weights, create_graph=not first_order, allow_unused=True)
         if all(g is None for g in gradients):
             raise ValueError(
                 f"adapt: the loss does not depend on the parameters that {maml.pattern} updates: compute it from "
@@ -118,13 +141,18 @@ class TaskLearner(nn.Module):
         for name, weight, gradient in zip(names, weights, gradients):
             if gradient is not None:
                 self._state[name] = weight - maml.lr * gradient
+        self._step += 1
+        # A step's gradient is by the present values, not by what a layer, frozen so far, was to earlier steps.
+        for name in set(plan.part(maml.pattern.at(self._step), maml.norm).updated).difference(names):
+            self._state[name] = self._state[name].view_as(self._state[name])
         for alias, name in plan.program.aliases.items():
             self._state[alias] = self._state[name]
-        self._step += 1
 
     def clone(self) -> TaskLearner:
         """A learner that goes on from here on its own."""
-        return TaskLearner(self._maml[0], dict(self._state), self._step)
+        state = dict(self._state)
+        copies = {id(state[n]): state[n].clone() for n, _ in self._maml[0].module.named_buffers()}
+        return TaskLearner(self._maml[0], {n: copies.get(id(t), t) for n, t in state.items()}, self._step)
 
     def parameters_dict(self) -> dict[str, Tensor]:
         """All parameters by name, as adapted so far."""

@@ -20,7 +20,7 @@ class Conv4(nn.Sequential):
     """MAML's conv4: four blocks of convolution, batch norm, ReLU and max-pool, then a linear layer; see `conv4`."""
 
     def __init__(self, ways: int, in_channels: int, width: int, image_size: int) -> None:
-        for name, value in (("ways", ways), ("in_channels", in_channels), ("width", width)):
+        for name, value in (("ways", ways), ("in_channels", in_channels), ("width", width), ("image_size", image_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"conv4: {name} must be a whole number of at least 1, got {value!r}")
         side = image_size // 2**BLOCKS

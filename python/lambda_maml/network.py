@@ -39,7 +39,7 @@ def layers_of(model: nn.Module, program: Program | None = None) -> tuple[Layer, 
     Raises:
         ValueError: the network has no convolution or linear layer.
     """
-    program = program_of(model) if program is None else program
+    program = program_of(model, called=True) if program is None else program
     if program not in _LAYERS:
         _LAYERS[program] = _find(model, program)
     return _LAYERS[program]
@@ -66,12 +66,13 @@ def _find(model: nn.Module, program: Program) -> tuple[Layer, ...]:
     members: dict[str, list[str]] = {path: [] for path in names}
     taken: set[str] = set()
     current = names[0]
-    listed = [*order, ("", tuple(n for n, p in model.named_parameters() if p.is_floating_point()))]
+    own_parameters = {n for n, p in model.named_parameters() if p.is_floating_point()}
+    listed = [*order, ("", tuple(n for n, _ in model.named_parameters()))]
     for path, parameters in listed:
         current = path or current
         for name in parameters:
             name = program.aliases.get(name, name)
-            if name not in taken:
+            if name in own_parameters and name not in taken:
                 taken.add(name)
                 members[current].append(name)
     return tuple(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from lambda_kernels.graph import program_of
+
 from .network import layer_costs
 from .plan import Plan, moving_steps, plan_of
 
@@ -113,9 +115,10 @@ class Pattern:
         costs = layer_costs(model, tuple(input_shape))
         moving, steps = moving_steps(model, updated)
         slots = {steps[i].slot for i in moving}
+        aliases = program_of(model).aliases
         prefix = reused = again = 0
         for index, forward in costs.items():
-            own = not updated.isdisjoint(steps[index].parameters)
+            own = any(aliases.get(name, name) in updated for name in steps[index].parameters)
             passes = own + (not slots.isdisjoint(steps[index].reads))
             prefix += 0 if index in moving else forward
             reused += (1 + passes) * forward if index in moving else 0
@@ -132,7 +135,7 @@ class Pattern:
         return isinstance(other, Pattern) and self.stages == other.stages
 
     def __lt__(self, other: Pattern) -> bool:
-        return self.stages < other.stages
+        return self.stages < other.stages if isinstance(other, Pattern) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(self.stages)

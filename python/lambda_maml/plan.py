@@ -8,14 +8,15 @@ A batch norm with running statistics may: its update is noted and made again for
 from __future__ import annotations
 
 import logging
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from lambda_kernels.graph import Program, Step, program_of
+from lambda_kernels.graph import SWAP, Program, Step, program_of
 
 from .network import layers_of
 
@@ -32,22 +33,35 @@ def moving_steps(model: nn.Module, updated: frozenset[str]) -> tuple[set[int], t
 
 
 def _moving(program: Program, updated: frozenset[str]) -> set[int]:
-    slots: set[int] = set()
-    indices: set[int] = set()
-    for index, step in enumerate(program.steps):
-        names = {program.aliases.get(n, n) for n in step.parameters}
-        if step.not_reusable or not names.isdisjoint(updated) or not slots.isdisjoint(step.reads):
-            slots.add(step.slot)
-            indices.add(index)
-    return indices
+    moving: set[int] = set()
+    while True:
+        known = len(moving)
+        slots: set[int] = set()
+        seen: set[int] = set()  # memory that a step of the rest has read or made so far
+        written: set[int] = set()  # and that one has written to in place
+        for index, step in enumerate(program.steps):
+            names = {program.aliases.get(n, n) for n in step.parameters}
+            reads = {program.memory[slot] for slot in step.reads}
+            writes = {program.memory[slot] for slot in step.writes}
+            reached = not (names.isdisjoint(updated) and slots.isdisjoint(step.reads) and reads.isdisjoint(written))
+            if index in moving or step.not_reusable or reached or not writes.isdisjoint(seen):
+                moving.add(index)
+                slots.add(step.slot)
+                seen |= reads | {program.memory[step.slot]}
+                written |= writes
+        # What the rest writes into in place has to be made anew for each of its runs.
+        moving |= {i for i, step in enumerate(program.steps) if program.memory[step.slot] in written}
+        if len(moving) == known:
+            return moving
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """The network's parameters, and copies of its buffers, by every name that they have."""
-    state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    copies: dict[int, Tensor] = {}
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        state[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+    with SWAP:
+        state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        copies: dict[int, Tensor] = {}
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            state[name] = copies.setdefault(id(buffer), buffer.detach().clone())
     return state
 
 
@@ -63,8 +77,6 @@ class Part:
         self.boundary = tuple(sorted(computed & read))
         self.prefix = program.part([i for i in range(len(program.steps)) if i not in moving], self.boundary)
         self.rest = program.part(sorted(moving), ())
-        # An in-place step of the rest would write into the prefix's results, or into a view of them.
-        self.copies = any(program.steps[i].writes_input for i in moving)
 
     def freeze(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], x: Tensor) -> Frozen:
         """Run the prefix on x."""
@@ -75,8 +87,6 @@ class Part:
 
     def finish(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], boundary: tuple[Any, ...]) -> Any:
         """The network's result from the prefix's values."""
-        if self.copies:
-            boundary = tuple(v.clone() if isinstance(v, Tensor) else v for v in boundary)
         env: dict[int, Any] = dict(zip(self.boundary, boundary))
         self.program.run(self.rest, modules, state, env)
         return self.program.take(env)
@@ -101,6 +111,10 @@ class Plan:
 
     def __init__(self, model: nn.Module, program: Program) -> None:
         self.program, self.network = program, type(model).__name__
+        if program.inputs != 1:
+            raise ValueError(
+                f"{self.network}.forward takes {program.inputs} inputs; adapting calls a network with the images alone"
+            )
         self.layers = layers_of(model, program)
         self.parts: dict[tuple[str, str], Part] = {}
 
@@ -122,23 +136,33 @@ class Plan:
     def outputs(self, modules: Mapping[str, nn.Module]) -> int | None:
         """The number of logits, where the network ends in a linear layer."""
         step = self.program.steps[-1]
+        if self.program.result_slots != [step.slot]:
+            return None
         return modules[step.layer[0]].out_features if step.kind == "linear" and step.layer else None  # type: ignore[return-value]
 
 
-_PLANS: WeakKeyDictionary[Program, Plan] = WeakKeyDictionary()
+_PLANS: OrderedDict[Program, Plan] = OrderedDict()
+_LIMIT = 128
+_LOCK = threading.Lock()
 
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan of a network in its present mode; says once when the network cannot be traced."""
-    program = program_of(model)
-    if program not in _PLANS:
-        _PLANS[program] = Plan(model, program)
-        if program.untraceable is not None:
-            say_once(
-                f"{type(model).__name__} is adapted without prefix reuse: torch.fx cannot trace it "
-                f"({program.untraceable})"
-            )
-    return _PLANS[program]
+    program = program_of(model, called=True)
+    with _LOCK:
+        if program in _PLANS:
+            _PLANS.move_to_end(program)
+            return _PLANS[program]
+    plan = Plan(model, program)
+    if program.untraceable is not None:
+        say_once(
+            f"{type(model).__name__} is adapted without prefix reuse: torch.fx cannot trace it ({program.untraceable})"
+        )
+    with _LOCK:
+        plan = _PLANS.setdefault(program, plan)
+        while len(_PLANS) > _LIMIT:
+            _PLANS.popitem(last=False)
+    return plan
 
 
 def say_once(message: str) -> None:
