@@ -78,11 +78,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, weight, bias = _autocast("linear", x, weight, bias)
     check_linear(x.shape, weight.shape, None if bias is None else bias.shape)
     per_task = weight.dim() == 3 or (bias is not None and bias.dim() == 2)
-    rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
+    rows = x if x.dim() > 1 else x.unsqueeze(0)
     if not per_task:
-        rows = rows.flatten(0, 1).unsqueeze(0)
+        rows = rows.flatten(0, -2).unsqueeze(0)
     elif x.dim() == 2:
-        rows = x.unsqueeze(1)
+        rows = rows.unsqueeze(1)
+    else:
+        rows = rows.flatten(1, -2)
     y = autograd.Linear.apply(rows, _lift(weight, 2), _lift_if(bias, 1), choose("linear", x))
     return y.reshape(*x.shape[:-1], weight.shape[-2])
 

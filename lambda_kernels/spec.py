@@ -6,7 +6,8 @@ x [1|T, N, C, H, W], weight [1|T, O, C/groups, kh, kw], bias, gamma and beta [1|
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,17 @@ def _list(shape: torch.Size) -> list[int]:
     return list(shape)
 
 
+def _remembered(check: Callable[..., int]) -> Callable[..., int]:
+    """The check, made once for the same shapes; torch.compile traces it itself and warns of the cache."""
+    cached = lru_cache(maxsize=4096, typed=True)(check)
+
+    @wraps(check)
+    def checked(*shapes: object) -> int:
+        return check(*shapes) if torch.compiler.is_compiling() else cached(*shapes)
+
+    return checked
+
+
 def _tasks(op: str, named: tuple[tuple[str, torch.Size | None, int], ...]) -> int:
     """The number of tasks T, on which every operand with a task axis (a dimension more than its `rank`) agrees."""
     tasks, owner = 1, ""
@@ -66,7 +78,7 @@ def _vector(op: str, name: str, shape: torch.Size | None, size: int, meaning: st
         raise ValueError(f"{op}: {name} must be [{size}] or [tasks, {size}] ({meaning}), got {_list(shape)}")
 
 
-@lru_cache(maxsize=4096, typed=True)
+@_remembered
 def check_conv2d(op: str, x: torch.Size, weight: torch.Size, bias: torch.Size | None, spec: ConvSpec) -> int:
     """Number of tasks of a convolution; ValueError where the shapes do not fit."""
     if len(x) not in (4, 5):
@@ -95,7 +107,7 @@ def check_conv2d(op: str, x: torch.Size, weight: torch.Size, bias: torch.Size | 
     return _tasks(op, (("x", x, 4), ("weight", weight, 4), ("bias", bias, 1)))
 
 
-@lru_cache(maxsize=4096, typed=True)
+@_remembered
 def check_conv_block(
     x: torch.Size,
     weight: torch.Size,
@@ -129,7 +141,7 @@ def check_conv_block(
     return max(tasks, _tasks(op, (("x", x, 4), ("weight", weight, 4), *affine)))
 
 
-@lru_cache(maxsize=4096, typed=True)
+@_remembered
 def check_linear(x: torch.Size, weight: torch.Size, bias: torch.Size | None) -> int:
     """Number of tasks of a linear layer; ValueError where the shapes do not fit."""
     op = "linear"

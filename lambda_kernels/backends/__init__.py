@@ -45,6 +45,10 @@ def current() -> str:
     return _wanted.get() or os.environ.get("LAMBDA_KERNELS_BACKEND") or "auto"
 
 
+# As torch.compiler.assume_constant_result does, which imports the compiler: a graph keeps the backend it was made with.
+current._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run the calls inside on the named backend, or "auto".
