@@ -711,7 +711,7 @@ class _Builder:
         if node.target in (torch.flatten, "flatten"):
             return shape in ([1], [1, -1])
         viewed = node.target in ("view", "reshape") and len(shape) == 2 and shape[1] == -1
-        return viewed and isinstance(shape[0], fx.Node) and _is_batch_size(shape[0]) and _measured(shape[0]) is x
+        return bool(viewed) and isinstance(shape[0], fx.Node) and _is_batch_size(shape[0]) and _measured(shape[0]) is x
 
     def _impure(self, node: fx.Node, name: str) -> str | None:
         drops = node.kwargs.get(
@@ -869,7 +869,7 @@ def _is_batch_size(node: fx.Node) -> bool:
     if node.target == "size":
         return node.args[1:] == (0,)
     shape = node.args[0] if node.target is operator.getitem else None
-    return isinstance(shape, fx.Node) and _is_shape(shape) and node.args[1] == 0
+    return isinstance(shape, fx.Node) and _is_shape(shape) and bool(node.args[1] == 0)
 
 
 def _measured(size: fx.Node) -> Any:

@@ -130,6 +130,9 @@ def adapt_tasks(
     Raises:
         As `adapt`.
     """
+    for name, tensor in (("xs", xs), ("ys", ys), ("xq", xq)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"adapt_tasks: {name} must be a tensor, got {type(tensor).__name__}")
     if xs.dim() < 3 or ys.dim() < 2 or not xs.shape[0] == ys.shape[0] == xq.shape[0]:
         raise ValueError(
             f"adapt_tasks: xs [T, N, C, H, W], ys [T, N] and xq [T, Q, C, H, W] must agree on T, got {list(xs.shape)}, "
@@ -146,6 +149,10 @@ def adapt_tasks(
         return torch.stack([adapt(model, x, y, **given)(q) for x, y, q in zip(xs, ys, xq)])
     for x, y in zip(xs, ys):
         loop.check(x, y)
+    if xq.dtype != xs.dtype or xq.device != xs.device:
+        raise TypeError(
+            f"adapt_tasks: xq is {xq.dtype} on {xq.device}, xs {xs.dtype} on {xs.device}: convert xq with .to(xs)"
+        )
     at_once = max(1, _PIXELS_AT_ONCE // max(1, xs[0].numel()))
     batches = zip(*(t.split(at_once) for t in (xs, ys, xq)))
     return torch.cat([_adapt_batch(model, loop, loss, *batch) for batch in batches])

@@ -124,8 +124,8 @@ class TaskLearner(nn.Module):
         first_order = maml.first_order if first_order is None else first_order
         if not bool(torch.isfinite(loss.detach()).all()):
             raise FloatingPointError(
-                f"step {self._step + 1} of the inner loop: the loss is {float(loss)}; lower lr={maml.lr}, or look "
-                "for NaN in the images"
+                f"step {self._step + 1} of the inner loop: the loss is {float(loss.detach())}; lower lr={maml.lr}, "
+                "or look for NaN in the images"
             )
         plan = plan_of(maml.module)
         names = plan.part(maml.pattern.at(self._step), maml.norm).updated
