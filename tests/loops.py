@@ -60,9 +60,7 @@ def plain_loop(
     fast = dict(meta)
     for step in range(steps):
         names = updated_names(groups, stage(pattern, step), norm)
-        fast.update(
-            {n: fast[n].view_as(fast[n]) for n in names}
-        )  # gradient by these values, not by their past
+        fast.update({n: fast[n].view_as(fast[n]) for n in names})  # gradient by these values, not by their past
         value = loss(functional_call(network, fast, (xs,)), ys)
         gradients = torch.autograd.grad(value, [fast[n] for n in names], create_graph=second_order, allow_unused=True)
         for name, gradient in zip(names, gradients):

@@ -366,7 +366,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         "norm_relu_pool",
         "norm_relu_pool_grad",
     ):
-
         own = getattr(backend, name)
 
         def counted(*args: Any, _name: str = name, _own: Any = own) -> Any:

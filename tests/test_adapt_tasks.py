@@ -1,0 +1,171 @@
+"""`adapt_tasks` against `adapt`, one task after another, in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import loops
+import pytest
+import torch
+import torch.nn.functional as F
+from loops import NETWORKS, all_close, close, gradients_of
+from torch import Tensor, nn
+
+import lambda_kernels as lk
+from lambda_maml import adapt, adapt_tasks, models
+
+TASKS = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The networks here are too small for two."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
+def batch(case: loops.Case, tasks: int = TASKS) -> tuple[Tensor, ...]:
+    return tuple(torch.stack(t) for t in zip(*(case.task(seed=10 + i) for i in range(tasks))))
+
+
+def compare(case: loops.Case, model: nn.Module, pattern: str, tasks: int = TASKS, **given: Any) -> None:
+    """Logits and, of the sum of the query losses, the gradient by every parameter."""
+    xs, ys, xq, yq = batch(case, tasks)
+    given = {"steps": 3, "lr": 0.1, **given}
+    twin = copy.deepcopy(model)
+    want = torch.stack([adapt(twin, x, y, pattern=pattern, **given)(q) for x, y, q in zip(xs, ys, xq)])
+    got = adapt_tasks(model, xs, ys, xq, pattern=pattern, **given)
+    assert got.shape == want.shape
+    close(got, want, "logits")
+    for network, logits in ((twin, want), (model, got)):
+        network.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), yq.flatten()).backward()
+    all_close(gradients_of(model), gradients_of(twin), "gradient of")
+
+
+CONV4 = loops.Case(loops.torch_conv4(), loops.conv4_groups(), (1, 16, 16))
+
+
+@pytest.mark.parametrize("second_order", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("norm", ["follow", "never"])
+@pytest.mark.parametrize(
+    "pattern", ["11111", "00001", "00011", "01000", "10101", "11110", "11111,00001", "00011,11111"]
+)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_tasks_together_equal_tasks_one_by_one(backend: str, pattern: str, norm: str, second_order: bool) -> None:
+    model = models.conv4(2, 1, 3, 16).double()
+    model.load_state_dict(CONV4.network.state_dict())
+    with lk.use_backend(backend):
+        compare(CONV4, model, pattern, norm=norm, second_order=second_order)
+
+
+@pytest.mark.parametrize("second_order", [False, True], ids=["first", "second"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_all_kinds(name: str, second_order: bool) -> None:
+    case = NETWORKS[name]()
+    n = len(case.groups)
+    for pattern in {"1" * n, "0" * (n - 1) + "1", "1" + "0" * (n - 1)}:
+        if name == "no-grad-inside" and "1" not in pattern[1:]:
+            continue
+        compare(case, copy.deepcopy(case.network), pattern, second_order=second_order)
+
+
+@pytest.mark.parametrize("pixels", [1, 4 * 256, 2 * 4 * 256, 5 * 4 * 256])
+def test_several_batches_of_tasks(pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setattr(sys.modules["lambda_maml.adapt"], "_PIXELS_AT_ONCE", pixels)
+    for second_order in (False, True):
+        compare(CONV4, copy.deepcopy(CONV4.network), "00111", tasks=5, second_order=second_order)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_one_task_and_few_steps(steps: int) -> None:
+    for second_order in (False, True):
+        compare(CONV4, copy.deepcopy(CONV4.network), "10011", tasks=1, steps=steps, second_order=second_order)
+
+
+def test_other_losses_and_targets() -> None:
+    compare(CONV4, copy.deepcopy(CONV4.network), "00111", loss=lambda x, y: F.mse_loss(x, F.one_hot(y, 2).to(x.dtype)))
+    case = loops.batch_norm_mlp()
+    xs, _, xq, _ = batch(case)
+    targets = torch.randn(TASKS, xs.shape[1], 2, dtype=torch.float64)
+    got = adapt_tasks(case.network, xs, targets, xq, pattern="011", steps=3, lr=0.1, loss=F.mse_loss)
+    for t in range(TASKS):
+        want = adapt(case.network, xs[t], targets[t], pattern="011", steps=3, lr=0.1, loss=F.mse_loss)(xq[t])
+        close(got[t], want, f"predictions of task {t}")
+
+
+def test_without_gradients_outside_and_without_requires_grad() -> None:
+    xs, ys, xq, _ = batch(CONV4)
+    want = adapt_tasks(CONV4.network, xs, ys, xq, pattern="01011", steps=2, lr=0.1)
+    with torch.no_grad():
+        got = adapt_tasks(CONV4.network, xs, ys, xq, pattern="01011", steps=2, lr=0.1, second_order=True)
+    assert not got.requires_grad
+    close(got, want, "logits")
+    frozen = copy.deepcopy(CONV4.network).requires_grad_(False)
+    for second_order in (False, True):
+        close(
+            adapt_tasks(frozen, xs, ys, xq, pattern="01011", steps=2, lr=0.1, second_order=second_order), want, "logits"
+        )
+
+
+@pytest.mark.parametrize("track", [False, True])
+def test_the_model_is_left_as_it_was(track: bool) -> None:
+    case = loops.residual(track=track)
+    before = {n: t.clone() for n, t in case.network.state_dict().items()}
+    xs, ys, xq, _ = batch(case)
+    for second_order in (False, True):
+        adapt_tasks(case.network, xs, ys, xq, pattern="100011", steps=2, second_order=second_order)
+        with pytest.raises(FloatingPointError):
+            adapt_tasks(case.network, xs * float("nan"), ys, xq, pattern="100011", steps=2, second_order=second_order)
+    assert all(torch.equal(t, before[n]) for n, t in case.network.state_dict().items())
+    assert all(p.grad is None for p in case.network.parameters())
+
+
+def test_tasks_that_cannot_be_batched() -> None:
+    case = loops.residual(track=True)
+    compare(case, copy.deepcopy(case.network), "000110")
+    case.network.eval()
+    compare(case, copy.deepcopy(case.network), "000110", second_order=True)
+    random = loops.sequential([(0, None), (2, None)], (5,), nn.Linear(5, 6), nn.Dropout(0.5), nn.Linear(6, 2))
+    xs, ys, xq, _ = batch(random)
+    torch.manual_seed(1)
+    want = torch.stack([adapt(random.network, x, y, pattern="01", steps=3)(q) for x, y, q in zip(xs, ys, xq)])
+    torch.manual_seed(1)
+    close(adapt_tasks(random.network, xs, ys, xq, pattern="01", steps=3), want, "logits")
+
+
+def test_wrong_tasks() -> None:
+    xs, ys, xq, _ = batch(CONV4)
+
+    def wrong(match: str, error: type[Exception] = ValueError, **changes: Any) -> None:
+        given: dict[str, Any] = {"xs": xs, "ys": ys, "xq": xq, "pattern": "00011", "steps": 2, "lr": 0.1, **changes}
+        with pytest.raises(error, match=match):
+            adapt_tasks(CONV4.network, given.pop("xs"), given.pop("ys"), given.pop("xq"), **given)
+
+    wrong(r"must agree on T, got \[2, 4, 1, 16, 16\], \[3, 4\], \[3, 3, 1, 16, 16\]", xs=xs[:2])
+    wrong("must agree on T", xq=xq[:1])
+    wrong("must agree on T", ys=ys[0])
+    wrong("no tasks", xs=xs[:0], ys=ys[:0], xq=xq[:0])
+    wrong("N of at least 1 expected", xs=xs[:, :0], ys=ys[:, :0])
+    one_class = ys.clone()
+    one_class[1] = 1
+    wrong("all 4 labels are 1; at least two classes", ys=one_class)
+    wrong("labels run from 0 to 7", ys=ys * 7)
+    wrong("labels run from -1 to 0", ys=-ys)
+    wrong("xs is torch.float32, the network torch.float64", TypeError, xs=xs.float())
+    wrong("xq is torch.float32 on cpu, xs torch.float64 on cpu", TypeError, xq=xq.float())
+    wrong("pattern '01' has 2 bits", pattern="01")
+    wrong("lr must be a positive number", lr=0.0)
+    wrong("steps must be a whole number", steps=-1)
+    wrong("norm must be", norm="none")
+    wrong("must be a tensor, got NoneType", TypeError, xq=None)
+    bad = xs.clone()
+    bad[1, 0, 0, 0, 0] = float("nan")
+    wrong("under 00011 with lr=0.1 diverged in step 1 of 2.*1 NaN or infinite", FloatingPointError, xs=bad)
+    wrong(r"lr=1e\+300 diverged in step", FloatingPointError, lr=1e300, steps=4)
+    wrong("channels", xs=xs.expand(-1, -1, 2, -1, -1))

@@ -1,0 +1,132 @@
+"""The plan: what belongs to the frozen prefix, what is run again, and that plans do not pile up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import loops
+import pytest
+import torch
+from loops import NETWORKS
+from torch import Tensor, nn
+
+import lambda_kernels as lk
+from lambda_kernels.graph import _CACHE, _CACHE_SIZE
+from lambda_maml import Pattern, adapt, models
+from lambda_maml import plan as plans
+from lambda_maml.plan import plan_of, state_of
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The networks here are too small for two."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
+def labels(model: nn.Module, bits: str) -> tuple[list[str], list[str]]:
+    """The steps of the prefix and of the rest."""
+    part = plan_of(model).part(bits, "follow")
+    return [step.label for step, _ in part.prefix], [step.label for step, _ in part.rest]
+
+
+def test_the_prefix_of_conv4_ends_at_the_first_updated_layer() -> None:
+    names = ["block1", "block2", "block3", "block4", "flatten", "head"]
+    for pattern in map(str, Pattern.all(5)):
+        first = pattern.index("1") + (pattern == "00001")
+        stock = lk.convert(loops.torch_conv4())
+        assert labels(models.conv4(2, 1, 3, 16), pattern) == (names[:first], names[first:])
+        prefix, rest = labels(stock, pattern)
+        assert (len(prefix), len(rest)) == (first, 6 - first)
+
+
+def test_branches_that_no_updated_parameter_reaches_are_prefix_too() -> None:
+    model = loops.branches().network
+    prefix, rest = labels(model, "1000")  # left, right, join, head
+    assert "right" in prefix and "gelu" in prefix and "left" in rest and "cat" in rest
+    model = loops.residual().network
+    prefix, rest = labels(model, "000010")
+    assert "conv4" in " ".join(prefix) and any("down" in label for label in rest)
+    assert not any("conv4" in label for label in rest)
+
+
+def test_what_is_written_in_place_is_made_anew() -> None:
+    prefix, rest = labels(loops.writes_prefix("value").network, "010")
+    assert "first" in prefix and "add_" in rest and "mul" in rest  # mul made the value that add_ writes to
+    prefix, rest = labels(loops.writes_prefix("relu").network, "010")
+    assert "relu_" in prefix and "second" in rest
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_prefix_and_rest_are_the_program(name: str) -> None:
+    case = NETWORKS[name]()
+    program = plan_of(case.network).program
+    for pattern in Pattern.all(len(case.groups)):
+        prefix, rest = labels(case.network, str(pattern))
+        assert sorted(prefix + rest) == sorted(step.label for step in program.steps)
+
+
+def test_the_value_of_the_prefix_is_not_changed_by_the_rest() -> None:
+    for name in ("residual", "in-place-relu", "in-place-value", "in-place-view", "in-place-setitem", "in-place-order"):
+        case = NETWORKS[name]()
+        xs, *_ = case.task()
+        plan, state = plan_of(case.network), state_of(case.network)
+        modules = plan.program.bind(case.network)
+        want = case.network(xs.clone())
+        for pattern in Pattern.all(len(case.groups)):
+            with torch.no_grad():
+                frozen = plan.part(str(pattern), "follow").freeze(modules, state, xs)
+                before = [v.clone() if isinstance(v, Tensor) else v for v in frozen.boundary]
+                for _ in range(3):
+                    loops.close(frozen(modules, state), want, f"{name} under {pattern}")
+            for a, b in zip(before, frozen.boundary):
+                assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_the_state_holds_copies_of_buffers_and_the_parameters_themselves() -> None:
+    model = loops.residual(track=True).network
+    state = state_of(model)
+    assert all(state[n] is p for n, p in model.named_parameters())
+    assert all(state[n] is not b and torch.equal(state[n], b) for n, b in model.named_buffers())
+    shared = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    shared.append(shared[1])
+    state = state_of(shared)
+    assert state["3.running_mean"] is state["1.running_mean"] and state["3.weight"] is state["1.weight"]
+
+
+def test_the_mode_of_the_network_has_a_plan_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 2))
+    assert labels(model, "01") == (["_0"], ["_1", "_2"])
+    training = plan_of(model)
+    model.eval()
+    assert labels(model, "01") == (["_0", "_1"], ["_2"])
+    model.train()
+    assert plan_of(model) is training
+
+
+def test_networks_of_the_same_structure_share_a_plan() -> None:
+    model = loops.torch_conv4()
+    assert plan_of(model) is plan_of(copy.deepcopy(model))
+    assert plan_of(model) is not plan_of(loops.torch_conv4(width=4)) or model[0][0].out_channels == 4
+
+
+def test_why_tasks_are_not_batched() -> None:
+    assert plan_of(loops.residual().network).why_not_batched is None
+    assert plan_of(loops.residual(track=True).network).why_not_batched == "it updates running statistics"
+    assert "random" in str(plan_of(nn.Sequential(nn.Linear(2, 2), nn.Dropout())).why_not_batched)
+    assert plan_of(loops.untraceable().network).why_not_batched is not None
+
+
+def test_programs_and_plans_are_bounded() -> None:
+    for width in range(_CACHE_SIZE + 40):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2 + width))
+        adapt(model, torch.randn(2, 4), torch.arange(2), pattern="1", steps=1)
+    assert len(_CACHE) <= _CACHE_SIZE and len(plans._PLANS) <= plans._LIMIT
+    import gc
+
+    from lambda_maml.network import _LAYERS
+
+    gc.collect()
+    assert len(_LAYERS) <= _CACHE_SIZE + plans._LIMIT
