@@ -367,7 +367,7 @@ class Counts(NoGrad):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return self.fc(self.mid(self.conv(x).mean((2, 3)))) * (1.0 + 0.1 * self.calls)
+        return self.fc(self.mid(self.conv(x).mean((2, 3)))) * self.calls
 
 
 def three(kind: type[nn.Module]) -> Case:

@@ -38,13 +38,13 @@ def _moving(program: Program, updated: frozenset[str]) -> set[int]:
         known = len(moving)
         slots: set[int] = set()
         seen: set[int] = set()  # memory that a step of the rest has read or made so far
-        written: set[int] = set()  # and that one has written to in place
+        written: set[int] = set()  # memory that a step of the rest writes to in place
         for index, step in enumerate(program.steps):
             names = {program.aliases.get(n, n) for n in step.parameters}
             reads = {program.memory[slot] for slot in step.reads}
             writes = {program.memory[slot] for slot in step.writes}
-            reached = not (names.isdisjoint(updated) and slots.isdisjoint(step.reads) and reads.isdisjoint(written))
-            if index in moving or step.not_reusable or reached or not writes.isdisjoint(seen):
+            reached = not (names.isdisjoint(updated) and slots.isdisjoint(step.reads) and writes.isdisjoint(seen))
+            if index in moving or step.not_reusable or reached:
                 moving.add(index)
                 slots.add(step.slot)
                 seen |= reads | {program.memory[step.slot]}
