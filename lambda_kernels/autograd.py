@@ -237,7 +237,8 @@ class NormReluPool(Function):
     def forward(
         z: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None, eps: float, pool: int, backend: Backend
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return backend.norm_relu_pool(z, gamma, beta, eps, pool)
+        y, index, mean, rstd = backend.norm_relu_pool(z, gamma, beta, eps, pool)
+        return _own(y), index, mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

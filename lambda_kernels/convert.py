@@ -25,7 +25,7 @@ class Fused:
     unfused_forward: Callable[..., Any]  # the forward of `fuses`, which torch.fx traces
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        if not named and len(inputs) == 1 and isinstance(inputs[0], Tensor) and not torch.compiler.is_compiling():
+        if not named and len(inputs) == 1 and issubclass(type(inputs[0]), Tensor) and not torch.compiler.is_compiling():
             program = program_of(self)  # type: ignore[arg-type]
             if program.untraceable is None and program.inputs == 1:
                 y = program(self, *inputs)  # type: ignore[arg-type]
