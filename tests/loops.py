@@ -121,7 +121,8 @@ def conv4_groups() -> Groups:
 
 
 def torch_conv4(ways: int = 2, in_channels: int = 1, width: int = 3, image_size: int = 16) -> nn.Sequential:
-    """conv4 out of stock layers, with the state_dict keys of `models.conv4`."""
+    """conv4 out of stock layers, with the state_dict keys of `models.conv4`; the same in every process."""
+    torch.manual_seed(0)
     blocks: list[tuple[str, nn.Module]] = []
     for i in range(4):
         norm = nn.BatchNorm2d(width, track_running_stats=False)

@@ -649,6 +649,7 @@ def test_nan_images_and_diverging_rates() -> None:
                 wrong(
                     r"lr=1e\+300 diverged in step \d of 4",
                     FloatingPointError,
+                    pattern="11111",
                     lr=1e300,
                     steps=4,
                     second_order=second_order,
