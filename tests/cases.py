@@ -1,0 +1,152 @@
+"""Shapes and tolerances of the tests of the kernel package, and the plain PyTorch beside which its results stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("reference", "native")
+EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}  # float64 against float64
+# Absolute term of the error bound, in roundings of the largest value.
+ROUNDINGS = 8
+
+
+class ConvCase(NamedTuple):
+    name: str
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    stride: Any = 1
+    padding: Any = 0
+    dilation: Any = 1
+    groups: int = 1
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups
+
+
+CONVS = (
+    ConvCase("1x1", (2, 3, 5, 4), (6, 3, 1, 1)),
+    ConvCase("padding", (3, 4, 7, 7), (5, 4, 3, 3), padding=1),
+    ConvCase("padding-pair", (2, 4, 9, 6), (5, 4, 3, 5), padding=(0, 2)),
+    ConvCase("same-odd-kernel", (2, 3, 8, 5), (4, 3, 3, 5), padding="same"),
+    ConvCase("same-even-kernel", (2, 3, 8, 5), (4, 3, 4, 2), padding="same", dilation=(1, 2)),
+    ConvCase("valid", (2, 3, 8, 5), (4, 3, 3, 3), padding="valid"),
+    ConvCase("stride-pair", (2, 4, 21, 10), (6, 4, 3, 3), stride=(2, 3), padding=1),
+    ConvCase("stride-beyond-kernel", (2, 4, 11, 10), (6, 4, 2, 2), stride=3),
+    ConvCase("dilation-pair", (2, 4, 11, 12), (6, 4, 3, 3), padding=2, dilation=(2, 3)),
+    ConvCase("groups", (2, 8, 7, 7), (4, 4, 3, 3), padding=1, groups=2),
+    ConvCase("depthwise", (2, 6, 9, 7), (12, 1, 3, 3), padding=1, stride=2, groups=6),
+    ConvCase("everything", (2, 4, 13, 11), (6, 2, 3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1), groups=2),
+    ConvCase("kernel-as-image", (3, 4, 5, 5), (2, 4, 5, 5)),
+    ConvCase("batch-75", (75, 3, 9, 9), (8, 3, 3, 3), padding=1),
+    ConvCase("batch-0", (0, 3, 9, 9), (8, 3, 3, 3), padding=1),
+    ConvCase("unbatched", (3, 9, 7), (8, 3, 3, 3), padding=1),
+)
+
+
+class BlockCase(NamedTuple):
+    name: str
+    images: int
+    inputs: int
+    width: int
+    size: tuple[int, int]
+    pool: int = 2
+    stride: int = 1
+    padding: int = 1
+    groups: int = 1
+
+
+BLOCKS = (
+    BlockCase("7x7", 5, 4, 5, (7, 7)),
+    BlockCase("21x21", 3, 3, 48, (21, 21)),
+    BlockCase("33x47", 2, 3, 5, (33, 47)),
+    BlockCase("one-image", 1, 4, 100, (9, 7)),
+    BlockCase("75-images", 75, 1, 8, (9, 9)),
+    BlockCase("one-channel", 4, 1, 1, (28, 28)),
+    BlockCase("width-600", 3, 2, 600, (7, 5)),  # more than the kernels' strip of 512 channels
+    BlockCase("no-pool", 3, 4, 48, (7, 7), pool=1),
+    BlockCase("no-pool-one-pixel", 9, 4, 6, (1, 1), pool=1),
+    BlockCase("1x9-no-pool", 2, 4, 6, (1, 9), pool=1),
+    BlockCase("2x2", 6, 4, 6, (2, 2)),
+    BlockCase("groups-stride", 3, 4, 6, (15, 12), stride=2, groups=2, padding=0),
+)
+THIRDS = BlockCase("pool-3", 3, 4, 5, (10, 11), pool=3)  # a window that the native backend has no kernel for
+
+LINEARS = {
+    "rows": ((5, 7), (3, 7)),
+    "one-row": ((1, 7), (3, 7)),
+    "no-rows": ((0, 7), (3, 7)),
+    "vector": ((7,), (3, 7)),
+    "many-axes": ((2, 3, 4, 7), (1, 7)),
+}
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same values in other memory: contiguous, channels-last, and cut out of a larger tensor."""
+    larger = x.new_full([n + 3 for n in x.shape], float("nan"))
+    sliced = larger[tuple(slice(1, n + 1) for n in x.shape)].copy_(x)
+    every_other = torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
+    last = x.movedim(-3, -1).contiguous().movedim(-1, -3) if x.dim() >= 3 else x
+    return {"contiguous": x.contiguous(), "channels-last": last, "sliced": sliced, "strided": every_other}
+
+
+def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every non-empty choice of operands that want a gradient."""
+    return [chosen for n in range(1, len(names) + 1) for chosen in combinations(names, n)]
+
+
+def by_task(op: Callable[..., Tensor], tasks: int, *operands: tuple[Tensor | None, int]) -> Tensor:
+    """op task by task; an operand with more dimensions than its rank has one value a task."""
+    return torch.stack(
+        [op(*(t[i] if t is not None and t.dim() > rank else t for t, rank in operands)) for i in range(tasks)]
+    )
+
+
+def stock_block(*arguments: Any) -> Tensor:
+    """conv_block as anyone writes it, of x, weight, bias, gamma, beta, eps and a BlockCase."""
+    x, weight, bias, gamma, beta, eps, case = arguments
+    z = F.conv2d(x, weight, bias, case.stride, case.padding, 1, case.groups)
+    y = F.relu(F.batch_norm(z, None, None, gamma, beta, True, 0.0, eps))
+    return F.max_pool2d(y, case.pool) if case.pool > 1 else y
+
+
+def explicit_block(*arguments: Any) -> Tensor:
+    """As stock_block, but right at every order of derivative; torch's batch norm is not at the third."""
+    x, weight, bias, gamma, beta, eps, case = arguments
+    z = F.conv2d(x, weight, bias, case.stride, case.padding, 1, case.groups)
+    variance, mean = torch.var_mean(z, (0, 2, 3), correction=0, keepdim=True)
+    a = (z - mean) * torch.rsqrt(variance + eps)
+    y = F.relu(a * gamma[:, None, None] + beta[:, None, None])
+    return F.max_pool2d(y, case.pool) if case.pool > 1 else y
+
+
+def decided(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, case: BlockCase, margin: float) -> Tensor:
+    """Windows whose maximum and whose ReLU no rounding can turn: elsewhere the gradient jumps. All in float64."""
+    z = F.conv2d(x, weight, None, case.stride, case.padding, 1, case.groups)
+    a = F.batch_norm(z, None, None, gamma, beta, True, 0.0, 1e-5)
+    n, c, h, w = a.shape
+    p = case.pool
+    tiles = a[..., : h // p * p, : w // p * p].reshape(n, c, h // p, p, w // p, p).transpose(3, 4).flatten(4)
+    first = tiles.sort(-1, descending=True).values
+    sure = first[..., 0].abs() > margin
+    return sure & ((first[..., 0] - first[..., 1] > margin) | (first[..., 0] < 0)) if p > 1 else sure
+
+
+def assert_as_exact(name: str, got: Tensor | None, stock: Tensor | None, truth: Tensor | None, terms: int = 1) -> None:
+    """The error against float64 is at most twice that of stock PyTorch, and a few roundings.
+
+    `terms`: length of a convolution's sums, which ATen takes in another order in channels-last.
+    """
+    assert (got is None) == (truth is None), name
+    if got is None or truth is None or stock is None or not truth.numel():
+        return
+    assert got.shape == truth.shape and got.dtype == stock.dtype, name
+    mine, theirs = ((t.double() - truth).abs().max().item() for t in (got, stock))
+    small = max(ROUNDINGS, terms**0.5) * torch.finfo(got.dtype).eps * max(truth.abs().max().item(), 1e-30)
+    assert mine <= 2 * theirs + small, f"{name}: error {mine:.2e}, stock {theirs:.2e}, allowed beside it {small:.2e}"
