@@ -35,7 +35,7 @@ CONVS = (
     ConvCase("padding", (3, 4, 7, 7), (5, 4, 3, 3), padding=1),
     ConvCase("padding-pair", (2, 4, 9, 6), (5, 4, 3, 5), padding=(0, 2)),
     ConvCase("same-odd-kernel", (2, 3, 8, 5), (4, 3, 3, 5), padding="same"),
-    ConvCase("same-even-kernel", (2, 3, 8, 5), (4, 3, 4, 2), padding="same", dilation=(1, 2)),
+    ConvCase("same-even-kernel", (2, 3, 8, 5), (4, 3, 4, 2), padding="same", dilation=(1, 3)),
     ConvCase("valid", (2, 3, 8, 5), (4, 3, 3, 3), padding="valid"),
     ConvCase("stride-pair", (2, 4, 21, 10), (6, 4, 3, 3), stride=(2, 3), padding=1),
     ConvCase("stride-beyond-kernel", (2, 4, 11, 10), (6, 4, 2, 2), stride=3),

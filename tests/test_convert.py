@@ -389,8 +389,13 @@ class Optional(Base):
 
 
 class Star(Base):
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        return self.net(inputs[0] if inputs else named["x"])
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.net(inputs[0])
+
+
+class DoubleStar(Base):
+    def forward(self, x: Tensor, **named: Tensor) -> Tensor:
+        return self.net(x) + sum(named.values())
 
 
 class ByShape(Base):
@@ -417,6 +422,7 @@ AWKWARD = [
     HeldTensor,
     Optional,
     Star,
+    DoubleStar,
     ByShape,
     Loops,
 ]
@@ -451,8 +457,8 @@ def test_keyword_and_optional_arguments(x: Tensor) -> None:
     model = lk.convert(copy.deepcopy(plain))
     for arguments in ({"x": x}, {"x": x, "scale": 3.0}, {"x": x, "shift": x.mean()}):
         torch.testing.assert_close(model(**arguments), plain(**arguments), **EXACT)
-    star = lk.convert(Star().double())
-    torch.testing.assert_close(star(x=x), star(x), **EXACT)
+    star = lk.convert(DoubleStar().double())
+    torch.testing.assert_close(star(x, shift=x.mean()), star(x=x) + x.mean(), **EXACT)
     torch.testing.assert_close(lk.convert(Residual().double())(x=x).shape, torch.Size([6, 5]))
 
 
@@ -489,11 +495,12 @@ def test_modules_shared_in_another_way_are_another_network(x: Tensor) -> None:
         def __init__(self, second: str) -> None:
             super().__init__()
             self.first = run(3, 3)
-            self.second = {"same": self.first, "none": None}[second]
+            self.register_module("second", {"same": self.first, "none": None}[second])
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.first(x)
-            return y if self.second is None else self.second(y)
+            second: Any = self.second
+            return y if second is None else second(y)
 
     assert lk.convert(Two("same").double())(x).shape == (6, 3, 2, 2)
     assert lk.convert(Two("none").double())(x).shape == (6, 3, 4, 4)
