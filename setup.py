@@ -25,7 +25,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-COMPILE_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd"]
+COMPILE_FLAGS = [
+    "-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+]
 COMPILERS = ("g++", "c++", "clang++")
 
 
@@ -104,7 +106,7 @@ def version() -> str:
 
 
 def extension(torch: ModuleType | None) -> Extension:
-    sources = ["csrc/binding.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
+    sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp"))
     headers = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".inl"))
     if torch is None:
         return Extension("lambda_kernels._C", sources, depends=headers)

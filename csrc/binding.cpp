@@ -1,4 +1,4 @@
-// The only file that knows both torch and the kernels: checks, memory layout, threads, operator registrations.
+// Where torch meets the kernels: checks, memory layout, threads, operator registrations.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "block.h"
 #include "cpu/norm_relu_pool.h"
 
 namespace {
@@ -38,6 +39,19 @@ void check(const at::Tensor& z, const at::Tensor& gamma, int64_t pool) {
               gamma.scalar_type());
 }
 
+// What the forward pass returned, and the gradient of y.
+void check_saved(const at::Tensor& gy, const at::Tensor& z, const at::Tensor& index, const at::Tensor& mean,
+                 const at::Tensor& rstd, int64_t pool) {
+  for (const at::Tensor* t : {&mean, &rstd})
+    TORCH_CHECK(t->dim() == 2 && t->size(0) == z.size(0) && t->size(1) == z.size(2),
+                "norm_relu_pool_grad: mean and rstd must be [", z.size(0), ", ", z.size(2), "], got ", t->sizes());
+  const int64_t pooled[] = {z.size(0), z.size(1), z.size(2), z.size(3) / pool, z.size(4) / pool};
+  TORCH_CHECK(index.sizes() == at::IntArrayRef(pooled) && index.scalar_type() == at::kByte,
+              "norm_relu_pool_grad: index must be ", at::IntArrayRef(pooled), " bytes, got ", index.sizes());
+  TORCH_CHECK(gy.sizes() == index.sizes() && gy.scalar_type() == z.scalar_type(), "norm_relu_pool_grad: gy ", gy.sizes(),
+              " ", gy.scalar_type(), " does not fit index ", index.sizes());
+}
+
 template <typename T, template <typename> class Params = lk::NormReluPool>
 Params<T> describe(const at::Tensor& z, int64_t pool) {
   Params<T> p{};
@@ -60,8 +74,11 @@ void run(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t items) 
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_pool(const at::Tensor& z_, const at::Tensor& gamma_,
-                                                                          const at::Tensor& beta_, double eps, int64_t pool) {
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lk::norm_relu_pool(const at::Tensor& z_, const at::Tensor& gamma_,
+                                                                              const at::Tensor& beta_, double eps,
+                                                                              int64_t pool) {
   check(z_, gamma_, pool);
   check(z_, beta_, pool);
   const at::Tensor z = channels_last(z_), gamma = gamma_.contiguous(), beta = beta_.contiguous();
@@ -89,19 +106,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_pool(const 
   return {y, index, mean, rstd};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad(const at::Tensor& gy_, const at::Tensor& z_,
-                                                                   const at::Tensor& gamma_, const at::Tensor& index_,
-                                                                   const at::Tensor& mean_, const at::Tensor& rstd_,
-                                                                   int64_t pool, bool need_z) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lk::norm_relu_pool_grad(const at::Tensor& gy_, const at::Tensor& z_,
+                                                                       const at::Tensor& gamma_, const at::Tensor& index_,
+                                                                       const at::Tensor& mean_, const at::Tensor& rstd_,
+                                                                       int64_t pool, bool need_z) {
   check(z_, gamma_, pool);
-  for (const at::Tensor* t : {&mean_, &rstd_})
-    TORCH_CHECK(t->dim() == 2 && t->size(0) == z_.size(0) && t->size(1) == z_.size(2), "norm_relu_pool_grad: mean and rstd must be [",
-                z_.size(0), ", ", z_.size(2), "], got ", t->sizes());
-  const int64_t pooled[] = {z_.size(0), z_.size(1), z_.size(2), z_.size(3) / pool, z_.size(4) / pool};
-  TORCH_CHECK(index_.sizes() == at::IntArrayRef(pooled), "norm_relu_pool_grad: index must be ", at::IntArrayRef(pooled), ", got ",
-              index_.sizes());
-  TORCH_CHECK(gy_.sizes() == index_.sizes() && index_.scalar_type() == at::kByte && gy_.scalar_type() == z_.scalar_type(),
-              "norm_relu_pool_grad: gy ", gy_.sizes(), " ", gy_.scalar_type(), " does not fit index ", index_.sizes());
+  check_saved(gy_, z_, index_, mean_, rstd_, pool);
   const at::Tensor gy = channels_last(gy_), z = channels_last(z_), index = channels_last(index_);
   const at::Tensor gamma = gamma_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous();
   at::Tensor dz = need_z ? empty_images(z, z.scalar_type(), z.size(3), z.size(4)) : at::empty({0}, z.options());
@@ -129,6 +139,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad(const at::Ten
   return {dz, dgamma, dbeta};
 }
 
+namespace {
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad_grad(
     const at::Tensor& gy_, const at::Tensor& z_, const at::Tensor& gamma_, const at::Tensor& index_,
     const at::Tensor& mean_, const at::Tensor& rstd_, int64_t pool, const std::optional<at::Tensor>& v_,
@@ -136,8 +148,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad_grad(
   check(z_, gamma_, pool);
   check(z_, v_gamma_, pool);
   check(z_, v_beta_, pool);
-  TORCH_CHECK(gy_.sizes() == index_.sizes() && index_.scalar_type() == at::kByte && gy_.scalar_type() == z_.scalar_type(),
-              "norm_relu_pool_grad_grad: gy ", gy_.sizes(), " ", gy_.scalar_type(), " does not fit index ", index_.sizes());
+  check_saved(gy_, z_, index_, mean_, rstd_, pool);
   TORCH_CHECK(!v_ || (v_->sizes() == z_.sizes() && v_->scalar_type() == z_.scalar_type()),
               "norm_relu_pool_grad_grad: v must be like z, ", z_.sizes());
   const at::Tensor gy = channels_last(gy_), z = channels_last(z_), index = channels_last(index_);
@@ -186,12 +197,18 @@ TORCH_LIBRARY(lambda_kernels, m) {
   // -> d_gy, d_z (empty unless need_z), d_gamma [T, C]
   m.def("norm_relu_pool_grad_grad(Tensor gy, Tensor z, Tensor gamma, Tensor index, Tensor mean, Tensor rstd, int pool, "
         "Tensor? v, Tensor v_gamma, Tensor v_beta, bool need_z) -> (Tensor, Tensor, Tensor)");
+  // x [T, N, C, H, W] (without blocks [T, N, F]), labels [T, N]; parameters, each [1 or T, ...]: weight, gamma, beta a
+  // block, then the linear layer's weight and bias; updated: which of them are, in place; geometry: 8 numbers a block
+  // -> the support loss before each step [steps, T], float64
+  m.def("inner_loop(Tensor x, Tensor labels, Tensor(a!)[] parameters, int[] updated, int[] geometry, float[] eps, "
+        "int steps, float lr) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
-  m.impl("norm_relu_pool", &norm_relu_pool);
-  m.impl("norm_relu_pool_grad", &norm_relu_pool_grad);
+  m.impl("norm_relu_pool", &lk::norm_relu_pool);
+  m.impl("norm_relu_pool_grad", &lk::norm_relu_pool_grad);
   m.impl("norm_relu_pool_grad_grad", &norm_relu_pool_grad_grad);
+  m.impl("inner_loop", &lk::inner_loop);
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .graph import NORMS, Program, program_of
+from .graph import EVALUATION, NORMS, Program, program_of
 from .layers import TORCH_CLASS, Conv2d, Linear
 
 __all__ = ["convert", "report", "to_torch"]
@@ -61,8 +61,10 @@ def convert(model: nn.Module) -> nn.Module:
         if drop_in is not None:
             module.__class__ = drop_in
     cls: Any = type(model)
-    if not isinstance(model, Fused) and cls not in TORCH_CLASS and program_of(model).fusions:
-        model.__class__ = _fused_class(cls)
+    if not isinstance(model, Fused) and cls not in TORCH_CLASS:
+        program = program_of(model)
+        if program.fusions or EVALUATION in program.left_alone.values():  # the latter fuse in training mode
+            model.__class__ = _fused_class(cls)
     return model
 
 

@@ -30,6 +30,7 @@ from .layers import ConvBlock, Update, has_hooks
 __all__ = ["Fusion", "Program", "Step", "program_of"]
 
 State = Mapping[str, Tensor]
+EVALUATION = "the norm is in evaluation mode, with running statistics"
 Effects = list[Update]
 
 
@@ -798,7 +799,7 @@ class _Builder:
         return self._norm_refusal(block.norm)
 
     def _norm_refusal(self, norm: nn.BatchNorm2d) -> str | None:
-        return None if layers.uses_batch_statistics(norm) else "the norm is in evaluation mode, with running statistics"
+        return None if layers.uses_batch_statistics(norm) else EVALUATION
 
     def _fuse(self, node: fx.Node, path: str) -> tuple[Fusion, fx.Node] | str:
         """The run of layers that begins with a convolution and the run's last node, or why there is none."""

@@ -556,3 +556,14 @@ def test_report() -> None:
         assert line in text.splitlines()
     assert "not fused: the norm is in evaluation mode" in lk.report(model.eval())
     assert "torch.fx cannot trace it, so nothing is fused" in lk.report(lk.convert(ByShape()))
+
+
+def test_a_model_converted_in_evaluation_mode_is_fused_once_it_trains():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    twin, x = copy.deepcopy(model), torch.randn(4, 2, 9, 9)
+    lk.convert(model)
+    torch.testing.assert_close(model(x), twin(x))
+    assert "0 fused blocks" in lk.report(model)
+    torch.testing.assert_close(model.train()(x), twin.train()(x), rtol=1e-5, atol=1e-5)
+    assert "1 fused block," in lk.report(model)
+    torch.testing.assert_close(model[1].running_mean, twin[1].running_mean)

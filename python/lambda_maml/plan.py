@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lambda_kernels.chain import Chain
 from lambda_kernels.graph import SWAP, Program, Step, program_of
 
 from .network import layers_of
@@ -77,6 +78,8 @@ class Part:
         self.boundary = tuple(sorted(computed & read))
         self.prefix = program.part([i for i in range(len(program.steps)) if i not in moving], self.boundary)
         self.rest = program.part(sorted(moving), ())
+        chain = Chain.find(program, [program.steps[i] for i in sorted(moving)])
+        self.chain = chain if chain is not None and self.boundary == (chain.source,) else None
 
     def freeze(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], x: Tensor) -> Frozen:
         """Run the prefix on x."""
@@ -99,11 +102,15 @@ class Frozen:
         self.part, self.boundary, self.effects, self.runs = part, boundary, effects, 0
 
     def __call__(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor]) -> Any:
-        if self.runs:
+        self.count(1)
+        return self.part.finish(modules, state, self.boundary)
+
+    def count(self, runs: int) -> None:
+        """Take so many further runs for made: running statistics are updated once for each."""
+        for _ in range(max(0, runs - (self.runs == 0))):
             for update in self.effects:
                 update()
-        self.runs += 1
-        return self.part.finish(modules, state, self.boundary)
+        self.runs += runs
 
 
 class Plan:

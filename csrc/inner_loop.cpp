@@ -1,0 +1,151 @@
+// The inner loop of first-order adaptation without autograd: all K steps of a chain of fused blocks that ends in a linear
+// layer and softmax cross-entropy, for one task or for many, each with parameters of its own.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <cmath>
+#include <vector>
+
+#include "block.h"
+
+namespace lk {
+namespace {
+
+constexpr int64_t kPerBlock = 3;     // weight, gamma, beta
+constexpr int64_t kGeometry = 8;     // stride, padding, dilation (vertical, horizontal each), groups, pool
+
+struct Block {
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups, pool;
+  double eps;
+  bool update_weight, update_gamma, update_beta;
+  bool below;  // an updated parameter lies in a block before this one, so the input gradient is needed
+  at::Tensor weight, gamma, beta;         // this task's, [O, C / groups, kh, kw], [1, O], [1, O]
+  at::Tensor x, z, index, mean, rstd;     // of the current step
+};
+
+// Replaces logits [N, ways] by d loss / d logits of the mean cross-entropy; returns the loss.
+template <typename T>
+double cross_entropy_(T* logits, const int64_t* labels, int64_t images, int64_t ways) {
+  double loss = 0.0;
+  for (int64_t n = 0; n < images; ++n, logits += ways) {
+    TORCH_CHECK(labels[n] >= 0 && labels[n] < ways, "inner_loop: label ", labels[n], " is not one of 0 to ", ways - 1);
+    T top = logits[0];
+    for (int64_t k = 1; k < ways; ++k) top = logits[k] > top ? logits[k] : top;
+    const T own = logits[labels[n]];
+    double sum = 0.0;
+    for (int64_t k = 0; k < ways; ++k) sum += std::exp(double(logits[k] - top));
+    loss += std::log(sum) - double(own - top);
+    for (int64_t k = 0; k < ways; ++k) logits[k] = T(std::exp(double(logits[k] - top)) / sum / double(images));
+    logits[labels[n]] -= T(1) / T(images);
+  }
+  return loss / double(images);
+}
+
+// One task: x [N, C, H, W] or [N, F], labels [N]; updated parameters are changed in place.
+void adapt(at::Tensor x, const at::Tensor& labels, std::vector<Block>& blocks, const at::Tensor& head, const at::Tensor& bias,
+           bool update_head, bool update_bias, int64_t steps, double lr, double* losses, int64_t stride) {
+  bool any_block = false;
+  for (const Block& block : blocks) any_block |= block.update_weight || block.update_gamma || block.update_beta;
+  at::Tensor fixed = blocks.empty() ? x.contiguous() : at::Tensor();
+  for (int64_t step = 0; step < steps; ++step) {
+    at::Tensor a = x;
+    for (Block& block : blocks) {
+      block.x = a;
+      block.z = at::convolution(a, block.weight, {}, block.stride, block.padding, block.dilation, false, {0, 0}, block.groups)
+                    .unsqueeze(0);
+      at::Tensor y;
+      std::tie(y, block.index, block.mean, block.rstd) =
+          norm_relu_pool(block.z, block.gamma, block.beta, block.eps, block.pool);
+      a = y.squeeze(0);
+    }
+    const at::Tensor features = blocks.empty() ? fixed : a.flatten(1);
+    at::Tensor g = at::addmm(bias, features, head.t());
+    AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "inner_loop", [&] {
+      losses[step * stride] = cross_entropy_(g.mutable_data_ptr<scalar_t>(), labels.const_data_ptr<int64_t>(), g.size(0),
+                                             g.size(1));
+    });
+    at::Tensor ga = any_block ? at::mm(g, head).view(a.sizes()) : at::Tensor();
+    if (update_head) head.addmm_(g.t(), features, 1, -lr);
+    if (update_bias) bias.add_(g.sum(0), -lr);
+    bool go_on = any_block;
+    for (auto block = blocks.rbegin(); go_on && block != blocks.rend(); ++block) {
+      const bool need_z = block->update_weight || block->below;
+      const auto [dz_, dgamma, dbeta] = norm_relu_pool_grad(ga.unsqueeze(0), block->z, block->gamma, block->index,
+                                                            block->mean, block->rstd, block->pool, need_z);
+      if (block->update_gamma) block->gamma.add_(dgamma, -lr);
+      if (block->update_beta) block->beta.add_(dbeta, -lr);
+      if (need_z) {
+        const at::Tensor dz = dz_.squeeze(0);
+        const auto [gx, gw, _] = at::convolution_backward(dz, block->x, block->weight, {}, block->stride, block->padding,
+                                                          block->dilation, false, {0, 0}, block->groups,
+                                                          {block->below, block->update_weight, false});
+        if (block->update_weight) block->weight.add_(gw, -lr);
+        ga = gx;
+      }
+      go_on = block->below;
+    }
+  }
+}
+
+}  // namespace
+
+at::Tensor inner_loop(const at::Tensor& x, const at::Tensor& labels, at::TensorList parameters, at::IntArrayRef updated,
+                      at::IntArrayRef geometry, at::ArrayRef<double> eps, int64_t steps, double lr) {
+  const int64_t blocks = int64_t(eps.size()), tasks = labels.size(0);
+  TORCH_CHECK(int64_t(parameters.size()) == kPerBlock * blocks + 2 && parameters.size() == updated.size() &&
+                  int64_t(geometry.size()) == kGeometry * blocks,
+              "inner_loop: ", blocks, " blocks need ", kPerBlock * blocks + 2, " parameters and flags and ",
+              kGeometry * blocks, " numbers, got ", parameters.size(), ", ", updated.size(), " and ", geometry.size());
+  TORCH_CHECK(x.dim() == (blocks > 0 ? 5 : 3) && x.size(0) == tasks && labels.dim() == 2 && labels.size(1) == x.size(1),
+              "inner_loop: x ", x.sizes(), " does not fit labels ", labels.sizes());
+  TORCH_CHECK(labels.scalar_type() == at::kLong, "inner_loop: labels must be int64, got ", labels.scalar_type());
+  for (size_t i = 0; i < parameters.size(); ++i)
+    TORCH_CHECK(parameters[i].scalar_type() == x.scalar_type() &&
+                    (parameters[i].size(0) == tasks || (parameters[i].size(0) == 1 && !updated[i])),
+                "inner_loop: parameter ", i, " ", parameters[i].sizes(), " ", parameters[i].scalar_type(), " does not fit ",
+                tasks, " tasks in ", x.scalar_type());
+  const at::Tensor losses = at::empty({steps, tasks}, x.options().dtype(at::kDouble));
+  double* out = losses.mutable_data_ptr<double>();
+  const at::Tensor rows = labels.contiguous();
+  const bool parallel = tasks >= at::get_num_threads();  // else the operators use the threads inside a task
+  at::parallel_for(0, tasks, parallel ? 1 : tasks, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+#ifdef _OPENMP
+    // oneDNN keeps its primitives by the number of threads: one made for two of them waits forever inside a parallel
+    // region, where it gets one. This holds for the present region only.
+    if (parallel && at::in_parallel_region()) omp_set_num_threads(1);
+#endif
+    for (int64_t task = begin; task < end; ++task) {
+      const auto own = [&](int64_t i) { return parameters[i].select(0, parameters[i].size(0) == 1 ? 0 : task); };
+      std::vector<Block> chain;
+      bool below = false;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const at::IntArrayRef numbers = geometry.slice(b * kGeometry, kGeometry);
+        const int64_t first = b * kPerBlock;
+        Block block{numbers.slice(0, 2), numbers.slice(2, 2), numbers.slice(4, 2), numbers[6], numbers[7], eps[b],
+                    updated[first] != 0, updated[first + 1] != 0, updated[first + 2] != 0, below,
+                    own(first), own(first + 1).unsqueeze(0), own(first + 2).unsqueeze(0), {}, {}, {}, {}, {}};
+        below = below || block.update_weight || block.update_gamma || block.update_beta;
+        chain.push_back(std::move(block));
+      }
+      const int64_t head = blocks * kPerBlock;
+      adapt(x[task], rows[task], chain, own(head), own(head + 1), updated[head] != 0, updated[head + 1] != 0, steps, lr,
+            out + task, tasks);
+    }
+  });
+  return losses;
+}
+
+}  // namespace lk

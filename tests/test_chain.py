@@ -1,0 +1,208 @@
+"""The native inner loop gives what the general path gives, and is taken where it applies and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lambda_kernels as lk
+from lambda_kernels.backends import reasons
+from lambda_kernels.chain import Chain
+from lambda_maml import Pattern, adapt, adapt_tasks, models
+from lambda_maml.plan import plan_of
+
+WAYS = 3
+needs_native = pytest.mark.skipif(bool(reasons("native")), reason="; ".join(reasons("native")))
+
+
+def general(logits: Tensor, ys: Tensor) -> Tensor:
+    """Cross-entropy under another name, which the native operator does not know."""
+    return F.cross_entropy(logits, ys)
+
+
+def tasks(count: int, channels: int, size: int, dtype: torch.dtype, images: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    xs = torch.randn(count, images, channels, size, size, generator=generator, dtype=torch.float64).to(dtype)
+    ys = torch.arange(images).remainder(WAYS).expand(count, images).contiguous()
+    return xs, ys, torch.randn(count, 4, channels, size, size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+class Viewed(nn.Module):
+    """Plain torch layers: functional pooling, view, no bias in front of a norm, groups, dilation, odd sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 6, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(6, affine=False, track_running_stats=False, eps=1e-3)
+        self.conv2 = nn.Conv2d(6, 4, (3, 1), stride=(1, 2), padding=(2, 0), dilation=(2, 1), groups=2)
+        self.norm2 = nn.BatchNorm2d(4, track_running_stats=False)
+        self.head = nn.Linear(4 * 6 * 3, WAYS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 2)
+        x = torch.relu(self.norm2(self.conv2(x)))
+        return self.head(x.view(x.size(0), -1))
+
+
+def viewed() -> nn.Module:
+    return Viewed()
+
+
+def conv4() -> nn.Module:
+    return models.conv4(WAYS, 2, 5, 17)
+
+
+NETWORKS: list[tuple[Callable[[], nn.Module], int]] = [(conv4, 17), (viewed, 13)]
+
+
+@needs_native
+@pytest.mark.parametrize("norm", ["follow", "never"])
+@pytest.mark.parametrize(("build", "size"), NETWORKS, ids=["conv4", "viewed"])
+def test_every_pattern_equals_the_general_path(build: Callable[[], nn.Module], size: int, norm: str) -> None:
+    torch.manual_seed(0)
+    model = build().double()
+    xs, ys, xq = tasks(3, 2, size, torch.float64)
+    for pattern in Pattern.all(len(plan_of(model).layers)):
+        assert plan_of(model).part(str(pattern), norm).chain is not None, pattern
+        given = dict(pattern=pattern, steps=3, lr=0.2, norm=norm)
+        want = adapt(model, xs[0], ys[0], loss=general, **given)
+        have = adapt(model, xs[0], ys[0], **given)
+        for name, tensor in want.parameters_dict().items():
+            torch.testing.assert_close(
+                have.parameters_dict()[name], tensor, rtol=1e-9, atol=1e-11, msg=f"{pattern} {name}"
+            )
+        together = adapt_tasks(model, xs, ys, xq, **given)
+        torch.testing.assert_close(
+            together, adapt_tasks(model, xs, ys, xq, loss=general, **given), rtol=1e-9, atol=1e-10
+        )
+
+
+@needs_native
+def test_schedules_and_first_order_gradients_are_the_same() -> None:
+    torch.manual_seed(0)
+    model = conv4().double()
+    xs, ys, xq = tasks(2, 2, 17, torch.float64)
+
+    def gradients(loss: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        logits = adapt_tasks(model, xs, ys, xq, pattern="11111,00011,00001", steps=4, lr=0.1, loss=loss)
+        return list(torch.autograd.grad(logits.square().sum(), list(model.parameters())))
+
+    for have, want in zip(gradients(F.cross_entropy), gradients(general)):
+        torch.testing.assert_close(have, want, rtol=1e-8, atol=1e-10)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_operator_runs_all_steps(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    descend = Chain.descend
+
+    def counted(self: Chain, *args: object, **kwargs: object) -> Tensor:
+        losses = descend(self, *args, **kwargs)  # type: ignore[arg-type]
+        calls.append((losses.shape[0], losses.shape[1]))
+        return losses
+
+    monkeypatch.setattr(Chain, "descend", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = conv4()
+        xs, ys, xq = tasks(3, 2, 17, torch.float32)
+        adapt(model, xs[0], ys[0], pattern="00011", steps=7, lr=0.1)
+        adapt_tasks(model, xs, ys, xq, pattern="11111,00001", steps=5, lr=0.1)
+        assert calls == [(7, 1), (1, 3), (4, 3)]
+        calls.clear()
+        adapt(model, xs[0], ys[0], pattern="00011", steps=2, lr=0.1, second_order=True)
+        adapt(model, xs[0], ys[0], pattern="00011", steps=2, lr=0.1, loss=general)
+        with lk.use_backend("reference"):
+            adapt(model, xs[0], ys[0], pattern="00011", steps=2, lr=0.1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            adapt(model, xs[0], ys[0], pattern="00001", steps=2, lr=0.1)
+        assert calls == []
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+def test_float32_is_as_near_to_the_truth_as_the_general_path() -> None:
+    torch.manual_seed(0)
+    model = models.conv4(WAYS, 2, 16, 33)
+    xs, ys, _ = tasks(1, 2, 33, torch.float64)
+    wide = adapt(conv_double(model), xs[0], ys[0], pattern="11111", steps=3, lr=0.1, loss=general).parameters_dict()
+
+    def error(loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+        own = adapt(model, xs[0].float(), ys[0], pattern="11111", steps=3, lr=0.1, loss=loss).parameters_dict()
+        return sum(float((own[n].detach().double() - wide[n].detach()).square().sum()) for n in wide) ** 0.5
+
+    assert error(F.cross_entropy) <= 2 * error(general) + 1e-6
+
+
+def conv_double(model: nn.Module) -> nn.Module:
+    twin = models.build(models.config_of(model))
+    twin.load_state_dict(model.state_dict())
+    return twin.double()
+
+
+@needs_native
+def test_divergence_and_nan_are_errors_with_the_step() -> None:
+    model = conv4()
+    xs, ys, _ = tasks(1, 2, 17, torch.float32)
+    with pytest.raises(FloatingPointError, match=r"step \d of 3"):
+        adapt(model, xs[0], ys[0], pattern="11111", steps=3, lr=1e38)
+    xs[0, 1, 0, 3, 3] = float("nan")
+    with pytest.raises(FloatingPointError, match="hold 1 NaN"):
+        adapt(model, xs[0], ys[0], pattern="00011", steps=3, lr=0.1)
+
+
+@needs_native
+def test_the_operator_names_what_does_not_fit() -> None:
+    x, labels = torch.randn(2, 4, 6), torch.zeros(2, 4, dtype=torch.long)
+    weight, bias = torch.randn(2, 3, 6), torch.randn(1, 3)
+    run = torch.ops.lambda_kernels.inner_loop
+    assert run(x, labels, [weight, bias], [1, 0], [], [], 3, 0.1).shape == (3, 2)
+    for args, text in (
+        ((x, labels, [weight], [1], [], [], 1, 0.1), "need 2 parameters"),
+        ((x, labels[:1], [weight, bias], [1, 0], [], [], 1, 0.1), "does not fit labels"),
+        ((x, labels.int(), [weight, bias], [1, 0], [], [], 1, 0.1), "labels must be int64"),
+        ((x, labels, [weight, bias], [1, 1], [], [], 1, 0.1), "parameter 1"),
+        ((x, labels + 3, [weight, bias], [1, 0], [], [], 1, 0.1), "label 3"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            run(*args)
+
+
+def residual() -> nn.Module:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 2, 3, padding=1)
+            self.norm = nn.BatchNorm2d(2, track_running_stats=False)
+            self.head = nn.Linear(2 * 5 * 5, WAYS)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((x + torch.relu(self.norm(self.conv(x)))).flatten(1))
+
+    return Residual()
+
+
+def tracking() -> nn.Module:
+    block = lk.ConvBlock(2, 4, track_running_stats=True)
+    return nn.Sequential(block, nn.Flatten(), nn.Linear(4 * 2 * 2, WAYS))
+
+
+def shared_block() -> nn.Module:
+    block = lk.ConvBlock(2, 2, pool=1)
+    return nn.Sequential(block, block, nn.Flatten(), nn.Linear(2 * 5 * 5, WAYS))
+
+
+@pytest.mark.parametrize("build", [residual, tracking, shared_block])
+def test_what_is_no_chain_takes_the_general_path(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    bits = "1" * len(plan_of(model).layers)
+    assert plan_of(model).part(bits, "follow").chain is None
+    xs, ys, _ = tasks(1, 2, 5, torch.float32)
+    adapt(model, xs[0], ys[0], pattern=bits, steps=2, lr=0.01)
