@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .backends import choose
+from .backends import Backend, choose
+from .backends.native import Native
 from .graph import BlockCall, LinearCall, Program, Slot, Step
 
 __all__ = ["Chain"]
@@ -63,8 +64,11 @@ class Chain:
             return "a transform is active"
         if self._features(modules, x) != getattr(modules[self.linear.path], "in_features", None):
             return "the shapes do not fit"
-        backends = {choose("conv_block", x, block.size).name for block in self.blocks} or {choose("linear", x).name}
-        return None if backends == {"native"} else f"the backend is {', '.join(sorted(backends))}"
+        others = {backend.name for backend in self._backends(x) if not isinstance(backend, Native)}
+        return f"the backend is {', '.join(sorted(others))}" if others else None
+
+    def _backends(self, x: Tensor) -> list[Backend]:
+        return [choose("conv_block", x, block.size) for block in self.blocks] or [choose("linear", x)]
 
     def _features(self, modules: Mapping[str, nn.Module], x: Tensor) -> int | None:
         """The number of features that the linear layer gets; None where a block cannot take what comes to it."""
@@ -131,8 +135,8 @@ class Chain:
         assert isinstance(linear, nn.Linear)
         add(linear, self.linear.path, "weight", 0.0, 0)
         add(linear, self.linear.path, "bias", 0.0, linear.out_features)
-        if self.blocks:
-            x = choose("conv_block", x, self.blocks[0].size).layout(x)
+        native = self._backends(x)[0]
+        assert isinstance(native, Native)
         flags = [int(name in wanted) for name in names]
         with torch.no_grad():
-            return torch.ops.lambda_kernels.inner_loop(x, labels, tensors, flags, geometry, eps, steps, lr)
+            return native.inner_loop(x, labels, tensors, flags, geometry, eps, steps, lr)

@@ -44,6 +44,21 @@ class Native(Reference):
             return x.contiguous().squeeze(2).unsqueeze(-1).movedim(-1, 2)
         return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
+    def inner_loop(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        parameters: list[Tensor],
+        updated: list[int],
+        geometry: list[int],
+        eps: list[float],
+        steps: int,
+        lr: float,
+    ) -> Tensor:
+        """K steps of gradient descent on a chain of blocks and a linear layer, with the operator's operands."""
+        x = self.layout(x) if eps else x
+        return torch.ops.lambda_kernels.inner_loop(x, labels, parameters, updated, geometry, eps, steps, lr)
+
     def norm_relu_pool(
         self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
