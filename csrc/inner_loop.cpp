@@ -125,7 +125,12 @@ at::Tensor inner_loop(const at::Tensor& x, const at::Tensor& labels, at::TensorL
 #ifdef _OPENMP
     // oneDNN keeps its primitives by the number of threads: one made for two of them waits forever inside a parallel
     // region, where it gets one. This holds for the present region only.
-    if (parallel && at::in_parallel_region()) omp_set_num_threads(1);
+    // torch sets a thread's number when it first asks for it, here and in its own library: ask before.
+    if (parallel && at::in_parallel_region()) {
+      at::internal::lazy_init_num_threads();
+      at::get_num_threads();
+      omp_set_num_threads(1);
+    }
 #endif
     for (int64_t task = begin; task < end; ++task) {
       const auto own = [&](int64_t i) { return parameters[i].select(0, parameters[i].size(0) == 1 ? 0 : task); };
