@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -206,3 +208,23 @@ def test_what_is_no_chain_takes_the_general_path(build: Callable[[], nn.Module])
     assert plan_of(model).part(bits, "follow").chain is None
     xs, ys, _ = tasks(1, 2, 5, torch.float32)
     adapt(model, xs[0], ys[0], pattern=bits, steps=2, lr=0.01)
+
+
+FRESH = """
+import torch
+from lambda_maml import adapt, adapt_tasks, models
+torch.set_num_threads(2)
+model = models.conv4(3, 1, 4, 28)
+xs, ys = torch.randn(4, 6, 1, 28, 28), torch.arange(6).remainder(3).expand(4, 6).contiguous()
+for _ in range(3):
+    adapt(model, xs[0], ys[0], pattern="11111", steps=2, lr=0.1)
+    adapt_tasks(model, xs, ys, xs, pattern="11111", steps=2, lr=0.1)
+print(torch.get_num_threads())
+"""
+
+
+@needs_native
+def test_tasks_spread_over_threads_come_back() -> None:
+    """oneDNN's primitives for two threads must not be run by one: in a fresh process, whose workers are new."""
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "2"
