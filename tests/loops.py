@@ -57,7 +57,7 @@ def plain_loop(
     meta = dict(network.named_parameters())
     for parameter in meta.values():
         parameter.requires_grad_()
-    fast = dict(meta)
+    fast: dict[str, Tensor] = dict(meta)
     for step in range(steps):
         names = updated_names(groups, stage(pattern, step), norm)
         fast.update({n: fast[n].view_as(fast[n]) for n in names})  # gradient by these values, not by their past
@@ -240,6 +240,8 @@ def writes_prefix(kind: str) -> Case:
 class Scaled(nn.Module):
     """Raw parameters before, between and behind the layers."""
 
+    offset: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(1.3))
@@ -361,6 +363,8 @@ class WritesInput(NoGrad):
 
 class Counts(NoGrad):
     """A buffer that counts the calls and shifts a value."""
+
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()

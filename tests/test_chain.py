@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_every_pattern_equals_the_general_path(build: Callable[[], nn.Module], s
     xs, ys, xq = tasks(3, 2, size, torch.float64)
     for pattern in Pattern.all(len(plan_of(model).layers)):
         assert plan_of(model).part(str(pattern), norm).chain is not None, pattern
-        given = dict(pattern=pattern, steps=3, lr=0.2, norm=norm)
+        given: dict[str, Any] = dict(pattern=pattern, steps=3, lr=0.2, norm=norm)
         want = adapt(model, xs[0], ys[0], loss=general, **given)
         have = adapt(model, xs[0], ys[0], **given)
         for name, tensor in want.parameters_dict().items():
@@ -166,13 +167,14 @@ def test_the_operator_names_what_does_not_fit() -> None:
     weight, bias = torch.randn(2, 3, 6), torch.randn(1, 3)
     run = torch.ops.lambda_kernels.inner_loop
     assert run(x, labels, [weight, bias], [1, 0], [], [], 3, 0.1).shape == (3, 2)
-    for args, text in (
+    wrong: list[tuple[tuple[Any, ...], str]] = [
         ((x, labels, [weight], [1], [], [], 1, 0.1), "need 2 parameters"),
         ((x, labels[:1], [weight, bias], [1, 0], [], [], 1, 0.1), "does not fit labels"),
         ((x, labels.int(), [weight, bias], [1, 0], [], [], 1, 0.1), "labels must be int64"),
         ((x, labels, [weight, bias], [1, 1], [], [], 1, 0.1), "parameter 1"),
         ((x, labels + 3, [weight, bias], [1, 0], [], [], 1, 0.1), "label 3"),
-    ):
+    ]
+    for args, text in wrong:
         with pytest.raises(RuntimeError, match=text):
             run(*args)
 

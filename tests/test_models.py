@@ -26,7 +26,7 @@ def test_state_dict_keys_and_shapes() -> None:
 @pytest.mark.parametrize(("size", "side"), [(84, 5), (32, 2), (28, 1), (16, 1), (31, 1), (48, 3), (105, 6)])
 def test_features_at_the_head(size: int, side: int) -> None:
     model = models.conv4(ways=3, in_channels=1, width=2, image_size=size)
-    assert model.head.in_features == 2 * side * side
+    assert model.get_submodule("head").in_features == 2 * side * side
     assert model(torch.randn(2, 1, size, size)).shape == (2, 3)
 
 

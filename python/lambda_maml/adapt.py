@@ -77,7 +77,10 @@ def adapt(
 
 
 class Learner(nn.Module):
-    """A network with the parameters of one adapted task. The network itself is left as it is, and shared."""
+    """A network with the parameters of one adapted task. The network itself is left as it is, and shared.
+
+    Frozen parameters are the network's own: a later change of them shows here. `to_module` gives a copy of its own.
+    """
 
     def __init__(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         super().__init__()
