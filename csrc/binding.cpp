@@ -67,6 +67,18 @@ Params<T> describe(const at::Tensor& z, int64_t pool) {
   return p;
 }
 
+// What the backward kernels read of the forward pass.
+template <typename T>
+void read_back(lk::NormReluPool<T>& p, const at::Tensor& gy, const at::Tensor& gamma, const at::Tensor& index,
+               const at::Tensor& mean, const at::Tensor& rstd) {
+  p.gy = gy.const_data_ptr<T>();
+  p.gamma = gamma.const_data_ptr<T>();
+  p.gamma_task = gamma.size(0) == 1 ? 0 : p.channels;
+  p.index = const_cast<uint8_t*>(index.const_data_ptr<uint8_t>());
+  p.mean = const_cast<T*>(mean.const_data_ptr<T>());
+  p.rstd = const_cast<T*>(rstd.const_data_ptr<T>());
+}
+
 template <typename P>
 void run(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t items) {
   const int64_t elements = p.tasks * p.images * p.channels * p.height * p.width;
@@ -119,12 +131,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lk::norm_relu_pool_grad(const at:
   AT_DISPATCH_FLOATING_TYPES(z.scalar_type(), "norm_relu_pool_grad", [&] {
     auto p = describe<scalar_t>(z, pool);
     const at::Tensor partial = at::empty({p.tasks, p.images, p.slabs, 2, p.channels}, z.options().dtype(at::kDouble));
-    p.gamma = gamma.const_data_ptr<scalar_t>();
-    p.gamma_task = gamma.size(0) == 1 ? 0 : p.channels;
-    p.mean = const_cast<scalar_t*>(mean.const_data_ptr<scalar_t>());
-    p.rstd = const_cast<scalar_t*>(rstd.const_data_ptr<scalar_t>());
-    p.index = const_cast<uint8_t*>(index.const_data_ptr<uint8_t>());
-    p.gy = gy.const_data_ptr<scalar_t>();
+    read_back<scalar_t>(p, gy, gamma, index, mean, rstd);
     p.dgamma = dgamma.mutable_data_ptr<scalar_t>();
     p.dbeta = dbeta.mutable_data_ptr<scalar_t>();
     p.partial = partial.mutable_data_ptr<double>();
@@ -163,12 +170,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad_grad(
     const auto doubles = z.options().dtype(at::kDouble);
     const at::Tensor partial = at::empty({p.tasks, p.images, p.slabs, 5, p.channels}, doubles);
     const at::Tensor sums = at::empty({p.tasks, 5, p.channels}, doubles);
-    p.gamma = gamma.const_data_ptr<scalar_t>();
-    p.gamma_task = gamma.size(0) == 1 ? 0 : p.channels;
-    p.mean = const_cast<scalar_t*>(mean.const_data_ptr<scalar_t>());
-    p.rstd = const_cast<scalar_t*>(rstd.const_data_ptr<scalar_t>());
-    p.index = const_cast<uint8_t*>(index.const_data_ptr<uint8_t>());
-    p.gy = gy.const_data_ptr<scalar_t>();
+    read_back<scalar_t>(p, gy, gamma, index, mean, rstd);
     p.partial = partial.mutable_data_ptr<double>();
     p.v = v_ ? v.const_data_ptr<scalar_t>() : nullptr;
     p.v_gamma = v_gamma.const_data_ptr<scalar_t>();
