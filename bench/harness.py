@@ -99,9 +99,11 @@ class PlainLoop:
         return {n: p.detach().clone() for n, p in self.network.named_parameters()}
 
 
-# Over the distance of stock PyTorch, in units of the value's own length. Where rounding turns the choice between two
-# pixels of a pooling window, or the sign before a ReLU, float32 results differ by more than their digits.
-SLACK = {torch.float64: 1e-9, torch.float32: 1e-2}
+# Over the distance of stock PyTorch, in units of the value's own length.
+SLACK = {torch.float64: 1e-9, torch.float32: 1e-3}
+# Where rounding turns the choice between two pixels of a pooling window, or the sign before a ReLU, two right results
+# in float32 part by more than their digits, in stock PyTorch too. Such images are rare; a wrong kernel fails on all.
+DRAWS = 3
 
 
 def distance(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
@@ -123,11 +125,24 @@ def check_adapt(problem: Problem, pattern: Pattern, steps: int, lr: float, norm:
     truth = list(PlainLoop(doubled, pattern, steps, lr, norm).result().values())
     moved = distance(truth, start)
     assert moved > 0, f"{pattern} with lr={lr} moves no parameter in {steps} steps: there is nothing to compare"
-    plain = list(PlainLoop(problem, pattern, steps, lr, norm).result().values())
-    for p, stock in ((doubled, truth), (problem, plain)):
-        learner = adapt(p.model, p.xs, p.ys, pattern=pattern, steps=steps, lr=lr, norm=norm)
-        ours = [t.detach() for t in learner.parameters_dict().values()]
-        compare(f"{pattern} in {p.xs.dtype}", ours, stock, truth, moved)
+    compare(f"{pattern} in {doubled.xs.dtype}", _ours(doubled, pattern, steps, lr, norm), truth, truth, moved)
+    for draw in range(DRAWS):
+        truth = list(PlainLoop(problem.double(), pattern, steps, lr, norm).result().values())
+        plain = list(PlainLoop(problem, pattern, steps, lr, norm).result().values())
+        try:
+            compare(f"{pattern} in {problem.xs.dtype}", _ours(problem, pattern, steps, lr, norm), plain, truth, moved)
+        except AssertionError:
+            if draw == DRAWS - 1:
+                raise
+            problem = problem._replace(xs=problem.xs.roll(1, dims=-1).flip(0))
+        else:
+            return
+
+
+def _ours(problem: Problem, pattern: Pattern, steps: int, lr: float, norm: str) -> list[Tensor]:
+    """The parameters that `adapt` gives."""
+    learner = adapt(problem.model, problem.xs, problem.ys, pattern=pattern, steps=steps, lr=lr, norm=norm)
+    return [t.detach() for t in learner.parameters_dict().values()]
 
 
 def clock(run: Callable[[], object], synchronize: Callable[[], object]) -> float:

@@ -222,6 +222,16 @@ def test_disagreement_with_the_plain_loop_is_found_and_reported(model, tasks, tm
         assert json.loads(chosen.to_json())["stock_full"]["time_ms"] is None
 
 
+def test_one_task_that_agrees_is_enough(model, tasks, monkeypatch):
+    """A task whose rounding falls on the edge of a pooling window must not cost the yardstick."""
+    answers = iter(["one is off", None])
+    monkeypatch.setattr("lambda_maml.select.disagreement", lambda *args, **more: next(answers))
+    chosen = quick(model, tasks[:3])
+    assert not any("off" in warning for warning in chosen.warnings)
+    assert json.loads(chosen.to_json())["stock_full"]["time_ms"] > 0
+    assert next(answers, "asked twice") == "asked twice"
+
+
 def test_stock_is_plain_torch_and_leaves_the_model_alone(model, tasks):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     twin = stock_adapt(model, tasks[0].xs, tasks[0].ys, steps=1, lr=0.1, norm="never")
