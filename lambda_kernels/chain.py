@@ -7,7 +7,7 @@ between the steps: its blocks and its loss have known gradients, and nothing is 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,13 +97,14 @@ class Chain:
         *,
         steps: int,
         lr: float,
-        per_task: bool,
+        own: Collection[str],
     ) -> Tensor:
         """`steps` steps of gradient descent on the mean cross-entropy of each task, in place on the updated tensors.
 
         Args:
-            state: parameters by name; the updated ones, with a task axis where `per_task`, are changed.
+            state: parameters by name; the updated ones are changed.
             updated: the names of the parameters to update.
+            own: the names of those that have a task axis, updated now or earlier.
             x: [T, N, C, H, W], or [T, N, F] for a chain of the linear layer alone; labels: [T, N].
 
         Returns:
@@ -118,7 +119,7 @@ class Chain:
             present = getattr(module, name) is not None
             names.append(f"{path}.{name}" if present else "")
             tensor = state[names[-1]] if present else x.new_full((size,), missing)
-            tensors.append(tensor if per_task and names[-1] in wanted else tensor.unsqueeze(0))
+            tensors.append(tensor if names[-1] in own else tensor.unsqueeze(0))
 
         eps: list[float] = []
         for block in self.blocks:

@@ -90,8 +90,12 @@ class Program:
 
     def __call__(self, root: nn.Module, *inputs: Tensor) -> Any:
         """The module's result, with its own parameters."""
+        return self.evaluate(self.bind(root), OwnState(root), *inputs)
+
+    def evaluate(self, modules: Mapping[str, nn.Module], state: State, *inputs: Tensor) -> Any:
+        """The module's result with the given parameters and buffers."""
         env = dict(enumerate(inputs))
-        self.run(self.whole, self.bind(root), OwnState(root), env)
+        self.run(self.whole, modules, state, env)
         return self.take(env)
 
     @cached_property

@@ -90,9 +90,7 @@ class Learner(nn.Module):
         """The adapted network's result for x [N, C, H, W]."""
         model, state = self._held
         program = plan_of(model).program
-        env: dict[int, Any] = {0: x}
-        program.run(program.whole, program.bind(model), state, env)
-        return program.take(env)
+        return program.evaluate(program.bind(model), state, x)
 
     def parameters_dict(self) -> dict[str, Tensor]:
         """All parameters by name, the adapted ones in place of the model's."""
@@ -170,7 +168,7 @@ _PIXELS_AT_ONCE = 1 << 16
 
 
 def _adapt_batch(model: nn.Module, loop: _Loop, loss: Loss, xs: Tensor, ys: Tensor, xq: Tensor) -> Tensor:
-    program, modules = loop.plan.program, loop.modules
+    modules = loop.modules
     meta = state_of(model)
     meta.update({n: meta[n].expand(xs.shape[0], *meta[n].shape) for n in loop.updated})
     state = loop.start(meta)
@@ -200,12 +198,7 @@ def _adapt_batch(model: nn.Module, loop: _Loop, loss: Loss, xs: Tensor, ys: Tens
     loop.check_finite(losses, state, xs)
     state = loop.finish(meta, state)
 
-    def query(own: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        env: dict[int, Any] = {0: x}
-        program.run(program.whole, modules, own, env)
-        return program.take(env)
-
-    return each_task(query, xq)
+    return each_task(lambda own, x: loop.plan.program.evaluate(modules, own, x), xq)
 
 
 class _FrozenBatch:
@@ -319,8 +312,8 @@ class _Loop:
         labels = labels if per_task else labels.unsqueeze(0)
         if chain.refusal(self.modules, x, labels) is not None:
             return None
-        given: dict[str, Any] = dict(steps=steps, lr=self.lr, per_task=per_task)
-        return list(chain.descend(self.modules, state, part.updated, x, labels, **given))
+        own = self.updated if per_task else ()
+        return list(chain.descend(self.modules, state, part.updated, x, labels, steps=steps, lr=self.lr, own=own))
 
     def enter(self, state: dict[str, Tensor], part: Part) -> None:
         """Before a part's steps: a step's gradient is by the present values, not by what they were to earlier steps."""

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambda_kernels import to_torch
+from lambda_kernels.graph import NORMS
 
 from . import models
 from .adapt import adapt
 from .patterns import Pattern
-
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def inner_parameters(model: nn.Module, norm: str) -> list[nn.Parameter]:
