@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .backends import Backend, choose
 from .backends.native import Native
 from .graph import BlockCall, LinearCall, Program, Slot, Step
+from .spec import BlockSpec, ConvSpec, pair
 
 __all__ = ["Chain"]
 
@@ -112,7 +113,6 @@ class Chain:
         """
         names: list[str] = []
         tensors: list[Tensor] = []
-        geometry: list[int] = []
         wanted = set(updated)
 
         def add(module: nn.Module, path: str, name: str, missing: float, size: int) -> None:
@@ -121,7 +121,7 @@ class Chain:
             tensor = state[names[-1]] if present else x.new_full((size,), missing)
             tensors.append(tensor if names[-1] in own else tensor.unsqueeze(0))
 
-        eps: list[float] = []
+        specs: list[BlockSpec] = []
         for block in self.blocks:
             conv, norm = modules[block.path], modules[block.norm]
             assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
@@ -130,14 +130,13 @@ class Chain:
             add(norm, block.norm, "bias", 0.0, conv.out_channels)
             padding = conv.padding
             assert not isinstance(padding, str)
-            geometry += [*conv.stride, *padding, *conv.dilation, conv.groups, block.size]
-            eps.append(norm.eps)
+            stride, dilation = pair("stride", conv.stride, 1), pair("dilation", conv.dilation, 1)
+            convolution = ConvSpec(stride, pair("padding", padding, 0), dilation, conv.groups)
+            specs.append(BlockSpec(convolution, norm.eps, block.size))
         linear = modules[self.linear.path]
         assert isinstance(linear, nn.Linear)
         add(linear, self.linear.path, "weight", 0.0, 0)
         add(linear, self.linear.path, "bias", 0.0, linear.out_features)
-        native = self._backends(x)[0]
-        assert isinstance(native, Native)
-        flags = [int(name in wanted) for name in names]
+        flags = [name in wanted for name in names]
         with torch.no_grad():
-            return native.inner_loop(x, labels, tensors, flags, geometry, eps, steps, lr)
+            return self._backends(x)[0].inner_loop(x, labels, tensors, flags, specs, steps, lr)

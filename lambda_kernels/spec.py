@@ -25,6 +25,22 @@ class ConvSpec(NamedTuple):
     groups: int
 
 
+class BlockSpec(NamedTuple):
+    """The constants of a fused block: its convolution, the norm's eps, the pooling window (1 for none)."""
+
+    conv: ConvSpec
+    eps: float
+    pool: int
+
+
+def output_size(size: torch.Size, kernel: torch.Size, spec: ConvSpec) -> Pair:
+    """(H', W') of a convolution of images [..., H, W] with a weight [..., kh, kw]."""
+    height, width = (
+        (size[a] + 2 * spec.padding[a] - spec.dilation[a] * (kernel[a] - 1) - 1) // spec.stride[a] + 1 for a in (-2, -1)
+    )
+    return height, width
+
+
 def pair(name: str, value: int | tuple[int, ...], least: int) -> Pair:
     """(vertical, horizontal) from an int, a 1-tuple or a 2-tuple; ValueError below `least`."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
@@ -124,9 +140,7 @@ def check_conv_block(
         _vector(op, name, shape, weight[-4], "one value an output channel")
     if not isinstance(pool, int) or pool < 1:
         raise ValueError(f"{op}: pool must be a whole number of at least 1 (1 = no pooling), got {pool!r}")
-    size = [
-        (x[a] + 2 * spec.padding[a] - spec.dilation[a] * (weight[a] - 1) - 1) // spec.stride[a] + 1 for a in (-2, -1)
-    ]
+    size = output_size(x, weight, spec)
     if x[-4] * size[0] * size[1] < 2:
         raise ValueError(
             f"{op}: batch statistics need more than one value a channel, got N={x[-4]} images of "

@@ -26,7 +26,7 @@ BELOW = {
     "functional": {"autograd", "backends", "spec"},
     "layers": {"functional", "spec"},
     "graph": {"functional", "layers"},
-    "chain": {"backends", "graph"},
+    "chain": {"backends", "graph", "spec"},
     "convert": {"graph", "layers"},
     "info": {"", "_C", "_build", "backends"},
     "": {"backends", "convert", "functional", "layers"},

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
+from ..spec import BlockSpec
 from .reference import Reference
 
 _WHY = _build.mismatch()
@@ -45,19 +46,16 @@ class Native(Reference):
         return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
     def inner_loop(
-        self,
-        x: Tensor,
-        labels: Tensor,
-        parameters: list[Tensor],
-        updated: list[int],
-        geometry: list[int],
-        eps: list[float],
-        steps: int,
-        lr: float,
-    ) -> Tensor:
-        """K steps of gradient descent on a chain of blocks and a linear layer, with the operator's operands."""
-        x = self.layout(x) if eps else x
-        return torch.ops.lambda_kernels.inner_loop(x, labels, parameters, updated, geometry, eps, steps, lr)
+        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
+        steps: int, lr: float,
+    ) -> Tensor:  # fmt: skip
+        """As the reference's, by one operator that spreads the tasks over the threads; the losses are float64."""
+        x = self.layout(x) if blocks else x
+        geometry: list[int] = []
+        for (stride, padding, dilation, groups), _, pool in blocks:
+            geometry += [*stride, *padding, *dilation, groups, pool]
+        eps, flags = [b.eps for b in blocks], [int(u) for u in updated]
+        return torch.ops.lambda_kernels.inner_loop(x, labels, parameters, flags, geometry, eps, steps, lr)
 
     def norm_relu_pool(
         self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int

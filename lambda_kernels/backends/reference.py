@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..spec import ConvSpec
+from ..spec import BlockSpec, ConvSpec, output_size
+from .descent import descend
 
 
 def per_task(op: Callable[..., Tensor], *operands: Tensor) -> Tensor:
@@ -131,11 +132,16 @@ class Reference:
         variance, mean = torch.var_mean(a, (1, 3, 4), correction=0)
         rstd = torch.rsqrt(variance + eps)
         a = (a - over_pixels(mean)) * over_pixels(gamma * rstd) + over_pixels(beta.to(wide))
-        flat = a.flatten(0, 1)
-        best, at = F.max_pool2d(flat, pool, return_indices=True)
-        row, column = at // a.shape[-1], at % a.shape[-1]
-        index = torch.where(best <= 0, pool * pool, row % pool * pool + column % pool).to(torch.uint8)
-        return F.relu(best).to(z.dtype).unflatten(0, a.shape[:2]), index.unflatten(0, a.shape[:2]), mean, rstd
+        y, index = _relu_pool(a, pool)
+        return y.to(z.dtype), index, mean, rstd
+
+    def conv_block(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """A convolution and `norm_relu_pool` behind it: z [T, N, O, H', W'], y, index, mean, rstd."""
+        z = self.conv2d(x, weight, None, spec)
+        z = z.expand(max(z.shape[0], gamma.shape[0], beta.shape[0]), *z.shape[1:])
+        return z, *self.norm_relu_pool(z, gamma, beta, eps, pool)
 
     def norm_relu_pool_grad(
         self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, pool: int, need_z: bool
@@ -203,6 +209,104 @@ class Reference:
         if need_z:
             d_z = (r * project(u) - (0 if turn is None else turn)).to(z.dtype)
         return d_gy, d_z, d_gamma.to(gamma.dtype)
+
+    # The first block, whose input are the images themselves: K = C kh kw is small, x is the same in every step, and
+    # nobody wants its gradient. With p the patches of x [M, K], z = p w^T: all sums over z at full resolution are sums
+    # over the moments p^T p, which are taken once for all steps, and z itself need not be kept.
+
+    def image_refusals(self, x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> list[str]:
+        """Why `image_moments`, `image_block` and `image_block_grad` are not for this block; empty when they are."""
+        return ["it has no kernel that takes a block's statistics from its patches"]
+
+    def image_moments(self, x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:
+        """x [1|T, N, C, H, W] -> the second moments [1|T, K + 1, K + 1], float64, of its patches with a 1 behind them.
+
+        K = C kh kw in the order of a weight's [C, kh, kw]. With M patches: [:K, :K] = p^T p, [:K, K] = sum p,
+        [K, K] = M.
+        """
+        patches = _patches(x, kernel, spec).double()
+        patches = torch.cat([patches, torch.ones_like(patches[..., :1])], dim=-1)
+        return patches.mT @ patches
+
+    def image_block(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, spec: ConvSpec, eps: float,
+        pool: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """`conv_block` without z: y, index, mean, rstd, with the statistics taken from `image_moments`.
+
+        mean = w sum(p) / M, variance = w (p^T p / M - mean(p) mean(p)^T) w^T.
+        """
+        w = weight.flatten(2).double()
+        average = moments[:, :-1, -1] / moments[:, -1:, -1]
+        covariance = moments[:, :-1, :-1] / moments[:, -1:, -1:] - average.unsqueeze(2) * average.unsqueeze(1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        mean = torch.matmul(w, average.unsqueeze(2)).squeeze(2)
+        rstd = ((torch.matmul(w, covariance) * w).sum(2).clamp_min(0) + eps).rsqrt().to(wide)
+        z = self.conv2d(x, weight, None, spec)
+        a = (z.to(wide) - over_pixels(mean.to(wide))) * over_pixels(gamma * rstd) + over_pixels(beta.to(wide))
+        y, index = _relu_pool(a, pool)
+        tasks = max(t.shape[0] for t in (y, mean))
+        return y.to(x.dtype), index, mean.to(wide).expand(tasks, -1), rstd.expand(tasks, -1)
+
+    def image_block_grad(
+        self, gy: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor,
+        moments: Tensor, spec: ConvSpec, pool: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of `image_block`: of weight [T, O, C, kh, kw], gamma and beta [T, O], each a task.
+
+        With g = gy at the maxima, A = g^T p [O, K] is the one sum over pixels, of the pooled size. Then
+        dbeta = sum(g), dgamma = rstd (<w, A> - mean dbeta), and
+        dw = gamma rstd (A - dbeta / M sum(p) - dgamma / M rstd (w p^T p - mean sum(p))).
+        """
+        height, width = output_size(x.shape, weight.shape, spec)
+        g = scatter_windows(gy.double(), index, pool, height, width).movedim(2, -1).flatten(1, 3)  # [T, M, O]
+        patches = _patches(x, (weight.shape[-2], weight.shape[-1]), spec).double()
+        w, m, r = weight.flatten(2).double(), mean.double(), rstd.double()
+        count, total, second = moments[:, -1:, -1], moments[:, None, :-1, -1], moments[:, :-1, :-1]
+        a = torch.matmul(g.mT, patches)
+        dbeta = g.sum(1)
+        dgamma = r * ((w * a).sum(2) - m * dbeta)
+        along = r.unsqueeze(2) * (torch.matmul(w, second) - m.unsqueeze(2) * total)
+        dw = a - (dbeta / count).unsqueeze(2) * total - (dgamma / count).unsqueeze(2) * along
+        dw = (gamma.double() * r).unsqueeze(2) * dw
+        return dw.unflatten(2, weight.shape[2:]).to(weight.dtype), dgamma.to(gamma.dtype), dbeta.to(gamma.dtype)
+
+    def cross_entropy_grad(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Each task's mean cross-entropy and its gradient: logits [T, N, ways], labels [1|T, N] int64 -> [T] in at
+        least float32, [T, N, ways] in the logits' dtype. A label outside 0..ways-1 gives NaN for its task's loss."""
+        tasks, images, ways = logits.shape
+        labels = labels.expand(tasks, images)
+        log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+        known = (labels >= 0) & (labels < ways)
+        own = log_p.gather(2, labels.clamp(0, ways - 1).unsqueeze(2)).squeeze(2)
+        loss = -torch.where(known, own, torch.nan).mean(1)
+        target = labels.unsqueeze(2) == torch.arange(ways, device=logits.device)
+        return loss, ((log_p.exp() - target.to(log_p.dtype)) / images).to(logits.dtype)
+
+    def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], lr: float) -> None:
+        """parameter <- parameter - lr gradient, in place, for every pair of equal shapes and dtypes."""
+        torch._foreach_add_(parameters, gradients, alpha=-lr)
+
+    def inner_loop(
+        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
+        steps: int, lr: float,
+    ) -> Tensor:  # fmt: skip
+        """K steps of gradient descent on a chain of blocks and a linear layer; see `descent.descend`."""
+        return descend(self, x, labels, parameters, updated, blocks, steps, lr)
+
+
+def _patches(x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:
+    """x [1|T, N, C, H, W] -> what a convolution multiplies its weight with, [1|T, N H' W', C kh kw]."""
+    columns = F.unfold(x.flatten(0, 1), kernel, spec.dilation, spec.padding, spec.stride)
+    return columns.mT.unflatten(0, x.shape[:2]).flatten(1, 2)
+
+
+def _relu_pool(a: Tensor, pool: int) -> tuple[Tensor, Tensor]:
+    """ReLU and max-pool of a [T, N, C, H, W], and the maximum's place in its window as `norm_relu_pool` gives it."""
+    best, at = F.max_pool2d(a.flatten(0, 1), pool, return_indices=True)
+    row, column = at // a.shape[-1], at % a.shape[-1]
+    index = torch.where(best <= 0, pool * pool, row % pool * pool + column % pool).to(torch.uint8)
+    return F.relu(best).unflatten(0, a.shape[:2]), index.unflatten(0, a.shape[:2])
 
 
 def _is_channels_last(x: Tensor) -> bool:
