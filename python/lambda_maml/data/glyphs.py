@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
 
 from .imageset import ImageSet
@@ -387,6 +386,12 @@ def splits(codes: list[int]) -> list[str]:
     return out
 
 
+def _cache_folder() -> Path:
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("lambda-maml"))
+
+
 def load(split: str, root: Path | None = None) -> ImageSet:
     """One split of the set, from the cache file in `root` (default: the user's cache folder) or drawn anew.
 
@@ -394,7 +399,7 @@ def load(split: str, root: Path | None = None) -> ImageSet:
     costs the cache, not the set. Warns when the result is not the reference set (`DIGEST`).
     """
     fonts = fonts_digest()
-    folder = Path(platformdirs.user_cache_dir("lambda-maml")) if root is None else root
+    folder = _cache_folder() if root is None else root
     path = folder / f"glyphs-{FORMAT}-{fonts[:12]}.npz"
     cached = _read(path)
     if cached is None:
