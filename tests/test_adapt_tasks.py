@@ -77,7 +77,7 @@ def test_networks_of_all_kinds(name: str, second_order: bool) -> None:
 def test_several_batches_of_tasks(pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setattr(sys.modules["lambda_maml.adapt"], "_PIXELS_AT_ONCE", pixels)
+    monkeypatch.setattr(sys.modules["lambda_maml.adapt"], "_values_at_once", lambda device: pixels)
     for second_order in (False, True):
         compare(CONV4, copy.deepcopy(CONV4.network), "00111", tasks=5, second_order=second_order)
 

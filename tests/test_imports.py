@@ -27,12 +27,13 @@ BELOW = {
     "layers": {"functional", "spec"},
     "graph": {"functional", "layers"},
     "chain": {"backends", "graph", "spec"},
+    "capture": {"backends"},
     "convert": {"graph", "layers"},
     "info": {"", "_C", "_build", "backends"},
     "": {"backends", "convert", "functional", "layers"},
 }
 # The modules of lambda_kernels that the adapter may reach, beside the names of its top level.
-OPEN = {"chain", "functional", "graph", "info", "layers"}
+OPEN = {"capture", "chain", "functional", "graph", "info", "layers"}
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:

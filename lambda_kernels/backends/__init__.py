@@ -1,7 +1,8 @@
 """The registry of backends: which there are, why one cannot run, and which one a call gets.
 
 `use_backend(name)` (or the environment variable LAMBDA_KERNELS_BACKEND) names one: it is used or an error says why not.
-"auto", the default, takes the first of `names()` that can run the call and logs once why an earlier one could not.
+"auto", the default, takes the first of `names()` that can run the call and logs once why an earlier one could not; on
+a CUDA device, where several can, it takes the one that was measured fastest for the call's shapes (`measured`).
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ from contextvars import ContextVar
 
 import torch
 
+from .measured import Measured, Table
 from .native import Native
 from .reference import Reference
 
-__all__ = ["Backend", "BackendError", "choose", "current", "names", "reasons", "use_backend"]
+__all__ = ["Backend", "BackendError", "choices", "choose", "current", "names", "reasons", "use_backend"]
 
 Backend = Reference
 _log = logging.getLogger("lambda_kernels")
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Native(), Reference())}
 _wanted: ContextVar[str | None] = ContextVar("lambda_kernels_backend", default=None)
-_chosen: dict[tuple[str, str, torch.device, torch.dtype, int], Backend] = {}
+_Call = tuple[str, str, torch.device, torch.dtype, int]
+_chosen: dict[_Call, Backend] = {}
+_measured: Measured | None = None
 
 
 class BackendError(RuntimeError):
@@ -67,11 +71,18 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(op: str, x: torch.Tensor, pool: int = 1) -> Backend:
     """The backend for one call of `op` on x; BackendError where a named one cannot run it."""
-    key = (current(), op, x.device, x.dtype, pool)
-    backend = _chosen.get(key)
+    call = (current(), op, x.device, x.dtype, pool)
+    if torch.compiler.is_compiling():
+        return _BACKENDS[_search(*call)]
+    backend = _chosen.get(call)
     if backend is None:
-        backend = _chosen[key] = _search(*key)
+        backend = _chosen[call] = _measuring(_search(*call), *call)
     return backend
+
+
+def choices(device: torch.device) -> Table:
+    """What was measured on a CUDA device, in this process and in earlier ones."""
+    return _all_measured().table(device)
 
 
 def _get(name: str) -> Backend:
@@ -80,12 +91,33 @@ def _get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def _search(wanted: str, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> Backend:
+def _search(wanted: str, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> str:
+    """The name of the first backend that runs a call."""
     for backend in _BACKENDS.values() if wanted == "auto" else [_get(wanted)]:
         why = backend.reasons() or backend.refusals(op, device, dtype, pool)
+        if wanted == "auto" and not why and backend.name == "triton" and device.type == "cpu":
+            why = ["interpreted kernels are slow: they run where the backend is named"]
         if not why:
-            return backend
+            return backend.name
         if wanted != "auto":
             raise BackendError(f"backend {wanted!r} cannot run {op} on {device} in {dtype}: {'; '.join(why)}")
         _log.info("backend %s does not run %s on %s in %s: %s", backend.name, op, device, dtype, "; ".join(why))
     raise BackendError(f"no backend runs {op} on {device} in {dtype}")
+
+
+# A graph of torch.compile keeps the backend that its first trace found: nothing is measured in it.
+_search._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _measuring(first: str, wanted: str, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> Backend:
+    """Where "auto" has a choice on a CUDA device, the backend that measures; else `first`."""
+    if wanted != "auto" or device.type != "cuda" or first == "reference":
+        return _BACKENDS[first]
+    return _all_measured()
+
+
+def _all_measured() -> Measured:
+    global _measured
+    if _measured is None:
+        _measured = Measured([backend for backend in _BACKENDS.values() if not backend.reasons()])
+    return _measured

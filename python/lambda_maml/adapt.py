@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from .patterns import Pattern
 from .plan import Part, plan_of, say_once, state_of
+from .recorded import adapted_by_graph, classified_by_graph
 
 __all__ = ["Learner", "adapt", "adapt_tasks"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Adapted = tuple[list[Tensor], dict[str, Tensor]]
 
 
 def adapt(
@@ -54,9 +57,23 @@ def adapt(
         ValueError, TypeError: pattern, shapes, labels, dtypes or devices do not fit.
         FloatingPointError: the support loss or the adapted parameters became infinite or NaN.
     """
-    loop = _Loop(model, pattern, steps, lr, norm, second_order)
+    loop = Loop(model, pattern, steps, lr, norm, second_order)
     loop.check(xs, ys)
     meta = state_of(model)
+
+    def run(xs: Tensor, ys: Tensor) -> Adapted:
+        return _adapt_one(loop, loss, state_of(model), xs, ys)
+
+    state = adapted_by_graph(loop, model, loss, run, xs, ys, per_task=False)
+    if state is None:
+        loop.check_labels(ys.unsqueeze(0))
+        losses, state = _adapt_one(loop, loss, meta, xs, ys)
+        loop.check_finite(loop.verdict(losses, state).tolist(), xs)
+    return Learner(model, loop.finish(meta, {**meta, **state}))
+
+
+def _adapt_one(loop: Loop, loss: Loss, meta: dict[str, Tensor], xs: Tensor, ys: Tensor) -> Adapted:
+    """The support losses before each step, and the state after the last."""
     state = loop.start(meta)
     losses: list[Tensor] = []
     with torch.enable_grad():
@@ -72,8 +89,7 @@ def adapt(
                 value = _scalar(loss(frozen(loop.modules, state), ys))
                 loop.update(state, part, value)
                 losses.append(value.detach())
-    loop.check_finite(losses, state, xs)
-    return Learner(model, loop.finish(meta, state))
+    return losses, state
 
 
 class Learner(nn.Module):
@@ -145,60 +161,79 @@ def adapt_tasks(
         )
     if xs.shape[0] == 0:
         raise ValueError("adapt_tasks: there are no tasks (T = 0)")
-    loop = _Loop(model, pattern, steps, lr, norm, second_order)
+    loop = Loop(model, pattern, steps, lr, norm, second_order)
     if (why := loop.plan.why_not_batched) is not None:
         say_once(f"{type(model).__name__} is adapted one task at a time: {why}")
         given: dict[str, Any] = dict(
             pattern=pattern, steps=steps, lr=lr, norm=norm, second_order=second_order, loss=loss
         )
         return torch.stack([adapt(model, x, y, **given)(q) for x, y, q in zip(xs, ys, xq)])
-    for x, y in zip(xs, ys):
-        loop.check(x, y)
+    loop.check(xs[0], ys[0])
     if xq.dtype != xs.dtype or xq.device != xs.device:
         raise TypeError(
             f"adapt_tasks: xq is {xq.dtype} on {xq.device}, xs {xs.dtype} on {xs.device}: convert xq with .to(xs)"
         )
-    at_once = max(1, _PIXELS_AT_ONCE // max(1, xs[0].numel()))
+    at_once = max(1, _values_at_once(xs.device) // max(1, xs[0].numel()))
     batches = zip(*(t.split(at_once) for t in (xs, ys, xq)))
     return torch.cat([_adapt_batch(model, loop, loss, *batch) for batch in batches])
 
 
-# Values of the support images of one batch of tasks: with more of them the activations fall out of the cache.
-_PIXELS_AT_ONCE = 1 << 16
+def _values_at_once(device: torch.device) -> int:
+    """Values of the support images of one batch of tasks.
+
+    On a CPU, with more of them the activations fall out of the cache. On a GPU, a block of 64 channels makes about 300
+    bytes a value of 3-channel images, of which several are held at a time: they shall fit in its memory.
+    """
+    if device.type != "cuda":
+        return 1 << 16
+    return int(torch.cuda.get_device_properties(device).total_memory) // 2048
 
 
-def _adapt_batch(model: nn.Module, loop: _Loop, loss: Loss, xs: Tensor, ys: Tensor, xq: Tensor) -> Tensor:
-    modules = loop.modules
-    meta = state_of(model)
-    meta.update({n: meta[n].expand(xs.shape[0], *meta[n].shape) for n in loop.updated})
+def _adapt_batch(model: nn.Module, loop: Loop, loss: Loss, xs: Tensor, ys: Tensor, xq: Tensor) -> Tensor:
+    """The query logits of a batch of tasks."""
+
+    def start() -> dict[str, Tensor]:
+        meta = state_of(model)
+        return {**meta, **{n: meta[n].expand(xs.shape[0], *meta[n].shape) for n in loop.updated}}
+
+    def run(xs: Tensor, ys: Tensor) -> Adapted:
+        return _adapt_together(loop, loss, start(), xs, ys)
+
+    def classify(state: dict[str, Tensor], xq: Tensor) -> Tensor:
+        return loop.each_task(state, lambda own, x: loop.plan.program.evaluate(loop.modules, own, x), xq)
+
+    if torch.is_grad_enabled():
+        state = adapted_by_graph(loop, model, loss, run, xs, ys, per_task=True)
+    elif (logits := classified_by_graph(loop, model, loss, run, classify, xs, ys, xq)) is not None:
+        return logits
+    else:
+        state = None
+    meta = start()
+    if state is None:
+        loop.check_labels(ys)
+        losses, state = _adapt_together(loop, loss, meta, xs, ys)
+        loop.check_finite(loop.verdict(losses, state).tolist(), xs)
+    return classify(loop.finish(meta, {**meta, **state}), xq)
+
+
+def _adapt_together(loop: Loop, loss: Loss, meta: dict[str, Tensor], xs: Tensor, ys: Tensor) -> Adapted:
+    """As `_adapt_one` for xs [T, N, ...], ys [T, N], with [T, ...] losses and updated tensors."""
     state = loop.start(meta)
     losses: list[Tensor] = []
-
-    def each_task(function: Callable[..., Any], *values: Any) -> Any:
-        """function(state, values of one task) for every task of the batch at once."""
-
-        def one(own: tuple[Tensor, ...], *values: Any) -> Any:
-            return function(loop.tie({**state, **dict(zip(loop.updated, own))}), *values)
-
-        return torch.func.vmap(one, randomness="error")(tuple(state[n] for n in loop.updated), *values)
-
     with torch.enable_grad():
         for part, count in loop.parts:
             loop.enter(state, part)
-            frozen = _FrozenBatch(part, modules, loss)
+            frozen = _FrozenBatch(part, loop.modules, loss)
             with torch.set_grad_enabled(loop.second_order):
-                boundary = each_task(frozen.freeze, xs)
+                boundary = loop.each_task(state, frozen.freeze, xs)
             if (known := loop.descend(part, loss, state, boundary, ys, count, per_task=True)) is not None:
                 losses += known
                 continue
             for _ in range(count):
-                values = each_task(frozen.loss_of, boundary, ys)
+                values = loop.each_task(state, frozen.loss_of, boundary, ys)
                 loop.update(state, part, values.sum())
                 losses.append(values.detach())
-    loop.check_finite(losses, state, xs)
-    state = loop.finish(meta, state)
-
-    return each_task(lambda own, x: loop.plan.program.evaluate(modules, own, x), xq)
+    return losses, state
 
 
 class _FrozenBatch:
@@ -219,7 +254,7 @@ class _FrozenBatch:
         return _scalar(self.loss(self.part.finish(self.modules, state, boundary), y))
 
 
-class _Loop:
+class Loop:
     """The inner loop's settings, and its parts that one task and a batch of tasks share."""
 
     def __init__(
@@ -235,7 +270,7 @@ class _Loop:
             raise RuntimeError(
                 "adaptation needs gradients: call it under torch.no_grad() instead of torch.inference_mode()"
             )
-        self.pattern, self.lr = Pattern.parse(pattern), lr
+        self.pattern, self.steps, self.lr = Pattern.parse(pattern), steps, lr
         self.plan = plan_of(model)
         self.pattern.check(self.plan)
         self.modules = self.plan.program.bind(model)
@@ -264,21 +299,35 @@ class _Loop:
                 f"support set: xs is {xs.dtype}, the network {self.parameter.dtype}: "
                 f"convert xs with .to({self.parameter.dtype})"
             )
-        if ys.is_floating_point():
-            return  # regression targets
-        if ys.dtype not in (torch.int64, torch.uint8):
+        if not ys.is_floating_point() and ys.dtype not in (torch.int64, torch.uint8):
             raise TypeError(
                 f"support set: ys is {ys.dtype}: convert labels with .long(), regression targets with .float()"
             )
-        low, high = (int(v) for v in torch.aminmax(ys))
-        if low == high:
-            raise ValueError(f"support set: all {ys.numel()} labels are {low}; at least two classes are needed")
-        outputs = self.plan.outputs(self.modules)
-        if low < 0 or (outputs is not None and high >= outputs):
-            raise ValueError(
-                f"support set: labels run from {low} to {high}, the network's outputs from 0 to "
-                f"{'ways-1' if outputs is None else outputs - 1}: renumber them or build it with more ways"
-            )
+
+    @property
+    def outputs(self) -> int | None:
+        """The number of logits, where it is known."""
+        return self.plan.outputs(self.modules)
+
+    def check_labels(self, ys: Tensor, lowest: list[int] | None = None, highest: list[int] | None = None) -> None:
+        """ValueError where class labels [T, N] are all one class in a task, or beyond the outputs; `lowest` and
+        `highest` are each task's, where they are known."""
+        if ys.is_floating_point():
+            return  # regression targets
+        tasks = ys.flatten(1)
+        if lowest is None or highest is None:
+            lowest, highest = (t.tolist() for t in torch.aminmax(tasks, dim=1))
+        outputs = self.outputs
+        for low, high in zip(lowest, highest):
+            if low == high:
+                raise ValueError(
+                    f"support set: all {tasks.shape[1]} labels are {low}; at least two classes are needed"
+                )
+            if low < 0 or (outputs is not None and high >= outputs):
+                raise ValueError(
+                    f"support set: labels run from {low} to {high}, the network's outputs from 0 to "
+                    f"{'ways-1' if outputs is None else outputs - 1}: renumber them or build it with more ways"
+                )
 
     def start(self, meta: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state of step 0; in first order frozen tensors are cut off from autograd, updated ones are new leaves."""
@@ -349,18 +398,32 @@ class _Loop:
         attached = {n: _Attached.apply(meta[n], state[n]) for n in self.updated}
         return self.tie({**{n: meta[n] if t.requires_grad else state[n] for n, t in meta.items()}, **attached})
 
-    def check_finite(self, losses: list[Tensor], state: dict[str, Tensor], xs: Tensor) -> None:
-        """FloatingPointError where a step's loss, or a parameter after the last step, is infinite or NaN."""
+    def each_task(self, state: dict[str, Tensor], function: Callable[..., Any], *values: Any) -> Any:
+        """function(state, values of one task) for every task of a batch at once."""
+
+        def one(own: tuple[Tensor, ...], *values: Any) -> Any:
+            return function(self.tie({**state, **dict(zip(self.updated, own))}), *values)
+
+        return torch.func.vmap(one, randomness="error")(tuple(state[n] for n in self.updated), *values)
+
+    def verdict(self, losses: list[Tensor], state: dict[str, Tensor]) -> Tensor:
+        """[steps + 1, T], float64: each task's support losses, and below them a number that is finite if all parameters
+        are; empty without steps."""
         if not losses:
-            return
+            return torch.empty(0)
         with torch.no_grad():
-            values = torch.stack([v.reshape(-1).double() for v in losses])  # [steps, tasks]
-            after = torch.stack([state[n].sum() for n in self.updated])
-            if bool(torch.isfinite(values).all() & torch.isfinite(after).all()):
-                return
-            wrong = (~torch.isfinite(values)).nonzero().tolist()
-            step, task = wrong[0] if wrong else (len(losses) - 1, 0)
-            images = int((~torch.isfinite(xs)).sum())
+            values = torch.stack([v.reshape(-1).double() for v in losses])
+            after = torch.stack([state[n].sum().double() for n in self.updated]).sum()
+            return torch.cat([values, after.expand(1, values.shape[1])])
+
+    def check_finite(self, rows: list[list[float]], xs: Tensor) -> None:
+        """FloatingPointError where a `verdict` holds an infinite number or NaN."""
+        if all(math.isfinite(value) for row in rows for value in row):
+            return
+        *losses, _ = rows
+        wrong = [(k, value) for k, row in enumerate(losses) for value in row if not math.isfinite(value)]
+        step, value = wrong[0] if wrong else (len(losses) - 1, losses[-1][0])
+        images = int((~torch.isfinite(xs)).sum())
         why = (
             f"the support images hold {images} NaN or infinite values"
             if images
@@ -368,7 +431,7 @@ class _Loop:
         )
         raise FloatingPointError(
             f"adaptation under {self.pattern} with lr={self.lr} diverged in step {step + 1} of {len(losses)}, "
-            f"support loss {float(values[step, task])}: {why}"
+            f"support loss {value}: {why}"
         )
 
 
