@@ -1,7 +1,8 @@
 """Chains: the end of a network that is fused blocks, one after another, and a linear layer.
 
-K steps of gradient descent on a chain's cross-entropy run as one native operator, without autograd and without Python
-between the steps: its blocks and its loss have known gradients, and nothing is kept from one step to the next.
+K steps of gradient descent on a chain's cross-entropy run as a backend's inner loop, without autograd: its blocks and
+its loss have known gradients, and nothing is kept from one step to the next. On the CPU it is one native operator, on a
+GPU a sequence of kernels that a CUDA graph can hold.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from .backends import Backend, choose
-from .backends.native import Native
 from .graph import BlockCall, LinearCall, Program, Slot, Step
 from .spec import BlockSpec, ConvSpec, pair
 
@@ -23,7 +23,7 @@ __all__ = ["Chain"]
 
 @dataclass(frozen=True)
 class Chain:
-    """What the native operator needs to know of a chain: where it begins, its blocks and its linear layer."""
+    """What an inner loop needs to know of a chain: where it begins, its blocks and its linear layer."""
 
     source: int  # slot of the value that the chain starts from
     blocks: tuple[BlockCall, ...]
@@ -54,19 +54,21 @@ class Chain:
         return cls(source, tuple(blocks), last.call)
 
     def refusal(self, modules: Mapping[str, nn.Module], x: Tensor, labels: Tensor) -> str | None:
-        """Why the native operator cannot run the chain on x [T, N, ...] and labels [T, N]; None where it can."""
+        """Why no backend's inner loop can run the chain on x [T, N, ...] and labels [T, N]; None where one can."""
         if labels.dtype != torch.int64 or labels.dim() != 2:
             return "the labels are not class numbers"
-        if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
-            return f"it is built for float32 and float64, without autocast, not {x.dtype}"
+        if torch.is_autocast_enabled(x.device.type):
+            return "autocast is on"
         if x.dim() != (5 if self.blocks else 3):
             return f"it takes {'images' if self.blocks else 'feature rows'}, got {list(x.shape)}"
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return "a transform is active"
         if self._features(modules, x) != getattr(modules[self.linear.path], "in_features", None):
             return "the shapes do not fit"
-        others = {backend.name for backend in self._backends(x) if not isinstance(backend, Native)}
-        return f"the backend is {', '.join(sorted(others))}" if others else None
+        backends = self._backends(x)
+        if len(set(backends)) > 1:
+            return f"its layers are of several backends: {', '.join(sorted({b.name for b in backends}))}"
+        return "; ".join(backends[0].inner_loop_refusals(x.dtype)) or None
 
     def _backends(self, x: Tensor) -> list[Backend]:
         return [choose("conv_block", x, block.size) for block in self.blocks] or [choose("linear", x)]

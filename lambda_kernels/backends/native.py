@@ -45,6 +45,10 @@ class Native(Reference):
             return x.contiguous().squeeze(2).unsqueeze(-1).movedim(-1, 2)
         return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
+    def inner_loop_refusals(self, dtype: torch.dtype) -> list[str]:
+        built = dtype in (torch.float32, torch.float64)
+        return [] if built else [f"it is built for float32 and float64, not {dtype}"]
+
     def inner_loop(
         self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
         steps: int, lr: float,
