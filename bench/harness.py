@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -100,7 +101,7 @@ class PlainLoop:
 
 
 # Over the distance of stock PyTorch, in units of the value's own length.
-SLACK = {torch.float64: 1e-9, torch.float32: 1e-3}
+SLACK = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # Where rounding turns the choice between two pixels of a pooling window, or the sign before a ReLU, two right results
 # in float32 part by more than their digits, in stock PyTorch too. Such images are rare; a wrong kernel fails on all.
 DRAWS = 3
@@ -158,6 +159,31 @@ def clock(run: Callable[[], object], synchronize: Callable[[], object]) -> float
     finally:
         if collecting:
             gc.enable()
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], *, seconds: float, rounds: int, synchronize: Callable[[], object],
+    before: Callable[[str], object] = lambda name: None, warmup: int = 2,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of every run in each round, in an order shuffled each round; entry i of all lists is round i.
+
+    Rounds begin until `seconds` have passed, at least three and at most `rounds`. `before(name)` is off the clock.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
+    start = time.perf_counter()
+    for turn in range(-warmup, rounds):
+        if turn == 0:
+            start = time.perf_counter()
+        if turn >= min(3, rounds) and time.perf_counter() - start > seconds:
+            break
+        shuffle(order)
+        for name in order:
+            before(name)
+            took = clock(runs[name], synchronize)
+            if turn >= 0:
+                times[name].append(took)
+    return times
 
 
 def alternate(
