@@ -27,6 +27,8 @@ def refusal(loop: Loop, loss: Loss) -> str | None:
     """Why the adaptation of this network cannot be one graph, on any device; None where it can."""
     if loop.second_order:
         return "second order differentiates through the steps"
+    if loop.plan.program.untraceable is not None:
+        return f"torch.fx cannot trace it ({loop.plan.program.untraceable})"
     if loop.plan.why_not_batched is not None:
         return loop.plan.why_not_batched
     if getattr(F, getattr(loss, "__name__", ""), None) is not loss:
@@ -44,7 +46,7 @@ def adapted_by_graph(
 
     def function(xs: Tensor, ys: Tensor) -> tuple[Tensor, Tensor]:
         losses, state = run(xs, _within(loop, ys))
-        rows = [state[n].detach().flatten(state[n].dim() - p.dim()) for n, p in own.items()]
+        rows = [state[n].detach().reshape((*state[n].shape[: state[n].dim() - p.dim()], -1)) for n, p in own.items()]
         return torch.cat(rows, dim=-1), _verdict(loop, losses, state, ys)
 
     named = dict(model.named_parameters())
@@ -53,7 +55,7 @@ def adapted_by_graph(
     if results is None:
         return None
     parts = results[0].split([p.numel() for p in own.values()], dim=-1)
-    return {n: part.unflatten(-1, p.shape).to(p.dtype) for (n, p), part in zip(own.items(), parts)}
+    return {n: part.reshape((*part.shape[:-1], *p.shape)).to(p.dtype) for (n, p), part in zip(own.items(), parts)}
 
 
 def classified_by_graph(
@@ -82,8 +84,9 @@ def _replayed(
     if (why := refusal(loop, loss)) is not None:
         say_once(f"{type(model).__name__} is adapted without a CUDA graph: {why}")
         return None
+    labels = ys if per_task else ys.unsqueeze(0)
     if loop.outputs is None:
-        loop.check_labels(ys if per_task else ys.unsqueeze(0))  # they cannot be moved within unknown bounds
+        loop.check_labels(labels)  # they cannot be moved within unknown bounds
     recording = RECORDINGS.get(_key(loop, model, loss, what, inputs), type(model).__name__, function, inputs)
     if recording is None:
         return None
@@ -91,7 +94,7 @@ def _replayed(
     rows = results[-1].tolist()  # the one wait for the device
     if not ys.is_floating_point():
         lowest, highest = ([int(v) for v in rows.pop()] for _ in range(2))
-        loop.check_labels(ys, lowest, highest)
+        loop.check_labels(labels, lowest, highest)
     loop.check_finite(rows, xs)
     return results
 
