@@ -1,0 +1,111 @@
+"""The Triton backend: kernels for NVIDIA GPUs of compute capability 8.0 on, or interpreted on the CPU for tests.
+
+Nothing of triton is imported before the first call. Sums have a fixed order, so results repeat to the bit on one
+machine; tile sizes are measured at the first call of a size and remembered on disk, so a run of every size must precede
+the capture of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ...spec import ConvSpec
+from ..reference import Reference
+from .operators import call
+
+__all__ = ["Triton"]
+
+OLDEST = (3, 6)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+LARGEST_POOL = 8
+
+
+def interpreting() -> bool:
+    """Are kernels run by Triton's interpreter, on CPU tensors? Settled when the first kernel is imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@cache
+def _reasons(interpreting: bool) -> tuple[str, ...]:
+    if importlib.util.find_spec("triton") is None:
+        return ("triton is not installed: `pip install triton`, or a torch for CUDA, which brings it along",)
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ("the triton found here has no version: install it with `pip install triton`",)
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        return (f"it needs triton {'.'.join(map(str, OLDEST))} or newer, this is {version}",)
+    if interpreting:
+        return ()
+    if not torch.cuda.is_available():
+        return ("torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, very slowly)",)
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return (f"it needs a GPU of compute capability 8.0 or newer, this one has {capability[0]}.{capability[1]}",)
+    return ()
+
+
+class Triton(Reference):
+    """Implicit matrix products with a task axis, and a fused block of three launches.
+
+    `sgd_` stays torch's: _foreach_add_ is one launch for all tensors already, and a CUDA graph captures it.
+    """
+
+    name = "triton"
+
+    def reasons(self) -> list[str]:
+        return list(_reasons(interpreting()))
+
+    def refusals(self, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> list[str]:
+        why = []
+        if interpreting() and device.type != "cpu":
+            why.append(f"TRITON_INTERPRET is set, so it runs on the CPU, the tensors are on {device}")
+        if not interpreting() and device.type != "cuda":
+            why.append(f"it runs on CUDA devices, the tensors are on {device}")
+        if dtype not in DTYPES:
+            why.append(f"it is built for {', '.join(map(str, DTYPES))}, not {dtype}")
+        if op == "conv_block" and pool > LARGEST_POOL:
+            why.append(f"it pools by at most {LARGEST_POOL}, not {pool}")
+        return why
+
+    def layout(self, x: Tensor) -> Tensor:
+        if x.shape[2] == 1:  # dense either way: name the channel stride 1, by which channels-last is recognised
+            return x.contiguous().squeeze(2).unsqueeze(-1).movedim(-1, 2)
+        return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+        return call("conv2d", x, weight, bias, spec)
+
+    def conv2d_input_grad(self, gy: Tensor, weight: Tensor, x_shape: torch.Size, spec: ConvSpec) -> Tensor:
+        return call("conv2d_input_grad", gy, weight, x_shape, spec)
+
+    def conv2d_weight_grad(self, gy: Tensor, x: Tensor, weight_shape: torch.Size, spec: ConvSpec) -> Tensor:
+        return call("conv2d_weight_grad", gy, x, weight_shape, spec)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return call("linear", x, weight, bias)
+
+    def norm_relu_pool(
+        self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return call("norm_relu_pool", z, gamma, beta, eps, pool)
+
+    def conv_block(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return call("conv_block", x, weight, gamma, beta, spec, eps, pool)
+
+    def norm_relu_pool_grad(
+        self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, pool: int, need_z: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        dz, dgamma, dbeta = call("norm_relu_pool_grad", gy, z, gamma, index, mean, rstd, pool, need_z)
+        return dz if need_z else None, dgamma, dbeta
+
+    def cross_entropy_grad(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return call("cross_entropy_grad", logits, labels)
