@@ -1,6 +1,7 @@
 """What runs here: versions, build, processor, devices, and each backend with the reasons why it cannot run.
 
-`python -m lambda_kernels.info` prints it, with `--json` for programs.
+`python -m lambda_kernels.info` prints it, with `--json` for programs. With `--choices` it prints which backend was
+measured fastest for which call on each CUDA device.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def collect() -> dict[str, Any]:
         "versions": {
             "lambda_kernels": _version(),
             "torch": torch.__version__,
+            "triton": _triton(),
             "numpy": numpy.__version__,
             "python": platform.python_version(),
         },
@@ -90,9 +92,32 @@ def main(arguments: list[str] | None = None) -> None:
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m lambda_kernels.info", description=summary)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    as_json = parser.parse_args(arguments).json
+    parser.add_argument("--choices", action="store_true", help="print who was measured fastest for which call")
+    chosen = parser.parse_args(arguments)
+    if chosen.choices:
+        tables = choices()
+        print(json.dumps(tables, indent=1) if chosen.json else choices_text(tables))
+        return
     report = collect()
-    print(json.dumps(report, indent=1) if as_json else text(report))
+    print(json.dumps(report, indent=1) if chosen.json else text(report))
+
+
+def choices() -> dict[str, dict[str, dict[str, Any]]]:
+    """For each CUDA device the calls that were measured on it, and the backend that each one gets."""
+    found = {}
+    for i in range(torch.cuda.device_count()):
+        table = backends.choices(torch.device("cuda", i))
+        found[f"cuda:{i}"] = {key: {**c._asdict(), "reason": c.reason} for key, c in sorted(table.choices.items())}
+    return found
+
+
+def choices_text(tables: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """The result of `choices` for people."""
+    lines = []
+    for device, calls in tables.items():
+        lines.append(f"{device}: {len(calls)} calls measured")
+        lines += [f"  {key}: {choice['chosen']} ({choice['reason']})" for key, choice in calls.items()]
+    return "\n".join(lines) or "no CUDA device: only there backends are chosen by measurement"
 
 
 def _extension() -> tuple[dict[str, str | None] | None, str, str]:
@@ -109,6 +134,13 @@ def _extension() -> tuple[dict[str, str | None] | None, str, str]:
         return build, "", f"it is not built ({error}): run make, or pip install . with a C++ compiler"
     except (ImportError, RuntimeError) as error:  # RuntimeError: LAMBDA_KERNELS_ISA names what this machine cannot run
         return build, "", str(error)
+
+
+def _triton() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def _version() -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is made: they run on the CPU
 
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("project")

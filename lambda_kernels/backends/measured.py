@@ -93,10 +93,6 @@ class Table:
                 _log.warning("the choices are kept in this process only: %s", error)
                 self.path = None
 
-    def text(self) -> str:
-        """Every choice with its reason, a line each."""
-        return "\n".join(f"{key}: {choice.chosen} ({choice.reason})" for key, choice in sorted(self.choices.items()))
-
 
 def cache_folder() -> Path:
     """Where the tables lie."""

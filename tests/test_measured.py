@@ -1,0 +1,222 @@
+"""Choice by measurement, with a clock that the test sets: who runs a call, why, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lambda_kernels import autograd, backends, info
+from lambda_kernels.backends.measured import Measured, Table
+from lambda_kernels.backends.native import Native
+from lambda_kernels.backends.reference import Reference
+from lambda_kernels.spec import BlockSpec, ConvSpec
+
+SPEC = ConvSpec((1, 1), (1, 1), (1, 1), 1)
+CPU = torch.device("cpu")
+
+
+class Fast(Reference):
+    """A backend that counts what it runs; `wrong` spoils its results, `fails` raises."""
+
+    name = "fast"
+
+    def __init__(self, wrong: float = 0.0, fails: bool = False, refuses: str = "") -> None:
+        self.wrong, self.fails, self.refuses = wrong, fails, refuses
+        self.calls: list[str] = []
+
+    def refusals(self, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> list[str]:
+        return [self.refuses] if self.refuses else []
+
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+        self.calls.append("conv2d")
+        if self.fails:
+            raise RuntimeError("no kernel image\nand more")
+        return super().conv2d(x, weight, bias, spec) * (1 + self.wrong)
+
+    def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], lr: float) -> None:
+        self.calls.append("sgd_")
+        super().sgd_(parameters, gradients, lr * (1 + self.wrong))
+
+    def image_refusals(self, x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> list[str]:
+        return []
+
+
+class Clock:
+    """Says which times were measured; the backends' order is given."""
+
+    def __init__(self, *order: str) -> None:
+        self.order, self.asked = order, 0
+
+    def __call__(self, runs: Mapping[str, Any]) -> dict[str, float]:
+        self.asked += 1
+        for run in runs.values():
+            run()
+        return {name: 1.0 + self.order.index(name) if name in self.order else 99.0 for name in runs}
+
+
+def measured(fast: Fast, *order: str, table: Table | None = None) -> tuple[Measured, Clock, Table]:
+    clock, table = Clock(*order), table or Table(None)
+    return Measured([fast, Reference()], lambda device: table, clock), clock, table
+
+
+def operands(size: int = 6) -> tuple[Tensor, Tensor, None, ConvSpec]:
+    return torch.randn(1, 2, 3, size, size), torch.randn(1, 4, 3, 3, 3), None, SPEC
+
+
+@pytest.mark.parametrize("order", [("fast", "reference"), ("reference", "fast")])
+def test_the_fastest_is_taken_and_measured_once_a_shape(order: tuple[str, str]) -> None:
+    fast = Fast()
+    backend, clock, table = measured(fast, *order)
+    for size in (6, 6, 7, 6):
+        call = operands(size)
+        torch.testing.assert_close(backend.conv2d(*call), Reference().conv2d(*call))
+    assert clock.asked == 2 and len(table.choices) == 2
+    assert {choice.chosen for choice in table.choices.values()} == {order[0]}
+    fast.calls.clear()
+    backend.conv2d(*operands())
+    assert fast.calls == (["conv2d"] if order[0] == "fast" else [])
+
+
+def test_layouts_and_dtypes_are_measured_apart() -> None:
+    backend, clock, _ = measured(Fast(), "fast")
+    x, weight, _, _ = operands()
+    for variant in (x, x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3), x.double()):
+        backend.conv2d(variant, weight.to(variant.dtype), None, SPEC)
+    backend.conv2d(x, weight, None, SPEC._replace(padding=(0, 0)))
+    assert clock.asked == 4
+
+
+@pytest.mark.parametrize(
+    ("fast", "words"),
+    [(Fast(wrong=0.1), "away from ATen's"), (Fast(fails=True), "no kernel image"), (Fast(wrong=torch.nan), "nan")],
+    ids=["wrong", "fails", "nan"],
+)
+def test_a_backend_that_is_not_right_is_not_used(fast: Fast, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    backend, _, table = measured(fast, "fast", "reference")
+    call = operands()
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(backend.conv2d(*call), Reference().conv2d(*call))
+    (choice,) = table.choices.values()
+    assert choice.chosen == "reference" and "fast" not in choice.milliseconds
+    assert words in choice.reason and words in caplog.text
+    assert "and more" not in caplog.text
+
+
+def test_a_backend_that_refuses_is_named_with_its_reason() -> None:
+    backend, clock, _ = measured(Fast(refuses="not today"), "fast")
+    backend.conv2d(*operands())
+    assert clock.asked == 0  # one is left: there is nothing to choose
+
+
+def test_without_measuring_the_first_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMBDA_KERNELS_MEASURE", "0")
+    fast = Fast()
+    backend, clock, table = measured(fast, "reference", "fast")
+    backend.conv2d(*operands())
+    assert fast.calls == ["conv2d"] and clock.asked == 0 and not table.choices
+
+
+def test_the_table_is_kept_and_other_processes_entries_too(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "choices.json"
+    first, clock, table = measured(Fast(), "fast", "reference", table=Table(path))
+    first.conv2d(*operands())
+    stored = json.loads(path.read_text())["choices"]
+    ((key, choice),) = stored.items()
+    assert key.startswith("conv2d float32[1x2x3x6x6]") and choice["chosen"] == "fast"
+    assert choice["milliseconds"] == {"fast": 1.0, "reference": 2.0}
+
+    other = Table(path)
+    assert other.choices == table.choices
+    assert other.choices[key].reason == "fast 1.0000 ms, reference 2.0000 ms"
+    second, clock, _ = measured(Fast(), "reference", table=other)
+    second.conv2d(*operands())
+    assert clock.asked == 0
+    first.conv2d(*operands(7))
+    second.conv2d(*operands(8))
+    assert len(json.loads(path.read_text())["choices"]) == 3
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"choices": {"a": 1}}', '{"choices": {"a": {"chosen": "fast"}}}'])
+def test_a_damaged_table_is_said_and_measured_again(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "choices.json"
+    path.write_text(text)
+    with caplog.at_level(logging.WARNING):
+        table = Table(path)
+    assert table.choices == {} and "choices.json cannot be read" in caplog.text
+
+
+def test_a_table_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    backend, _, table = measured(Fast(), "fast", table=Table(tmp_path / "file" / "choices.json"))
+    with caplog.at_level(logging.WARNING):
+        for size in (6, 7):
+            backend.conv2d(*operands(size))
+    assert len(table.choices) == 2
+    assert len([r for r in caplog.records if "kept in this process only" in r.message]) == 1
+
+
+def test_an_update_is_measured_on_copies() -> None:
+    for fast, chosen in ((Fast(), "fast"), (Fast(wrong=0.1), "reference")):
+        backend, _, table = measured(fast, "fast", "reference")
+        parameters = [torch.randn(3, 4), torch.randn(5)]
+        gradients = [torch.randn(3, 4), torch.randn(5)]
+        want = [p - 0.5 * g for p, g in zip(parameters, gradients)]
+        backend.sgd_(parameters, gradients, 0.5)
+        torch.testing.assert_close(parameters, want)
+        assert [c.chosen for c in table.choices.values()] == [chosen]
+    backend.sgd_([], [], 0.5)
+
+
+@pytest.mark.parametrize("order", [("fast", "over z"), ("over z", "fast")])
+def test_the_first_block_is_chosen_as_a_whole(order: tuple[str, str]) -> None:
+    backend, _, table = measured(Fast(), *order)
+    x, weight, _, spec = operands()
+    refused = backend.image_refusals(x, weight, spec, 2)
+    assert bool(refused) == (order[0] == "over z")
+    key = next(key for key in table.choices if key.startswith("first block"))
+    assert table.choices[key].chosen == order[0]
+
+
+def test_the_inner_loop_over_measured_operations_is_the_native_one() -> None:
+    backend, _, _ = measured(Fast(), "fast", "over z", "parts")
+    spec = [BlockSpec(SPEC, 1e-5, 2)] * 2
+    shapes = [(6, 2, 3, 3), (6,), (6,), (6, 6, 3, 3), (6,), (6,), (3, 24), (3,)]
+    parameters = [torch.randn(2, *s, dtype=torch.float64) / 4 for s in shapes]
+    x, labels = torch.randn(2, 6, 2, 9, 8, dtype=torch.float64), torch.arange(3).repeat(2, 2)
+    results = []
+    for who in (backend, Native()):
+        own = [p.clone() for p in parameters]
+        losses = who.inner_loop(x, labels, own, [True] * 8, spec, 3, 0.1)
+        results.append([losses.double(), *own])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+
+
+def test_info_prints_the_choices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    info.main(["--choices"])
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in capsys.readouterr().out
+    backend, _, table = measured(Fast(), "fast", "reference")
+    backend.conv2d(*operands())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(backends, "choices", lambda device: table)
+    info.main(["--choices"])
+    assert ": fast (fast 1.0000 ms, reference 2.0000 ms)" in capsys.readouterr().out
+    info.main(["--choices", "--json"])
+    ((choice,),) = (list(c.values()) for c in json.loads(capsys.readouterr().out).values())
+    assert choice["chosen"] == "fast" and choice["reason"].startswith("fast 1.0000 ms")
+
+
+def test_autograd_functions_run_over_it() -> None:
+    backend, _, _ = measured(Fast(), "fast", "reference")
+    x, weight = (t.double().requires_grad_() for t in operands()[:2])
+    torch.autograd.gradcheck(lambda x, w: autograd.Conv2d.apply(x, w, None, SPEC, backend), (x, weight))
