@@ -10,12 +10,13 @@ supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 1
     "lambda-kernels needs Python 3.10 to 3.13, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint wheel clean distclean force
+.PHONY: help demo test bench gpu lint wheel clean distclean force
 
 help:
 	@echo "make demo     train on an embedded image set, choose a pattern, draw the picture: runs/demo"
 	@echo "make test     all tests"
 	@echo "make bench    benchmarks; the timings go to bench/results/local.json"
+	@echo "make gpu      build, tests and benchmarks on a GPU machine with $(PYTHON) as it is: bench/results, docs/gpu.md"
 	@echo "make lint     ruff and mypy"
 	@echo "make wheel    a wheel in dist/, tried in an environment of its own"
 	@echo "make clean    remove what was built; make distclean: $(VENV) too"
@@ -31,6 +32,13 @@ bench: $(VENV)/.built
 	mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/local.json.tmp
 	mv bench/results/local.json.tmp bench/results/local.json
+
+# No environment of its own and no downloads: torch, triton and pytest are those of $(PYTHON). GPU_ARGS=--help lists options.
+gpu:
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) found: name the interpreter that has torch," \
+	    "such as make gpu PYTHON=python3.12" >&2; exit 1; }
+	@$(call supported,$(PYTHON))
+	@$(PYTHON) bench/gpu.py $(GPU_ARGS)
 
 lint: $(VENV)/.required
 	$(BIN)/ruff check .
@@ -60,7 +68,7 @@ wheel: $(VENV)/.required
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.built
-	rm -f lambda_kernels/_C*.so lambda_kernels/_build_info.json
+	rm -f lambda_kernels/_C*.so lambda_kernels/_cuda*.so lambda_kernels/_build_info.json
 	for folder in lambda_kernels python tests bench; do \
 	    test ! -d $$folder || find $$folder -name __pycache__ -type d -prune -exec rm -rf {} +; done
 

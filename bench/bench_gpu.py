@@ -278,11 +278,12 @@ class Bench:
         def end_to_end(loop: PlainLoop | Stock) -> Column:
             return Column(lambda: (loop(), loop.network(xq)), reset=loop.reset)
 
-        return self.time({
+        timed = self.time({
             "ours": Column(lambda: adapt(*problem, pattern=pattern, steps=c.steps, lr=LR, norm=NORM)(xq)),
             "stock_full": end_to_end(full),
             **({} if pattern == FULL else {"stock_prefix": end_to_end(masked)}),
         })  # fmt: skip
+        return {**timed, "query": len(xq)}
 
     def calls(self, pattern: Pattern, configuration: Configuration, dtype: torch.dtype) -> dict[str, Any]:
         """What one adaptation asks of the device: launches, kernels, and memory."""
@@ -345,13 +346,13 @@ class Bench:
 
     def kernel(self, layer: int) -> dict[str, Any]:
         """The fused block on every backend that can run it: with weights of each task's own, and as a frozen layer."""
-        return {
-            "passes": {
-                "forward": self.kernel_pass(layer, backward=False, shared=False),
-                "backward": self.kernel_pass(layer, backward=True, shared=False),
-                "forward, shared weights": self.kernel_pass(layer, backward=False, shared=True),
-            }
+        passes = {
+            "forward": self.kernel_pass(layer, backward=False, shared=False),
+            "backward": self.kernel_pass(layer, backward=True, shared=False),
+            "forward, shared weights": self.kernel_pass(layer, backward=False, shared=True),
         }
+        broken = [f["failed"] for done in passes.values() for f in done["backends"].values() if "failed" in f]
+        return {"passes": passes, **({"status": "failed", "reason": "; ".join(broken)} if broken else {})}
 
     def kernel_pass(self, layer: int, *, backward: bool, shared: bool) -> dict[str, Any]:
         n, i, o, side, half = self.kernel_shape(layer)
@@ -385,6 +386,8 @@ class Bench:
                     timers[name], found[name] = self.timer(calls)
             except backends.BackendError as error:
                 found[name] = {"skipped": reason(error)}
+            except Exception as error:  # one broken backend must not hide the others
+                found[name] = {"failed": reason(error)}
         rounds: dict[str, list[float]] = {name: [] for name in timers}
         start = time.perf_counter()
         for turn in range(self.sizes.rounds):
@@ -401,7 +404,8 @@ class Bench:
         return {
             "backends": found, "bytes": moved, "flops": flops, "floor_ms": floor, "memory_floor_ms": memory_floor,
             "arithmetic_floor_ms": arithmetic_floor, "bound": "memory" if floor == memory_floor else "arithmetic",
-            "rate": "TF32" if tf32 else "float32", "input_sets": len(sets), "rounds": min(map(len, rounds.values())),
+            "rate": "TF32" if tf32 else "float32", "input_sets": len(sets),
+            "rounds": min(map(len, rounds.values()), default=0),
         }  # fmt: skip
 
     def block(self, layer: int, seed: int, shared: bool) -> list[Tensor]:
@@ -622,11 +626,12 @@ def run_rows(bench: Bench, path: Path, seconds: float) -> int:
         else:
             print(f"{begin - start:6.1f} s  {row['name']}", flush=True)
             try:
-                row.update(fill(), status="passed")
+                row.update({"status": "passed", **fill()})
             except Skip as why:
                 row.update(status="skipped", reason=reason(why))
             except Exception as error:  # a row that breaks must not take the others with it
                 row.update(status="failed", reason=reason(error))
+            if row["status"] == "failed":
                 failed += 1
                 print(f"          failed: {row['reason']}", flush=True)
             row["seconds"] = round(time.perf_counter() - begin, 2)
