@@ -1,0 +1,489 @@
+// The first block: convolution, norm, ReLU and max-pool of images, without a stored convolution output. The statistics
+// come from the second moments of the patches (K = inputs kernel_height kernel_width <= 32 numbers each), which are taken
+// once for all steps; forward and backward gather the patches of a tile of places into shared memory and multiply there.
+#include "common.cuh"
+
+namespace lk {
+namespace {
+
+constexpr int kMostTaps = 32;  // K, and the lanes of a warp
+
+struct Tap {
+  int y, x;       // from the top left pixel of a patch
+  int64_t input;  // channel
+};
+
+// What a patch is, the same for all kernels.
+struct Patches {
+  int taps;  // K
+  int kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, height, width;
+  int64_t inputs, x_task;
+
+  explicit Patches(const ImageBlock& p)
+      : taps(int(p.inputs * p.kernel_height * p.kernel_width)), kernel_height(int(p.kernel_height)),
+        kernel_width(int(p.kernel_width)), stride_y(int(p.stride_y)), stride_x(int(p.stride_x)),
+        padding_y(int(p.padding_y)), padding_x(int(p.padding_x)), dilation_y(int(p.dilation_y)),
+        dilation_x(int(p.dilation_x)), height(int(p.height)), width(int(p.width)), inputs(p.inputs), x_task(p.x_task) {}
+
+  __device__ Tap tap(int k) const {
+    const int rest = k % (kernel_height * kernel_width);
+    return {rest / kernel_width * dilation_y, rest % kernel_width * dilation_x, k / (kernel_height * kernel_width)};
+  }
+};
+
+// The top left pixel of a patch, which may lie in the padding; image < 0 where there is no patch.
+struct Corner {
+  int64_t image;
+  int y, x;
+};
+
+__device__ inline Corner corner(const Patches& patches, int64_t image, int row, int column) {
+  return {image, row * patches.stride_y - patches.padding_y, column * patches.stride_x - patches.padding_x};
+}
+
+// x of a task [images, height, width, inputs] at one tap of a patch, 0 in the padding.
+template <typename T>
+__device__ inline Wide<T> pixel(const T* x, const Patches& patches, const Corner& from, const Tap& tap) {
+  const int y = from.y + tap.y, column = from.x + tap.x;
+  const bool inside = unsigned(y) < unsigned(patches.height) && unsigned(column) < unsigned(patches.width);
+  if (from.image < 0 || !inside) return 0;
+  return wide(x[((from.image * patches.height + y) * patches.width + column) * patches.inputs + tap.input]);
+}
+
+constexpr int kMomentPixels = 64, kMomentStride = kMostTaps + 2;
+
+// x -> partial: the second moments of a part's patches with a 1 behind them. A thread has 2 x 2 of them, in doubles, for
+// one pixel in `groups`.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) image_moments(const ImageBlock p, const Patches patches, const Grid grid) {
+  __shared__ __align__(16) double values[kMomentPixels][kMomentStride];  // a patch, 1, 0
+  __shared__ double shares[kThreads][4];
+  __shared__ Corner corners[kMomentPixels];
+  __shared__ Tap taps[kMostTaps];
+  const int me = threadIdx.x, K = patches.taps, side = K + 1, twos = (side + 1) / 2, pairs = twos * (twos + 1) / 2;
+  const int64_t task = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
+  const int64_t count = p.images * grid.places;
+  const int64_t begin = part_begin(count, part, p.parts), end = part_begin(count, part + 1, p.parts);
+  const T* x = static_cast<const T*>(p.x) + task * patches.x_task;
+  const Places places(grid, begin);
+  const int groups = kThreads / pairs, group = me / pairs;
+  int row = 0, column = me % pairs;  // of the 2 x 2 moments: row <= column < twos
+  while (column >= twos - row) column -= twos - row, ++row;
+  column += row;
+  double sums[2][2] = {};
+  if (me < K) taps[me] = patches.tap(me);
+  for (int64_t tile = begin; tile < end; tile += kMomentPixels) {
+    __syncthreads();
+    if (me < kMomentPixels) {
+      corners[me] = {-1, 0, 0};
+      if (tile + me < end) {
+        const Place at = places[tile + me];
+        corners[me] = corner(patches, at.image, int(at.row), int(at.column));
+      }
+    }
+    __syncthreads();
+    for (int e = me; e < kMomentPixels * 2 * twos; e += kThreads) {
+      const int k = e / kMomentPixels, at = e % kMomentPixels;
+      if (k < K)
+        values[at][k] = double(pixel(x, patches, corners[at], taps[k]));
+      else
+        values[at][k] = k == K && corners[at].image >= 0 ? 1.0 : 0.0;
+    }
+    __syncthreads();
+    if (group < groups) {
+      for (int at = group; at < kMomentPixels; at += groups) {
+        const Pack<double, 2> a = load<2>(&values[at][2 * row]), b = load<2>(&values[at][2 * column]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) sums[i][j] += a.at[i] * b.at[j];
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) shares[me][i] = sums[i / 2][i % 2];
+  __syncthreads();
+  if (me >= pairs) return;
+  double* partial = p.partial + (task * p.parts + part) * side * side;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    double sum = shares[me][i];
+    for (int other = 1; other < groups; ++other) sum += shares[other * pairs + me][i];
+    const int r = 2 * row + i / 2, c = 2 * column + i % 2;
+    if (r < side && c < side && r <= c) partial[r * side + c] = partial[c * side + r] = sum;
+  }
+}
+
+// partial -> moments, a thread a number.
+__global__ void __launch_bounds__(kThreads) merge_image_moments(const ImageBlock p, int64_t numbers, int64_t tasks) {
+  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= tasks * numbers) return;
+  const double* partial = p.partial + at / numbers * p.parts * numbers + at % numbers;
+  double sum = 0;
+#pragma unroll 8
+  for (int64_t part = 0; part < p.parts; ++part) sum += partial[part * numbers];
+  p.moments[at] = sum;
+}
+
+// A row of the patches' covariance and its mean, lane k having row k (0 beyond K).
+struct Covariance {
+  const double* moments;
+  int taps, lane;
+  double count, average;
+
+  __device__ Covariance(const double* moments, int taps, int lane) : moments(moments), taps(taps), lane(lane) {
+    count = moments[(taps + 1) * (taps + 1) - 1];
+    average = lane < taps ? moments[lane * (taps + 1) + taps] / count : 0.0;
+  }
+  // Element `lane` of the covariance times w, of which every lane holds its own element.
+  __device__ double times(double w) const {
+    double sum = 0;
+    for (int j = 0; j < taps; ++j) {
+      const double w_j = __shfl_sync(0xffffffffu, w, j), average_j = __shfl_sync(0xffffffffu, average, j);
+      if (lane < taps) sum += (moments[lane * (taps + 1) + j] / count - average * average_j) * w_j;
+    }
+    return sum;
+  }
+};
+
+// moments, weight -> mean, rstd; a warp a (task, output).
+template <typename T>
+__global__ void __launch_bounds__(kThreads) image_statistics(const ImageBlock p, int taps) {
+  const int64_t item = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (item >= p.tasks * p.outputs) return;
+  const int64_t task = item / p.outputs, output = item % p.outputs;
+  const int lane = threadIdx.x % kWarp;
+  const T* weight = static_cast<const T*>(p.weight) + task * p.weight_task + output * taps;
+  const Covariance covariance(p.moments + task * p.moments_task, taps, lane);
+  const double w = lane < taps ? double(wide(weight[lane])) : 0.0;
+  const double mean = warp_sum(w * covariance.average), variance = warp_sum(w * covariance.times(w));
+  if (lane == 0) {
+    static_cast<Wide<T>*>(p.mean)[item] = Wide<T>(mean);
+    static_cast<Wide<T>*>(p.rstd)[item] = Wide<T>(1.0 / sqrt((variance < 0 ? 0.0 : variance) + p.eps));
+  }
+}
+
+// A tile is `kQuads` fours of places: a window's, or without pooling neighbours in the output.
+template <typename A>
+constexpr int kQuads = sizeof(A) == 8 ? 16 : 32;
+constexpr int kMostEights = 8;  // of outputs in a block
+
+// The corners of a tile's 4 kQuads patches; `first` is the tile's first window (pool 1: output), `end` that of the part.
+template <int P, int Quads>
+__device__ inline void find_corners(Corner (&corners)[4 * Quads], const Patches& patches, const Places& places,
+                                    int64_t first, int64_t end, int me, int threads) {
+  for (int e = me; e < 4 * Quads; e += threads) {
+    const int64_t i = P == 2 ? first + e / 4 : first + e;
+    Corner found{-1, 0, 0};
+    if (i < end) {
+      const Place at = places[i];
+      const int row = P == 2 ? int(at.row) * 2 + e % 4 / 2 : int(at.row);
+      const int column = P == 2 ? int(at.column) * 2 + e % 2 : int(at.column);
+      found = corner(patches, at.image, row, column);
+    }
+    corners[e] = found;
+  }
+}
+
+// How the outputs are split over blocks: chunks of `eights` times 8. The grid is (task, part, chunk).
+struct OutputCover {
+  int64_t parts, chunks;
+  int eights;
+
+  OutputCover(int64_t outputs, int64_t parts) : parts(parts) {
+    const int64_t all = (outputs + 7) / 8;
+    chunks = (all + kMostEights - 1) / kMostEights;
+    eights = int((all + chunks - 1) / chunks);
+  }
+};
+
+// The mean of each tap over a task's patches. Patches are multiplied without it, z - mean being w (patch - mean patch):
+// images far from zero lose nothing to rounding.
+template <typename A>
+__device__ inline void find_averages(A (&averages)[kMostTaps], const double* moments, int taps, int me, int threads) {
+  for (int k = me; k < taps; k += threads)
+    averages[k] = A(moments[k * (taps + 1) + taps] / moments[(taps + 1) * (taps + 1) - 1]);
+}
+
+// x, weight, moments, rstd -> y, index. A thread computes 8 outputs, two fours that lie 4 eights apart, at 4 places.
+template <typename T, int P>
+__global__ void __launch_bounds__(kThreads) image_apply(const ImageBlock p, const Patches patches, const OutputCover cover,
+                                                        const Grid grid, bool packed) {
+  using A = Wide<T>;
+  constexpr int Q = kQuads<A>, kWindows = P == 2 ? Q : 4 * Q;
+  __shared__ __align__(16) A values[kMostTaps][Q][4];
+  __shared__ __align__(16) A weights[kMostTaps][8 * kMostEights];
+  __shared__ __align__(16) A norms[2][8 * kMostEights];  // scale, beta
+  __shared__ A averages[kMostTaps];
+  __shared__ Corner corners[4 * Q];
+  __shared__ Tap taps[kMostTaps];
+  const int K = patches.taps, width = 8 * cover.eights;
+  const int threads = int(blockDim.x * blockDim.y), me = int(threadIdx.y * blockDim.x + threadIdx.x);
+  const int64_t chunk = blockIdx.x % cover.chunks, item = blockIdx.x / cover.chunks;
+  const int64_t task = item / cover.parts, part = item % cover.parts, first = chunk * width;
+  const int64_t windows = p.images * grid.places;
+  const int64_t begin = part_begin(windows, part, cover.parts), end = part_begin(windows, part + 1, cover.parts);
+  const T* x = static_cast<const T*>(p.x) + task * patches.x_task;
+  const Places places(grid, begin);
+
+  find_averages(averages, p.moments + task * p.moments_task, K, me, threads);
+  for (int k = me; k < K; k += threads) taps[k] = patches.tap(k);
+  for (int e = me; e < K * width; e += threads) {
+    const int64_t output = first + e / K;
+    const T* weight = static_cast<const T*>(p.weight) + task * p.weight_task;
+    weights[e % K][e / K] = output < p.outputs ? wide(weight[output * K + e % K]) : A(0);
+  }
+  for (int e = me; e < width; e += threads) {
+    const int64_t output = first + e;
+    const bool there = output < p.outputs;
+    const A rstd = there ? static_cast<const A*>(p.rstd)[task * p.outputs + output] : A(0);
+    norms[0][e] = there ? read_parameter<T>(p.gamma, task * p.gamma_task + output, p.wide_parameters) * rstd : A(0);
+    norms[1][e] = there ? read_parameter<T>(p.beta, task * p.beta_task + output, p.wide_parameters) : A(0);
+  }
+  for (int64_t tile = begin; tile < end; tile += kWindows) {
+    __syncthreads();
+    find_corners<P, Q>(corners, patches, places, tile, end, me, threads);
+    __syncthreads();
+    for (int e = me; e < K * 4 * Q; e += threads) {
+      const int k = e / (4 * Q), at = e % (4 * Q);
+      values[k][at / 4][at % 4] = pixel(x, patches, corners[at], taps[k]) - averages[k];
+    }
+    __syncthreads();
+    const int quad = int(threadIdx.y), four = int(threadIdx.x) * 4;
+    A z[4][2][4] = {};  // place, four, output; less its mean
+    for (int k = 0; k < K; ++k) {
+      const Pack<A, 4> v = load<4>(&values[k][quad][0]);
+      const Pack<A, 4> w[2] = {load<4>(&weights[k][four]), load<4>(&weights[k][width / 2 + four])};
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int f = 0; f < 2; ++f)
+#pragma unroll
+          for (int o = 0; o < 4; ++o) z[j][f][o] += v.at[j] * w[f].at[o];
+    }
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      const int local = f * (width / 2) + four;
+      const Pack<A, 4> scale = load<4>(&norms[0][local]), beta = load<4>(&norms[1][local]);
+      const int64_t output = first + local;
+#pragma unroll
+      for (int j = 0; j < 4; j += P * P) {
+        Pack<T, 4> y;
+        Pack<uint8_t, 4> index;
+#pragma unroll
+        for (int o = 0; o < 4; ++o) {
+          A best = z[j][f][o] * scale.at[o] + beta.at[o];
+          int at = 0;
+#pragma unroll
+          for (int k = 1; k < P * P; ++k) {
+            const A a = z[k][f][o] * scale.at[o] + beta.at[o];
+            if (a > best || a != a) best = a, at = k;  // a NaN is a maximum, as in torch
+          }
+          y.at[o] = narrow<T>(best < A(0) ? A(0) : best);
+          index.at[o] = uint8_t(best <= A(0) ? P * P : at);
+        }
+        const int64_t i = P == 2 ? tile + quad : tile + 4 * quad + j;
+        if (i >= end || output >= p.outputs) continue;
+        const int64_t to = (task * windows + i) * p.outputs + output;
+        if (packed) {
+          store(static_cast<T*>(p.y) + to, y);
+          store(p.index + to, index);
+          continue;
+        }
+#pragma unroll
+        for (int o = 0; o < 4; ++o) {
+          if (output + o >= p.outputs) break;
+          static_cast<T*>(p.y)[to + o] = y.at[o];
+          p.index[to + o] = index.at[o];
+        }
+      }
+    }
+  }
+}
+
+constexpr int kRunTaps = 16;              // of a thread in the backward pass
+constexpr int kRowTaps = kMostTaps + 4;  // 4 neighbouring rows start in 4 groups of banks
+
+// gy, index, x -> partial: sums of g (patch - mean patch) and of g, g = gy at the maxima where the ReLU is open.
+// threadIdx: (output, taps, slot of windows). Runs of a tile's windows are summed in the wide type, tiles in doubles.
+template <typename T, int P>
+__global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2)
+    image_reduce(const ImageBlock p, const Patches patches, const Grid grid, int64_t chunks) {
+  using A = Wide<T>;
+  constexpr int Q = kQuads<A>, kWindows = P == 2 ? Q : 4 * Q, kBatch = 4;
+  __shared__ __align__(16) A values[4 * Q][kRowTaps];
+  __shared__ A averages[kMostTaps];
+  __shared__ Corner corners[4 * Q];
+  __shared__ Tap taps[kMostTaps];
+  __shared__ double shares[kThreads];
+  const int K = patches.taps, row_taps = int(blockDim.y) * kRunTaps;
+  const int threads = int(blockDim.x * blockDim.y * blockDim.z);
+  const int me = int((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
+  const int64_t chunk = blockIdx.x % chunks, item = blockIdx.x / chunks, task = item / p.parts, part = item % p.parts;
+  const int64_t output = chunk * blockDim.x + threadIdx.x, windows = p.images * grid.places;
+  const int64_t begin = part_begin(windows, part, p.parts), end = part_begin(windows, part + 1, p.parts);
+  const T* x = static_cast<const T*>(p.x) + task * patches.x_task;
+  const Places places(grid, begin);
+  const bool there = output < p.outputs;
+  const int slot = int(threadIdx.z), slots = int(blockDim.z);
+
+  find_averages(averages, p.moments + task * p.moments_task, K, me, threads);
+  for (int k = me; k < K; k += threads) taps[k] = patches.tap(k);
+  double sums[kRunTaps] = {}, total = 0;
+  for (int64_t tile = begin; tile < end; tile += kWindows) {
+    __syncthreads();
+    find_corners<P, Q>(corners, patches, places, tile, end, me, threads);
+    __syncthreads();
+    for (int e = me; e < row_taps * 4 * Q; e += threads) {
+      const int k = e / (4 * Q), at = e % (4 * Q);
+      values[at][k] = k < K ? pixel(x, patches, corners[at], taps[k]) - averages[k] : A(0);
+    }
+    __syncthreads();
+    if (!there) continue;
+    A run[kRunTaps] = {}, run_total = 0;
+    for (int from = slot; from < kWindows && tile + from < end; from += kBatch * slots) {
+      A g[kBatch];
+      int row[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int window = from + b * slots;
+        g[b] = 0, row[b] = 0;
+        if (window >= kWindows || tile + window >= end) continue;
+        const int64_t at = (task * windows + tile + window) * p.outputs + output;
+        const int index = p.index[at];
+        const A gy = wide(static_cast<const T*>(p.gy)[at]);
+        if (index < P * P) g[b] = gy, row[b] = P == 2 ? 4 * window + index : window;
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        run_total += g[b];
+#pragma unroll
+        for (int k = 0; k < kRunTaps; k += 4) {
+          const Pack<A, 4> v = load<4>(&values[row[b]][threadIdx.y * kRunTaps + k]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) run[k + i] += g[b] * v.at[i];
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kRunTaps; ++k) sums[k] += double(run[k]);
+    total += double(run_total);
+  }
+  double* partial = p.partial + ((task * p.parts + part) * p.outputs + output) * (K + 1);
+#pragma unroll
+  for (int k = 0; k <= kRunTaps; ++k) {
+    __syncthreads();
+    shares[me] = k < kRunTaps ? sums[k] : total;
+    __syncthreads();
+    const int at = k < kRunTaps ? int(threadIdx.y) * kRunTaps + k : K;
+    if (slot > 0 || !there || (k < kRunTaps ? at >= K : threadIdx.y > 0)) continue;
+    double sum = shares[me];
+    for (int other = 1; other < slots; ++other) sum += shares[other * blockDim.x * blockDim.y + me];
+    partial[at] = sum;
+  }
+}
+
+// partial -> dweight, dgamma, dbeta; a block a (task, output), lane k having tap k. With A = sum g (p - mean p):
+// dgamma = rstd <w, A>, dw = gamma rstd (A - dgamma rstd cov(p) w).
+template <typename T>
+__global__ void __launch_bounds__(kThreads) merge_image_reduce(const ImageBlock p, int taps) {
+  constexpr int kWarps = kThreads / kWarp;
+  __shared__ double shares[kWarps][kWarp + 1];
+  const int64_t task = blockIdx.x / p.outputs, output = blockIdx.x % p.outputs, row = p.outputs * (taps + 1);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const double* partial = p.partial + task * p.parts * row + output * (taps + 1);
+  double sum = 0, total = 0;
+  for (int64_t part = warp; part < p.parts; part += kWarps) {
+    if (lane < taps) sum += partial[part * row + lane];
+    if (lane == 0) total += partial[part * row + taps];
+  }
+  shares[warp][lane] = sum;
+  if (lane == 0) shares[warp][kWarp] = total;
+  __syncthreads();
+  if (warp > 0) return;
+  for (int other = 1; other < kWarps; ++other) {
+    sum += shares[other][lane];
+    if (lane == 0) total += shares[other][kWarp];
+  }
+  const T* weight = static_cast<const T*>(p.weight) + task * p.weight_task + output * taps;
+  const double w = lane < taps ? double(wide(weight[lane])) : 0.0;
+  const double rstd = double(static_cast<const Wide<T>*>(p.rstd)[task * p.outputs + output]);
+  const double gamma = double(read_parameter<T>(p.gamma, task * p.gamma_task + output, p.wide_parameters));
+  const Covariance covariance(p.moments + task * p.moments_task, taps, lane);
+  const double dgamma = rstd * warp_sum(w * sum), dw = gamma * rstd * (sum - dgamma * rstd * covariance.times(w));
+  if (lane < taps) static_cast<T*>(p.dweight)[(task * p.outputs + output) * taps + lane] = narrow<T>(Wide<T>(dw));
+  if (lane == 0) {
+    write_parameter<T>(p.dgamma, task * p.outputs + output, dgamma, p.wide_parameters);
+    write_parameter<T>(p.dbeta, task * p.outputs + output, total, p.wide_parameters);
+  }
+}
+
+bool fits(const ImageBlock& p) {
+  const int64_t taps = p.inputs * p.kernel_height * p.kernel_width;
+  return p.tasks >= 0 && p.images > 0 && taps > 0 && taps <= kMostTaps && p.outputs > 0 && (p.pool == 1 || p.pool == 2) &&
+         p.out_height >= p.pool && p.out_width >= p.pool && p.out_height * p.out_width < kMostRelative && p.parts > 0 &&
+         p.height * p.width < kMostRelative && p.images * p.out_height * p.out_width / p.parts < kMostRelative;
+}
+
+template <typename T>
+cudaError_t moments(const ImageBlock& p, void* stream) {
+  const Patches patches(p);
+  const Grid grid(p.out_height, p.out_width);
+  const int64_t numbers = int64_t(patches.taps + 1) * (patches.taps + 1);
+  LK_RETURN_IF_FAILED(launch(image_moments<T>, p.tasks * p.parts, dim3(kThreads), stream, p, patches, grid));
+  const int64_t blocks = (p.tasks * numbers + kThreads - 1) / kThreads;
+  return launch(merge_image_moments, blocks, dim3(kThreads), stream, p, numbers, p.tasks);
+}
+
+template <typename T, int P>
+cudaError_t forward(const ImageBlock& p, void* stream) {
+  constexpr int Q = kQuads<Wide<T>>, kTiles = 8;
+  const Patches patches(p);
+  const int64_t warps = p.tasks * p.outputs, each = kThreads / kWarp;
+  LK_RETURN_IF_FAILED(launch(image_statistics<T>, (warps + each - 1) / each, dim3(kThreads), stream, p, patches.taps));
+  const Grid grid(p.out_height / P, p.out_width / P);
+  const int64_t tile = P == 2 ? Q : 4 * Q, tiles = (p.images * grid.places + tile - 1) / tile;
+  // A block takes up to kTiles tiles, fewer where there are few.
+  const int64_t turns = tiles * p.tasks / 1024 + 1, run = turns < kTiles ? turns : kTiles;
+  const OutputCover cover(p.outputs, (tiles + run - 1) / run);
+  const bool packed = p.outputs % 4 == 0 && aligned(p.y, 4 * sizeof(T)) && aligned(p.index, 4);
+  const int64_t blocks = p.tasks * cover.parts * cover.chunks;
+  return launch(image_apply<T, P>, blocks, dim3(unsigned(cover.eights), Q), stream, p, patches, cover, grid, packed);
+}
+
+template <typename T, int P>
+cudaError_t backward(const ImageBlock& p, void* stream) {
+  const Patches patches(p);
+  const Grid grid(p.out_height / P, p.out_width / P);
+  const int64_t chunks = (p.outputs + 63) / 64, x = (p.outputs + chunks - 1) / chunks;
+  const int64_t y = (patches.taps + kRunTaps - 1) / kRunTaps, most = kThreads / (x * y), z = most < 16 ? most : 16;
+  const dim3 block{unsigned(x), unsigned(y), unsigned(z)};
+  const int64_t blocks = p.tasks * p.parts * chunks;
+  LK_RETURN_IF_FAILED(launch(image_reduce<T, P>, blocks, block, stream, p, patches, grid, chunks));
+  return launch(merge_image_reduce<T>, p.tasks * p.outputs, dim3(kThreads), stream, p, patches.taps);
+}
+
+}  // namespace
+}  // namespace lk
+
+// Reads x; writes moments [tasks, K + 1, K + 1]; scratch: partial. outputs, pool and what belongs to them are not read.
+LK_EXPORT int lk_image_moments(const lk::ImageBlock* p, int dtype, void* stream) {
+  if (!lk::fits(*p)) return cudaErrorInvalidConfiguration;
+  return lk::with_dtype(dtype, [&]<typename T>() { return lk::moments<T>(*p, stream); });
+}
+
+// Reads x, weight, gamma, beta, moments, eps; writes mean, rstd, y, index.
+LK_EXPORT int lk_image_block(const lk::ImageBlock* p, int dtype, void* stream) {
+  if (!lk::fits(*p)) return cudaErrorInvalidConfiguration;
+  return lk::with_dtype(dtype, [&]<typename T>() {
+    return p->pool == 2 ? lk::forward<T, 2>(*p, stream) : lk::forward<T, 1>(*p, stream);
+  });
+}
+
+// Reads gy, index, x, weight, gamma, moments, mean, rstd; writes dweight, dgamma, dbeta; scratch: partial.
+LK_EXPORT int lk_image_block_grad(const lk::ImageBlock* p, int dtype, void* stream) {
+  if (!lk::fits(*p)) return cudaErrorInvalidConfiguration;
+  return lk::with_dtype(dtype, [&]<typename T>() {
+    return p->pool == 2 ? lk::backward<T, 2>(*p, stream) : lk::backward<T, 1>(*p, stream);
+  });
+}

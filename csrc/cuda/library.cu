@@ -1,0 +1,19 @@
+// What the library says of itself.
+#include "common.cuh"
+
+#ifndef LK_ARCHITECTURES
+#define LK_ARCHITECTURES ""
+#endif
+
+// The architectures that the library has code for, as in TORCH_CUDA_ARCH_LIST: "8.0 9.0 10.0+PTX".
+LK_EXPORT const char* lk_architectures() { return LK_ARCHITECTURES; }
+
+LK_EXPORT const char* lk_error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+// The library has a CUDA runtime of its own: the device of the launches that follow on this thread.
+LK_EXPORT int lk_set_device(int device) { return cudaSetDevice(device); }
+
+LK_EXPORT int64_t lk_sizeof_norm_relu_pool() { return sizeof(lk::NormReluPool); }
+LK_EXPORT int64_t lk_sizeof_image_block() { return sizeof(lk::ImageBlock); }
+LK_EXPORT int64_t lk_sizeof_cross_entropy() { return sizeof(lk::CrossEntropy); }
+LK_EXPORT int64_t lk_sizeof_sgd() { return sizeof(lk::Sgd); }

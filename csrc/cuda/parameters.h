@@ -1,0 +1,87 @@
+// What the launchers of the CUDA library take: plain structs of 8-byte fields, mirrored in lambda_kernels/backends/cuda.py.
+// Torch-free. Each launcher queues its kernels on `stream` (a cudaStream_t) and returns the cudaError_t of the launch; it
+// allocates nothing and waits for nothing, so that a CUDA graph can hold it.
+#pragma once
+#include <cstdint>
+
+#define LK_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace lk {
+
+// Storage; sums and statistics are computed in float, or in double for kFloat64 ("wide" below).
+enum Dtype : int { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+// Batch-statistics norm, ReLU and max-pool of z, forward and backward, task by task. Images are dense channels-last;
+// the images of one task lie one after another. Strides are in elements, 0 where all tasks share the operand.
+struct NormReluPool {
+  const void* z;      // [tasks, images, height, width, channels]
+  const void* gamma;  // [tasks, channels]
+  const void* beta;   // [tasks, channels]
+  void* mean;         // [tasks, channels] wide
+  void* rstd;         // [tasks, channels] wide
+  void* y;            // [tasks, images, height / pool, width / pool, channels]
+  uint8_t* index;     // as y: place of the maximum in its window, row-major; pool * pool where the ReLU is shut
+  const void* gy;     // as y
+  void* dgamma;       // [tasks, channels] as gamma
+  void* dbeta;        // [tasks, channels] as gamma
+  void* dz;           // as z, with a task axis of its own; or null
+  double* partial;    // [tasks, parts, 2, channels] scratch
+  double* sums;       // [tasks, 2, channels] scratch of the backward pass: dgamma, dbeta
+  int64_t tasks, images, channels, height, width;  // of z; images: per task
+  int64_t pool;                                    // window and stride, 1 (no pooling) or 2
+  int64_t parts;                                   // of a task's pixels (backward: windows), reduced apart
+  int64_t z_task, gamma_task, beta_task;           // strides
+  int64_t wide_parameters;                         // 1: gamma, beta and their gradients are wide, 0: stored as z is
+  double eps;
+};
+
+// The first block of a network: convolution (K = inputs kernel_height kernel_width <= 32), norm, ReLU and max-pool
+// without a stored convolution output. A patch is what the convolution multiplies its weight with, in its order.
+struct ImageBlock {
+  const void* x;          // [tasks, images, height, width, inputs]
+  const void* weight;     // [tasks, outputs, K]
+  const void* gamma;      // [tasks, outputs]
+  const void* beta;       // [tasks, outputs]
+  double* moments;        // [tasks, K + 1, K + 1]: of the patches with a 1 behind them
+  void* mean;             // [tasks, outputs] wide
+  void* rstd;             // [tasks, outputs] wide
+  void* y;                // [tasks, images, out_height / pool, out_width / pool, outputs]
+  uint8_t* index;         // as y, as in NormReluPool
+  const void* gy;         // as y
+  void* dweight;          // [tasks, outputs, K]
+  void* dgamma;           // [tasks, outputs] as gamma
+  void* dbeta;            // [tasks, outputs] as gamma
+  double* partial;        // moments: [tasks, parts, K + 1, K + 1]; backward: [tasks, parts, outputs, K + 1]; scratch
+  int64_t tasks, images;  // images: per task
+  int64_t inputs, height, width, outputs, kernel_height, kernel_width;
+  int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+  int64_t out_height, out_width;  // of the convolution
+  int64_t pool;                   // 1 or 2
+  int64_t parts;                  // of a task's patches (backward: windows), reduced apart
+  int64_t x_task, weight_task, gamma_task, beta_task, moments_task;  // strides, 0 where tasks share
+  int64_t wide_parameters;                                           // as in NormReluPool
+  double eps;
+};
+
+// Mean cross-entropy of each task and its gradient.
+struct CrossEntropy {
+  const void* logits;     // [tasks, images, ways]
+  const int64_t* labels;  // [tasks, images]
+  void* loss;             // [tasks] wide
+  void* gradient;         // as logits
+  int64_t tasks, images, ways;
+  int64_t logits_task, labels_task;  // strides, 0 where tasks share
+};
+
+constexpr int kSgdTensors = 96;  // the kernel's parameters stay below 4 KiB
+
+// parameter <- parameter - lr gradient, for `count` pairs of dense tensors of one dtype.
+struct Sgd {
+  void* parameters[kSgdTensors];
+  const void* gradients[kSgdTensors];
+  int64_t sizes[kSgdTensors];  // elements
+  int64_t count;
+  double lr;
+};
+
+}  // namespace lk
