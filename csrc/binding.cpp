@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "block.h"
 #include "cpu/norm_relu_pool.h"
@@ -213,6 +214,32 @@ TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
   m.impl("inner_loop", &lk::inner_loop);
 }
 
+namespace {
+
+// The classes of `objects`, and the addresses of all keys and values in `containers` (dicts and lists): equal to an
+// earlier result as long as nothing in them was replaced, given that what was in them is kept alive.
+pybind11::bytes addresses(const pybind11::list& objects, const pybind11::list& containers) {
+  std::vector<const void*> found;
+  found.reserve(2048);
+  for (pybind11::handle object : objects) found.push_back(Py_TYPE(object.ptr()));
+  for (pybind11::handle container : containers) {
+    found.push_back(nullptr);  // where one ends and the next begins
+    if (PyList_Check(container.ptr())) {
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container.ptr()); ++i) found.push_back(PyList_GET_ITEM(container.ptr(), i));
+    } else {
+      PyObject *key, *value;
+      for (Py_ssize_t at = 0; PyDict_Next(container.ptr(), &at, &key, &value);) {
+        found.push_back(key);
+        found.push_back(value);
+      }
+    }
+  }
+  return {reinterpret_cast<const char*>(found.data()), found.size() * sizeof(void*)};
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
+  m.def("addresses", &addresses, "Bytes that change when a class of `objects` or an entry of the dicts or lists does.");
   m.def("isa", &lk::isa, "Instruction set of the CPU kernels: avx512, avx2 or generic (LAMBDA_KERNELS_ISA forces one).");
 }

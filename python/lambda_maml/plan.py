@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lambda_kernels.chain import Chain
-from lambda_kernels.graph import SWAP, Program, Step, program_of
+from lambda_kernels.graph import Program, Step, program_of, tensors_of
 
 from .network import layers_of
 
@@ -58,11 +58,12 @@ def _moving(program: Program, updated: frozenset[str]) -> set[int]:
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """The network's parameters, and copies of its buffers, by every name that they have."""
-    with SWAP:
-        state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        copies: dict[int, Tensor] = {}
-        for name, buffer in model.named_buffers(remove_duplicate=False):
-            state[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+    state, buffers = tensors_of(model)
+    copies: dict[int, Tensor] = {}
+    for name, buffer in buffers.items():
+        if id(buffer) not in copies:
+            copies[id(buffer)] = buffer.detach().clone()
+        state[name] = copies[id(buffer)]
     return state
 
 

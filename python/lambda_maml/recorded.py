@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambda_kernels import capture
+from lambda_kernels.graph import tensors_of
 
 from .plan import say_once
 
@@ -115,7 +116,7 @@ def _verdict(loop: Loop, losses: list[Tensor], state: dict[str, Tensor], ys: Ten
 
 def _key(loop: Loop, model: nn.Module, loss: Loss, what: str, inputs: tuple[Tensor, ...]) -> Hashable:
     """All that a recording depends on. The model's tensors are read where they lie, so their places belong to it."""
-    tensors = [*model.parameters(), *model.buffers()]
+    parameters, buffers = tensors_of(model)
     return (
         what,
         loop.plan.program,
@@ -123,6 +124,6 @@ def _key(loop: Loop, model: nn.Module, loss: Loss, what: str, inputs: tuple[Tens
         loop.lr,
         loss,
         tuple((t.shape, t.dtype, t.device) for t in inputs),
-        tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors),
+        tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (*parameters.values(), *buffers.values())),
         capture.conditions(),
     )
