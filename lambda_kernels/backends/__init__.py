@@ -15,15 +15,17 @@ from contextvars import ContextVar
 
 import torch
 
+from .cuda import Cuda
 from .measured import Measured, Table
 from .native import Native
 from .reference import Reference
+from .triton import Triton
 
 __all__ = ["Backend", "BackendError", "choices", "choose", "current", "names", "reasons", "use_backend"]
 
 Backend = Reference
 _log = logging.getLogger("lambda_kernels")
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Native(), Reference())}
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Native(), Cuda(), Triton(), Reference())}
 _wanted: ContextVar[str | None] = ContextVar("lambda_kernels_backend", default=None)
 _Call = tuple[str, str, torch.device, torch.dtype, int]
 _chosen: dict[_Call, Backend] = {}
