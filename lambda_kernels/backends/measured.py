@@ -143,6 +143,7 @@ class Measured(Reference):
         self.candidates = {backend.name: backend for backend in candidates}
         self._tables, self._clock = tables, clock
         self._by_device: dict[torch.device, Table] = {}
+        self._settled: dict[Any, Reference] = {}  # the table's entries by what a call shows without spelling it
         self._lock = threading.Lock()
 
     def table(self, device: torch.device) -> Table:
@@ -154,6 +155,9 @@ class Measured(Reference):
 
     def _pick(self, op: str, group: str, x: Tensor, pool: int, signature: tuple[Any, ...]) -> Reference:
         """The candidate for a call of the method `op` with the operands `signature`; `group` is what refusals name."""
+        short = (op, x.device, *((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in signature))
+        if short in self._settled:
+            return self._settled[short]
         able: dict[str, Reference] = {}
         excluded: dict[str, str] = {}
         for name, backend in self.candidates.items():
@@ -163,7 +167,11 @@ class Measured(Reference):
             else:
                 able[name] = backend
         runs = {name: lambda b=backend: getattr(b, op)(*signature) for name, backend in able.items()}
-        return able[self._fastest(f"{op} {_spelled(signature)}", x.device, runs, excluded)]
+        key = f"{op} {_spelled(signature)}"
+        backend = able[self._fastest(key, x.device, runs, excluded)]
+        if len(able) == 1 or key in self.table(x.device).choices:
+            self._settled[short] = backend
+        return backend
 
     def _fastest(
         self, key: str, device: torch.device, runs: Mapping[str, Run], excluded: dict[str, str],
