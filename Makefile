@@ -10,7 +10,7 @@ supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 1
     "lambda-kernels needs Python 3.10 to 3.13, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu lint wheel clean distclean force
+.PHONY: help demo test bench gpu lint wheel tried-wheel clean distclean force
 
 help:
 	@echo "make demo     train on an embedded image set, choose a pattern, draw the picture: runs/demo"
@@ -18,7 +18,7 @@ help:
 	@echo "make bench    benchmarks; the timings go to bench/results/local.json"
 	@echo "make gpu      build, tests and benchmarks on a GPU machine with $(PYTHON) as it is: bench/results, docs/gpu.md"
 	@echo "make lint     ruff and mypy"
-	@echo "make wheel    a wheel in dist/, tried in an environment of its own"
+	@echo "make wheel    wheels in dist/ (CPU; with a CUDA torch also CUDA), each tried in an environment of its own"
 	@echo "make clean    remove what was built; make distclean: $(VENV) too"
 	@echo "PYTHON=python3.12 names the interpreter of a new $(VENV), CXX=g++-13 the compiler, MAX_JOBS=2 compilers at a time."
 
@@ -46,12 +46,18 @@ lint: $(VENV)/.required
 	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs tests
 	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs bench
 
-# The wheel is tried from an empty folder: its environment has the requirements of $(VENV) behind its own site-packages.
-wheel: TRY := build/try
+# A CPU wheel, and beside a CUDA torch one with the CUDA kernels for TORCH_CUDA_ARCH_LIST. WHEELS="cpu cu130" names them, as
+# where nvcc is there without a CUDA torch.
+WHEELS = cpu $(shell $(BIN)/python -c 'import torch; c = torch.version.cuda; print("cu" + c.replace(".", "") if c else "")')
 wheel: $(VENV)/.required
+	@for local in $(WHEELS); do $(MAKE) --no-print-directory tried-wheel LOCAL=$$local || exit 1; done
+	@ls dist/*.whl
+
+# The wheel is tried from an empty folder: its environment has the requirements of $(VENV) behind its own site-packages.
+tried-wheel: TRY := build/try
+tried-wheel:
 	rm -rf build/lib* build/bdist* $(TRY)
-	LAMBDA_KERNELS_LOCAL_VERSION=$$($(BIN)/python -c \
-	    'import torch; c = torch.version.cuda; print("cu" + c.replace(".", "") if c else "cpu")') \
+	LAMBDA_KERNELS_LOCAL_VERSION=$(LOCAL) LAMBDA_KERNELS_CUDA=$(if $(filter cpu,$(LOCAL)),0,1) \
 	    $(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(TRY) .
 	$(BIN)/python -m venv $(TRY)/venv
 	$(TRY)/venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-index $(TRY)/*.whl
@@ -64,7 +70,6 @@ wheel: $(VENV)/.required
 	mkdir -p dist
 	mv $(TRY)/*.whl dist/
 	rm -rf $(TRY)
-	@ls dist/*.whl
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.built

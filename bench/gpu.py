@@ -421,7 +421,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if copies is not None:
                     run.copy_to(copies)
     if (log := run.work / "report.log").exists():
-        print(log.read_text(encoding="utf-8", errors="replace"))
+        print(log.read_text(encoding="utf-8", errors="replace").rstrip())
     bad = [name for name, entry in run.document["stages"].items() if entry["status"] in ("failed", "cut")]
     if bad:
         print(f"not passed: {', '.join(bad)}; logs: {run.work}")

@@ -45,8 +45,8 @@ run that is cut off keeps what it had. `make gpu GPU_ARGS="--only build,bench"` 
 `make gpu GPU_ARGS=--dry-run` starts all of them on any machine, in tiny shapes on the CPU; nothing of that is a
 measurement.
 
-It writes `bench/results/<gpu>-<date>.json`, beside it a file of timings for `lambda-maml select --timings`, and this
-page (`bench/gpu_report.py` writes it anew from the newest results). With `OUT` set to a folder they are copied there,
+It writes `bench/results/<gpu>-<date>.json`, beside it a file of timings for `select --timings`, and this page
+(`bench/gpu_report.py` writes it anew from the newest results). With `OUT` set to a folder they are copied there,
 with the log. On a cluster: [clusters.md](clusters.md).
 """
 NONE = """

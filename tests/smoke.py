@@ -1,23 +1,43 @@
-"""Run by `make wheel` in the wheel's own environment: the installed packages import, and the native kernels compute."""
+"""Run by `make wheel` in the wheel's own environment: the installed packages import, the kernels that can run here
+compute, and a wheel of local version +cu... holds a CUDA library that loads."""
 
 import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import lambda_kernels as lk
 import lambda_maml
+from lambda_kernels import backends, info
 
 site = Path(sysconfig.get_path("platlib")).resolve()
 for package in (lk, lambda_maml):
     where = Path(str(package.__file__)).resolve()
     assert where.is_relative_to(site), f"{package.__name__} comes from {where}, not from the wheel in {site}"
 
+version = metadata.version("lambda-kernels")
+with_cuda = version.partition("+")[2].startswith("cu")
+libraries = [path.name for path in Path(str(lk.__file__)).parent.glob("_cuda*")]
+assert bool(libraries) == with_cuda, f"the wheel {version} holds {libraries or 'no CUDA library'}"
+reasons = {name: backend["reasons"] for name, backend in info.collect()["backends"].items()}
+if with_cuda:
+    # a library that does not load is said before the device is looked for
+    broken = [why for why in reasons["cuda"] if "is_available() is False" not in why]
+    assert not broken, f"the CUDA library of {version}: {'; '.join(broken)}"
+    print(f"{libraries[0]} loads; backend cuda: {'; '.join(reasons['cuda']) or 'can run'}")
+
 torch.manual_seed(0)
-x, weight, gamma, beta = torch.randn(2, 3, 9, 7), torch.randn(4, 3, 3, 3), torch.rand(4), torch.rand(4)
-results = {}
-for backend in ("reference", "native"):
-    with lk.use_backend(backend):
-        results[backend] = lk.functional.conv_block(x, weight, None, gamma, beta)
-torch.testing.assert_close(results["native"], results["reference"])
-print(f"conv_block on the native backend: {list(results['native'].shape)}, equal to the reference")
+operands = [torch.randn(2, 3, 9, 7), torch.randn(4, 3, 3, 3), torch.rand(4), torch.rand(4)]
+assert not reasons["native"], f"backend native: {'; '.join(reasons['native'])}"
+for name in backends.names():
+    if reasons[name]:
+        continue
+    x, weight, gamma, beta = (t.cuda() for t in operands) if name in ("cuda", "triton") else operands
+    results = {}
+    for backend in ("reference", name):
+        with lk.use_backend(backend):
+            results[backend] = lk.functional.conv_block(x, weight, None, gamma, beta)
+    limit = 1e-2 if x.is_cuda else 1e-5  # a GPU convolves in TF32
+    torch.testing.assert_close(results[name], results["reference"], rtol=limit, atol=limit)
+    print(f"conv_block on the {name} backend: {list(results[name].shape)}, equal to the reference")
