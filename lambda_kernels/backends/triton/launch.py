@@ -53,7 +53,8 @@ def launch(kernel: Any, programs: int, where: Tensor, *arguments: Any, **constan
         raise ValueError(f"{kernel.__name__}: {programs} programs are more than a grid takes; split the batch")
     elsewhere = where.is_cuda and where.device.index != torch.cuda.current_device()
     with torch.cuda.device(where.device) if elsewhere else nullcontext():
-        kernel[(programs,)](*arguments, **constants)
+        # Named because triton 3.9 warns of a new default to come.
+        kernel[(programs,)](*arguments, enable_fp_fusion=True, **constants)
 
 
 class Tuner:

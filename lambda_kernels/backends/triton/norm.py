@@ -19,10 +19,10 @@ from .outputs import grad_outputs, pooled_outputs
 from .products import conv2d_moments
 
 # Values a program holds of one tensor, and the most channels among them.
-TILE = 8192 if INTERPRETED else 2048
+TILE = 8192 if INTERPRETED else 1024
 CHANNELS_ABREAST = 128
 # Tiles whose moments are merged at a time, x channels.
-MERGE_TILES, MERGE_CHANNELS = 128, 16
+MERGE_TILES, MERGE_CHANNELS = 64, 16
 # Programs among which the pixels of the gradient's sums are split.
 SPLIT_PROGRAMS = 1024
 
@@ -111,10 +111,7 @@ def merge(
         squares += block_squares + apart * apart * (count * (block_count / total))
         count = total
     spread = squares / count + EPS
-    if SUM == tl.float64:
-        inverse = 1.0 / tl.sqrt(spread)
-    else:
-        inverse = tl.div_rn(tl.full((CHANNELS,), 1.0, SUM), tl.sqrt_rn(spread))
+    inverse = 1.0 / (tl.sqrt(spread) if SUM == tl.float64 else tl.sqrt_rn(spread))
     at = task * channels + channel
     tl.store(mean + at, origin + shift, mask=channel_inside)
     tl.store(rstd + at, inverse, mask=channel_inside)

@@ -21,25 +21,35 @@ from .outputs import conv2d_output, input_grad_output, linear_output, weight_gra
 
 # For tensor cores; the first one is taken where nothing can be measured.
 MATRIX_TILES: tuple[Tile, ...] = (
-    Tile(128, 64, 32, 4, 3),
+    Tile(128, 64, 32, 8, 3),
     Tile(64, 64, 32, 4, 3),
-    Tile(128, 64, 64, 4, 3),
+    Tile(128, 64, 64, 8, 3),
     Tile(128, 128, 32, 8, 3),
     Tile(64, 32, 64, 4, 4),
-    Tile(32, 32, 64, 2, 4),
+    Tile(32, 32, 64, 4, 4),
 )
-# For fused multiply-adds, float32 and float64, whose operands lie in registers.
+WEIGHT_TILES = (
+    Tile(64, 64, 32, 4, 3),
+    Tile(64, 64, 64, 4, 3),
+    Tile(64, 128, 32, 4, 3),
+    Tile(32, 64, 32, 4, 3),
+)
+# For float32 in fused multiply-adds, whose operands lie in registers, and for float64.
 SCALAR_TILES = (
     Tile(64, 64, 16, 4, 2),
     Tile(128, 64, 16, 8, 2),
-    Tile(64, 32, 16, 4, 2),
+    Tile(32, 64, 16, 4, 2),
     Tile(32, 32, 32, 4, 2),
 )
-INTERPRETED_TILES = (Tile(128, 64, 64, 4, 1),)
+DOUBLE_TILES = (
+    Tile(128, 64, 16, 8, 2),
+    Tile(32, 32, 32, 4, 2),
+)
+INTERPRETED_TILES: tuple[Tile, ...] = (Tile(128, 64, 64, 4, 1),)
 # Programs among which a weight gradient's pixels are split, and the fewest pixels worth a program.
 SPLIT_PROGRAMS = 512
 SPLIT_PIXELS = 256
-REDUCE_BLOCK = 256
+REDUCE_BLOCK = 512
 
 
 @triton.jit
@@ -441,7 +451,7 @@ def _convolve(
     tasks, images = y.shape[:2]
     outs, channels = y.shape[2] // spec.groups, a.shape[2] // spec.groups
     kernel = weight.shape[-2:]
-    weight = _channels_fastest(weight)
+    weight = _terms_abreast(weight, 1 if transposed else 2)
     w_task, w_o, w_c, w_row, w_column = _strides(weight)
     w_out, w_in = (w_c, w_o) if transposed else (w_o, w_c)
     w_group = w_o * weight.shape[1] // spec.groups
@@ -512,7 +522,7 @@ def conv2d_weight_grad(gy: Tensor, x: Tensor, weight_shape: torch.Size, spec: Co
         )  # fmt: skip
 
     key = (*bucket(tasks, pixels, outs), channels, spec.groups, *kernel, *spec.stride, precision, str(x.dtype))
-    run(WEIGHT_GRADIENT.tile(key, _tiles(x, precision, outs, terms, pixels), gw, run))
+    run(WEIGHT_GRADIENT.tile(key, _tiles(x, precision, outs, terms, pixels, WEIGHT_TILES), gw, run))
     if splits > 1:
         launch(
             sum_splits,
@@ -559,10 +569,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _tiles(operand: Tensor, precision: str, rows: int, columns: int, terms: int) -> list[Tile]:
+def _tiles(
+    operand: Tensor, precision: str, rows: int, columns: int, terms: int, matrix: tuple[Tile, ...] = MATRIX_TILES
+) -> list[Tile]:
     """The tiles to try for a product of this size, those that are the same for it once."""
-    scalar = operand.dtype == torch.float64 or (operand.dtype == torch.float32 and precision == "ieee")
-    tiles = INTERPRETED_TILES if INTERPRETED else SCALAR_TILES if scalar else MATRIX_TILES
+    if INTERPRETED:
+        tiles = INTERPRETED_TILES
+    elif operand.dtype == torch.float64:
+        tiles = DOUBLE_TILES
+    else:
+        tiles = SCALAR_TILES if operand.dtype == torch.float32 and precision == "ieee" else matrix
     return list(dict.fromkeys(tile.within(rows, columns, terms) for tile in tiles))
 
 
@@ -586,10 +602,12 @@ def _strides(t: Tensor) -> list[int]:
     return [0 if t.shape[0] == 1 else t.stride(0), *t.stride()[1:]]
 
 
-def _channels_fastest(weight: Tensor) -> Tensor:
-    """weight [1|T, O, C, kh, kw] with its channels side by side in memory where that makes loads wide."""
-    narrow = weight.shape[2] < 8 or weight.shape[-1] * weight.shape[-2] == 1 or weight.stride(2) == 1
-    return weight if narrow else weight.movedim(2, -1).contiguous().movedim(-1, 2)
+def _terms_abreast(weight: Tensor, axis: int) -> Tensor:
+    """weight [1|T, O, C, kh, kw] with O (axis 1) or C (2) side by side in memory, where neither is and it pays."""
+    small = weight.shape[axis] < 8 or weight.shape[-1] * weight.shape[-2] == 1
+    if small or weight.stride(1) == 1 or weight.stride(2) == 1:
+        return weight
+    return weight.movedim(axis, -1).contiguous().movedim(-1, axis)
 
 
 def _count(count: int, what: str) -> None:
