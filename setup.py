@@ -1,12 +1,18 @@
-"""Builds the extension lambda_kernels._C against the torch that is installed; all else is in pyproject.toml.
+"""Builds the extension lambda_kernels._C against the torch that is installed, and the CUDA kernels
+lambda_kernels/_cuda.so with nvcc alone, against no torch at all; all else is in pyproject.toml.
 
 Environment: CXX (compiler), MAX_JOBS (compilers at a time, default: the cores), SOURCE_DATE_EPOCH (date in the build
 information), LAMBDA_KERNELS_LOCAL_VERSION (what follows the `+` of the version, such as `cpu`).
+
+LAMBDA_KERNELS_CUDA: 1 builds the CUDA kernels or says what is missing, 0 leaves them out; unset, they are built where
+torch has CUDA and nvcc is found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda). TORCH_CUDA_ARCH_LIST: for which GPUs,
+such as "8.0;9.0a;10.0+PTX" (default: "8.0 9.0 10.0+PTX"; +PTX adds code for newer ones).
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -17,6 +23,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +36,8 @@ COMPILE_FLAGS = [
     "-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
 ]
 COMPILERS = ("g++", "c++", "clang++")
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static"]
+ARCHITECTURES = "8.0 9.0 10.0+PTX"
 
 
 def output(*command: str) -> str:
@@ -75,7 +84,99 @@ def find_compiler() -> tuple[str, str]:
     raise SystemExit(f"lambda-kernels: {what}: {remedy}")
 
 
-def build_info(torch: Any, compiler: str, compiler_version: str, flags: list[str]) -> dict[str, str | None]:
+def find_nvcc() -> str | None:
+    folders = [Path(os.environ[name]) / "bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    path = os.pathsep.join([*map(str, folders), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
+    return shutil.which("nvcc", path=path)
+
+
+def wanted_nvcc(torch: Any) -> str | None:
+    """nvcc where the CUDA kernels are to be built, else None; SystemExit where it is asked for and missing."""
+    wish = os.environ.get("LAMBDA_KERNELS_CUDA", "").strip()
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"lambda-kernels: LAMBDA_KERNELS_CUDA must be 0 or 1, got {wish!r}")
+    if wish == "0" or (wish == "" and torch.version.cuda is None):
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None and wish == "1":
+        raise SystemExit(
+            "lambda-kernels: LAMBDA_KERNELS_CUDA=1 but no nvcc was found: install the CUDA toolkit and set CUDA_HOME "
+            "to its folder, such as CUDA_HOME=/usr/local/cuda, or set LAMBDA_KERNELS_CUDA=0"
+        )
+    return nvcc
+
+
+def architectures() -> list[str]:
+    """What TORCH_CUDA_ARCH_LIST asks for: "8.0;9.0a 10.0+PTX" -> ["8.0", "9.0a", "10.0+PTX"]."""
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    names = list(dict.fromkeys(re.split(r"[\s;,]+", wish.strip(" ;,\t\n") or ARCHITECTURES)))
+    for name in names:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            raise SystemExit(
+                f"lambda-kernels: TORCH_CUDA_ARCH_LIST={wish!r} names {name!r}: write compute capabilities, such as "
+                f"TORCH_CUDA_ARCH_LIST='{ARCHITECTURES}'"
+            )
+    return names
+
+
+def generated_code(names: list[str]) -> list[str]:
+    """nvcc's flags: machine code for each architecture, and with +PTX code that newer ones translate."""
+    flags = []
+    for name in names:
+        number, _, ptx = name.replace(".", "").partition("+")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def build_cuda(nvcc: str, names: list[str], compiler: str, objects: Path, target: Path) -> None:
+    """Compiles csrc/cuda/*.cu to `target`; what is as it was when `objects` was filled is not compiled again."""
+    objects.mkdir(parents=True, exist_ok=True)
+    host = [] if len(shlex.split(compiler)) > 1 else [f"-ccbin={compiler}"]
+    flags = [*NVCC_FLAGS, *host, *generated_code(names), f'-DLK_ARCHITECTURES="{" ".join(names)}"']
+    headers = [p for p in sorted((ROOT / "csrc" / "cuda").iterdir()) if p.suffix in (".h", ".cuh")]
+    common = [nvcc_version(nvcc), *flags, *(p.read_text(encoding="utf-8") for p in headers)]
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run([nvcc, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            line = shlex.join([nvcc, *map(str, command)])
+            raise SystemExit(f"lambda-kernels: nvcc failed: {line}\n{done.stdout}{done.stderr}")
+
+    def compiled(source: Path) -> bool:
+        made, stamp = objects / f"{source.stem}.o", objects / f"{source.stem}.key"
+        key = hashlib.sha256("\0".join([*common, source.read_text(encoding="utf-8")]).encode()).hexdigest()
+        if made.exists() and stamp.exists() and stamp.read_text() == key:
+            return False
+        stamp.unlink(missing_ok=True)
+        run(*flags, "-c", source.relative_to(ROOT), "-o", made)
+        stamp.write_text(key)
+        return True
+
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with ThreadPoolExecutor(max(1, int(os.environ.get("MAX_JOBS", "1")))) as pool:
+        changed = list(pool.map(compiled, sources))
+    linked = objects / target.name
+    if any(changed) or not linked.exists():
+        linked.unlink(missing_ok=True)
+        run("-shared", *NVCC_FLAGS, *host, *(objects / f"{p.stem}.o" for p in sources), "-o", linked)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    shutil.copyfile(linked, temporary)
+    os.replace(temporary, target)
+
+
+def nvcc_version(nvcc: str) -> str:
+    """Such as "13.0, V13.0.88"."""
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"release (.+)", done.stdout)
+    return found[1].strip() if found else ""
+
+
+def build_info(
+    torch: Any, compiler: str, compiler_version: str, flags: list[str], nvcc: str | None, names: list[str]
+) -> dict[str, str | None]:
     seconds = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     date = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
     # only this project's own checkout counts: an unpacked sdist may lie inside another repository
@@ -89,6 +190,8 @@ def build_info(torch: Any, compiler: str, compiler_version: str, flags: list[str
         "flags": shlex.join(flags),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "nvcc": nvcc_version(nvcc) if nvcc else None,
+        "cuda_architectures": " ".join(names) if nvcc else None,
         "python": sysconfig.get_python_version(),
         "platform": sysconfig.get_platform(),
         "commit": commit,
@@ -145,6 +248,7 @@ def build_command(torch: Any) -> type[build_ext]:
 
         def run(self) -> None:
             compiler, compiler_version = find_compiler()
+            nvcc, names = wanted_nvcc(torch), architectures()
             os.environ["CXX"] = compiler
             os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
             flags = list(COMPILE_FLAGS)
@@ -157,8 +261,13 @@ def build_command(torch: Any) -> type[build_ext]:
             super().run()
             folder = ROOT / "lambda_kernels" if self.inplace else Path(self.build_lib) / "lambda_kernels"
             folder.mkdir(parents=True, exist_ok=True)
+            if nvcc:
+                build_cuda(nvcc, names, compiler, Path(self.build_temp) / "cuda", folder / "_cuda.so")
+            else:
+                (folder / "_cuda.so").unlink(missing_ok=True)
+            information = build_info(torch, compiler, compiler_version, flags, nvcc, names)
             temporary = folder / "_build_info.json.tmp"
-            temporary.write_text(json.dumps(build_info(torch, compiler, compiler_version, flags), indent=1) + "\n")
+            temporary.write_text(json.dumps(information, indent=1) + "\n")
             os.replace(temporary, folder / "_build_info.json")
 
     return Build

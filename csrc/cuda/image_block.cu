@@ -125,23 +125,24 @@ __global__ void __launch_bounds__(kThreads) merge_image_moments(const ImageBlock
   p.moments[at] = sum;
 }
 
-// A row of the patches' covariance and its mean, lane k having row k (0 beyond K).
+// The covariance of the patches, row k with lane k (zeros beyond K).
 struct Covariance {
   const double* moments;
   int taps, lane;
-  double count, average;
+  double share, average;
 
   __device__ Covariance(const double* moments, int taps, int lane) : moments(moments), taps(taps), lane(lane) {
-    count = moments[(taps + 1) * (taps + 1) - 1];
-    average = lane < taps ? moments[lane * (taps + 1) + taps] / count : 0.0;
+    share = 1.0 / moments[(taps + 1) * (taps + 1) - 1];
+    average = lane < taps ? moments[taps * (taps + 1) + lane] * share : 0.0;
   }
-  // Element `lane` of the covariance times w, of which every lane holds its own element.
-  __device__ double times(double w) const {
+  // Element `lane` of its product with weight [K].
+  template <typename T>
+  __device__ double times(const T* weight) const {
+    if (lane >= taps) return 0.0;
+    const double* last = moments + taps * (taps + 1);
     double sum = 0;
-    for (int j = 0; j < taps; ++j) {
-      const double w_j = __shfl_sync(0xffffffffu, w, j), average_j = __shfl_sync(0xffffffffu, average, j);
-      if (lane < taps) sum += (moments[lane * (taps + 1) + j] / count - average * average_j) * w_j;
-    }
+    for (int j = 0; j < taps; ++j)
+      sum += (moments[j * (taps + 1) + lane] * share - average * (last[j] * share)) * double(wide(weight[j]));
     return sum;
   }
 };
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) image_statistics(const ImageBlock p,
   const T* weight = static_cast<const T*>(p.weight) + task * p.weight_task + output * taps;
   const Covariance covariance(p.moments + task * p.moments_task, taps, lane);
   const double w = lane < taps ? double(wide(weight[lane])) : 0.0;
-  const double mean = warp_sum(w * covariance.average), variance = warp_sum(w * covariance.times(w));
+  const double mean = warp_sum(w * covariance.average), variance = warp_sum(w * covariance.times(weight));
   if (lane == 0) {
     static_cast<Wide<T>*>(p.mean)[item] = Wide<T>(mean);
     static_cast<Wide<T>*>(p.rstd)[item] = Wide<T>(1.0 / sqrt((variance < 0 ? 0.0 : variance) + p.eps));
@@ -197,13 +198,21 @@ struct OutputCover {
   }
 };
 
-// The mean of each tap over a task's patches. Patches are multiplied without it, z - mean being w (patch - mean patch):
-// images far from zero lose nothing to rounding.
+// The mean of each tap over a task's patches, as a sum of two numbers. Patches are multiplied without it, z - mean being
+// w (patch - mean patch): images far from zero lose nothing to rounding.
 template <typename A>
-__device__ inline void find_averages(A (&averages)[kMostTaps], const double* moments, int taps, int me, int threads) {
-  for (int k = me; k < taps; k += threads)
-    averages[k] = A(moments[k * (taps + 1) + taps] / moments[(taps + 1) * (taps + 1) - 1]);
-}
+struct Averages {
+  A high[kMostTaps], low[kMostTaps];
+
+  __device__ void find(const double* moments, int taps, int me, int threads) {
+    for (int k = me; k < taps; k += threads) {
+      const double average = moments[k * (taps + 1) + taps] / moments[(taps + 1) * (taps + 1) - 1];
+      high[k] = A(average);
+      low[k] = A(average - double(high[k]));
+    }
+  }
+  __device__ A without(A value, int k) const { return (value - high[k]) - low[k]; }
+};
 
 // x, weight, moments, rstd -> y, index. A thread computes 8 outputs, two fours that lie 4 eights apart, at 4 places.
 template <typename T, int P>
@@ -214,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) image_apply(const ImageBlock p, cons
   __shared__ __align__(16) A values[kMostTaps][Q][4];
   __shared__ __align__(16) A weights[kMostTaps][8 * kMostEights];
   __shared__ __align__(16) A norms[2][8 * kMostEights];  // scale, beta
-  __shared__ A averages[kMostTaps];
+  __shared__ Averages<A> averages;
   __shared__ Corner corners[4 * Q];
   __shared__ Tap taps[kMostTaps];
   const int K = patches.taps, width = 8 * cover.eights;
@@ -226,7 +235,7 @@ __global__ void __launch_bounds__(kThreads) image_apply(const ImageBlock p, cons
   const T* x = static_cast<const T*>(p.x) + task * patches.x_task;
   const Places places(grid, begin);
 
-  find_averages(averages, p.moments + task * p.moments_task, K, me, threads);
+  averages.find(p.moments + task * p.moments_task, K, me, threads);
   for (int k = me; k < K; k += threads) taps[k] = patches.tap(k);
   for (int e = me; e < K * width; e += threads) {
     const int64_t output = first + e / K;
@@ -246,7 +255,7 @@ __global__ void __launch_bounds__(kThreads) image_apply(const ImageBlock p, cons
     __syncthreads();
     for (int e = me; e < K * 4 * Q; e += threads) {
       const int k = e / (4 * Q), at = e % (4 * Q);
-      values[k][at / 4][at % 4] = pixel(x, patches, corners[at], taps[k]) - averages[k];
+      values[k][at / 4][at % 4] = averages.without(pixel(x, patches, corners[at], taps[k]), k);
     }
     __syncthreads();
     const int quad = int(threadIdx.y), four = int(threadIdx.x) * 4;
@@ -312,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2)
   using A = Wide<T>;
   constexpr int Q = kQuads<A>, kWindows = P == 2 ? Q : 4 * Q, kBatch = 4;
   __shared__ __align__(16) A values[4 * Q][kRowTaps];
-  __shared__ A averages[kMostTaps];
+  __shared__ Averages<A> averages;
   __shared__ Corner corners[4 * Q];
   __shared__ Tap taps[kMostTaps];
   __shared__ double shares[kThreads];
@@ -327,7 +336,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2)
   const bool there = output < p.outputs;
   const int slot = int(threadIdx.z), slots = int(blockDim.z);
 
-  find_averages(averages, p.moments + task * p.moments_task, K, me, threads);
+  averages.find(p.moments + task * p.moments_task, K, me, threads);
   for (int k = me; k < K; k += threads) taps[k] = patches.tap(k);
   double sums[kRunTaps] = {}, total = 0;
   for (int64_t tile = begin; tile < end; tile += kWindows) {
@@ -336,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2)
     __syncthreads();
     for (int e = me; e < row_taps * 4 * Q; e += threads) {
       const int k = e / (4 * Q), at = e % (4 * Q);
-      values[at][k] = k < K ? pixel(x, patches, corners[at], taps[k]) - averages[k] : A(0);
+      values[at][k] = k < K ? averages.without(pixel(x, patches, corners[at], taps[k]), k) : A(0);
     }
     __syncthreads();
     if (!there) continue;
@@ -410,7 +419,7 @@ __global__ void __launch_bounds__(kThreads) merge_image_reduce(const ImageBlock 
   const double rstd = double(static_cast<const Wide<T>*>(p.rstd)[task * p.outputs + output]);
   const double gamma = double(read_parameter<T>(p.gamma, task * p.gamma_task + output, p.wide_parameters));
   const Covariance covariance(p.moments + task * p.moments_task, taps, lane);
-  const double dgamma = rstd * warp_sum(w * sum), dw = gamma * rstd * (sum - dgamma * rstd * covariance.times(w));
+  const double dgamma = rstd * warp_sum(w * sum), dw = gamma * rstd * (sum - dgamma * rstd * covariance.times(weight));
   if (lane < taps) static_cast<T*>(p.dweight)[(task * p.outputs + output) * taps + lane] = narrow<T>(Wide<T>(dw));
   if (lane == 0) {
     write_parameter<T>(p.dgamma, task * p.outputs + output, dgamma, p.wide_parameters);

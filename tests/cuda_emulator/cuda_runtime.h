@@ -3,9 +3,9 @@
 // another. Shared memory is filled with 0xff (NaN) before each block. A barrier that not all live threads reach, or a warp
 // exchange that not all lanes of its mask reach, fails the launch with cudaErrorLaunchFailure and a message.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -62,83 +62,98 @@ constexpr std::size_t kStack = 64 * 1024;  // bytes of a thread
 
 enum class State { ready, at_barrier, at_exchange, done };
 
-struct Thread {
+// A place where execution stops and goes on. The first way in is ucontext's; between fibers that have begun, _longjmp
+// spares its two system calls (a sanitizer, which follows stacks, gets ucontext alone).
+struct Stop {
   ucontext_t context;
+  jmp_buf jump;
+  bool begun = false;
+};
+
+inline void go(Stop& from, Stop& to) {
+#ifdef __SANITIZE_ADDRESS__
+  swapcontext(&from.context, &to.context);
+#else
+  if (_setjmp(from.jump) != 0) return;
+  if (to.begun) _longjmp(to.jump, 1);
+  to.begun = true;
+  setcontext(&to.context);
+#endif
+}
+
+// A fiber, which runs one CUDA thread after another.
+struct Thread {
+  Stop stop;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  State state = State::ready;
-  unsigned mask = 0;     // of the exchange that it waits at
-  int phase = 0;         // exchanges and barriers passed
+  State state = State::done;
+  unsigned mask = 0;        // of the exchange that it waits at
   unsigned char value[16];  // offered to the other lanes
 };
 
 struct Block {
-  std::vector<Thread> threads;
-  std::vector<unsigned char> offered;  // 16 bytes a thread
-  ucontext_t scheduler;
+  std::vector<std::unique_ptr<Thread>> threads;  // those of the largest block so far
+  unsigned count = 0;                            // of this block
   unsigned current = 0;
+  Stop scheduler;
   const std::function<void()>* body = nullptr;
-  std::string error;
 };
 
-inline thread_local Block* block = nullptr;
+inline thread_local Block block;
 inline thread_local std::string message;
 
-inline void enter() {
-  (*block->body)();
-  Thread& me = block->threads[block->current];
-  me.state = State::done;
-  swapcontext(&me.context, &block->scheduler);
-}
+inline Thread& me() { return *block.threads[block.current]; }
 
 inline void wait(State state, unsigned mask) {
-  Thread& me = block->threads[block->current];
-  me.state = state;
-  me.mask = mask;
-  swapcontext(&me.context, &block->scheduler);
+  me().state = state;
+  me().mask = mask;
+  go(me().stop, block.scheduler);
 }
 
-inline void select(unsigned i) {
-  block->current = i;
+inline void enter() {
+  for (;;) {
+    (*block.body)();
+    wait(State::done, 0);
+  }
+}
+
+inline void resume(unsigned i) {
+  block.current = i;
   threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
+  go(block.scheduler, block.threads[i]->stop);
 }
 
 // Lets threads go on that have all come; false where none can.
-inline bool release(Block& b) {
+inline bool release() {
   unsigned live = 0, waiting = 0;
-  for (const Thread& t : b.threads) {
-    live += t.state != State::done;
-    waiting += t.state == State::at_barrier;
+  for (unsigned i = 0; i < block.count; ++i) {
+    live += block.threads[i]->state != State::done;
+    waiting += block.threads[i]->state == State::at_barrier;
   }
   if (live == waiting) {
-    for (Thread& t : b.threads)
-      if (t.state == State::at_barrier) t.state = State::ready;
+    for (unsigned i = 0; i < block.count; ++i)
+      if (block.threads[i]->state == State::at_barrier) block.threads[i]->state = State::ready;
     return live > 0;
   }
   bool any = false;
-  for (std::size_t first = 0; first < b.threads.size(); first += kWarp) {
-    const std::size_t lanes = std::min<std::size_t>(kWarp, b.threads.size() - first);
-    for (std::size_t lane = 0; lane < lanes; ++lane) {
-      const Thread& asking = b.threads[first + lane];
-      if (asking.state != State::at_exchange) continue;
-      const unsigned mask = asking.mask;
-      bool all = (mask >> lane & 1) != 0;
-      for (unsigned other = 0; other < kWarp && all; ++other) {
-        if (!(mask >> other & 1)) continue;
-        all = other < lanes && b.threads[first + other].state == State::at_exchange &&
-              b.threads[first + other].mask == mask;
-      }
-      if (!all) continue;
-      for (unsigned other = 0; other < kWarp; ++other)
-        if (mask >> other & 1) b.threads[first + other].state = State::ready;
-      any = true;
+  for (unsigned i = 0; i < block.count; ++i) {
+    const unsigned first = i / kWarp * kWarp, mask = block.threads[i]->mask;
+    if (block.threads[i]->state != State::at_exchange || !(mask >> (i - first) & 1)) continue;
+    bool all = true;
+    for (unsigned lane = 0; lane < kWarp && all; ++lane) {
+      if (!(mask >> lane & 1)) continue;
+      all = first + lane < block.count && block.threads[first + lane]->state == State::at_exchange &&
+            block.threads[first + lane]->mask == mask;
     }
+    for (unsigned lane = 0; lane < kWarp && all; ++lane)
+      if (mask >> lane & 1) block.threads[first + lane]->state = State::ready;
+    any = any || all;
   }
   return any;
 }
 
-inline std::string stuck(const Block& b) {
+inline std::string stuck() {
   unsigned count[4] = {};
-  for (const Thread& t : b.threads) ++count[static_cast<int>(t.state)];
+  for (unsigned i = 0; i < block.count; ++i) ++count[static_cast<int>(block.threads[i]->state)];
   char text[256];
   std::snprintf(text, sizeof text,
                 "deadlock in block %u of %u: %u threads wait at a barrier, %u at a warp exchange, %u have ended", blockIdx.x,
@@ -146,56 +161,47 @@ inline std::string stuck(const Block& b) {
   return text;
 }
 
-inline bool run_block(const std::function<void()>& body, std::vector<Thread>& threads) {
-  Block b;
-  block = &b;
-  b.threads.swap(threads);
-  b.body = &body;
-  for (unsigned i = 0; i < b.threads.size(); ++i) {
-    Thread& t = b.threads[i];
-    t.state = State::ready;
-    getcontext(&t.context);
-    t.context.uc_stack.ss_sp = t.stack.get();
-    t.context.uc_stack.ss_size = kStack;
-    t.context.uc_link = nullptr;
-    makecontext(&t.context, enter, 0);
-  }
-  bool fine = true;
+inline bool run_block() {
+  for (unsigned i = 0; i < block.count; ++i) block.threads[i]->state = State::ready;
   for (;;) {
-    for (unsigned i = 0; i < b.threads.size(); ++i) {
-      if (b.threads[i].state != State::ready) continue;
-      select(i);
-      swapcontext(&b.scheduler, &b.threads[i].context);
-    }
-    const bool over =
-        std::all_of(b.threads.begin(), b.threads.end(), [](const Thread& t) { return t.state == State::done; });
-    if (over) break;
-    if (!release(b)) {
-      message = stuck(b);
-      fine = false;
-      break;
-    }
+    for (unsigned i = 0; i < block.count; ++i)
+      if (block.threads[i]->state == State::ready) resume(i);
+    bool over = true;
+    for (unsigned i = 0; i < block.count && over; ++i) over = block.threads[i]->state == State::done;
+    if (over) return true;
+    if (release()) continue;
+    message = stuck();
+    block.threads.clear();  // fibers that can never end
+    return false;
   }
-  threads.swap(b.threads);
-  block = nullptr;
-  return fine;
+}
+
+inline void prepare(unsigned count) {
+  while (block.threads.size() < count) {
+    block.threads.push_back(std::make_unique<Thread>());
+    Thread& t = *block.threads.back();
+    getcontext(&t.stop.context);
+    t.stop.context.uc_stack.ss_sp = t.stack.get();
+    t.stop.context.uc_stack.ss_size = kStack;
+    makecontext(&t.stop.context, enter, 0);
+  }
+  block.count = count;
 }
 
 // Exchanges a value with another lane of the warp.
 template <typename T>
 T exchange(unsigned mask, T value, unsigned source) {
-  Thread& me = block->threads[block->current];
-  std::memcpy(me.value, &value, sizeof value);
+  std::memcpy(me().value, &value, sizeof value);
   wait(State::at_exchange, mask);
-  const unsigned first = block->current / kWarp * kWarp;
+  const unsigned first = block.current / kWarp * kWarp;
   T got;
   std::memset(static_cast<void*>(&got), 0xff, sizeof got);  // a lane outside the mask has nothing to give
-  if (mask >> source & 1) std::memcpy(static_cast<void*>(&got), block->threads[first + source].value, sizeof got);
+  if (mask >> source & 1) std::memcpy(static_cast<void*>(&got), block.threads[first + source]->value, sizeof got);
   wait(State::at_exchange, mask);
   return got;
 }
 
-inline unsigned lane() { return block->current % kWarp; }
+inline unsigned lane() { return block.current % kWarp; }
 
 }  // namespace emulator
 
@@ -230,16 +236,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const unsigned count = blockDim.x * blockDim.y * blockDim.z;
   if (count == 0 || count > 1024 || gridDim.x == 0 || gridDim.x > 0x7fffffff || gridDim.y != 1 || gridDim.z != 1)
     return cudaErrorInvalidConfiguration;
-  thread_local std::vector<emulator::Thread> threads;
-  while (threads.size() < count) threads.emplace_back();
-  while (threads.size() > count) threads.pop_back();
+  emulator::prepare(count);
   const std::function<void()> body = [&] { kernel(arguments...); };
+  emulator::block.body = &body;
+  emulator::block.scheduler.begun = true;
   for (unsigned i = 0; i < gridDim.x; ++i) {
     blockIdx = dim3(i);
 #ifndef __SANITIZE_ADDRESS__
     std::memset(__bss_start, 0xff, std::size_t(_end - __bss_start));
 #endif
-    if (!emulator::run_block(body, threads)) return cudaErrorLaunchFailure;
+    if (!emulator::run_block()) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
 }
