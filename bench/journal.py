@@ -1,5 +1,5 @@
-"""A pytest plugin (`-p journal`) of `make gpu`: every outcome is written down at once, and only tests that use a device
-are kept: those marked gpu, and the files of the GPU backends."""
+"""A pytest plugin (`-p journal`) of `make gpu`: every outcome is written down at once, and of the tests only those are
+kept that use a device where there is one, the ones marked gpu first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-FILES = ("test_triton", "test_cuda")
+FILES = ("test_gpu.py", "test_triton")  # how the names of files begin whose unmarked tests use a device as well
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = item.get_closest_marker("gpu") is not None or item.path.name.startswith(FILES)
         seen[item.path] += wanted
         (kept if wanted and (most is None or seen[item.path] <= most) else dropped).append(item)
-    items[:] = kept
+    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("gpu") is None)
     config.hook.pytest_deselected(items=dropped)
 
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,15 @@ def test_unknown_stages_are_refused():
     assert code == 2 and "no stage bnech: choose from environment, build" in errors
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two threads wait for each other wherever another process has a core, in each of many small operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tiny(rows: int, monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[int, list[dict[str, Any]]]:
     """(rows that failed, what was written) of the benchmark's first rows on the CPU."""
     bench_gpu = module("bench_gpu")
@@ -217,6 +226,7 @@ def tiny(rows: int, monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[int, l
     return failed, found
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_wrong_adaptation_gets_no_time(monkeypatch, tmp_path):
     bench_gpu, harness = module("bench_gpu"), module("harness")
     right = harness.adapt
@@ -227,6 +237,7 @@ def test_a_wrong_adaptation_gets_no_time(monkeypatch, tmp_path):
     assert "columns" not in row and "ratios" not in row
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_wrong_batch_of_tasks_gets_no_time(monkeypatch, tmp_path):
     bench_gpu = module("bench_gpu")
     right = bench_gpu.adapt_tasks
@@ -236,6 +247,7 @@ def test_a_wrong_batch_of_tasks_gets_no_time(monkeypatch, tmp_path):
     assert "the logits of adapt_tasks: 0.01 away" in rows[2]["reason"] and "columns" not in rows[2]
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_wrong_backend_gets_no_time_and_does_not_hide_the_others(monkeypatch, tmp_path):
     bench_gpu = module("bench_gpu")
     right = Native.norm_relu_pool
@@ -249,6 +261,7 @@ def test_a_wrong_backend_gets_no_time_and_does_not_hide_the_others(monkeypatch, 
     assert found["reference"]["median"] > 0
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_competitor_that_computes_something_else_is_not_timed(monkeypatch, tmp_path):
     by_hand = module("by_hand")
     right = by_hand.Stock.result
