@@ -8,7 +8,7 @@ constexpr int kRowThreads = 256;
 
 // A block a task, a warp a row of logits [ways], rows in turn.
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads) cross_entropy(const CrossEntropy p) {
+__global__ void __launch_bounds__(kRowThreads, 2) cross_entropy(const CrossEntropy p) {
   using A = Wide<T>;
   constexpr int kWarps = kRowThreads / kWarp;
   __shared__ double shares[kWarps];

@@ -217,8 +217,10 @@ class Cuda(Reference):
     def norm_relu_pool(
         self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and _one_dtype(z, gamma, beta):
             return torch.ops.lambda_kernels.norm_relu_pool(z, gamma, beta, eps, pool)
+        if torch.compiler.is_compiling():
+            return super().norm_relu_pool(z, gamma, beta, eps, pool)
         tasks, images, channels, height, width = z.shape
         if not z.numel() or min(height, width) < pool:
             return super().norm_relu_pool(z, gamma, beta, eps, pool)
@@ -241,12 +243,12 @@ class Cuda(Reference):
     def norm_relu_pool_grad(
         self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, pool: int, need_z: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and _one_dtype(z, gamma, mean):
             op = torch.ops.lambda_kernels.norm_relu_pool_grad
             dz, dgamma, dbeta = op(gy, z, gamma, index, mean, rstd, pool, need_z)
             return dz if need_z else None, dgamma, dbeta
         tasks, images, channels, height, width = z.shape
-        if not index.numel():
+        if torch.compiler.is_compiling() or not index.numel():
             return super().norm_relu_pool_grad(gy, z, gamma, index, mean, rstd, pool, need_z)
         z, z_task = self._shared(z)
         gy, index = self.layout(gy.expand(index.shape)), self.layout(index)
@@ -370,6 +372,11 @@ class Cuda(Reference):
 def _wide(x: Tensor) -> torch.dtype:
     """The dtype of statistics and sums."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _one_dtype(z: Tensor, *others: Tensor) -> bool:
+    """Is all of it float32 or float64? The operators of torch.ops have one dtype; in a graph the rest is ATen's."""
+    return z.dtype in (torch.float32, torch.float64) and all(t.dtype == z.dtype for t in others)
 
 
 def _stride(x: Tensor) -> int:

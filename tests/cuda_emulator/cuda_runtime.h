@@ -1,6 +1,7 @@
 // Runs CUDA kernels on the CPU, for tests: g++ finds this in place of CUDA's own header and compiles the .cu files as they
 // are. A block's threads are fibers that run in turn, from one barrier or warp exchange to the next; blocks run one after
-// another. Shared memory is filled with 0xff (NaN) before each block. A barrier that not all live threads reach, or a warp
+// another, with the order of their threads turned round each time. Shared memory is filled with 0xff (NaN) before each
+// block. A barrier that not all live threads reach, or a warp
 // exchange that not all lanes of its mask reach, fails the launch with cudaErrorLaunchFailure and a message.
 #pragma once
 #include <setjmp.h>
@@ -94,6 +95,7 @@ struct Block {
   std::vector<std::unique_ptr<Thread>> threads;  // those of the largest block so far
   unsigned count = 0;                            // of this block
   unsigned current = 0;
+  bool backwards = false;
   Stop scheduler;
   const std::function<void()>* body = nullptr;
 };
@@ -163,9 +165,12 @@ inline std::string stuck() {
 
 inline bool run_block() {
   for (unsigned i = 0; i < block.count; ++i) block.threads[i]->state = State::ready;
+  block.backwards = !block.backwards;
   for (;;) {
-    for (unsigned i = 0; i < block.count; ++i)
+    for (unsigned n = 0; n < block.count; ++n) {
+      const unsigned i = block.backwards ? block.count - 1 - n : n;
       if (block.threads[i]->state == State::ready) resume(i);
+    }
     bool over = true;
     for (unsigned i = 0; i < block.count && over; ++i) over = block.threads[i]->state == State::done;
     if (over) return true;
