@@ -1,0 +1,604 @@
+"""The Triton backend: on a GPU where torch sees one, else the same kernels in Triton's interpreter on small shapes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    BLOCKS,
+    CONVS,
+    EXACT,
+    LINEARS,
+    THIRDS,
+    BlockCase,
+    ConvCase,
+    assert_as_exact,
+    by_task,
+    layouts,
+    stock_block,
+    subsets,
+)
+from test_functional import BLOCK, as_called, block_operands, check_block_rounding, check_gradients, geometry, tiny
+from torch import Tensor
+
+import lambda_kernels as lk
+from lambda_kernels import functional
+from lambda_kernels.backends.reference import Reference
+from lambda_kernels.backends.triton import Triton
+from lambda_kernels.spec import BlockSpec, ConvSpec
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+TRITON, REFERENCE = Triton(), Reference()
+if TRITON.reasons():
+    pytest.skip(f"triton: {'; '.join(TRITON.reasons())}", allow_module_level=True)
+
+conv2d: Any = lk.functional.conv2d
+linear: Any = lk.functional.linear
+conv_block: Any = lk.functional.conv_block
+T = 3
+SINGLE, DOUBLE, HALVES = torch.float32, torch.float64, (torch.float16, torch.bfloat16)
+DTYPES = (SINGLE, DOUBLE, *HALVES)
+PLAIN = ConvSpec((1, 1), (1, 1), (1, 1), 1)
+
+
+def name_of(case: Any) -> str:
+    return str(case).removeprefix("torch.") if isinstance(case, torch.dtype) else case.name
+
+
+def device() -> Any:
+    """Tensors are made on DEVICE."""
+    return nullcontext() if DEVICE == "cpu" else torch.device(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every call goes to the Triton backend."""
+    monkeypatch.setattr(functional, "choose", lambda op, x, pool=1: TRITON)
+    with device():
+        yield
+
+
+def randn(*shape: int, dtype: torch.dtype = DOUBLE) -> Tensor:
+    return torch.randn(*shape, dtype=DOUBLE).to(dtype)
+
+
+def small(op: str, per_task: bool) -> dict[str, Tensor]:
+    with torch.device("cpu"):
+        return {name: tensor.to(DEVICE) for name, tensor in tiny(op, per_task).items()}
+
+
+# Convolution and linear layer.
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("case", CONVS, ids=name_of)
+def test_conv2d_rounds_no_worse_than_torch(case: ConvCase, dtype: torch.dtype) -> None:
+    exact = [randn(*s, dtype=dtype).double().requires_grad_() for s in (case.x, case.weight, case.weight[:1])]
+    mine, plain = ([t.detach().to(dtype).requires_grad_() for t in exact] for _ in range(2))
+    stock: Any = F.conv2d
+    results = [conv2d(*mine, *case.geometry), *(stock(*t, *case.geometry) for t in (plain, exact))]
+    assert_as_exact("y", *results)
+    gy = torch.randn_like(results[0])
+    grads = [torch.autograd.grad(y, t, gy.to(y.dtype)) for y, t in zip(results, (mine, plain, exact))]
+    for name, *three in zip(("x", "weight", "bias"), *grads):
+        assert_as_exact(name, *three)
+
+
+@pytest.mark.parametrize("layout", ["channels-last", "sliced", "strided"])
+@pytest.mark.parametrize("name", ["padding", "everything", "depthwise"])
+def test_conv2d_in_any_memory_layout(name: str, layout: str) -> None:
+    case = next(c for c in CONVS if c.name == name)
+    operands = [randn(*s) for s in (case.x, case.weight, case.weight[:1])]
+    mine = [layouts(t)[layout].detach().requires_grad_() for t in operands[:2]] + [operands[2].requires_grad_()]
+    plain = [t.detach().clone().requires_grad_() for t in operands]
+    stock: Any = F.conv2d
+    got, want = conv2d(*mine, *case.geometry), stock(*plain, *case.geometry)
+    torch.testing.assert_close(got, want, **EXACT)
+    channels_last = got.is_contiguous(memory_format=torch.channels_last)
+    assert channels_last if layout == "channels-last" else got.is_contiguous()
+    gy = layouts(torch.randn_like(want))[layout]
+    torch.testing.assert_close(torch.autograd.grad(got, mine, gy), torch.autograd.grad(want, plain, gy), **EXACT)
+
+
+@pytest.mark.parametrize("own", subsets(("x", "weight", "bias")), ids="-".join)
+@pytest.mark.parametrize("name", ["padding", "everything", "stride-pair", "batch-0"])
+def test_conv2d_with_tasks_is_torchs_task_by_task(name: str, own: tuple[str, ...]) -> None:
+    case = next(c for c in CONVS if c.name == name)
+    shapes = {"x": case.x, "weight": case.weight, "bias": case.weight[:1]}
+    operands = [randn(*((T,) if name in own else ()), *shape).requires_grad_() for name, shape in shapes.items()]
+    got = conv2d(*operands, *case.geometry)
+    want = by_task(lambda *t: F.conv2d(*t, *case.geometry), T, *zip(operands, (4, 4, 1)))
+    torch.testing.assert_close(got, want, **EXACT)
+    gy = torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad(got, operands, gy), torch.autograd.grad(want, operands, gy), **EXACT)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("tasks", [(1, 1), (T, 1), (1, T), (T, T)], ids=str)
+def test_a_wide_convolution_reads_one_tap_at_a_time(tasks: tuple[int, int], dtype: torch.dtype) -> None:
+    # 64 channels, a multiple of the tile; stride 2 spreads the input gradient. Enough pixels to split their sum.
+    x, weight = randn(tasks[0], 9, 64, 17, 9, dtype=dtype), randn(tasks[1], 20, 64, 3, 2, dtype=dtype)
+    for spec in (PLAIN, ConvSpec((2, 1), (2, 1), (1, 2), 1)):
+        for operand in (x, TRITON.layout(x)):
+            y = TRITON.conv2d(operand, weight, None, spec)
+            want = REFERENCE.conv2d(x.double(), weight.double(), None, spec)
+            stock = REFERENCE.conv2d(x, weight, None, spec)
+            assert_as_exact("y", y, stock, want, terms=384)
+            gy = torch.randn_like(y)
+            both = [(gy, weight, x, REFERENCE), (gy.double(), weight.double(), x.double(), REFERENCE)]
+            (gx, gw), (gx_stock, gw_stock), (gx_want, gw_want) = (
+                (b.conv2d_input_grad(g, w, i.shape, spec), b.conv2d_weight_grad(g, i, w.shape, spec))
+                for g, w, i, b in ((gy, weight, operand, TRITON), *both)
+            )
+            assert_as_exact("x", gx, gx_stock, gx_want, terms=120)
+            assert_as_exact("weight", gw, gw_stock, gw_want, terms=9 * 17 * 9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("shapes", LINEARS.values(), ids=LINEARS)
+def test_linear_rounds_no_worse_than_torch(shapes: Any, with_bias: bool, dtype: torch.dtype) -> None:
+    exact = [randn(*s, dtype=dtype).double() for s in (*shapes, shapes[1][:1])[: 2 + with_bias]]
+    every = [[t.to(kind).requires_grad_() for t in exact] for kind in (dtype, dtype, DOUBLE)]
+    results = [f(*t) for f, t in zip((linear, F.linear, F.linear), every)]
+    assert_as_exact("y", *results)
+    gy = torch.randn_like(results[0])
+    for three in zip(*(torch.autograd.grad(y, t, gy.to(y.dtype)) for y, t in zip(results, every))):
+        assert_as_exact("gradient", *three)
+
+
+@pytest.mark.parametrize("rows", [(4,), (2, 0), (2, 90)], ids=["4", "2x0", "2x90"])
+@pytest.mark.parametrize("own", subsets(("weight", "bias")), ids="-".join)
+def test_linear_with_tasks_is_torchs_task_by_task(own: tuple[str, ...], rows: tuple[int, ...]) -> None:
+    x = layouts(randn(T, *rows, 70))["strided"].requires_grad_()
+    weight, bias = (randn(*((T,) if n in own else ()), *s) for n, s in (("weight", (5, 70)), ("bias", (5,))))
+    operands = (x, weight.requires_grad_(), bias.requires_grad_())
+    got, want = linear(*operands), by_task(F.linear, T, *zip(operands, (0, 2, 1)))
+    torch.testing.assert_close(got, want, **EXACT)
+    gy = torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad(got, operands, gy), torch.autograd.grad(want, operands, gy), **EXACT)
+
+
+def test_tensor_float_32_follows_torchs_switches() -> None:
+    from lambda_kernels.backends.triton import products
+
+    x = torch.empty(1)
+    backends: Any = torch.backends
+    before = backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
+    try:
+        for conv, matmul in (("ieee", "tf32"), ("tf32", "ieee")):
+            backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision = conv, matmul
+            kinds = [products._arithmetic(x, kind)[0] for kind in ("conv", "matmul")]
+            assert kinds == ([conv, matmul] if DEVICE == "cuda" else ["ieee", "ieee"])
+            assert products._arithmetic(x.double(), "conv")[0] == "ieee"
+    finally:
+        backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision = before
+
+
+# The fused block.
+
+
+@pytest.mark.parametrize("case", [*BLOCKS, THIRDS], ids=name_of)
+def test_block_in_float64(case: BlockCase) -> None:
+    plain = {k: v.requires_grad_() for k, v in block_operands(case).items()}
+    mine = {k: v.detach().clone().requires_grad_() for k, v in plain.items()}
+    got, want = conv_block(**mine, **geometry(case)), stock_block(*plain.values(), 1e-5, as_called(case))
+    torch.testing.assert_close(got, want, **EXACT)
+    gy = torch.randn_like(want)
+    grads = [torch.autograd.grad(y, list(t.values()), gy) for y, t in ((got, mine), (want, plain))]
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", [*BLOCKS[:-2], THIRDS], ids=name_of)
+def test_block_rounds_no_worse_than_torch(case: BlockCase) -> None:
+    check_block_rounding(block_operands(case), case)
+
+
+@pytest.mark.parametrize("width", [1, 5])
+def test_block_on_images_far_from_zero(width: int) -> None:
+    case = BlockCase("raw", 25, 1, width, (33, 47), padding=0)
+    operands = block_operands(case)
+    operands["x"] += 1000.0
+    operands["weight"] = operands["weight"].abs()
+    check_block_rounding(operands, case)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_block_on_constant_images(fused: bool) -> None:
+    # The variance is exactly zero, so the result is relu(beta).
+    x, beta, gamma = TRITON.layout(torch.full((1, 9, 1, 21, 21), 1000.0)), torch.randn(1, 5), torch.ones(1, 5)
+    spec = ConvSpec((1, 1), (0, 0), (1, 1), 1)
+    weight = torch.full((1, 5, 1, 1, 1), 1.1)
+    if fused:
+        y = TRITON.conv_block(x, weight, gamma, beta, spec, 1e-5, 2)[1]
+    else:
+        y = TRITON.norm_relu_pool(REFERENCE.conv2d(x, weight, None, spec), gamma, beta, 1e-5, 2)[0]
+    torch.testing.assert_close(y, F.relu(beta)[:, None, :, None, None].expand_as(y), rtol=0, atol=1e-6)
+
+
+def affine(tasks: tuple[int, int], channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    gamma, beta = (randn(t, channels, dtype=dtype) for t in tasks)
+    beta[:, -1] = -20.0  # a channel that the ReLU shuts
+    return gamma, beta
+
+
+@pytest.mark.parametrize("pool", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(1, 3, 5, 11, 12), (T, 2, 40, 7, 9), (2, 1, 130, 5, 6)], ids=str)
+def test_norm_relu_pool_and_its_gradient(shape: tuple[int, ...], dtype: torch.dtype, pool: int) -> None:
+    z = randn(*shape, dtype=dtype)
+    wide = torch.promote_types(dtype, SINGLE)
+    gamma, beta = affine((1, shape[0]), shape[2], wide if pool > 1 else dtype)
+    stock = REFERENCE.norm_relu_pool(z, gamma, beta, 1e-5, pool)
+    want = REFERENCE.norm_relu_pool(z.double(), gamma.double(), beta.double(), 1e-5, pool)
+    for layout in ("channels-last", "contiguous", "sliced"):
+        operand = layouts(z)[layout]
+        y, index, mean, rstd = TRITON.norm_relu_pool(operand, gamma, beta, 1e-5, pool)
+        assert mean.dtype == rstd.dtype == wide and index.dtype == torch.uint8
+        for name, got, s, w in zip(
+            ("y", "mean", "rstd"), (y, mean, rstd), stock[::2] + stock[3:], want[::2] + want[3:]
+        ):
+            assert_as_exact(name, got, s, w)
+        turned = index != want[1]
+        assert not turned.any() if dtype == DOUBLE else turned.float().mean() < 0.02
+        gy = layouts(randn(*y.shape, dtype=dtype))[layout]
+        saved = index, mean, rstd, pool
+        for need_z in (True, False):
+            mine = TRITON.norm_relu_pool_grad(gy, operand, gamma, *saved, need_z)
+            plain = REFERENCE.norm_relu_pool_grad(gy, z, gamma, *saved, need_z)
+            exact = index, want[2], want[3], pool
+            truth = REFERENCE.norm_relu_pool_grad(gy.double(), z.double(), gamma.double(), *exact, need_z)
+            for name, *three in zip(("z", "gamma", "beta"), mine, plain, truth):
+                assert_as_exact(name, *three)
+
+
+@pytest.mark.parametrize("own", [("x",), ("weight",), ("gamma",), ("x", "beta"), ("x", "weight", "gamma", "beta")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_conv_block_is_its_convolution_and_norm(dtype: torch.dtype, own: tuple[str, ...]) -> None:
+    shapes = {"x": (4, 3, 9, 8), "weight": (10, 3, 3, 3), "gamma": (10,), "beta": (10,)}
+    operands = [randn(T if name in own else 1, *shape, dtype=dtype) for name, shape in shapes.items()]
+    mine = TRITON.conv_block(*operands, PLAIN, 1e-5, 2)
+    stock = REFERENCE.conv_block(*operands, PLAIN, 1e-5, 2)
+    truth = REFERENCE.conv_block(*(t.double() for t in operands), PLAIN, 1e-5, 2)
+    for place, name in ((0, "z"), (1, "y"), (3, "mean"), (4, "rstd")):
+        assert_as_exact(name, mine[place], stock[place], truth[place])
+    assert dtype != DOUBLE or torch.equal(mine[2], truth[2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_what_is_not_finite_reaches_the_result_as_in_torch(value: float, pool: int) -> None:
+    case = BlockCase("", 3, 2, 4, (6, 7), pool=pool)
+    operands = block_operands(case)
+    operands["weight"][0] = 0.0
+    operands["weight"][1, 0] = 0.0
+    operands["x"][1, 1, 2, 3] = value
+    tensors = [t.requires_grad_() for t in operands.values()]
+    got, want = conv_block(**operands, pool=pool), stock_block(*tensors, 1e-5, case)
+    assert want.isnan().any()
+    torch.testing.assert_close(got, want, equal_nan=True, **EXACT)
+    grads = [torch.autograd.grad(y.sum(), tensors) for y in (got, want)]
+    for name, mine, stock in zip(operands, *grads):
+        if name != "bias":  # exactly zero here
+            torch.testing.assert_close(mine, stock, equal_nan=True, rtol=1e-8, atol=1e-8)
+
+
+def test_block_breaks_ties_as_torch() -> None:
+    case = BlockCase("ties", 4, 2, 3, (8, 9))
+    x = torch.randint(-1, 2, (4, 2, 8, 9)).double().requires_grad_()
+    weight = torch.randint(-1, 2, (3, 2, 3, 3)).double()
+    beta, gamma = torch.zeros(3, dtype=DOUBLE), torch.tensor([1.0, -1.0, 0.0], dtype=DOUBLE)
+    got, want = conv_block(x, weight, None, gamma, beta), stock_block(x, weight, None, gamma, beta, 1e-5, case)
+    gy = torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad(got, x, gy), torch.autograd.grad(want, x, gy), **EXACT)
+
+
+# The loss and the inner loop.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(1, 5, 5), (T, 75, 5), (2, 3, 1), (2, 9, 2000)], ids=str)
+def test_cross_entropy_and_its_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits = layouts(randn(*shape, dtype=dtype) * 5)["strided"]
+    for tasks in {1, shape[0]}:
+        labels = torch.randint(0, shape[2], (tasks, shape[1]))
+        mine, stock = (b.cross_entropy_grad(logits, labels) for b in (TRITON, REFERENCE))
+        truth = REFERENCE.cross_entropy_grad(logits.double(), labels)
+        for name, *three in zip(("loss", "gradient"), mine, stock, truth):
+            assert_as_exact(name, *three)
+    labels[0, 1] = shape[2]
+    loss = TRITON.cross_entropy_grad(logits, labels)[0]
+    assert bool(loss[0].isnan()) and (labels.shape[0] == 1 or not loss[1:].isnan().any())
+    labels[0, 1] = -1
+    assert bool(TRITON.cross_entropy_grad(logits, labels)[0][0].isnan())
+
+
+def chain(dtype: torch.dtype, updated: list[bool], tasks: int = 2) -> tuple[Any, ...]:
+    """Arguments of inner_loop: two blocks of 6 channels and a head of 3 ways."""
+    specs = [BlockSpec(PLAIN, 1e-5, 2), BlockSpec(PLAIN, 1e-5, 2)]
+    shapes = [(6, 2, 3, 3), (6,), (6,), (6, 6, 3, 3), (6,), (6,), (3, 24), (3,)]
+    parameters = [randn(tasks if u else 1, *shape, dtype=dtype) * 0.5 for u, shape in zip(updated, shapes)]
+    x, labels = randn(tasks, 6, 2, 8, 9, dtype=dtype), torch.randint(0, 3, (tasks, 6))
+    return x, labels, parameters, updated, specs
+
+
+@pytest.mark.parametrize("bits", ["111", "001", "010", "100", "011"])
+def test_inner_loop_is_the_references(bits: str) -> None:
+    updated = [b == "1" for b, n in zip(bits, (3, 3, 2)) for _ in range(n)]
+    x, labels, parameters, updated, specs = chain(DOUBLE, updated)
+    results = []
+    for backend in (TRITON, REFERENCE):
+        own = [p.clone() for p in parameters]
+        losses = backend.inner_loop(x, labels, own, updated, specs, 3, 0.1)
+        results.append([losses, *own])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-10)
+    moved = [not torch.equal(a, b) for a, b in zip(results[0][1:], parameters)]
+    assert moved == updated
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_holds_the_inner_loop() -> None:
+    x, labels, parameters, updated, specs = chain(SINGLE, [True] * 8)
+    want = [p.clone() for p in parameters]
+    TRITON.inner_loop(x, labels, want, updated, specs, 3, 0.1)
+    own = [p.clone() for p in parameters]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        TRITON.inner_loop(x, labels, own, updated, specs, 3, 0.1)
+    for p, start in zip(own, parameters):
+        p.copy_(start)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(own, want))
+
+
+# Derivatives, transforms, compilation.
+
+
+@pytest.mark.parametrize("mask", subsets(("x", "weight", "bias")), ids="-".join)
+@pytest.mark.parametrize("op", ["conv2d", "linear"])
+def test_first_and_second_derivatives(op: str, mask: tuple[str, ...]) -> None:
+    check_gradients(op, small(op, len(mask) == 2), mask)
+
+
+@pytest.mark.parametrize("mask", subsets(BLOCK), ids="-".join)
+def test_first_and_second_derivatives_of_the_block(mask: tuple[str, ...]) -> None:
+    check_gradients("conv_block", small("conv_block", len(mask) == 2), mask)
+
+
+def test_vmap_over_tasks() -> None:
+    case = BlockCase("", 3, 2, 4, (6, 7))
+    base = block_operands(case)
+    own = ("x", "gamma")
+    operands = [base[k] + 0.3 * randn(T, *base[k].shape) if k in own else base[k] for k in base]
+    dims = tuple(0 if k in own else None for k in base)
+    places = (0, 1, 3, 4)
+
+    def energy(*t: Tensor) -> Tensor:
+        return linear(conv_block(*t).flatten(1), t[1].flatten()[:36].reshape(1, 36)).pow(3).sum()
+
+    def stock(*t: Tensor) -> Tensor:
+        return F.linear(stock_block(*t, 1e-5, case).flatten(1), t[1].flatten()[:36].reshape(1, 36)).pow(3).sum()
+
+    got = torch.func.vmap(torch.func.grad(energy, places), dims)(*operands)
+    alone = [torch.func.grad(stock, places)(*(t[i] if d == 0 else t for t, d in zip(operands, dims))) for i in range(T)]
+    torch.testing.assert_close(got, tuple(torch.stack(g) for g in zip(*alone)), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every Function
+def test_compiles_as_one_graph() -> None:
+    torch._dynamo.reset()
+    operands = [t.requires_grad_() for t in (*block_operands(BlockCase("", 3, 2, 4, (6, 7))).values(), randn(5, 36))]
+    operands.append(randn(2, 4, 1, 1).requires_grad_())
+
+    def network(*t: Tensor) -> Tensor:
+        hidden = conv_block(*t[:5])
+        return linear(hidden.flatten(1), t[5]).sum() + conv2d(hidden, t[6]).pow(2).sum()
+
+    eager = network(*operands)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")(*operands)
+    torch.testing.assert_close(compiled, eager, **EXACT)
+    grads = [torch.autograd.grad(y, operands, allow_unused=True) for y in (compiled, eager)]
+    torch.testing.assert_close(grads[0], grads[1], **EXACT)
+
+
+def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
+    """Arguments of every operator, in two layouts and with shared and per-task operands."""
+    flat = [2, 1, 1, 1, 1, 1, 1]
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+    for layout in ("contiguous", "channels-last"):
+        x, weight = layouts(randn(2, 3, 2, 7, 6))[layout], randn(1, 4, 2, 3, 3)
+        bias, gy, z = randn(2, 4), layouts(randn(2, 3, 4, 4, 6))[layout], layouts(randn(2, 3, 4, 7, 6))[layout]
+        gamma, beta = affine((1, 2), 4, DOUBLE)
+        y, index, mean, rstd = TRITON.norm_relu_pool(z, gamma, beta, 1e-5, 2)
+        calls += [
+            ("conv2d", (x, weight, bias, flat)),
+            ("conv2d_input_grad", (gy, weight, list(x.shape), flat)),
+            ("conv2d_input_grad", (gy, weight.expand(2, -1, -1, -1, -1), [1, *x.shape[1:]], flat)),
+            ("conv2d_weight_grad", (gy, x, list(weight.shape), flat)),
+            ("conv_block", (x, weight, gamma, beta, flat, 1e-5, 2)),
+            ("norm_relu_pool", (z, gamma, beta, 1e-5, 2)),
+            ("norm_relu_pool_grad", (y, z, gamma, index, mean, rstd, 2, True)),
+            ("norm_relu_pool_grad", (y, z, gamma, index, mean, rstd, 2, False)),
+        ]
+    logits = randn(2, 5, 3)
+    calls += [
+        ("linear", (logits, randn(1, 4, 3), randn(2, 4))),
+        ("cross_entropy_grad", (logits, torch.randint(0, 3, (1, 5)))),
+    ]
+    return calls
+
+
+def test_operators_keep_torchs_rules() -> None:
+    for name, arguments in operator_calls():
+        operator = getattr(torch.ops.lambda_kernels_triton, name).default
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+# What the kernels promise beside their values.
+
+
+def results() -> list[Tensor]:
+    """What every operator returns, for the same values in every call."""
+    torch.manual_seed(1)
+    found: list[Tensor] = []
+    for name, arguments in operator_calls():
+        before = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+        result = getattr(torch.ops.lambda_kernels_triton, name)(*arguments)
+        found += [result] if isinstance(result, Tensor) else result
+        for a, b in zip(arguments, before):
+            assert not isinstance(a, Tensor) or torch.equal(a, b), f"{name} changed an input"
+    torch.manual_seed(2)
+    gy, x = randn(2, 30, 5, 9, 7, dtype=SINGLE), randn(2, 30, 3, 9, 7, dtype=SINGLE)  # enough pixels to be split
+    found.append(TRITON.conv2d_weight_grad(gy, x, torch.Size((1, 5, 3, 3, 3)), PLAIN))
+    return found
+
+
+def test_results_repeat_to_the_bit_and_inputs_stay() -> None:
+    assert all(torch.equal(a, b) for a, b in zip(results(), results()))
+
+
+def test_every_element_is_written() -> None:
+    clean = results()
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN, bytes with 255
+    try:
+        assert torch.empty(9).isnan().all()
+        poisoned = results()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(clean, poisoned):
+        assert torch.equal(a, b) and not (a.is_floating_point() and a.isnan().any())
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that were started."""
+    from lambda_kernels.backends.triton import loss, norm, products
+
+    names: list[str] = []
+    for module in (loss, norm, products):
+
+        def launch(kernel: Any, *arguments: Any, to: Any = module.launch, **options: Any) -> None:
+            names.append(kernel.__name__)
+            to(kernel, *arguments, **options)
+
+        monkeypatch.setattr(module, "launch", launch)
+    return names
+
+
+def test_how_many_launches_a_method_takes(launched: list[str]) -> None:
+    x, weight, bias = randn(T, 4, 2, 7, 6), randn(T, 4, 2, 3, 3), randn(1, 4)
+    z, y, index, mean, rstd = TRITON.conv_block(x, weight, bias, bias, PLAIN, 1e-5, 2)
+    assert launched == ["convolve", "merge", "normalise"]
+    wanted: list[tuple[Any, list[str]]] = [
+        (lambda: TRITON.conv2d(x, weight, bias, PLAIN), ["convolve"]),
+        (lambda: TRITON.conv2d(x, weight[:1], bias, PLAIN), ["convolve"]),
+        (lambda: TRITON.conv2d_input_grad(z, weight, x.shape, PLAIN), ["convolve"]),
+        (lambda: TRITON.conv2d_weight_grad(z, x, weight.shape, PLAIN), ["weight_gradient"]),
+        (lambda: TRITON.norm_relu_pool(z, bias, bias, 1e-5, 2), ["moments", "merge", "normalise"]),
+        (
+            lambda: TRITON.norm_relu_pool_grad(y, z, bias, index, mean, rstd, 2, True),
+            ["gradient_sums", "finish_sums", "dense_gradient"],
+        ),
+        (
+            lambda: TRITON.norm_relu_pool_grad(y, z, bias, index, mean, rstd, 2, False),
+            ["gradient_sums", "finish_sums"],
+        ),
+        (lambda: TRITON.linear(x.flatten(2), z.flatten(2)[:, :, :84], None), ["matrix_product"]),
+        (lambda: TRITON.cross_entropy_grad(x.flatten(2), torch.zeros(1, 4, dtype=torch.int64)), ["cross_entropy"]),
+    ]
+    for function, names in wanted:
+        launched.clear()
+        function()
+        assert launched == names
+    many = randn(1, 40, 2, 7, 6), randn(1, 40, 4, 7, 6)
+    launched.clear()
+    TRITON.conv2d_weight_grad(many[1], many[0], weight[:1].shape, PLAIN)
+    assert launched == ["weight_gradient", "sum_splits"]
+
+
+def test_tiles_are_measured_once_and_remembered_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    from lambda_kernels.backends.triton import launch
+
+    class Kernel:
+        __name__, cache_key = "kernel", "source"
+
+    tiles = [launch.Tile(16, 16, 16, 4, 2), launch.Tile(32, 16, 16, 4, 2), launch.Tile(64, 16, 16, 4, 2)]
+    times = dict(zip(tiles, (3.0, 1.0, 2.0)))
+    measured: list[launch.Tile] = []
+    capturing = [True]
+
+    def milliseconds(run: Any, tile: launch.Tile) -> float:
+        measured.append(tile)
+        return times[tile]
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "_milliseconds", milliseconds)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "none")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    x = torch.empty(1)
+    tuner = launch.Tuner(Kernel)
+    assert tuner.tile((1,), tiles, x, print) == tiles[0] and not measured
+    capturing[0] = False
+    for again in (tuner, tuner, launch.Tuner(Kernel)):
+        assert again.tile((1,), tiles, x, print) == tiles[1]
+    assert measured == tiles
+    assert tuner.tile((2,), tiles, x, print) == tiles[1] and len(measured) == 6
+    assert tuner.tile((3,), tiles[:1], x, print) == tiles[0] and len(measured) == 6
+
+
+# Where it runs.
+
+
+def test_what_it_refuses() -> None:
+    device, other = torch.device(DEVICE), torch.device("cuda" if DEVICE == "cpu" else "cpu")
+    assert TRITON.reasons() == []
+    for op in ("conv2d", "linear", "conv_block"):
+        for dtype in DTYPES:
+            assert TRITON.refusals(op, device, dtype, 2) == []
+        assert f"the tensors are on {other}" in TRITON.refusals(op, other, SINGLE, 2)[0]
+        assert "not torch.complex64" in TRITON.refusals(op, device, torch.complex64, 2)[0]
+    assert "pools by at most 8, not 9" in TRITON.refusals("conv_block", device, SINGLE, 9)[0]
+
+
+def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lambda_kernels.backends import triton as backend
+
+    def why(interpreting: bool = False) -> str:
+        return " ".join(backend._reasons.__wrapped__(interpreting))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "TRITON_INTERPRET=1" in why() and why(interpreting=True) == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "8.0 or newer, this one has 7.5" in why()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert why() == ""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
+    assert "needs triton 3.6 or newer, this is 3.5.1" in why()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed: `pip install triton`" in why()
+
+
+def test_importing_it_imports_no_triton() -> None:
+    code = """
+import sys
+from lambda_kernels.backends.triton import Triton
+Triton().refusals("conv2d", __import__("torch").device("cpu"), __import__("torch").float32, 1)
+assert not any(name.partition(".")[0] == "triton" for name in sys.modules), "triton was imported"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
