@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
@@ -188,6 +189,56 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad_grad(
   return {d_gy, d_z, d_gamma};
 }
 
+// geometry: stride, padding, dilation (vertical, horizontal each), pool
+lk::Images images(const at::Tensor& x, int64_t task, at::IntArrayRef kernel, at::IntArrayRef geometry) {
+  TORCH_CHECK(x.dim() == 5 && kernel.size() == 2 && geometry.size() == 7, "image_block: x must be [tasks, images, C, H, W], got ",
+              x.sizes(), ", with 2 kernel sizes and 7 numbers, got ", kernel.size(), " and ", geometry.size());
+  return lk::Images(x[x.size(0) == 1 ? 0 : task], kernel, geometry.slice(0, 2), geometry.slice(2, 2), geometry.slice(4, 2),
+                    geometry[6]);
+}
+
+at::Tensor of_task(const at::Tensor& t, int64_t task) { return t[t.size(0) == 1 ? 0 : task]; }
+
+at::Tensor image_moments(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef geometry) {
+  std::vector<at::Tensor> results;
+  for (int64_t task = 0; task < x.size(0); ++task) results.push_back(images(x, task, kernel, geometry).moments());
+  return at::stack(results);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> image_block(const at::Tensor& x, const at::Tensor& weight,
+                                                                       const at::Tensor& gamma, const at::Tensor& beta,
+                                                                       const at::Tensor& moments, at::IntArrayRef geometry,
+                                                                       double eps) {
+  const int64_t tasks = std::max({x.size(0), weight.size(0), gamma.size(0), beta.size(0)});
+  std::vector<at::Tensor> results[4];
+  for (int64_t task = 0; task < tasks; ++task) {
+    const auto [y, index, mean, rstd] =
+        images(x, task, weight.sizes().slice(3), geometry)
+            .forward(of_task(weight, task), of_task(gamma, task), of_task(beta, task), of_task(moments, task), eps);
+    // stacked by rows of pixels, so that the result is channels-last too
+    results[0].push_back(y.permute({0, 2, 3, 1})), results[1].push_back(index.permute({0, 2, 3, 1}));
+    results[2].push_back(mean), results[3].push_back(rstd);
+  }
+  return {at::stack(results[0]).permute({0, 1, 4, 2, 3}), at::stack(results[1]).permute({0, 1, 4, 2, 3}),
+          at::stack(results[2]), at::stack(results[3])};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> image_block_grad(const at::Tensor& gy, const at::Tensor& x,
+                                                                const at::Tensor& weight, const at::Tensor& gamma,
+                                                                const at::Tensor& index, const at::Tensor& mean,
+                                                                const at::Tensor& rstd, const at::Tensor& moments,
+                                                                at::IntArrayRef geometry) {
+  std::vector<at::Tensor> results[3];
+  for (int64_t task = 0; task < gy.size(0); ++task) {
+    const auto [dweight, dgamma, dbeta] =
+        images(x, task, weight.sizes().slice(3), geometry)
+            .backward(gy[task], of_task(weight, task), of_task(gamma, task), of_task(index, task), of_task(mean, task),
+                      of_task(rstd, task), of_task(moments, task));
+    results[0].push_back(dweight), results[1].push_back(dgamma), results[2].push_back(dbeta);
+  }
+  return {at::stack(results[0]), at::stack(results[1]), at::stack(results[2])};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(lambda_kernels, m) {
@@ -200,6 +251,15 @@ TORCH_LIBRARY(lambda_kernels, m) {
   // -> d_gy, d_z (empty unless need_z), d_gamma [T, C]
   m.def("norm_relu_pool_grad_grad(Tensor gy, Tensor z, Tensor gamma, Tensor index, Tensor mean, Tensor rstd, int pool, "
         "Tensor? v, Tensor v_gamma, Tensor v_beta, bool need_z) -> (Tensor, Tensor, Tensor)");
+  // x [1 or T, N, C, H, W] -> moments [1 or T, K + 1, K + 1], float64; geometry: stride, padding, dilation (vertical,
+  // horizontal each), pool
+  m.def("image_moments(Tensor x, int[] kernel, int[] geometry) -> Tensor");
+  // -> y, index [T, N, O, H', W'], mean, rstd [T, O]
+  m.def("image_block(Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor moments, int[] geometry, float eps) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
+  // -> dweight [T, O, C, kh, kw], dgamma, dbeta [T, O]
+  m.def("image_block_grad(Tensor gy, Tensor x, Tensor weight, Tensor gamma, Tensor index, Tensor mean, Tensor rstd, "
+        "Tensor moments, int[] geometry) -> (Tensor, Tensor, Tensor)");
   // x [T, N, C, H, W] (without blocks [T, N, F]), labels [T, N]; parameters, each [1 or T, ...]: weight, gamma, beta a
   // block, then the linear layer's weight and bias; updated: which of them are, in place; geometry: 8 numbers a block
   // -> the support loss before each step [steps, T], float64
@@ -211,6 +271,9 @@ TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
   m.impl("norm_relu_pool", &lk::norm_relu_pool);
   m.impl("norm_relu_pool_grad", &lk::norm_relu_pool_grad);
   m.impl("norm_relu_pool_grad_grad", &norm_relu_pool_grad_grad);
+  m.impl("image_moments", &image_moments);
+  m.impl("image_block", &image_block);
+  m.impl("image_block_grad", &image_block_grad);
   m.impl("inner_loop", &lk::inner_loop);
 }
 

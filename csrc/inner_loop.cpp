@@ -15,6 +15,7 @@
 #endif
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "block.h"
@@ -33,6 +34,8 @@ struct Block {
   bool below;  // an updated parameter lies in a block before this one, so the input gradient is needed
   at::Tensor weight, gamma, beta;         // this task's, [O, C / groups, kh, kw], [1, O], [1, O]
   at::Tensor x, z, index, mean, rstd;     // of the current step
+  std::optional<Images> images;           // of a first block that is updated, in place of z
+  at::Tensor moments;
 };
 
 // Replaces logits [N, ways] by d loss / d logits of the mean cross-entropy; returns the loss.
@@ -58,10 +61,23 @@ void adapt(at::Tensor x, const at::Tensor& labels, std::vector<Block>& blocks, c
            bool update_head, bool update_bias, int64_t steps, double lr, double* losses, int64_t stride) {
   bool any_block = false;
   for (const Block& block : blocks) any_block |= block.update_weight || block.update_gamma || block.update_beta;
+  if (!blocks.empty()) {
+    Block& first = blocks.front();
+    if ((first.update_weight || first.update_gamma || first.update_beta) &&
+        Images::takes(first.weight.sizes(), first.groups, first.pool)) {
+      first.images.emplace(x, first.weight.sizes().slice(2), first.stride, first.padding, first.dilation, first.pool);
+      first.moments = first.images->moments();
+    }
+  }
   at::Tensor fixed = blocks.empty() ? x.contiguous() : at::Tensor();
   for (int64_t step = 0; step < steps; ++step) {
     at::Tensor a = x;
     for (Block& block : blocks) {
+      if (block.images) {
+        std::tie(a, block.index, block.mean, block.rstd) =
+            block.images->forward(block.weight, block.gamma[0], block.beta[0], block.moments, block.eps);
+        continue;
+      }
       block.x = a;
       block.z = at::convolution(a, block.weight, {}, block.stride, block.padding, block.dilation, false, {0, 0}, block.groups)
                     .unsqueeze(0);
@@ -81,6 +97,14 @@ void adapt(at::Tensor x, const at::Tensor& labels, std::vector<Block>& blocks, c
     if (update_bias) bias.add_(g.sum(0), -lr);
     bool go_on = any_block;
     for (auto block = blocks.rbegin(); go_on && block != blocks.rend(); ++block) {
+      if (block->images) {
+        const auto [gw, dgamma, dbeta] = block->images->backward(ga, block->weight, block->gamma[0], block->index,
+                                                                 block->mean, block->rstd, block->moments);
+        if (block->update_weight) block->weight.add_(gw, -lr);
+        if (block->update_gamma) block->gamma.add_(dgamma, -lr);
+        if (block->update_beta) block->beta.add_(dbeta, -lr);
+        break;
+      }
       const bool need_z = block->update_weight || block->below;
       const auto [dz_, dgamma, dbeta] = norm_relu_pool_grad(ga.unsqueeze(0), block->z, block->gamma, block->index,
                                                             block->mean, block->rstd, block->pool, need_z);
@@ -141,7 +165,7 @@ at::Tensor inner_loop(const at::Tensor& x, const at::Tensor& labels, at::TensorL
         const int64_t first = b * kPerBlock;
         Block block{numbers.slice(0, 2), numbers.slice(2, 2), numbers.slice(4, 2), numbers[6], numbers[7], eps[b],
                     updated[first] != 0, updated[first + 1] != 0, updated[first + 2] != 0, below,
-                    own(first), own(first + 1).unsqueeze(0), own(first + 2).unsqueeze(0), {}, {}, {}, {}, {}};
+                    own(first), own(first + 1).unsqueeze(0), own(first + 2).unsqueeze(0), {}, {}, {}, {}, {}, {}, {}};
         below = below || block.update_weight || block.update_gamma || block.update_beta;
         chain.push_back(std::move(block));
       }

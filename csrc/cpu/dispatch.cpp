@@ -3,14 +3,17 @@
 #include <stdexcept>
 #include <string>
 
+#include "image_block.h"
 #include "norm_relu_pool.h"
 
 namespace lk {
 
-#define LK_DECLARE(ISA)                                     \
-  namespace ISA {                                           \
+#define LK_DECLARE(ISA)                                        \
+  namespace ISA {                                              \
   extern const NormReluPoolKernels<float> norm_relu_pool_f32;  \
   extern const NormReluPoolKernels<double> norm_relu_pool_f64; \
+  extern const ImageBlockKernels<float> image_block_f32;       \
+  extern const ImageBlockKernels<double> image_block_f64;      \
   }
 LK_DECLARE(generic)
 #if defined(__x86_64__)
@@ -68,6 +71,16 @@ const NormReluPoolKernels<float>& norm_relu_pool_kernels<float>() {
 template <>
 const NormReluPoolKernels<double>& norm_relu_pool_kernels<double>() {
   return LK_TABLE(norm_relu_pool_f64);
+}
+
+template <>
+const ImageBlockKernels<float>& image_block_kernels<float>() {
+  return LK_TABLE(image_block_f32);
+}
+
+template <>
+const ImageBlockKernels<double>& image_block_kernels<double>() {
+  return LK_TABLE(image_block_f64);
 }
 
 }  // namespace lk

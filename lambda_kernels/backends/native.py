@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
-from ..spec import BlockSpec
+from ..spec import BlockSpec, ConvSpec
 from .reference import Reference
 
 _WHY = _build.mismatch()
@@ -20,6 +20,8 @@ if not _WHY:
         _WHY = str(error)
     except ImportError as error:
         _WHY = f"the extension lambda_kernels._C does not load ({error}): build it with `pip install .`"
+
+MOST_TAPS = 32  # numbers of a patch that the kernels of the first block take
 
 
 class Native(Reference):
@@ -44,6 +46,30 @@ class Native(Reference):
         if x.shape[2] == 1:  # dense either way: name the channel stride 1, by which ATen recognises channels-last
             return x.contiguous().squeeze(2).unsqueeze(-1).movedim(-1, 2)
         return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+    def image_refusals(self, x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> list[str]:
+        why = self.refusals("conv_block", x.device, x.dtype, pool)
+        if spec.groups != 1 or weight[0, 0].numel() > MOST_TAPS:
+            why.append(f"its patches have at most {MOST_TAPS} numbers, of one group, not {weight[0, 0].numel()}")
+        return why
+
+    def image_moments(self, x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:
+        return torch.ops.lambda_kernels.image_moments(x, kernel, _geometry(spec, 1))
+
+    def image_block(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, spec: ConvSpec, eps: float,
+        pool: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        geometry = _geometry(spec, pool)
+        return torch.ops.lambda_kernels.image_block(x, weight, gamma, beta, moments, geometry, eps)
+
+    def image_block_grad(
+        self, gy: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor,
+        moments: Tensor, spec: ConvSpec, pool: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return torch.ops.lambda_kernels.image_block_grad(
+            gy, x, weight, gamma, index, mean, rstd, moments, _geometry(spec, pool)
+        )
 
     def inner_loop_refusals(self, dtype: torch.dtype) -> list[str]:
         built = dtype in (torch.float32, torch.float64)
@@ -91,6 +117,10 @@ class Native(Reference):
             gy, z, gamma, index, mean, rstd, pool, v, v_gamma, v_beta, need_z
         )
         return d_gy, d_z if need_z else None, d_gamma
+
+
+def _geometry(spec: ConvSpec, pool: int) -> list[int]:
+    return [*spec.stride, *spec.padding, *spec.dilation, pool]
 
 
 if not _WHY:

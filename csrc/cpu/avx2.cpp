@@ -1,7 +1,10 @@
+#include "image_block.h"
 #include "norm_relu_pool.h"
 
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma")
 #define LK_ISA avx2
+#define LK_VECTOR_BYTES 32
+#include "image_block.inl"
 #include "norm_relu_pool.inl"
 #endif

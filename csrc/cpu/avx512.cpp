@@ -1,7 +1,10 @@
+#include "image_block.h"
 #include "norm_relu_pool.h"
 
 #if defined(__x86_64__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
 #define LK_ISA avx512
+#define LK_VECTOR_BYTES 64
+#include "image_block.inl"
 #include "norm_relu_pool.inl"
 #endif

@@ -1,0 +1,43 @@
+// The first block of a network: convolution, norm, ReLU and max-pool of images whose patches have few numbers (K = inputs
+// kh kw), without a stored convolution output. Torch-free; the images of one task at a time.
+#pragma once
+#include <cstdint>
+
+namespace lk {
+
+constexpr int64_t kImageTaps = 9;    // taps that a reduction takes at a time: K is rounded up to whole ones
+constexpr int64_t kImageLanes = 16;  // outputs are rounded up to whole ones, which any vector divides
+
+template <typename T>
+struct ImageBlock {
+  const T* x;  // [images, height, width, inputs], padded with zeros as the convolution asks
+  int64_t images, height, width, inputs;
+  int64_t taps, padded_taps;        // K, and K rounded up
+  const int64_t* offsets;           // [padded_taps] of a tap from a patch's first pixel, elements; 0 beyond K
+  int64_t stride_y, stride_x;       // of the convolution, pixels
+  int64_t pool, rows, columns;      // window (1 or 2), and the size of y
+  int64_t out_rows, out_columns;    // of the convolution
+  int64_t outputs, padded_outputs;  // channels of y, and these rounded up
+  const T* weight;                  // [padded_taps, padded_outputs]
+  const T* mean;                    // [padded_outputs]
+  const T* scale;                   // [padded_outputs] gamma rstd
+  const T* beta;                    // [padded_outputs]
+  T* y;                             // [images, rows, columns, outputs]
+  uint8_t* index;                   // as y: place of the maximum in its window, pool * pool where the ReLU is shut
+  const T* gy;                      // as y
+  double* partial;  // moments: [slabs, (K + 1)^2]; reduction: [slabs, padded_taps + 1, padded_outputs]
+  int64_t slabs;    // of the images' rows, reduced apart
+};
+
+template <typename T>
+struct ImageBlockKernels {
+  void (*moments)(const ImageBlock<T>&, int64_t begin, int64_t end);  // slabs: x -> partial
+  void (*apply)(const ImageBlock<T>&, int64_t begin, int64_t end);    // (image, row of y): x -> y, index
+  // slabs: gy, index, x -> partial: sums over the maxima of g patch, and below them of g
+  void (*reduce)(const ImageBlock<T>&, int64_t begin, int64_t end);
+};
+
+template <typename T>
+const ImageBlockKernels<T>& image_block_kernels();
+
+}  // namespace lk

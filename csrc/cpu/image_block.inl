@@ -1,0 +1,241 @@
+// The kernel bodies, compiled once an instruction set as those of norm_relu_pool.inl.
+
+namespace lk {
+namespace LK_ISA {
+
+constexpr int64_t kVectorBytes = LK_VECTOR_BYTES;
+
+template <typename T>
+struct Vector {
+  static constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(T));
+  typedef T Values __attribute__((vector_size(kVectorBytes), aligned(sizeof(T))));
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / sizeof(T)), aligned(1)));  // one a lane
+};
+template <typename T>
+using Values = typename Vector<T>::Values;
+template <typename T>
+using Bytes = typename Vector<T>::Bytes;
+
+template <typename T>
+static inline Values<T> load(const T* from) { return *reinterpret_cast<const Values<T>*>(from); }
+
+// Where the places of a window (pool 2), or four neighbours in a row (pool 1), lie in x, from the first one's patch.
+template <typename T, int P>
+static inline void place_offsets(const ImageBlock<T>& p, int64_t here, int64_t last, int64_t* offset) {
+  const int64_t right = p.stride_x * p.inputs, down = p.stride_y * p.width * p.inputs;
+  for (int i = 0; i < 4; ++i) {
+    if (P == 2)
+      offset[i] = i / 2 * down + i % 2 * right;
+    else
+      offset[i] = (here + i < last ? i : last - 1 - here) * right;  // beyond the row's end its last place again
+  }
+}
+
+// `N` vectors of outputs from `first` on, of the row of y that begins at x and y.
+template <typename T, int P, int N>
+static inline void apply_row(const ImageBlock<T>& p, const T* x, T* y, uint8_t* index, int64_t first) {
+  using V = Values<T>;
+  constexpr int64_t L = Vector<T>::kLanes;
+  constexpr int64_t kStep = P == 2 ? 1 : 4;
+  for (int64_t j = 0; j < p.columns; j += kStep) {
+    int64_t offset[4];
+    place_offsets<T, P>(p, j, p.columns, offset);
+    const T* corner = x + j * P * p.stride_x * p.inputs;
+    V a[4][N];
+    for (int v = 0; v < N; ++v)
+      for (int i = 0; i < 4; ++i) a[i][v] = -load(p.mean + first + v * L);
+    for (int64_t k = 0; k < p.taps; ++k) {
+      const T* at = corner + p.offsets[k];
+      const T* w = p.weight + k * p.padded_outputs + first;
+      for (int i = 0; i < 4; ++i) {
+        const T value = at[offset[i]];
+        for (int v = 0; v < N; ++v) a[i][v] += value * load(w + v * L);
+      }
+    }
+    for (int v = 0; v < N; ++v) {
+      const V scale = load(p.scale + first + v * L), beta = load(p.beta + first + v * L);
+      const int64_t count = p.outputs - first - v * L;  // that are no padding
+      for (int i = 0; i < 4; ++i) a[i][v] = a[i][v] * scale + beta;
+      for (int i = 0; i < (P == 2 ? 1 : 4); ++i) {
+        if (P == 1 && j + i >= p.columns) break;
+        V best = a[i][v];
+        auto place = best != best;
+        place ^= place;
+        if (P == 2) {
+          for (int other = 1; other < 4; ++other) {
+            const V b = a[other][v];
+            const auto higher = (b > best) | (b != b);  // a NaN is a maximum, as in torch
+            best = higher ? b : best;
+            place = higher ? place * 0 + other : place;
+          }
+        }
+        const auto shut = best <= V{};
+        place = shut ? place * 0 + P * P : place;
+        best = best < V{} ? V{} : best;
+        const Bytes<T> bytes = __builtin_convertvector(place, Bytes<T>);
+        T* to = y + (j + i) * p.outputs + first + v * L;
+        uint8_t* at = index + (j + i) * p.outputs + first + v * L;
+        if (count >= L) {
+          *reinterpret_cast<V*>(to) = best;
+          *reinterpret_cast<Bytes<T>*>(at) = bytes;
+        } else {
+          for (int64_t c = 0; c < count; ++c) to[c] = best[c], at[c] = bytes[c];
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int P>
+static void apply_images(const ImageBlock<T>& p, int64_t begin, int64_t end) {
+  constexpr int64_t L = Vector<T>::kLanes;
+  constexpr int kMost = kVectorBytes == 64 ? 4 : 2;  // 4 places of so many vectors fill the registers
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / p.rows, row = item % p.rows;
+    const T* x = p.x + (image * p.height + row * P * p.stride_y) * p.width * p.inputs;
+    T* y = p.y + item * p.columns * p.outputs;
+    uint8_t* index = p.index + item * p.columns * p.outputs;
+    int64_t first = 0;
+    for (; first + (kMost - 1) * L < p.outputs; first += kMost * L) apply_row<T, P, kMost>(p, x, y, index, first);
+    for (; first < p.outputs; first += L) apply_row<T, P, 1>(p, x, y, index, first);
+  }
+}
+
+template <typename T>
+static void image_apply(const ImageBlock<T>& p, int64_t begin, int64_t end) {
+  if (p.pool == 2)
+    apply_images<T, 2>(p, begin, end);
+  else
+    apply_images<T, 1>(p, begin, end);
+}
+
+// A row's sums of g patch for kImageTaps taps from `tap` on, and of g, for N vectors of outputs.
+template <typename T, int P, int N>
+static inline void reduce_row(const ImageBlock<T>& p, const T* x, const T* gy, const uint8_t* index, int64_t tap,
+                              int64_t first, double* sums, double* total) {
+  using V = Values<T>;
+  constexpr int64_t L = Vector<T>::kLanes;
+  constexpr int kPlaces = P * P;
+  V a[kImageTaps][N] = {}, all[N] = {};
+  const int64_t right = p.stride_x * p.inputs, down = p.stride_y * p.width * p.inputs;
+  for (int64_t j = 0; j < p.columns; ++j) {
+    const T* corner = x + j * P * right;
+    V g[kPlaces][N];
+    for (int v = 0; v < N; ++v) {
+      const T* from = gy + j * p.outputs + first + v * L;
+      const uint8_t* at = index + j * p.outputs + first + v * L;
+      V value = {}, place = {};
+      const int64_t count = p.outputs - first - v * L;
+      if (count >= L) {
+        value = load(from);
+        place = __builtin_convertvector(*reinterpret_cast<const Bytes<T>*>(at), V);
+      } else {
+        for (int64_t c = 0; c < count; ++c) value[c] = from[c], place[c] = T(at[c]);
+      }
+      for (int i = 0; i < kPlaces; ++i) {
+        g[i][v] = place == V{} + T(i) ? value : V{};
+        all[v] += g[i][v];
+      }
+    }
+    for (int k = 0; k < kImageTaps; ++k) {
+      const T* at = corner + p.offsets[tap + k];
+      for (int i = 0; i < kPlaces; ++i) {
+        const T value = at[i / P * down + i % P * right];
+        for (int v = 0; v < N; ++v) a[k][v] += value * g[i][v];
+      }
+    }
+  }
+  for (int v = 0; v < N; ++v) {
+    for (int k = 0; k < kImageTaps; ++k)
+      for (int64_t c = 0; c < L; ++c) sums[k * p.padded_outputs + first + v * L + c] += double(a[k][v][c]);
+    if (tap == 0)
+      for (int64_t c = 0; c < L; ++c) total[first + v * L + c] += double(all[v][c]);
+  }
+}
+
+template <typename T, int P>
+static void reduce_images(const ImageBlock<T>& p, int64_t begin, int64_t end) {
+  constexpr int64_t L = Vector<T>::kLanes;
+  constexpr int kMost = kVectorBytes == 64 ? 2 : 1;
+  const int64_t items = p.images * p.rows;
+  for (int64_t slab = begin; slab < end; ++slab) {
+    double* sums = p.partial + slab * (p.padded_taps + 1) * p.padded_outputs;
+    double* total = sums + p.padded_taps * p.padded_outputs;
+    for (int64_t i = 0; i < (p.padded_taps + 1) * p.padded_outputs; ++i) sums[i] = 0.0;
+    for (int64_t item = items * slab / p.slabs; item < items * (slab + 1) / p.slabs; ++item) {
+      const int64_t image = item / p.rows, row = item % p.rows;
+      const T* x = p.x + (image * p.height + row * P * p.stride_y) * p.width * p.inputs;
+      const T* gy = p.gy + item * p.columns * p.outputs;
+      const uint8_t* index = p.index + item * p.columns * p.outputs;
+      for (int64_t tap = 0; tap < p.padded_taps; tap += kImageTaps) {
+        double* own = sums + tap * p.padded_outputs;
+        int64_t first = 0;
+        for (; first + (kMost - 1) * L < p.outputs; first += kMost * L)
+          reduce_row<T, P, kMost>(p, x, gy, index, tap, first, own, total);
+        for (; first < p.outputs; first += L) reduce_row<T, P, 1>(p, x, gy, index, tap, first, own, total);
+      }
+    }
+  }
+}
+
+template <typename T>
+static void image_reduce(const ImageBlock<T>& p, int64_t begin, int64_t end) {
+  if (p.pool == 2)
+    reduce_images<T, 2>(p, begin, end);
+  else
+    reduce_images<T, 1>(p, begin, end);
+}
+
+// Patches of kPixels places, as doubles with a 1 behind them and zeros up to kSide.
+constexpr int64_t kSide = 40, kPixels = 32;
+
+template <typename T>
+static void image_moments(const ImageBlock<T>& p, int64_t begin, int64_t end) {
+  using V = Values<double>;
+  constexpr int64_t L = Vector<double>::kLanes;
+  constexpr int kRows = kVectorBytes == 64 ? 8 : 4, kColumns = kVectorBytes == 64 ? 3 : 2;
+  const int64_t K = p.taps, side = K + 1, items = p.images * p.out_rows;
+  double patch[kPixels][kSide], second[kSide][kSide];
+  for (int64_t slab = begin; slab < end; ++slab) {
+    for (int64_t i = 0; i < kSide; ++i)
+      for (int64_t j = 0; j < kSide; ++j) second[i][j] = 0.0;
+    for (int64_t item = items * slab / p.slabs; item < items * (slab + 1) / p.slabs; ++item) {
+      const int64_t image = item / p.out_rows, row = item % p.out_rows;
+      const T* x = p.x + (image * p.height + row * p.stride_y) * p.width * p.inputs;
+      for (int64_t from = 0; from < p.out_columns; from += kPixels) {
+        const int64_t count = p.out_columns - from < kPixels ? p.out_columns - from : kPixels;
+        for (int64_t n = 0; n < count; ++n) {
+          const T* corner = x + (from + n) * p.stride_x * p.inputs;
+          for (int64_t k = 0; k < K; ++k) patch[n][k] = double(corner[p.offsets[k]]);
+          patch[n][K] = 1.0;
+          for (int64_t k = side; k < kSide; ++k) patch[n][k] = 0.0;
+        }
+        // The upper triangle, in tiles of kRows x kColumns vectors.
+        for (int64_t i = 0; i < side; i += kRows)
+          for (int64_t j = i / L * L; j < side; j += kColumns * L) {
+            V sum[kRows][kColumns] = {};
+            const int64_t most = (kSide - j) / L;  // whole vectors that are left
+            for (int64_t n = 0; n < count; ++n)
+              for (int r = 0; r < kRows; ++r)
+                for (int c = 0; c < kColumns; ++c)
+                  if (c < most) sum[r][c] += patch[n][i + r] * load(&patch[n][j + c * L]);
+            for (int r = 0; r < kRows; ++r)
+              for (int c = 0; c < kColumns; ++c)
+                if (c < most)
+                  for (int64_t l = 0; l < L; ++l) second[i + r][j + c * L + l] += sum[r][c][l];
+          }
+      }
+    }
+    double* to = p.partial + slab * side * side;
+    for (int64_t i = 0; i < side; ++i)
+      for (int64_t j = i; j < side; ++j) to[i * side + j] = to[j * side + i] = second[i][j];
+  }
+}
+
+extern const ImageBlockKernels<float> image_block_f32;
+extern const ImageBlockKernels<double> image_block_f64;
+const ImageBlockKernels<float> image_block_f32{image_moments<float>, image_apply<float>, image_reduce<float>};
+const ImageBlockKernels<double> image_block_f64{image_moments<double>, image_apply<double>, image_reduce<double>};
+
+}  // namespace LK_ISA
+}  // namespace lk
