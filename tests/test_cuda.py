@@ -287,8 +287,8 @@ def test_images_far_from_zero(runner: Runner) -> None:
 def test_cross_entropy_grad(runner: Runner, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     logits = (4 * torch.randn(shape)).to(device=runner.device, dtype=dtype)
     labels = torch.randint(shape[2], shape[:2], device=runner.device)
-    results = [b.cross_entropy_grad(logits, labels) for b in (runner.backend, REFERENCE)]
-    check("loss gradient", *results, REFERENCE.cross_entropy_grad(*double(logits, labels)))
+    got, stock = (b.cross_entropy_grad(logits, labels) for b in (runner.backend, REFERENCE))
+    check("loss gradient", got, stock, REFERENCE.cross_entropy_grad(*double(logits, labels)))
     shared = logits[:1].expand(shape)
     for operands in ((shared, labels), (logits, labels[:1])):
         got = runner.backend.cross_entropy_grad(*operands)
@@ -394,7 +394,7 @@ def test_the_operators_are_the_kernels() -> None:
 
 @pytest.mark.gpu
 def test_compiled_on_a_device() -> None:
-    backend = Cuda()
+    backend: Any = Cuda()
     z, gamma, beta = operands_of_a_norm(BLOCKS[0], torch.float32, 1, False, "cuda")
 
     def both(z: Tensor, gamma: Tensor, beta: Tensor) -> Any:
@@ -585,7 +585,7 @@ BOUNDS = {
     "image_apply": (144, 36864),
     "image_reduce": (192, 24576),
     "merge_image_reduce": (64, 4096),
-    "cross_entropy": (80, 1024),
+    "cross_entropy": (96, 1024),
     "sgd": (64, 0),
 }
 ENTRY = re.compile(

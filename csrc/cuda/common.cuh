@@ -122,7 +122,7 @@ __host__ __device__ inline int64_t part_begin(int64_t count, int64_t part, int64
   return count / parts * part + (count % parts) * part / parts;
 }
 
-// How a block's threads cover channels in packs (threadIdx.x) and pixels (threadIdx.y), and the grid (task, part, chunk).
+// How a block's threads cover channels in packs (threadIdx.x) and pixels (threadIdx.y); the grid: task, part, chunk.
 struct Cover {
   int64_t packs;   // of all channels
   int64_t parts;   // of a task's pixels
@@ -170,7 +170,7 @@ __device__ inline void join_rows(Join join) {
   }
 }
 
-inline bool aligned(const void* pointer, std::size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool aligned(const void* at, std::size_t bytes) { return reinterpret_cast<uintptr_t>(at) % bytes == 0; }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 block, void* stream, Arguments... arguments) {

@@ -62,7 +62,8 @@ __device__ inline T descend(T parameter, T gradient, Wide<T> alpha) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sgd(const __grid_constant__ Sgd p, const __grid_constant__ SgdBlocks blocks) {
+__global__ void __launch_bounds__(kThreads)
+    sgd(const __grid_constant__ Sgd p, const __grid_constant__ SgdBlocks blocks) {
   constexpr int V = 16 / sizeof(T);
   int tensor = 0, beyond = int(p.count);
   while (beyond - tensor > 1) {
@@ -90,7 +91,8 @@ __global__ void __launch_bounds__(kThreads) sgd(const __grid_constant__ Sgd p, c
       store(parameter + i, a);
     }
   }
-  for (int i = done + int(threadIdx.x); i < count; i += kThreads) parameter[i] = descend(parameter[i], gradient[i], alpha);
+  for (int i = done + int(threadIdx.x); i < count; i += kThreads)
+    parameter[i] = descend(parameter[i], gradient[i], alpha);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The first block: convolution, norm, ReLU and max-pool of images, without a stored convolution output. The statistics
-// come from the second moments of the patches (K = inputs kernel_height kernel_width <= 32 numbers each), which are taken
-// once for all steps; forward and backward gather the patches of a tile of places into shared memory and multiply there.
+// come from the second moments of the patches (K = inputs kernel_height kernel_width <= 32 numbers each), which are
+// taken once for all steps; forward and backward gather a tile's patches into shared memory and multiply there.
 #include "common.cuh"
 
 namespace lk {
@@ -52,8 +52,8 @@ __device__ inline Wide<T> pixel(const T* x, const Patches& patches, const Corner
 
 constexpr int kMomentPixels = 64, kMomentStride = kMostTaps + 2;
 
-// x -> partial: the second moments of a part's patches with a 1 behind them. A thread has 2 x 2 of them, in doubles, for
-// one pixel in `groups`.
+// x -> partial: the second moments of a part's patches with a 1 behind them. A thread has 2 x 2 of them, in doubles,
+// for one pixel in `groups`.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) image_moments(const ImageBlock p, const Patches patches, const Grid grid) {
   __shared__ __align__(16) double values[kMomentPixels][kMomentStride];  // a patch, 1, 0
@@ -169,7 +169,7 @@ template <typename A>
 constexpr int kQuads = sizeof(A) == 8 ? 16 : 32;
 constexpr int kMostEights = 8;  // of outputs in a block
 
-// The corners of a tile's 4 kQuads patches; `first` is the tile's first window (pool 1: output), `end` that of the part.
+// The corners of a tile's 4 kQuads patches; `first` is the tile's first window (pool 1: output), `end` the part's end.
 template <int P, int Quads>
 __device__ inline void find_corners(Corner (&corners)[4 * Quads], const Patches& patches, const Places& places,
                                     int64_t first, int64_t end, int me, int threads) {
@@ -198,8 +198,8 @@ struct OutputCover {
   }
 };
 
-// The mean of each tap over a task's patches, as a sum of two numbers. Patches are multiplied without it, z - mean being
-// w (patch - mean patch): images far from zero lose nothing to rounding.
+// The mean of each tap over a task's patches, as a sum of two numbers. Patches are multiplied without it, z - mean
+// being w (patch - mean patch): images far from zero lose nothing to rounding.
 template <typename A>
 struct Averages {
   A high[kMostTaps], low[kMostTaps];
@@ -216,8 +216,8 @@ struct Averages {
 
 // x, weight, moments, rstd -> y, index. A thread computes 8 outputs, two fours that lie 4 eights apart, at 4 places.
 template <typename T, int P>
-__global__ void __launch_bounds__(kThreads) image_apply(const ImageBlock p, const Patches patches, const OutputCover cover,
-                                                        const Grid grid, bool packed) {
+__global__ void __launch_bounds__(kThreads)
+    image_apply(const ImageBlock p, const Patches patches, const OutputCover cover, const Grid grid, bool packed) {
   using A = Wide<T>;
   constexpr int Q = kQuads<A>, kWindows = P == 2 ? Q : 4 * Q;
   __shared__ __align__(16) A values[kMostTaps][Q][4];
@@ -429,9 +429,10 @@ __global__ void __launch_bounds__(kThreads) merge_image_reduce(const ImageBlock 
 
 bool fits(const ImageBlock& p) {
   const int64_t taps = p.inputs * p.kernel_height * p.kernel_width;
-  return p.tasks >= 0 && p.images > 0 && taps > 0 && taps <= kMostTaps && p.outputs > 0 && (p.pool == 1 || p.pool == 2) &&
-         p.out_height >= p.pool && p.out_width >= p.pool && p.out_height * p.out_width < kMostRelative && p.parts > 0 &&
-         p.height * p.width < kMostRelative && p.images * p.out_height * p.out_width / p.parts < kMostRelative;
+  return p.tasks >= 0 && p.images > 0 && taps > 0 && taps <= kMostTaps && p.outputs > 0 && p.parts > 0 &&
+         (p.pool == 1 || p.pool == 2) && p.out_height >= p.pool && p.out_width >= p.pool &&
+         p.out_height * p.out_width < kMostRelative && p.height * p.width < kMostRelative &&
+         p.images * p.out_height * p.out_width / p.parts < kMostRelative;
 }
 
 template <typename T>

@@ -1,5 +1,6 @@
-// Batch-statistics norm, ReLU and max-pool. A thread keeps to its channels, a pack of neighbours in memory, and walks over
-// pixels or windows; sums go from short runs in the wide type to doubles, from threads to parts to tasks, in fixed order.
+// Batch-statistics norm, ReLU and max-pool. A thread keeps to its channels, a pack of neighbours in memory, and walks
+// over pixels or windows; sums go from short runs in the wide type to doubles, from threads to parts to tasks, in one
+// order.
 #include "common.cuh"
 
 namespace lk {
@@ -114,7 +115,13 @@ __global__ void __launch_bounds__(kThreads) merge_moments(const NormReluPool p) 
   }
 }
 
-// Offsets of a window's places from its first one, in elements of z.
+// The first place of a window in its task's z, in elements.
+template <int P>
+__device__ inline int64_t first_place(const NormReluPool& p, const Place& at) {
+  return ((at.image * p.height + int64_t(at.row) * P) * p.width + int64_t(at.column) * P) * p.channels;
+}
+
+// The offset of a window's place from its first one, in elements of z.
 template <int P>
 __device__ inline int64_t place_offset(int at, int64_t width, int64_t channels) {
   return (int64_t(at / P) * width + at % P) * channels;
@@ -128,7 +135,8 @@ __global__ void __launch_bounds__(kThreads) apply(const NormReluPool p, const Co
   const Work work(cover);
   if (work.idle) return;
   const int64_t windows = p.images * grid.places, first = work.pack * V;
-  const int64_t begin = part_begin(windows, work.part, cover.parts), end = part_begin(windows, work.part + 1, cover.parts);
+  const int64_t begin = part_begin(windows, work.part, cover.parts);
+  const int64_t end = part_begin(windows, work.part + 1, cover.parts);
   const int64_t step = blockDim.y;
   const Places places(grid, begin);
   const T* z = static_cast<const T*>(p.z) + work.task * p.z_task + first;
@@ -147,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) apply(const NormReluPool p, const Co
     for (int w = 0; w < kWindows; ++w) {
       if (i + w * step >= end) break;
       const Place at = places[i + w * step];
-      const T* from = z + ((at.image * p.height + int64_t(at.row) * P) * p.width + int64_t(at.column) * P) * p.channels;
+      const T* from = z + first_place<P>(p, at);
 #pragma unroll
       for (int k = 0; k < kPlaces; ++k) tile[w][k] = load<V>(from + place_offset<P>(k, p.width, p.channels));
     }
@@ -181,7 +189,8 @@ __global__ void __launch_bounds__(kThreads, 2) reduce(const NormReluPool p, cons
   constexpr int kPlaces = P * P, kRun = V > 4 ? 1 : 2;
   const Work work(cover);
   const int64_t windows = p.images * grid.places, first = work.pack * V;
-  const int64_t begin = part_begin(windows, work.part, cover.parts), end = part_begin(windows, work.part + 1, cover.parts);
+  const int64_t begin = part_begin(windows, work.part, cover.parts);
+  const int64_t end = part_begin(windows, work.part + 1, cover.parts);
   const int64_t step = blockDim.y;
   double along[V] = {}, total[V] = {};
   if (!work.idle) {
@@ -205,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 2) reduce(const NormReluPool p, cons
       for (int r = 0; r < kRun; ++r) {
         if (i + r * step >= end) break;
         const Place at = places[i + r * step];
-        const T* from = z + ((at.image * p.height + int64_t(at.row) * P) * p.width + int64_t(at.column) * P) * p.channels;
+        const T* from = z + first_place<P>(p, at);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const int k = index[r].at[v];
@@ -276,8 +285,8 @@ __global__ void __launch_bounds__(kThreads) merge_reduce(const NormReluPool p) {
   }
 }
 
-// gy, z, sums -> dz = gamma rstd (g - dbeta / M - xhat dgamma / M), M = images height width. The windows of the grid cover
-// z, those of the last row and column partly where `pool` does not divide its size; there g is 0.
+// gy, z, sums -> dz = gamma rstd (g - dbeta / M - xhat dgamma / M), M = images height width. The windows of the grid
+// cover z, those of the last row and column partly where `pool` does not divide its size; there g is 0.
 template <typename T, int V, int P>
 __global__ void __launch_bounds__(kThreads) dense(const NormReluPool p, const Cover cover, const Grid grid) {
   using A = Wide<T>;
@@ -285,7 +294,8 @@ __global__ void __launch_bounds__(kThreads) dense(const NormReluPool p, const Co
   const Work work(cover);
   if (work.idle) return;
   const int64_t windows = p.images * grid.places, first = work.pack * V;
-  const int64_t begin = part_begin(windows, work.part, cover.parts), end = part_begin(windows, work.part + 1, cover.parts);
+  const int64_t begin = part_begin(windows, work.part, cover.parts);
+  const int64_t end = part_begin(windows, work.part + 1, cover.parts);
   const int64_t step = blockDim.y, h = p.height / P, w = p.width / P;
   const Places places(grid, begin);
   const T* z = static_cast<const T*>(p.z) + work.task * p.z_task + first;
@@ -315,7 +325,7 @@ __global__ void __launch_bounds__(kThreads) dense(const NormReluPool p, const Co
       if (i + n * step >= end) break;
       const Place at = places[i + n * step];
       const int64_t row = int64_t(at.row) * P, column = int64_t(at.column) * P;
-      offset[n] = ((at.image * p.height + row) * p.width + column) * p.channels;
+      offset[n] = first_place<P>(p, at);
       rows[n] = p.height - row < P ? int(p.height - row) : P;
       columns[n] = p.width - column < P ? int(p.width - column) : P;
 #pragma unroll
@@ -358,8 +368,8 @@ Cover elementwise(const NormReluPool& p, int pack, int64_t windows, int windows_
 
 bool fits(const NormReluPool& p) {
   return p.tasks >= 0 && p.images > 0 && p.channels > 0 && p.height > 0 && p.width > 0 && p.parts > 0 &&
-         p.height * p.width < kMostRelative && (p.pool == 1 || p.pool == 2) && p.height >= p.pool && p.width >= p.pool &&
-         p.images * p.height * p.width / p.parts < kMostRelative;
+         (p.pool == 1 || p.pool == 2) && p.height >= p.pool && p.width >= p.pool &&
+         p.height * p.width < kMostRelative && p.images * p.height * p.width / p.parts < kMostRelative;
 }
 
 dim3 merge_block() { return dim3(kMergeChannels, kMergeRows); }
@@ -386,7 +396,7 @@ cudaError_t backward(const NormReluPool& p, void* stream) {
   return launch(dense<T, V, P>, cover.blocks(p.tasks), cover.block(), stream, p, cover, full);
 }
 
-// call.template operator()<T, V, P>(): 16-byte packs of channels where count and addresses allow them, else single ones.
+// call.template operator()<T, V, P>(): 16-byte packs of channels where count and addresses allow them, else single.
 template <typename Call>
 cudaError_t with_layout(const NormReluPool& p, int dtype, Call call) {
   return with_dtype(dtype, [&]<typename T>() {

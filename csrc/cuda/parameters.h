@@ -1,6 +1,6 @@
-// What the launchers of the CUDA library take: plain structs of 8-byte fields, mirrored in lambda_kernels/backends/cuda.py.
-// Torch-free. Each launcher queues its kernels on `stream` (a cudaStream_t) and returns the cudaError_t of the launch; it
-// allocates nothing and waits for nothing, so that a CUDA graph can hold it.
+// What the launchers of the CUDA library take: plain structs of 8-byte fields, as lambda_kernels/backends/cuda.py has
+// them too. Torch-free. Each launcher queues its kernels on `stream` (a cudaStream_t) and returns the launch's
+// cudaError_t; it allocates nothing and waits for nothing, so that a CUDA graph can hold it.
 #pragma once
 #include <cstdint>
 

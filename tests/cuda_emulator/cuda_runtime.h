@@ -1,8 +1,8 @@
-// Runs CUDA kernels on the CPU, for tests: g++ finds this in place of CUDA's own header and compiles the .cu files as they
-// are. A block's threads are fibers that run in turn, from one barrier or warp exchange to the next; blocks run one after
-// another, with the order of their threads turned round each time. Shared memory is filled with 0xff (NaN) before each
-// block. A barrier that not all live threads reach, or a warp
-// exchange that not all lanes of its mask reach, fails the launch with cudaErrorLaunchFailure and a message.
+// Runs CUDA kernels on the CPU, for tests: g++ finds this in place of CUDA's own header and compiles the .cu files as
+// they are. A block's threads are fibers that run in turn, from one barrier or warp exchange to the next; blocks run
+// one after another, with the order of their threads turned round each time. Shared memory is filled with 0xff (NaN) before
+// each block. A barrier that not all live threads reach, or a warp exchange that not all lanes of its mask reach, fails
+// the launch with cudaErrorLaunchFailure and a message.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -158,8 +158,8 @@ inline std::string stuck() {
   for (unsigned i = 0; i < block.count; ++i) ++count[static_cast<int>(block.threads[i]->state)];
   char text[256];
   std::snprintf(text, sizeof text,
-                "deadlock in block %u of %u: %u threads wait at a barrier, %u at a warp exchange, %u have ended", blockIdx.x,
-                gridDim.x, count[1], count[2], count[3]);
+                "deadlock in block %u of %u: %u threads wait at a barrier, %u at a warp exchange, %u have ended",
+                blockIdx.x, gridDim.x, count[1], count[2], count[3]);
   return text;
 }
 
@@ -235,7 +235,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   const unsigned count = blockDim.x * blockDim.y * blockDim.z;

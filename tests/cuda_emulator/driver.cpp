@@ -1,5 +1,5 @@
-// Calls every launcher of the emulated library on heap buffers of exactly the sizes that csrc/cuda/parameters.h promises,
-// under the address and undefined-behaviour sanitizers. Prints "ok".
+// Calls every launcher of the emulated library on heap buffers of exactly the sizes that csrc/cuda/parameters.h
+// promises, under the address and undefined-behaviour sanitizers. Prints "ok".
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
