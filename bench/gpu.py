@@ -219,10 +219,10 @@ def report(run: Run) -> list[str]:
 
 STAGES = [
     Stage("environment", 30, look, lambda run: {"found": read_json(run.work / "environment.json")}),
-    Stage("build", 100, build),
-    Stage("tests", 140, tests, read_tests),
-    Stage("memcheck", 30, sanitizer("memcheck"), without_build=False),
-    Stage("racecheck", 30, sanitizer("racecheck"), without_build=False),
+    Stage("build", 80, build),
+    Stage("tests", 130, tests, read_tests),
+    Stage("memcheck", 45, sanitizer("memcheck"), without_build=False),
+    Stage("racecheck", 45, sanitizer("racecheck"), without_build=False),
     Stage("bench", 185, bench, lambda run: read_json(run.work / "rows.json")),
     Stage("timings", 40, timings, read_timings),
     Stage("report", 5, report),
