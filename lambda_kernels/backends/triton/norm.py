@@ -16,11 +16,13 @@ from torch import Tensor
 from ...spec import ConvSpec
 from .launch import INTERPRETED, LARGEST_COUNT, blocks, launch, power
 from .outputs import grad_outputs, pooled_outputs
-from .products import conv2d_moments
+from .products import conv2d_moments, tile_moments
 
 # Values a program holds of one tensor, and the most channels among them.
 TILE = 8192 if INTERPRETED else 1024
 CHANNELS_ABREAST = 128
+# The most pixels whose moments are exact where all are equal; see tile_moments.
+MOMENT_PIXELS = 256
 # Tiles whose moments are merged at a time, x channels.
 MERGE_TILES, MERGE_CHANNELS = 64, 16
 # Programs among which the pixels of the gradient's sums are split.
@@ -59,13 +61,10 @@ def moments(
     rows = task * z_task + image * z_image + row * z_row + column * z_column
     v = tl.load(z + (rows[:, None] + (channel * z_channel)[None, :]), inside, other=0.0).to(SUM)
     count = tl.minimum(pixels - tile * PIXELS, PIXELS).to(SUM)
-    first = tl.sum(v, 0) / count
-    d = tl.where(inside, v - first[None, :], 0.0)
-    rest = tl.sum(d, 0) / count
-    squares = tl.sum(d * d, 0) - count * rest * rest
+    origin, shift, squares = tile_moments(v, inside, count, PIXELS)
     at = (task * pixel_tiles + tile) * 2 * channels + channel
-    tl.store(partial + at, first + rest, mask=channel < channels)
-    tl.store(partial + at + channels, tl.where(squares < 0, 0.0, squares), mask=channel < channels)
+    tl.store(partial + at, origin + shift, mask=channel < channels)
+    tl.store(partial + at + channels, squares, mask=channel < channels)
 
 
 @triton.jit
@@ -232,14 +231,15 @@ def gradient_sums(
         i_rows = task * i_task + image * i_image + row * i_row + column * i_column
         place = tl.load(index + (i_rows[:, None] + (channel * i_channel)[None, :]), inside, other=POOL * POOL)
         place = place.to(tl.int32)
-        inside &= place < POOL * POOL
         g_rows = task * g_task + image * g_image + row * g_row + column * g_column
         g = tl.load(gy + (g_rows[:, None] + (channel * g_channel)[None, :]), inside, other=0.0).to(SUM)
+        opened = inside & (place < POOL * POOL)
+        g = tl.where(opened, g, 0.0)
         z_rows = task * z_task + image * z_image + row * POOL * z_row + column * POOL * z_column
         z_at = z_rows[:, None] + (channel * z_channel)[None, :]
         z_at += (place // POOL).to(tl.int64) * z_row + (place % POOL).to(tl.int64) * z_column
-        v = tl.load(z + z_at, inside, other=0.0).to(SUM)
-        for_gamma += tl.where(inside, g * ((v - average[None, :]) * inverse[None, :]), 0.0)
+        v = tl.load(z + z_at, opened, other=0.0).to(SUM)
+        for_gamma += tl.where(opened, g * ((v - average[None, :]) * inverse[None, :]), 0.0)
         for_beta += g
     at = (task * splits + split) * channels + channel
     tasks = tl.num_programs(0) // splits // channel_tiles
@@ -371,7 +371,7 @@ def norm_relu_pool(
     pixels = images * height * width
     _count(pixels)
     abreast = min(power(channels), CHANNELS_ABREAST)
-    tile = TILE // abreast
+    tile = min(TILE // abreast, MOMENT_PIXELS)
     tiles = blocks(pixels, tile)
     partial = z.new_empty((tasks, tiles, 2, channels), dtype=torch.promote_types(z.dtype, torch.float32))
     launch(

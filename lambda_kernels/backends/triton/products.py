@@ -53,6 +53,21 @@ REDUCE_BLOCK = 512
 
 
 @triton.jit
+def tile_moments(v, inside, count, ROWS: tl.constexpr):
+    """origin, shift, squares: the mean of v [ROWS, C] down its `count` rows as origin + shift, the squares about it.
+
+    The origin is the first row, of float32 in 8 bits: differences from it are exact, and sums of up to 256 equal ones.
+    """
+    first = tl.sum(tl.where((tl.arange(0, ROWS) == 0)[:, None], v, 0.0), 0)
+    origin = first if v.dtype == tl.float64 else first.to(tl.bfloat16).to(tl.float32)
+    d = tl.where(inside, v - origin[None, :], 0.0)
+    total = tl.sum(d, 0)
+    shift = total / count if v.dtype == tl.float64 else tl.div_rn(total, tl.zeros_like(total) + count)
+    d = tl.where(inside, d - shift[None, :], 0.0)
+    return origin, shift, tl.sum(d * d, 0)
+
+
+@triton.jit
 def convolve(
     a,
     weight,
@@ -203,16 +218,12 @@ def convolve(
     y_rows = own_task * y_task + image * y_image + row.to(tl.int64) * y_row + column.to(tl.int64) * y_column
     tl.store(y + (y_rows[:, None] + (to * y_channel)[None, :]), z, mask=row_inside[:, None] & out_inside[None, :])
     if MOMENTS:
-        # Of the values as stored. The second sum takes back the rounding of the first.
+        # Of the values as stored.
         count = tl.minimum(pixels - tile * ROWS, ROWS).to(SUM)
-        v = z.to(SUM)
-        first = tl.sum(tl.where(row_inside[:, None], v, 0.0), 0) / count
-        d = tl.where(row_inside[:, None], v - first[None, :], 0.0)
-        rest = tl.sum(d, 0) / count
-        squares = tl.sum(d * d, 0) - count * rest * rest
+        origin, shift, squares = tile_moments(z.to(SUM), row_inside[:, None], count, ROWS)
         at = (task * pixel_tiles + tile) * 2 * groups * outs + to
-        tl.store(partial + at, first + rest, mask=out_inside)
-        tl.store(partial + at + groups * outs, tl.where(squares < 0, 0.0, squares), mask=out_inside)
+        tl.store(partial + at, origin + shift, mask=out_inside)
+        tl.store(partial + at + groups * outs, squares, mask=out_inside)
 
 
 @triton.jit
