@@ -41,3 +41,13 @@ for name in backends.names():
     limit = 1e-2 if x.is_cuda else 1e-5  # a GPU convolves in TF32
     torch.testing.assert_close(results[name], results["reference"], rtol=limit, atol=limit)
     print(f"conv_block on the {name} backend: {list(results[name].shape)}, equal to the reference")
+
+model = lambda_maml.models.conv4(ways=2, in_channels=1, width=4, image_size=16)
+xs, ys = torch.randn(4, 1, 16, 16), torch.tensor([0, 1, 0, 1])
+adapted = {}
+for backend in ("reference", "native"):
+    with lk.use_backend(backend):
+        learner = lambda_maml.adapt(model, xs, ys, pattern="10011", steps=2)
+        adapted[backend] = learner.parameters_dict()
+torch.testing.assert_close(adapted["native"], adapted["reference"], rtol=1e-4, atol=1e-5)
+print("adapt on the native backend: equal to the reference")
