@@ -101,7 +101,8 @@ def test_a_file_of_another_network_is_refused(timings):
 
 
 def test_operations_agree_with_stock_torch():
-    done = bench("bench/bench_ops.py", "--benchmark-disable", "--device=cpu", "-k", "28x28-64 and not cuda and not triton")
+    on_a_cpu = "28x28-64 and not cuda and not triton"
+    done = bench("bench/bench_ops.py", "--benchmark-disable", "--device=cpu", "-k", on_a_cpu)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout and "skipped" not in done.stdout
 
