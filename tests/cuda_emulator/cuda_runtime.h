@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the CPU, for tests: g++ finds this in place of CUDA's own header and compiles the .cu files as
 // they are. A block's threads are fibers that run in turn, from one barrier or warp exchange to the next; blocks run
-// one after another, with the order of their threads turned round each time. Shared memory is filled with 0xff (NaN) before
-// each block. A barrier that not all live threads reach, or a warp exchange that not all lanes of its mask reach, fails
-// the launch with cudaErrorLaunchFailure and a message.
+// one after another, with the order of their threads turned round each time. Shared memory is filled with 0xff (NaN)
+// before each block. A barrier that not all live threads reach, or a warp exchange that not all lanes of its mask
+// reach, fails the launch with cudaErrorLaunchFailure and a message.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>

@@ -48,6 +48,9 @@ void* numbers(int64_t count, int dtype) {
   return made;
 }
 
+// One element further than an allocation starts, where no 16-byte access may begin.
+void* odd(void* made, int64_t size) { return static_cast<char*>(made) + size; }
+
 double* doubles(int64_t count) { return static_cast<double*>(bytes(count, 8)); }
 
 void expect(int status, const char* what) {
@@ -56,13 +59,15 @@ void expect(int status, const char* what) {
   std::exit(1);
 }
 
-void norm(int dtype, int64_t channels, int64_t pool, int64_t parts, int64_t height, int64_t width) {
+void norm(int dtype, int64_t channels, int64_t pool, int64_t parts, int64_t height, int64_t width,
+          bool shifted = false) {
   constexpr int64_t tasks = 2, images = 3;
+  const int64_t more = shifted ? 1 : 0, size = more * kSizes[dtype];
   const int64_t pixels = images * height * width, windows = images * (height / pool) * (width / pool);
   lk::NormReluPool p{};
   p.tasks = tasks, p.images = images, p.channels = channels, p.height = height, p.width = width, p.pool = pool;
   p.parts = parts, p.eps = 1e-5, p.z_task = pixels * channels, p.gamma_task = channels;
-  p.z = numbers(tasks * pixels * channels, dtype);
+  p.z = odd(numbers(tasks * pixels * channels + more, dtype), size);
   p.gamma = numbers(tasks * channels, dtype), p.beta = numbers(channels, dtype);
   p.mean = bytes(tasks * channels, kWideSizes[dtype]), p.rstd = bytes(tasks * channels, kWideSizes[dtype]);
   p.y = bytes(tasks * windows * channels, kSizes[dtype]);
@@ -111,7 +116,8 @@ void ends_of_a_step(int dtype) {
   sgd.count = lk::kSgdTensors, sgd.lr = 0.1;
   for (int i = 0; i < lk::kSgdTensors; ++i) {
     sgd.sizes[i] = i == 3 ? 8201 : i + 1;
-    sgd.parameters[i] = numbers(sgd.sizes[i], dtype), sgd.gradients[i] = numbers(sgd.sizes[i], dtype);
+    sgd.parameters[i] = odd(numbers(sgd.sizes[i] + i % 2, dtype), i % 2 * kSizes[dtype]);
+    sgd.gradients[i] = numbers(sgd.sizes[i], dtype);
   }
   expect(lk_sgd(&sgd, dtype, nullptr), "sgd");
 }
@@ -123,6 +129,7 @@ int main() {
     for (int64_t pool = 1; pool <= 2; ++pool) {
       norm(dtype, 5, pool, 2, 7, 5);
       norm(dtype, 16, pool, 3, 5, 8);
+      norm(dtype, 16, pool, 1, 4, 3, true);
       norm(dtype, 72, pool, 1, 2, 2);
       image(dtype, 3, 12, pool, 3);
       image(dtype, 1, 5, pool, 1);
