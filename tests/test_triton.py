@@ -82,8 +82,11 @@ def small(op: str, per_task: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("case", CONVS, ids=name_of)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for i, case in enumerate(CONVS) for dtype in (DTYPES[:2] if i % 4 else DTYPES)],
+    ids=name_of,
+)
 def test_conv2d_rounds_no_worse_than_torch(case: ConvCase, dtype: torch.dtype) -> None:
     exact = [randn(*s, dtype=dtype).double().requires_grad_() for s in (case.x, case.weight, case.weight[:1])]
     mine, plain = ([t.detach().to(dtype).requires_grad_() for t in exact] for _ in range(2))
@@ -114,7 +117,7 @@ def test_conv2d_in_any_memory_layout(name: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("own", subsets(("x", "weight", "bias")), ids="-".join)
-@pytest.mark.parametrize("name", ["padding", "everything", "stride-pair", "batch-0"])
+@pytest.mark.parametrize("name", ["everything", "stride-pair", "batch-0"])
 def test_conv2d_with_tasks_is_torchs_task_by_task(name: str, own: tuple[str, ...]) -> None:
     case = next(c for c in CONVS if c.name == name)
     shapes = {"x": case.x, "weight": case.weight, "bias": case.weight[:1]}
@@ -189,7 +192,13 @@ def test_tensor_float_32_follows_torchs_switches() -> None:
 # The fused block.
 
 
-@pytest.mark.parametrize("case", [*BLOCKS, THIRDS], ids=name_of)
+# The interpreter needs seconds a thousand pixels.
+FEW = tuple(
+    case for case in (*BLOCKS, THIRDS) if DEVICE == "cuda" or case.name not in ("33x47", "75-images", "width-600")
+)
+
+
+@pytest.mark.parametrize("case", FEW, ids=name_of)
 def test_block_in_float64(case: BlockCase) -> None:
     plain = {k: v.requires_grad_() for k, v in block_operands(case).items()}
     mine = {k: v.detach().clone().requires_grad_() for k, v in plain.items()}
@@ -200,7 +209,9 @@ def test_block_in_float64(case: BlockCase) -> None:
     torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("case", [*BLOCKS[:-2], THIRDS], ids=name_of)
+@pytest.mark.parametrize(
+    "case", [case for case in (*BLOCKS, THIRDS) if case.name not in ("2x2", "groups-stride")][::2], ids=name_of
+)
 def test_block_rounds_no_worse_than_torch(case: BlockCase) -> None:
     check_block_rounding(block_operands(case), case)
 
@@ -240,9 +251,12 @@ def assert_moments(z: Tensor, mean: Tensor, rstd: Tensor, stock: tuple[Tensor, .
     assert_as_exact("rstd", rstd, stock[3], truth[3])
 
 
-@pytest.mark.parametrize("pool", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", [(1, 3, 5, 11, 12), (T, 2, 40, 7, 9), (2, 1, 130, 5, 6)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "pool"),
+    [((1, 3, 5, 11, 12), 1), ((2, 3, 5, 11, 12), 3), ((T, 2, 40, 7, 9), 2), ((2, 1, 130, 5, 6), 5)],
+    ids=str,
+)
 def test_norm_relu_pool_and_its_gradient(shape: tuple[int, ...], dtype: torch.dtype, pool: int) -> None:
     z = randn(*shape, dtype=dtype)
     wide = torch.promote_types(dtype, SINGLE)
@@ -382,7 +396,7 @@ def test_first_and_second_derivatives(op: str, mask: tuple[str, ...]) -> None:
     check_gradients(op, small(op, len(mask) == 2), mask)
 
 
-@pytest.mark.parametrize("mask", subsets(BLOCK), ids="-".join)
+@pytest.mark.parametrize("mask", [*subsets(BLOCK[:-1]), ("bias",), BLOCK], ids="-".join)
 def test_first_and_second_derivatives_of_the_block(mask: tuple[str, ...]) -> None:
     check_gradients("conv_block", small("conv_block", len(mask) == 2), mask)
 
