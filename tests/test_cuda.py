@@ -575,9 +575,9 @@ def built(setup_py: Any, tmp_path_factory: pytest.TempPathFactory) -> Built:
 BOUNDS = {
     "moments": (128, 36864),
     "merge_moments": (96, 8192),
-    "apply": (104, 0),
+    "apply": (128, 0),
     "reduce": (128, 36864),
-    "merge_reduce": (48, 4096),
+    "merge_reduce": (64, 4096),
     "dense": (128, 0),
     "image_moments": (64, 28672),
     "merge_image_moments": (48, 0),

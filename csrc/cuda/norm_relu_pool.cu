@@ -129,7 +129,7 @@ __device__ inline int64_t place_offset(int at, int64_t width, int64_t channels) 
 
 // z, mean, rstd -> y, index. A thread reads `Windows` windows at a time.
 template <typename T, int V, int P>
-__global__ void __launch_bounds__(kThreads) apply(const NormReluPool p, const Cover cover, const Grid grid) {
+__global__ void __launch_bounds__(kThreads, 2) apply(const NormReluPool p, const Cover cover, const Grid grid) {
   using A = Wide<T>;
   constexpr int kPlaces = P * P, kWindows = 4 / kPlaces;
   const Work work(cover);
@@ -288,9 +288,9 @@ __global__ void __launch_bounds__(kThreads) merge_reduce(const NormReluPool p) {
 // gy, z, sums -> dz = gamma rstd (g - dbeta / M - xhat dgamma / M), M = images height width. The windows of the grid
 // cover z, those of the last row and column partly where `pool` does not divide its size; there g is 0.
 template <typename T, int V, int P>
-__global__ void __launch_bounds__(kThreads) dense(const NormReluPool p, const Cover cover, const Grid grid) {
+__global__ void __launch_bounds__(kThreads, 2) dense(const NormReluPool p, const Cover cover, const Grid grid) {
   using A = Wide<T>;
-  constexpr int kPlaces = P * P, kWindows = P == 1 ? 2 : 1;
+  constexpr int kPlaces = P * P, kWindows = P == 1 && V <= 4 ? 2 : 1;
   const Work work(cover);
   if (work.idle) return;
   const int64_t windows = p.images * grid.places, first = work.pack * V;
@@ -392,7 +392,7 @@ cudaError_t backward(const NormReluPool& p, void* stream) {
   LK_RETURN_IF_FAILED(launch(reduce<T, V, P>, parts.blocks(p.tasks), parts.block(), stream, p, parts, pooled));
   LK_RETURN_IF_FAILED(launch(merge_reduce<T>, merge_blocks(p), merge_block(), stream, p));
   if (p.dz == nullptr) return cudaSuccess;
-  const Cover cover = elementwise(p, V, p.images * full.places, P == 1 ? 2 : 1);
+  const Cover cover = elementwise(p, V, p.images * full.places, P == 1 && V <= 4 ? 2 : 1);
   return launch(dense<T, V, P>, cover.blocks(p.tasks), cover.block(), stream, p, cover, full);
 }
 
