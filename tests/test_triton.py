@@ -43,6 +43,8 @@ TRITON, REFERENCE = Triton(), Reference()
 if TRITON.reasons():
     pytest.skip(f"triton: {'; '.join(TRITON.reasons())}", allow_module_level=True)
 
+# numpy's, of triton 3.6's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
 conv2d: Any = lk.functional.conv2d
 linear: Any = lk.functional.linear
 conv_block: Any = lk.functional.conv_block
