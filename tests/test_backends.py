@@ -41,9 +41,9 @@ def chosen(dtype: torch.dtype = torch.float32, pool: int = 2, device: str = "cpu
 
 
 def test_registry() -> None:
-    assert backends.names() == ["native", "reference"]
+    assert backends.names() == ["native", "cuda", "triton", "reference"]
     assert all(backends.reasons(name) == [] for name in BACKENDS)
-    with pytest.raises(lk.BackendError, match="no backend 'nativ': choose from native, reference, auto"):
+    with pytest.raises(lk.BackendError, match="no backend 'nativ': choose from native, cuda, triton, reference, auto"):
         backends.reasons("nativ")
 
 
@@ -137,7 +137,7 @@ def test_environment_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_wrong_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMBDA_KERNELS_BACKEND", "fast")
-    with pytest.raises(lk.BackendError, match="there is no backend 'fast': choose from native, reference, auto"):
+    with pytest.raises(lk.BackendError, match="there is no backend 'fast': choose from native, cuda, triton, reference, auto"):
         conv2d(X, W)
 
 

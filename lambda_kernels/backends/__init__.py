@@ -1,8 +1,9 @@
 """The registry of backends: which there are, why one cannot run, and which one a call gets.
 
 `use_backend(name)` (or the environment variable LAMBDA_KERNELS_BACKEND) names one: it is used or an error says why not.
-"auto", the default, takes the first of `names()` that can run the call and logs once why an earlier one could not; on
-a CUDA device, where several can, it takes the one that was measured fastest for the call's shapes (`measured`).
+"auto", the default, takes the first backend of the tensors' device that can run the call and logs once why an earlier
+one could not; on a CUDA device, where several can, it takes the one that was measured fastest for the call's shapes
+(`measured`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ __all__ = ["Backend", "BackendError", "choices", "choose", "current", "names", "
 
 Backend = Reference
 _log = logging.getLogger("lambda_kernels")
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Native(), Cuda(), Triton(), Reference())}
+_REFERENCE = Reference()
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Native(), Cuda(), Triton(), _REFERENCE)}
 _wanted: ContextVar[str | None] = ContextVar("lambda_kernels_backend", default=None)
 _Call = tuple[str, str, torch.device, torch.dtype, int]
 _chosen: dict[_Call, Backend] = {}
@@ -37,7 +39,7 @@ class BackendError(RuntimeError):
 
 
 def names() -> list[str]:
-    """Every backend of this build, in the order in which "auto" tries them."""
+    """Every backend."""
     return list(_BACKENDS)
 
 
@@ -95,16 +97,19 @@ def _get(name: str) -> Backend:
 
 def _search(wanted: str, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> str:
     """The name of the first backend that runs a call."""
-    for backend in _BACKENDS.values() if wanted == "auto" else [_get(wanted)]:
-        why = backend.reasons() or backend.refusals(op, device, dtype, pool)
-        if wanted == "auto" and not why and backend.name == "triton" and device.type == "cpu":
-            why = ["interpreted kernels are slow: they run where the backend is named"]
+    for backend in _candidates(device) if wanted == "auto" else [_get(wanted)]:
+        why = backend.refusals(op, device, dtype, pool) or backend.reasons()  # the latter may look for a device
         if not why:
             return backend.name
         if wanted != "auto":
             raise BackendError(f"backend {wanted!r} cannot run {op} on {device} in {dtype}: {'; '.join(why)}")
         _log.info("backend %s does not run %s on %s in %s: %s", backend.name, op, device, dtype, "; ".join(why))
     raise BackendError(f"no backend runs {op} on {device} in {dtype}")
+
+
+def _candidates(device: torch.device) -> list[Backend]:
+    """What "auto" tries for tensors of a device, in this order. Kernels that are interpreted have to be named."""
+    return [_BACKENDS[name] for name in (("cuda", "triton") if device.type == "cuda" else ("native",))] + [_REFERENCE]
 
 
 # A graph of torch.compile keeps the backend that its first trace found: nothing is measured in it.
@@ -121,5 +126,5 @@ def _measuring(first: str, wanted: str, op: str, device: torch.device, dtype: to
 def _all_measured() -> Measured:
     global _measured
     if _measured is None:
-        _measured = Measured([backend for backend in _BACKENDS.values() if not backend.reasons()])
+        _measured = Measured([b for b in _candidates(torch.device("cuda")) if not b.reasons()])
     return _measured
