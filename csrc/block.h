@@ -43,8 +43,9 @@ class Images {
   template <typename P>
   void describe(P& p, int64_t outputs) const;
 
-  at::Tensor padded_;  // [N, C, H + 2 padding, W + 2 padding] channels-last
+  at::Tensor padded_;  // [N, C, H + 2 padding, W + 2 padding] channels-last, less each channel's level
   std::vector<int64_t> stride_, offsets_;
+  std::vector<double> levels_;  // [K]
   int64_t pool_, taps_, out_rows_, out_columns_;
 };
 

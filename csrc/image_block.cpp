@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/sub.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -59,13 +61,17 @@ Images::Images(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stri
               " numbers a patch and a pool of 1 or 2");
   const bool pads = padding[0] > 0 || padding[1] > 0;
   const at::Tensor whole = pads ? at::constant_pad_nd(x, {padding[1], padding[1], padding[0], padding[0]}) : x;
-  padded_ = whole.contiguous(at::MemoryFormat::ChannelsLast);
+  // The norm takes back any constant: images far from zero lose nothing to rounding when they are moved there first.
+  const at::Tensor levels = at::mean(x, {0, 2, 3}, true);
+  padded_ = at::sub(whole, levels).contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t inputs = x.size(1), width = padded_.size(3);
   out_rows_ = (padded_.size(2) - dilation[0] * (kernel[0] - 1) - 1) / stride[0] + 1;
   out_columns_ = (width - dilation[1] * (kernel[1] - 1) - 1) / stride[1] + 1;
   offsets_.assign(up(taps_, kImageTaps), 0);
+  const at::Tensor doubles = levels.to(at::kDouble);
   for (int64_t k = 0; k < taps_; ++k) {
     const int64_t c = k / (kernel[0] * kernel[1]), i = k / kernel[1] % kernel[0], j = k % kernel[1];
+    levels_.push_back(doubles.const_data_ptr<double>()[c]);
     offsets_[k] = (i * dilation[0] * width + j * dilation[1]) * inputs + c;
   }
 }
@@ -96,6 +102,13 @@ at::Tensor Images::moments() const {
   double* to = result.mutable_data_ptr<double>();
   for (int64_t slab = 0; slab < partial.size(0); ++slab, from += side * side)
     for (int64_t i = 0; i < side * side; ++i) to[i] += from[i];
+  // Back to where the images were: with q = p - level, p^T p = q^T q + level sum(q)^T + sum(q) level^T + M level level^T.
+  double* sums = to + taps_ * side;
+  const double count = sums[taps_];
+  for (int64_t i = 0; i < taps_; ++i)
+    for (int64_t j = 0; j < taps_; ++j)
+      to[i * side + j] += levels_[i] * sums[j] + sums[i] * levels_[j] + count * levels_[i] * levels_[j];
+  for (int64_t i = 0; i < taps_; ++i) to[i * side + taps_] = sums[i] += count * levels_[i];
   return result;
 }
 
@@ -119,15 +132,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> Images::forward(const
     const scalar_t* w = weight.const_data_ptr<scalar_t>();
     std::vector<double> along(taps_);
     for (int64_t o = 0; o < outputs; ++o, w += taps_) {
-      double m = 0.0, variance = 0.0;
+      double m = 0.0, level = 0.0, variance = 0.0;
       patches.apply(w, along.data());
       for (int64_t k = 0; k < taps_; ++k) {
         m += double(w[k]) * patches.average[k];
+        level += double(w[k]) * (patches.average[k] - levels_[k]);
         variance += double(w[k]) * along[k];
         rows[k * p.padded_outputs + o] = w[k];
       }
       const double r = 1.0 / std::sqrt(std::max(variance, 0.0) + eps);
-      rows[taps_ * p.padded_outputs + o] = mean.mutable_data_ptr<scalar_t>()[o] = scalar_t(m);
+      mean.mutable_data_ptr<scalar_t>()[o] = scalar_t(m);
+      rows[taps_ * p.padded_outputs + o] = scalar_t(level);
       rstd.mutable_data_ptr<scalar_t>()[o] = scalar_t(r);
       rows[(taps_ + 1) * p.padded_outputs + o] = gamma.const_data_ptr<scalar_t>()[o] * scalar_t(r);
       rows[(taps_ + 2) * p.padded_outputs + o] = beta.const_data_ptr<scalar_t>()[o];
@@ -185,7 +200,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Images::backward(const at::Tensor
       patches.apply(w, along.data());
       for (int64_t k = 0; k < taps_; ++k) {
         double& a = p.partial[k * p.padded_outputs + o];
-        a -= sum * patches.average[k];
+        a -= sum * (patches.average[k] - levels_[k]);
         centred += double(w[k]) * a;
       }
       const double slope = centred * r;

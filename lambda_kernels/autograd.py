@@ -227,6 +227,26 @@ class Linear(Function):
         return merged.split(Linear.apply(*merged.operands, backend)), 0
 
 
+class Block(Function):
+    """A fused block where no gradient is asked for: y [T, N, O, H', W'], mean and rstd [T, O]."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int, backend: Backend
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, mean, rstd = backend.block(x, weight, gamma, beta, spec, eps, pool)
+        return _own(y), mean, rstd
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, *constants: Any) -> Any:
+        merged = _merge(info.batch_size, in_dims[:4], (x, weight, gamma, beta))
+        return tuple(merged.split(r) for r in Block.apply(*merged.operands, *constants)), (0, 0, 0)
+
+
 class NormReluPool(Function):
     """Batch-statistics norm, ReLU and max-pool of z [T, N, C, H, W]; returns y, index, mean, rstd as the backend does.
 

@@ -147,16 +147,25 @@ def conv_block_with_statistics(
     backend = choose("conv_block", x, pool)
     ranks = ((x, 4), (weight, 4), (bias, 1), (gamma, 1), (beta, 1))
     tasks = any(t is not None and t.dim() > rank for t, rank in ranks)
-    z = autograd.Conv2d.apply(backend.layout(_lift(x, 4)), _lift(weight, 4), None, spec, backend)
-    gamma = z.new_ones(z.shape[2]) if gamma is None else gamma
-    beta = z.new_zeros(z.shape[2]) if beta is None else beta
-    z = z.expand(max(z.shape[0], count), *z.shape[1:])
-    y, _, mean, rstd = autograd.NormReluPool.apply(
-        z, _lift(gamma, 1), _lift(beta, 1), _lift_if(bias, 1), eps, pool, backend
-    )
+    gamma = x.new_ones(weight.shape[-4]) if gamma is None else gamma
+    beta = x.new_zeros(weight.shape[-4]) if beta is None else beta
+    operands = backend.layout(_lift(x, 4)), _lift(weight, 4), _lift(gamma, 1), _lift(beta, 1)
+    if _wants_gradient(*operands, bias) or torch.compiler.is_compiling():
+        z = autograd.Conv2d.apply(*operands[:2], None, spec, backend)
+        z = z.expand(max(z.shape[0], count), *z.shape[1:])
+        y, _, mean, rstd = autograd.NormReluPool.apply(z, *operands[2:], _lift_if(bias, 1), eps, pool, backend)
+    else:
+        y, mean, rstd = autograd.Block.apply(*operands, spec, eps, pool, backend)
     mean = mean if bias is None else mean + bias.detach()
     variance = rstd.detach().pow(-2) - eps
     return (y, mean, variance) if tasks else (y.squeeze(0), mean.squeeze(0), variance.squeeze(0))
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    hidden = torch._C._are_functorch_transforms_active()  # a mapped tensor does not say what its gradient is wanted for
+    return hidden or any(t is not None and t.requires_grad for t in tensors)
 
 
 def _conv_spec(op: str, stride: IntOrPair, padding: IntOrPair, dilation: IntOrPair, groups: int) -> ConvSpec:

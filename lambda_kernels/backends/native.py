@@ -47,6 +47,15 @@ class Native(Reference):
             return x.contiguous().squeeze(2).unsqueeze(-1).movedim(-1, 2)
         return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
+    def block(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.image_refusals(x, weight, spec, pool):
+            return super().block(x, weight, gamma, beta, spec, eps, pool)
+        moments = self.image_moments(x, (weight.shape[-2], weight.shape[-1]), spec)
+        y, _, mean, rstd = self.image_block(x, weight, gamma, beta, moments, spec, eps, pool)
+        return y, mean, rstd
+
     def image_refusals(self, x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> list[str]:
         why = self.refusals("conv_block", x.device, x.dtype, pool)
         if spec.groups != 1 or weight[0, 0].numel() > MOST_TAPS:

@@ -143,6 +143,13 @@ class Reference:
         z = z.expand(max(z.shape[0], gamma.shape[0], beta.shape[0]), *z.shape[1:])
         return z, *self.norm_relu_pool(z, gamma, beta, eps, pool)
 
+    def block(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`conv_block` where nothing is kept for a gradient: y, mean, rstd."""
+        _, y, _, mean, rstd = self.conv_block(x, weight, gamma, beta, spec, eps, pool)
+        return y, mean, rstd
+
     def norm_relu_pool_grad(
         self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, pool: int, need_z: bool
     ) -> tuple[Tensor | None, Tensor, Tensor]:
