@@ -137,7 +137,7 @@ def test_environment_variable(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_wrong_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMBDA_KERNELS_BACKEND", "fast")
-    with pytest.raises(lk.BackendError, match="there is no backend 'fast': choose from native, cuda, triton, reference, auto"):
+    with pytest.raises(lk.BackendError, match="no backend 'fast': choose from native, cuda, triton, reference, auto"):
         conv2d(X, W)
 
 

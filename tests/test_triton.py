@@ -98,8 +98,8 @@ def test_conv2d_rounds_no_worse_than_torch(case: ConvCase, dtype: torch.dtype) -
     gy = torch.randn_like(results[0])
     grads = [torch.autograd.grad(y, t, gy.to(y.dtype)) for y, t in zip(results, (mine, plain, exact))]
     pixels = results[0].numel() // case.weight[0]
-    for name, *three in zip(("x", "weight", "bias"), *grads):
-        assert_as_exact(name, *three, terms=1 if name == "x" else pixels)
+    for name, own, theirs, want in zip(("x", "weight", "bias"), *grads):
+        assert_as_exact(name, own, theirs, want, 1 if name == "x" else pixels)
 
 
 @pytest.mark.parametrize("layout", ["channels-last", "sliced", "strided"])
@@ -149,8 +149,8 @@ def test_a_wide_convolution_reads_one_tap_at_a_time(tasks: tuple[int, int], dtyp
 
     mine, stock = all_three(TRITON, x, weight, gy), all_three(REFERENCE, x, weight, gy)
     truth = all_three(REFERENCE, x.double(), weight.double(), gy.double())
-    for name, terms, *three in zip(("y", "x", "weight"), (384, 384, 270), mine, stock, truth):
-        assert_as_exact(name, *three, terms=terms)
+    for name, terms, own, theirs, want in zip(("y", "x", "weight"), (384, 384, 270), mine, stock, truth):
+        assert_as_exact(name, own, theirs, want, terms)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -294,23 +294,20 @@ def test_norm_relu_pool_and_its_gradient(shape: tuple[int, ...], dtype: torch.dt
             plain = REFERENCE.norm_relu_pool_grad(gy, z, gamma, *saved, need_z)
             exact = index, want[2], want[3], pool
             truth = REFERENCE.norm_relu_pool_grad(gy.double(), z.double(), gamma.double(), *exact, need_z)
-            for name, *three in zip(("z", "gamma", "beta"), mine, plain, truth):
-                assert_as_exact(name, *three)
+            for name, ours, theirs, true in zip(("z", "gamma", "beta"), mine, plain, truth):
+                assert_as_exact(name, ours, theirs, true)
 
 
 @pytest.mark.parametrize("own", [("x",), ("weight",), ("gamma",), ("x", "beta"), ("x", "weight", "gamma", "beta")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_conv_block_is_its_convolution_and_norm(dtype: torch.dtype, own: tuple[str, ...]) -> None:
     shapes = {"x": (4, 3, 9, 8), "weight": (10, 3, 3, 3), "gamma": (10,), "beta": (10,)}
-    operands = [randn(T if name in own else 1, *shape, dtype=dtype) for name, shape in shapes.items()]
-    z, y, index, mean, rstd = TRITON.conv_block(*operands, PLAIN, 1e-5, 2)
-    exact = [t.double() for t in operands]
-    convolutions = [
-        b.conv2d(t[0], t[1], None, PLAIN).expand(z.shape) for b, t in ((REFERENCE, operands), (REFERENCE, exact))
-    ]
-    assert_as_exact("z", z, *convolutions)
-    stock = REFERENCE.norm_relu_pool(z, *operands[2:], 1e-5, 2)
-    truth = REFERENCE.norm_relu_pool(z.double(), *exact[2:], 1e-5, 2)
+    x, weight, gamma, beta = (randn(T if n in own else 1, *shape, dtype=dtype) for n, shape in shapes.items())
+    z, y, index, mean, rstd = TRITON.conv_block(x, weight, gamma, beta, PLAIN, 1e-5, 2)
+    plain, exact = (REFERENCE.conv2d(a, b, None, PLAIN) for a, b in ((x, weight), (x.double(), weight.double())))
+    assert_as_exact("z", z, plain.expand(z.shape), exact.expand(z.shape))
+    stock = REFERENCE.norm_relu_pool(z, gamma, beta, 1e-5, 2)
+    truth = REFERENCE.norm_relu_pool(z.double(), gamma.double(), beta.double(), 1e-5, 2)
     assert_as_exact("y", y, stock[0], truth[0])
     assert_moments(z, mean, rstd, stock, truth)
     assert dtype != DOUBLE or torch.equal(index, truth[1])
@@ -356,13 +353,30 @@ def test_cross_entropy_and_its_gradient(shape: tuple[int, ...], dtype: torch.dty
         labels = torch.randint(0, shape[2], (tasks, shape[1]))
         mine, stock = (b.cross_entropy_grad(logits, labels) for b in (TRITON, REFERENCE))
         truth = REFERENCE.cross_entropy_grad(logits.double(), labels)
-        for name, *three in zip(("loss", "gradient"), mine, stock, truth):
-            assert_as_exact(name, *three)
+        for name, own, theirs, want in zip(("loss", "gradient"), mine, stock, truth):
+            assert_as_exact(name, own, theirs, want)
     labels[0, 1] = shape[2]
     loss = TRITON.cross_entropy_grad(logits, labels)[0]
     assert bool(loss[0].isnan()) and (labels.shape[0] == 1 or not loss[1:].isnan().any())
     labels[0, 1] = -1
     assert bool(TRITON.cross_entropy_grad(logits, labels)[0][0].isnan())
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, SINGLE, torch.float16, torch.bfloat16], ids=name_of)
+def test_descent_in_place_is_torchs(dtype: torch.dtype) -> None:
+    shapes = [(7,), (1025,), (3, 4, 5), (1,), (0,), (2048,), *[(n,) for n in range(9, 40)]]  # for two launches
+    exact = [randn(2, *shape) for shape in shapes]
+    truth = [p - 0.03 * g for p, g in exact]
+    stock, got, gradients = ([t[i].to(dtype).clone() for t in exact] for i in (0, 0, 1))
+    TRITON.sgd_(got, gradients, 0.03)
+    torch._foreach_add_(stock, gradients, alpha=-0.03)
+    for mine, theirs, want in zip(got, stock, truth):
+        assert_as_exact("parameter", mine, theirs, want)
+    strided, every_other = torch.zeros(4, 4, dtype=dtype, device=DEVICE), torch.ones(4, 8, dtype=dtype, device=DEVICE)
+    TRITON.sgd_([strided.T[:, :2]], [every_other[:, ::4]], 1.0)  # not dense: torch's
+    TRITON.sgd_([strided[2:]], [every_other[2:, ::2]], 1.0)
+    assert strided.sum() == -8 - 8 and strided[2].eq(-1).all()
+    TRITON.sgd_([], [], 0.1)
 
 
 def chain(dtype: torch.dtype, updated: list[bool], tasks: int = 2) -> tuple[Any, ...]:
@@ -524,10 +538,10 @@ def test_every_element_is_written() -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that were started."""
-    from lambda_kernels.backends.triton import loss, norm, products
+    from lambda_kernels.backends.triton import loss, norm, products, update
 
     names: list[str] = []
-    for module in (loss, norm, products):
+    for module in (loss, norm, products, update):
 
         def launch(kernel: Any, *arguments: Any, to: Any = module.launch, **options: Any) -> None:
             names.append(kernel.__name__)
@@ -542,6 +556,7 @@ def test_how_many_launches_a_method_takes(launched: list[str]) -> None:
     z, y, index, mean, rstd = TRITON.conv_block(x, weight, bias, bias, PLAIN, 1e-5, 2)
     assert launched == ["convolve", "merge", "normalise"]
     wanted: list[tuple[Any, list[str]]] = [
+        (lambda: TRITON.sgd_([weight.clone() for _ in range(10)], [weight] * 10, 0.1), ["descend"]),
         (lambda: TRITON.conv2d(x, weight, bias, PLAIN), ["convolve"]),
         (lambda: TRITON.conv2d(x, weight[:1], bias, PLAIN), ["convolve"]),
         (lambda: TRITON.conv2d_input_grad(z, weight, x.shape, PLAIN), ["convolve"]),

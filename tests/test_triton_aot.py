@@ -28,6 +28,7 @@ KERNELS = {
     "finish_sums",
     "dense_gradient",
     "cross_entropy",
+    "descend",
 }
 
 

@@ -35,9 +35,9 @@ class Launch(NamedTuple):
 
     module: str
     kernel: str
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[str, Any]
-    divisible: tuple[int, ...]  # places of the arguments that are multiples of 16
+    divisible: tuple[tuple[int, ...], ...]  # places of the arguments, or in one of them, that are multiples of 16
     options: dict[str, int]
 
 
@@ -46,20 +46,28 @@ def recorded(kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) -
     names = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
     names |= {torch.uint8: "*u8", torch.int64: "*i64"}
     signature, constants, divisible = {}, {}, []
+
+    def kind(value: Any, *path: int) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(v, *path, i) for i, v in enumerate(value))
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor) or value % 16 == 0:
+            divisible.append(path)
+        return names[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+
     for place, (parameter, value) in enumerate(zip(kernel.params, arguments, strict=True)):
         if parameter.is_constexpr or (type(value) is int and value == 1):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
-        signature[parameter.name] = names[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-        if isinstance(value, torch.Tensor) or value % 16 == 0:
-            divisible.append(place)
+        signature[parameter.name] = kind(value, place)
     module = kernel.fn.__module__.rpartition(".")[2]
     return Launch(module, kernel.fn.__name__, signature, constants, tuple(divisible), options)
 
 
 def launches(dtype: str, every_tile: bool) -> list[Launch]:
     """What the backend launches for first and inner blocks, a head and their gradients, each once."""
-    from lambda_kernels.backends.triton import launch, loss, norm, products
+    from lambda_kernels.backends.triton import launch, loss, norm, products, update
     from lambda_kernels.spec import ConvSpec
 
     found: list[Launch] = []
@@ -88,6 +96,7 @@ def launches(dtype: str, every_tile: bool) -> list[Launch]:
         mock.patch.object(products, "launch", keep),
         mock.patch.object(norm, "launch", keep),
         mock.patch.object(loss, "launch", keep),
+        mock.patch.object(update, "launch", keep),
     ):
         gamma = torch.empty(tasks, width, dtype=kind)
         for channels in (3, width):
@@ -105,6 +114,7 @@ def launches(dtype: str, every_tile: bool) -> list[Launch]:
         g = products.linear(features, head, gamma[:, :ways])
         products.linear(g.mT, features.mT, None)
         products.linear(g, head.mT, None)
+        update.sgd_([gamma, head], [gamma, head], 0.01)
         loss.cross_entropy_grad(g, torch.zeros(1, images, dtype=torch.int64))
     return found
 
@@ -119,7 +129,7 @@ def compiled(job: tuple[str, int, Launch]) -> dict[str, Any]:
 
     dtype, architecture, launch = job
     kernel = getattr(importlib.import_module(f"lambda_kernels.backends.triton.{launch.module}"), launch.kernel)
-    attributes = {(place,): [["tt.divisibility", 16]] for place in launch.divisible}
+    attributes = {path: [["tt.divisibility", 16]] for path in launch.divisible}
     source = ASTSource(fn=kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
     began = time.perf_counter()
     done = triton.compile(

@@ -292,7 +292,8 @@ class Reference:
 
     def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], lr: float) -> None:
         """parameter <- parameter - lr gradient, in place, for every pair of equal shapes and dtypes."""
-        torch._foreach_add_(parameters, gradients, alpha=-lr)
+        if parameters:
+            torch._foreach_add_(parameters, gradients, alpha=-lr)
 
     def inner_loop_refusals(self, dtype: torch.dtype) -> list[str]:
         """Why `inner_loop` is not for a chain of this dtype; empty when it is. With the reference alone, autograd is

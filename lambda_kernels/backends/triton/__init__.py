@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...spec import ConvSpec
 from ..reference import Reference
-from .operators import call
+from .operators import call, kernel
 
 __all__ = ["Triton"]
 
@@ -52,10 +52,7 @@ def _reasons(interpreting: bool) -> tuple[str, ...]:
 
 
 class Triton(Reference):
-    """Implicit matrix products with a task axis, and a fused block of three launches.
-
-    `sgd_` stays torch's: _foreach_add_ is one launch for all tensors already, and a CUDA graph captures it.
-    """
+    """Implicit matrix products with a task axis, a fused block of three launches, all updates in one."""
 
     name = "triton"
 
@@ -109,3 +106,10 @@ class Triton(Reference):
 
     def cross_entropy_grad(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return call("cross_entropy_grad", logits, labels)
+
+    def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], lr: float) -> None:
+        kinds = {(p.dtype, p.device) for p in parameters}
+        if len(kinds) == 1 and all(p.is_contiguous() for p in parameters):
+            kernel("sgd_")(parameters, [g.contiguous() for g in gradients], lr)
+        else:
+            super().sgd_(parameters, gradients, lr)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...spec import ConvSpec
 from . import outputs
 
-__all__ = ["call"]
+__all__ = ["call", "kernel"]
 
 LIBRARY = torch.library.Library("lambda_kernels_triton", "DEF")
 # Name: the module with its implementation, and its signature. geometry is stride, padding, dilation, groups.
@@ -48,12 +48,14 @@ def call(name: str, *arguments: Any) -> Any:
     if torch.compiler.is_compiling():
         flat = (_flat(a) if isinstance(a, ConvSpec) else a for a in arguments)
         return getattr(torch.ops.lambda_kernels_triton, name)(*flat)
-    return _kernel(name)(*arguments)
+    return kernel(name)(*arguments)
 
 
 @cache
-def _kernel(name: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"{__package__}.{OPERATORS[name][0]}"), name)
+def kernel(name: str) -> Callable[..., Any]:
+    """The implementation of an operator, or `sgd_`, which is none: it changes its operands."""
+    module = OPERATORS[name][0] if name in OPERATORS else "update"
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
 
 
 def _flat(spec: ConvSpec) -> list[int]:
@@ -67,7 +69,7 @@ def _spec(geometry: list[int]) -> ConvSpec:
 
 def _implementation(name: str) -> Callable[..., Any]:
     def implementation(*arguments: Any) -> Any:
-        return _kernel(name)(*(_spec(a) if i == place else a for i, a in enumerate(arguments)))
+        return kernel(name)(*(_spec(a) if i == place else a for i, a in enumerate(arguments)))
 
     signature = OPERATORS[name][1]
     place = signature.partition("int[] geometry")[0].count(",") if "int[] geometry" in signature else -1
