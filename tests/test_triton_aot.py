@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ def test_every_kernel_compiles_for_every_gpu_and_dtype(rows: list[dict[str, Any]
 
 @pytest.mark.slow
 def test_nothing_spills_and_shared_memory_suffices(rows: list[dict[str, Any]]) -> None:
-    # ptxas may put a few bytes aside, of far fewer registers than there are, for one more block a multiprocessor.
-    assert [row for row in rows if row["stack"] > (16 if row["registers"] <= 128 else 0) or row["local"]] == []
+    # The ptxas of older versions puts a few bytes aside, of far fewer registers than there are, for one more block.
+    aside = 0 if metadata.version("triton").startswith("3.9.") else 16
+    assert [row for row in rows if row["stack"] > (aside if row["registers"] <= 128 else 0) or row["local"]] == []
     assert [row for row in rows if row["shared"] > row["shared_limit"]] == []
 
 
