@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lambda_kernels.spec import ConvSpec
+
 BACKENDS = ("reference", "native")
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}  # float64 against float64
 # Absolute term of the error bound, in roundings of the largest value.
@@ -77,6 +79,41 @@ BLOCKS = (
     BlockCase("groups-stride", 3, 4, 6, (15, 12), stride=2, groups=2, padding=0),
 )
 THIRDS = BlockCase("pool-3", 3, 4, 5, (10, 11), pool=3)  # a window that the native backend has no kernel for
+
+class ImageCase(NamedTuple):
+    """A first block whose patches have at most 32 numbers."""
+
+    name: str
+    images: int
+    inputs: int
+    width: int
+    size: tuple[int, int]
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+    pool: int = 2
+
+    @property
+    def spec(self) -> ConvSpec:
+        return ConvSpec(self.stride, self.padding, self.dilation, 1)
+
+
+IMAGES = (
+    ImageCase("rgb-48", 3, 3, 48, (13, 15)),
+    ImageCase("rgb-100", 2, 3, 100, (9, 12)),
+    ImageCase("gray-5", 5, 1, 5, (14, 11)),
+    ImageCase("width-1", 4, 3, 1, (7, 7), padding=(0, 0)),
+    ImageCase("5x5", 3, 1, 48, (11, 12), kernel=(5, 5), padding=(2, 1)),
+    ImageCase("2x3-of-5", 2, 5, 33, (9, 10), kernel=(2, 3), padding=(0, 1)),
+    ImageCase("dilation", 2, 3, 5, (13, 12), dilation=(2, 2)),
+    ImageCase("dilation-pair", 2, 2, 16, (12, 13), padding=(0, 2), dilation=(2, 3), pool=1),
+    ImageCase("stride", 3, 1, 8, (15, 16), stride=(2, 1)),
+    ImageCase("no-pool", 2, 3, 48, (6, 7), pool=1),
+    ImageCase("no-pool-stride", 3, 3, 5, (9, 9), stride=(2, 2), padding=(0, 0), pool=1),
+    ImageCase("one-pixel", 7, 3, 6, (1, 1), kernel=(1, 1), padding=(0, 0), pool=1),
+    ImageCase("32-taps", 2, 2, 12, (9, 8), kernel=(4, 4)),
+)
 
 LINEARS = {
     "rows": ((5, 7), (3, 7)),

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import setuptools
 import torch
-from cases import BLOCKS, BlockCase, assert_as_exact
+from cases import BLOCKS, IMAGES, BlockCase, assert_as_exact
 from cuda_emulator import build
 from torch import Tensor
 
@@ -192,38 +192,6 @@ def test_what_is_not_finite_and_ties(runner: Runner, pool: int, width: int) -> N
     got, want = (b.norm_relu_pool(z, gamma, beta, 1e-5, pool) for b in (runner.backend, REFERENCE))
     assert torch.equal(got[1], want[1]) and bool(got[0][1, :, 2].isnan().all()) and not got[0][0].isnan().any()
     torch.testing.assert_close(got, want, equal_nan=True)
-
-
-class ImageCase(NamedTuple):
-    name: str
-    images: int
-    inputs: int
-    width: int
-    size: tuple[int, int]
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    pool: int = 2
-
-    @property
-    def spec(self) -> ConvSpec:
-        return ConvSpec(self.stride, self.padding, self.dilation, 1)
-
-
-IMAGES = (
-    ImageCase("rgb-48", 3, 3, 48, (13, 15)),
-    ImageCase("rgb-100", 2, 3, 100, (9, 12)),
-    ImageCase("gray-5", 5, 1, 5, (14, 11)),
-    ImageCase("width-1", 4, 3, 1, (7, 7), padding=(0, 0)),
-    ImageCase("5x5", 3, 1, 48, (11, 12), kernel=(5, 5), padding=(2, 1)),
-    ImageCase("dilation", 2, 3, 5, (13, 12), dilation=(2, 2)),
-    ImageCase("stride", 3, 1, 8, (15, 16), stride=(2, 1)),
-    ImageCase("no-pool", 2, 3, 48, (6, 7), pool=1),
-    ImageCase("no-pool-stride", 3, 3, 5, (9, 9), stride=(2, 2), padding=(0, 0), pool=1),
-    ImageCase("one-pixel", 7, 3, 6, (1, 1), kernel=(1, 1), padding=(0, 0), pool=1),
-    ImageCase("32-taps", 2, 2, 12, (9, 8), kernel=(4, 4)),
-)
 
 
 OWN = ("", "x", "weight gamma beta", "x weight beta")

@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from cases import assert_as_exact
+from cases import EXACT, IMAGES, ImageCase, assert_as_exact
 from torch import Tensor
 
 from lambda_kernels.backends.native import Native
@@ -20,39 +20,19 @@ from lambda_kernels.spec import ConvSpec
 EPS = 1e-5
 
 
-class Case(NamedTuple):
-    images: int
-    inputs: int
-    width: int
-    size: tuple[int, int]
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    pool: int = 2
-
-    @property
-    def spec(self) -> ConvSpec:
-        return ConvSpec(self.stride, self.padding, self.dilation, 1)
+LARGE = (
+    ImageCase("28x28", 5, 1, 64, (28, 28)),
+    ImageCase("84x84", 2, 3, 32, (84, 84)),
+    ImageCase("75-images", 75, 3, 5, (7, 7)),
+    ImageCase("21x21", 3, 1, 48, (21, 21), pool=1),
+    ImageCase("33x47", 1, 3, 100, (33, 47)),
+)
+CASES = {case.name: case for case in (*IMAGES, *LARGE)}
 
 
-CASES = {
-    "28x28": Case(5, 1, 64, (28, 28)),
-    "84x84": Case(2, 3, 32, (84, 84)),
-    "7x7": Case(75, 3, 5, (7, 7)),
-    "21x21": Case(3, 1, 48, (21, 21), pool=1),
-    "33x47": Case(1, 3, 100, (33, 47)),
-    "one-channel": Case(4, 1, 1, (9, 8)),
-    "5x5": Case(2, 1, 7, (11, 12), kernel=(5, 5), padding=(2, 0)),
-    "1x1": Case(3, 3, 17, (5, 6), kernel=(1, 1), padding=(0, 0), pool=1),
-    "2x3-of-5": Case(2, 5, 33, (9, 10), kernel=(2, 3), padding=(0, 1)),
-    "stride": Case(2, 3, 20, (15, 17), stride=(2, 1)),
-    "dilation": Case(2, 2, 16, (12, 13), dilation=(2, 3), padding=(0, 2), pool=1),
-    "32-taps": Case(2, 2, 9, (8, 9), kernel=(4, 4)),
-}
-
-
-def operands(case: Case, dtype: torch.dtype, tasks: int, shared: bool = False, shift: float = 0.0) -> dict[str, Tensor]:
+def operands(
+    case: ImageCase, dtype: torch.dtype, tasks: int, shared: bool = False, shift: float = 0.0
+) -> dict[str, Tensor]:
     """The operands, drawn in float64, and the gradient of y."""
     generator = torch.Generator().manual_seed(0)
 
@@ -71,7 +51,9 @@ def operands(case: Case, dtype: torch.dtype, tasks: int, shared: bool = False, s
     return {name: t.to(dtype) for name, t in drawn.items()}
 
 
-def results(backend: Reference, case: Case, given: dict[str, Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
+def results(
+    backend: Reference, case: ImageCase, given: dict[str, Tensor], index: Tensor | None = None
+) -> dict[str, Tensor]:
     """All that the three operations give; the gradients by the given choice of maxima."""
     x, weight, gamma, beta = given.values()
     moments = backend.image_moments(x, case.kernel, case.spec)
@@ -101,7 +83,9 @@ def test_as_the_reference(name: str, dtype: torch.dtype, tasks: int, shared: boo
     rounding = 1e-14 if dtype == torch.float64 else 1e-6  # of the images, which are moved to zero first
     assert (got.pop("moments") - truth["moments"]).abs().max() <= rounding * truth["moments"].abs().max()
     for key in got:
-        if key != "index":
+        if dtype == torch.float64:
+            torch.testing.assert_close(got[key], truth[key], **EXACT)
+        elif key != "index":
             assert_as_exact(key, got[key], stock[key], truth[key], terms)
 
 
@@ -118,7 +102,7 @@ def test_images_far_from_zero_lose_no_more_than_in_torch() -> None:
 
 
 def test_nan_comes_through() -> None:
-    case = CASES["7x7"]
+    case = CASES["75-images"]
     given = operands(case, torch.float32, 1)
     given["x"][0, 0, 0, 0, 0] = torch.nan
     assert results(Native(), case, given)["y"].isnan().all()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..spec import ConvSpec, output_size
 from . import native  # the schemas of torch.ops.lambda_kernels, where the extension loads
-from .reference import Reference
+from .reference import Reference, channels_last
 
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # lk::Dtype
@@ -195,9 +195,7 @@ class Cuda(Reference):
         return why
 
     def layout(self, x: Tensor) -> Tensor:
-        if x.shape[2] == 1:  # dense either way: name the channel stride 1, by which ATen recognises channels-last
-            return x.contiguous().squeeze(2).unsqueeze(-1).movedim(-1, 2)
-        return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        return channels_last(x)
 
     def _launch(self, name: str, parameters: ctypes.Structure, x: Tensor, what: str) -> None:
         if x.device.type != "cuda":

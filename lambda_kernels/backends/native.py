@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _build
 from ..spec import BlockSpec, ConvSpec
-from .reference import Reference
+from .reference import Reference, channels_last
 
 _WHY = _build.mismatch()
 if not _WHY:
@@ -43,9 +43,7 @@ class Native(Reference):
         return why
 
     def layout(self, x: Tensor) -> Tensor:
-        if x.shape[2] == 1:  # dense either way: name the channel stride 1, by which ATen recognises channels-last
-            return x.contiguous().squeeze(2).unsqueeze(-1).movedim(-1, 2)
-        return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        return channels_last(x)
 
     def block(
         self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int

@@ -52,6 +52,13 @@ def over_pixels(v: Tensor) -> Tensor:
     return v[:, None, :, None, None]
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """x [1|T, N, C, H, W] with its channels side by side in memory."""
+    if x.shape[2] == 1:  # dense either way: name the channel stride 1, by which ATen recognises channels-last
+        return x.contiguous().squeeze(2).unsqueeze(-1).movedim(-1, 2)
+    return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
 class Reference:
     """The operations that a backend must have, in ATen; other backends override what they do better."""
 

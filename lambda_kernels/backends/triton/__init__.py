@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...spec import ConvSpec
-from ..reference import Reference
+from ..reference import Reference, channels_last
 from .operators import call, kernel
 
 __all__ = ["Triton"]
@@ -72,9 +72,7 @@ class Triton(Reference):
         return why
 
     def layout(self, x: Tensor) -> Tensor:
-        if x.shape[2] == 1:  # dense either way: name the channel stride 1, by which channels-last is recognised
-            return x.contiguous().squeeze(2).unsqueeze(-1).movedim(-1, 2)
-        return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        return channels_last(x)
 
     def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
         return call("conv2d", x, weight, bias, spec)
