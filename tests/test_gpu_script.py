@@ -255,8 +255,8 @@ def test_a_wrong_batch_of_tasks_gets_no_time(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("one_thread")
 def test_a_wrong_backend_gets_no_time_and_does_not_hide_the_others(monkeypatch, tmp_path):
     bench_gpu = module("bench_gpu")
-    right = Native.norm_relu_pool
-    monkeypatch.setattr(Native, "norm_relu_pool", lambda self, z, gamma, *more: right(self, z, 1.01 * gamma, *more))
+    right = Native.block
+    monkeypatch.setattr(Native, "block", lambda self, x, w, gamma, *more: right(self, x, w, 1.01 * gamma, *more))
     every = bench_gpu.Bench.rows
     monkeypatch.setattr(bench_gpu.Bench, "rows", lambda self: [r for r in every(self) if r[0]["kind"] == "kernel"])
     failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json")
