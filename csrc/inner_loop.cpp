@@ -9,13 +9,16 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "block.h"
@@ -26,9 +29,95 @@ namespace {
 constexpr int64_t kPerBlock = 3;     // weight, gamma, beta
 constexpr int64_t kGeometry = 8;     // stride, padding, dilation (vertical, horizontal each), groups, pool
 
+struct Geometry {
+  at::IntArrayRef stride, padding, dilation;  // vertical, horizontal
+  int64_t groups;
+
+  // Size of the result for images [N, C, H, W] and a weight [O, C / groups, kh, kw].
+  std::pair<int64_t, int64_t> output(at::IntArrayRef x, at::IntArrayRef weight) const {
+    const auto along = [&](int axis) {
+      return (x[2 + axis] + 2 * padding[axis] - dilation[axis] * (weight[2 + axis] - 1) - 1) / stride[axis] + 1;
+    };
+    return {along(0), along(1)};
+  }
+};
+
+constexpr int64_t kMostColumns = 1 << 18;  // numbers of a patch matrix that stays in the second-level cache
+
+// A convolution of few pixels as matrix products over its patches [M, K], K = kh kw C: for these a call of the library's
+// convolution takes longer than its arithmetic. The weight is kept as [K, O] over all steps.
+class Columns {
+ public:
+  static bool takes(const at::Tensor& x, at::IntArrayRef weight, const Geometry& of) {
+    const auto [rows, columns] = of.output(x.sizes(), weight);
+    return of.groups == 1 && x.size(0) * rows * columns * weight[1] * weight[2] * weight[3] <= kMostColumns;
+  }
+
+  Columns(const at::Tensor& weight, const Geometry& of)
+      : of_(of), kernel_(weight.sizes().vec()),
+        weight_(weight.permute({2, 3, 1, 0}).reshape({-1, weight.size(0)}).clone()) {}
+
+  // x [N, C, H, W] -> [N, O, H', W'], both channels-last
+  at::Tensor forward(const at::Tensor& x) {
+    const auto [rows, columns] = of_.output(x.sizes(), kernel_);
+    if (!x.is_same(x_)) {
+      x_ = x, rows_ = rows, columns_ = columns;
+      patches_ = at::empty({x.size(0) * rows * columns, weight_.size(0)}, x.options());
+      move<false>(x.permute({0, 2, 3, 1}).contiguous(), patches_);
+    }
+    return at::mm(patches_, weight_).view({x.size(0), rows, columns, kernel_[0]}).permute({0, 3, 1, 2});
+  }
+
+  at::Tensor input_gradient(const at::Tensor& dz) {
+    const at::Tensor pixels = at::zeros({x_.size(0), x_.size(2), x_.size(3), x_.size(1)}, dz.options());
+    move<true>(pixels, at::mm(rows_of(dz), weight_.t()));
+    return pixels.permute({0, 3, 1, 2});
+  }
+
+  void descend(const at::Tensor& dz, double lr) { weight_.addmm_(patches_.t(), rows_of(dz), 1, -lr); }
+
+  // The weight [O, C, kh, kw] as it is now.
+  at::Tensor weight() const { return weight_.view({kernel_[2], kernel_[3], kernel_[1], kernel_[0]}).permute({3, 2, 0, 1}); }
+
+ private:
+  at::Tensor rows_of(const at::Tensor& dz) const { return dz.permute({0, 2, 3, 1}).reshape({-1, kernel_[0]}); }
+
+  // Copies images [N, H, W, C] to patches, or adds patches to images.
+  template <bool kBack>
+  void move(const at::Tensor& images, const at::Tensor& patches) const {
+    const int64_t height = images.size(1), width = images.size(2), C = images.size(3), K = weight_.size(0);
+    AT_DISPATCH_FLOATING_TYPES(images.scalar_type(), "inner_loop", [&] {
+      scalar_t* const image = images.mutable_data_ptr<scalar_t>();
+      scalar_t* to = patches.mutable_data_ptr<scalar_t>();
+      for (int64_t m = 0; m < patches.size(0); ++m, to += K) {
+        const int64_t n = m / (rows_ * columns_), row = m / columns_ % rows_, column = m % columns_;
+        for (int64_t i = 0; i < kernel_[2]; ++i)
+          for (int64_t j = 0; j < kernel_[3]; ++j) {
+            const int64_t h = row * of_.stride[0] - of_.padding[0] + i * of_.dilation[0];
+            const int64_t w = column * of_.stride[1] - of_.padding[1] + j * of_.dilation[1];
+            scalar_t* const own = to + (i * kernel_[3] + j) * C;
+            const bool inside = h >= 0 && h < height && w >= 0 && w < width;
+            scalar_t* const pixel = image + ((n * height + h) * width + w) * C;
+            if (kBack && inside)
+              for (int64_t c = 0; c < C; ++c) pixel[c] += own[c];
+            else if (!kBack && inside)
+              std::copy(pixel, pixel + C, own);
+            else if (!kBack)
+              std::fill(own, own + C, scalar_t(0));
+          }
+      }
+    });
+  }
+
+  Geometry of_;
+  std::vector<int64_t> kernel_;  // O, C, kh, kw
+  at::Tensor weight_, x_, patches_;
+  int64_t rows_ = 0, columns_ = 0;
+};
+
 struct Block {
-  at::IntArrayRef stride, padding, dilation;
-  int64_t groups, pool;
+  Geometry of;
+  int64_t pool;
   double eps;
   bool update_weight, update_gamma, update_beta;
   bool below;  // an updated parameter lies in a block before this one, so the input gradient is needed
@@ -36,6 +125,7 @@ struct Block {
   at::Tensor x, z, index, mean, rstd;     // of the current step
   std::optional<Images> images;           // of a first block that is updated, in place of z
   at::Tensor moments;
+  std::optional<Columns> columns;         // of a block with few pixels, in place of the library's convolution
 };
 
 // Replaces logits [N, ways] by d loss / d logits of the mean cross-entropy; returns the loss.
@@ -64,8 +154,9 @@ void adapt(at::Tensor x, const at::Tensor& labels, std::vector<Block>& blocks, c
   if (!blocks.empty()) {
     Block& first = blocks.front();
     if ((first.update_weight || first.update_gamma || first.update_beta) &&
-        Images::takes(first.weight.sizes(), first.groups, first.pool)) {
-      first.images.emplace(x, first.weight.sizes().slice(2), first.stride, first.padding, first.dilation, first.pool);
+        Images::takes(first.weight.sizes(), first.of.groups, first.pool)) {
+      first.images.emplace(x, first.weight.sizes().slice(2), first.of.stride, first.of.padding, first.of.dilation,
+                           first.pool);
       first.moments = first.images->moments();
     }
   }
@@ -79,7 +170,11 @@ void adapt(at::Tensor x, const at::Tensor& labels, std::vector<Block>& blocks, c
         continue;
       }
       block.x = a;
-      block.z = at::convolution(a, block.weight, {}, block.stride, block.padding, block.dilation, false, {0, 0}, block.groups)
+      if (step == 0 && Columns::takes(a, block.weight.sizes(), block.of))
+        block.columns.emplace(block.weight, block.of);
+      block.z = (block.columns ? block.columns->forward(a)
+                               : at::convolution(a, block.weight, {}, block.of.stride, block.of.padding, block.of.dilation,
+                                                 false, {0, 0}, block.of.groups))
                     .unsqueeze(0);
       at::Tensor y;
       std::tie(y, block.index, block.mean, block.rstd) =
@@ -112,8 +207,14 @@ void adapt(at::Tensor x, const at::Tensor& labels, std::vector<Block>& blocks, c
       if (block->update_beta) block->beta.add_(dbeta, -lr);
       if (need_z) {
         const at::Tensor dz = dz_.squeeze(0);
-        const auto [gx, gw, _] = at::convolution_backward(dz, block->x, block->weight, {}, block->stride, block->padding,
-                                                          block->dilation, false, {0, 0}, block->groups,
+        if (block->columns) {
+          if (block->below) ga = block->columns->input_gradient(dz);
+          if (block->update_weight) block->columns->descend(dz, lr);
+          go_on = block->below;
+          continue;
+        }
+        const auto [gx, gw, _] = at::convolution_backward(dz, block->x, block->weight, {}, block->of.stride, block->of.padding,
+                                                          block->of.dilation, false, {0, 0}, block->of.groups,
                                                           {block->below, block->update_weight, false});
         if (block->update_weight) block->weight.add_(gw, -lr);
         ga = gx;
@@ -121,6 +222,8 @@ void adapt(at::Tensor x, const at::Tensor& labels, std::vector<Block>& blocks, c
       go_on = block->below;
     }
   }
+  for (const Block& block : blocks)
+    if (block.columns && block.update_weight) block.weight.copy_(block.columns->weight());
 }
 
 }  // namespace
@@ -163,9 +266,9 @@ at::Tensor inner_loop(const at::Tensor& x, const at::Tensor& labels, at::TensorL
       for (int64_t b = 0; b < blocks; ++b) {
         const at::IntArrayRef numbers = geometry.slice(b * kGeometry, kGeometry);
         const int64_t first = b * kPerBlock;
-        Block block{numbers.slice(0, 2), numbers.slice(2, 2), numbers.slice(4, 2), numbers[6], numbers[7], eps[b],
+        Block block{{numbers.slice(0, 2), numbers.slice(2, 2), numbers.slice(4, 2), numbers[6]}, numbers[7], eps[b],
                     updated[first] != 0, updated[first + 1] != 0, updated[first + 2] != 0, below,
-                    own(first), own(first + 1).unsqueeze(0), own(first + 2).unsqueeze(0), {}, {}, {}, {}, {}, {}, {}};
+                    own(first), own(first + 1).unsqueeze(0), own(first + 2).unsqueeze(0), {}, {}, {}, {}, {}, {}, {}, {}};
         below = below || block.update_weight || block.update_gamma || block.update_beta;
         chain.push_back(std::move(block));
       }

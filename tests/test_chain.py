@@ -59,16 +59,23 @@ def conv4() -> nn.Module:
     return models.conv4(WAYS, 2, 5, 17)
 
 
-NETWORKS: list[tuple[Callable[[], nn.Module], int]] = [(conv4, 17), (viewed, 13)]
+def large() -> nn.Module:
+    """Its first block takes the library's convolution, its second one a matrix product."""
+    return models.conv4(WAYS, 4, 8, 41)
+
+
+NETWORKS: list[tuple[Callable[[], nn.Module], int, int]] = [(conv4, 2, 17), (viewed, 2, 13), (large, 4, 41)]
 
 
 @needs_native
 @pytest.mark.parametrize("norm", ["follow", "never"])
-@pytest.mark.parametrize(("build", "size"), NETWORKS, ids=["conv4", "viewed"])
-def test_every_pattern_equals_the_general_path(build: Callable[[], nn.Module], size: int, norm: str) -> None:
+@pytest.mark.parametrize(("build", "channels", "size"), NETWORKS, ids=["conv4", "viewed", "large"])
+def test_every_pattern_equals_the_general_path(
+    build: Callable[[], nn.Module], channels: int, size: int, norm: str
+) -> None:
     torch.manual_seed(0)
     model = build().double()
-    xs, ys, xq = tasks(3, 2, size, torch.float64)
+    xs, ys, xq = tasks(3, channels, size, torch.float64)
     for pattern in Pattern.all(len(plan_of(model).layers)):
         assert plan_of(model).part(str(pattern), norm).chain is not None, pattern
         given: dict[str, Any] = dict(pattern=pattern, steps=3, lr=0.2, norm=norm)
