@@ -109,6 +109,35 @@ def test_a_backend_that_is_not_right_is_not_used(fast: Fast, words: str, caplog:
     assert "and more" not in caplog.text
 
 
+def test_where_memory_does_not_suffice_the_first_one_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    backend, clock, table = measured(Fast(), "reference", "fast")
+
+    def full(runs: Mapping[str, Any]) -> dict[str, float]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.9 GiB.\nand more")
+
+    monkeypatch.setattr(backend, "_clock", full)
+    call = operands()
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(backend.conv2d(*call), Reference().conv2d(*call))
+    assert not table.choices
+    assert "memory does not suffice: CUDA out of memory. Tried to allocate 2.9 GiB." in caplog.text
+    monkeypatch.setattr(backend, "_clock", clock)
+    backend.conv2d(*call)
+    assert [c.chosen for c in table.choices.values()] == ["reference"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_no_disagreement(dtype: torch.dtype) -> None:
+    near, far = Fast(wrong=float(torch.finfo(dtype).eps)), Fast(wrong=0.2)
+    for fast, chosen in ((near, "fast"), (far, "reference")):
+        backend, _, table = measured(fast, "fast")
+        x, weight, _, spec = operands()
+        backend.conv2d(x.to(dtype), weight.to(dtype), None, spec)
+        assert [c.chosen for c in table.choices.values()] == [chosen]
+
+
 def test_a_backend_that_refuses_is_named_with_its_reason() -> None:
     backend, clock, _ = measured(Fast(refuses="not today"), "fast")
     backend.conv2d(*operands())

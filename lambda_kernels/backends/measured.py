@@ -113,19 +113,28 @@ def table_of(device: torch.device) -> Table:
     return Table(cache_folder() / f"choices-{re.sub(r'[^A-Za-z0-9.]+', '-', '-'.join(parts))}.json")
 
 
-def cuda_clock(runs: Mapping[str, Run], rounds: int = 11, calls: int = 5) -> dict[str, float]:
-    """Median milliseconds of a call, by CUDA events, the runs in turn; `calls` of one run are timed together."""
+def cuda_clock(runs: Mapping[str, Run], budget: float = 100.0) -> dict[str, float]:
+    """Median milliseconds of a call, by CUDA events, the runs in turn: 3 to 11 times each, about `budget` ms in all.
+
+    Short calls of one run are timed together, so that its launches follow each other.
+    """
+
+    def elapsed(run: Run, calls: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / calls
+
+    longest = max(min(elapsed(run, 1) for _ in range(2)) for run in runs.values())
+    calls = max(1, min(10, int(1.0 / max(longest, 1e-3))))
+    rounds = max(3, min(11, int(budget / max(longest * calls * len(runs), 1e-3))))
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-2, rounds):
+    for _ in range(rounds):
         for name, run in runs.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            for _ in range(calls):
-                run()
-            end.record()
-            end.synchronize()
-            if turn >= 0:
-                times[name].append(begin.elapsed_time(end) / calls)
+            times[name].append(elapsed(run, calls))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -187,8 +196,19 @@ class Measured(Reference):
             return known.chosen
         if os.environ.get("LAMBDA_KERNELS_MEASURE") == "0" or _is_recording(device):
             return next(iter(runs))  # not kept: a later call may measure
+        try:
+            choice = self._measured(key, runs, runs if checks is None else checks, excluded)
+        except torch.OutOfMemoryError as error:
+            _log.warning("%s is not measured, the memory does not suffice: %s", key, _first_line(error))
+            return next(iter(runs))
+        table.add(key, choice)
+        return choice.chosen
+
+    def _measured(
+        self, key: str, runs: Mapping[str, Run], results: Mapping[str, Run], excluded: dict[str, str]
+    ) -> Choice:
+        """The fastest of the runs whose result is right."""
         truth = _TRUTH if _TRUTH in runs else list(runs)[-1]
-        results = runs if checks is None else checks
         want = results[truth]()
         usable: dict[str, Run] = {}
         for name, run in runs.items():
@@ -198,10 +218,9 @@ class Measured(Reference):
             else:
                 excluded[name] = why
                 _log.warning("backend %s is not used for %s: %s", name, key, why)
+        del want  # its memory
         times = self._clock(usable)
-        choice = Choice(min(times, key=lambda name: times[name]), times, excluded)
-        table.add(key, choice)
-        return choice.chosen
+        return Choice(min(times, key=lambda name: times[name]), times, excluded)
 
     def layout(self, x: Tensor) -> Tensor:
         return next(iter(self.candidates.values())).layout(x)
@@ -353,16 +372,21 @@ def _disagreement(run: Run, want: Any) -> str | None:
     """Why a run's result is not ATen's; None where it is, to rounding."""
     try:
         got = run()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a kernel raises: another one computes the same
-        return f"it failed with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return f"it failed with {type(error).__name__}: {_first_line(error)}"
     for a, b in zip(_floats(got), _floats(want), strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"its result is {a.dtype} {list(a.shape)}, ATen's {b.dtype} {list(b.shape)}"
-        length = float(torch.linalg.vector_norm(b.double()))
-        apart = float(torch.linalg.vector_norm(a.double() - b.double()))
+        length, apart = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (b, a - b))
         if not apart <= AGREEMENT[b.dtype] * length + 1e-30 and length == length:
             return f"its result is {apart / max(length, 1e-30):.2g} of its length away from ATen's"
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _floats(result: Any) -> list[Tensor]:
