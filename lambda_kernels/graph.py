@@ -264,8 +264,9 @@ def program_of(root: nn.Module, called: bool = False) -> Program:
         key = (_fingerprint(root), hooked)
         seen = Seen(root)
     program = _program(root, key, hooked)
-    with SWAP:
-        _SEEN[root] = seen, program
+    if seen.complete:  # else it is never found to hold, and what it keeps may lead back to the root
+        with SWAP:
+            _SEEN[root] = seen, program
     return program
 
 

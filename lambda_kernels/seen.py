@@ -40,13 +40,13 @@ _ADDRESSES = _addresses()
 class Seen:
     """The modules, parameters, buffers, modes and plain attributes of a network at one time.
 
-    Holds no reference to the network itself, only to what it consists of.
+    Where it is `complete`, it holds no reference to the network itself, only to what it consists of.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self._parts = [m for m in root.modules() if m is not root]
         self._containers: list[Any] = []
-        self._complete = _ADDRESSES is not None and all(self._take(m) for m in root.modules())
+        self.complete = _ADDRESSES is not None and all(self._take(m) for m in root.modules())
         self._kept = [list(c.items()) if isinstance(c, dict) else list(c) for c in self._containers]
         self._known = self._now(root)
         self.parameters, self.buffers = (
@@ -62,10 +62,10 @@ class Seen:
 
     def holds(self, root: nn.Module) -> bool:
         """Whether the network is as it was; False where that cannot be told cheaply."""
-        return self._complete and self._now(root) == self._known
+        return self.complete and self._now(root) == self._known
 
     def _now(self, root: nn.Module) -> bytes:
-        return _ADDRESSES([root, *self._parts], self._containers) if self._complete and _ADDRESSES else b""
+        return _ADDRESSES([root, *self._parts], self._containers) if self.complete and _ADDRESSES else b""
 
     def _take(self, module: nn.Module) -> bool:
         """Note a module's dicts and lists; False where it holds something that can change in its place."""

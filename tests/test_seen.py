@@ -113,6 +113,16 @@ def test_the_network_of_the_demo_is_seen_as_a_whole() -> None:
         assert graph._SEEN[network][0].holds(network)
 
 
+def test_what_may_lead_back_to_the_network_is_not_kept() -> None:
+    network: Any = Network()
+    network.act = network.forward
+    program_of(network)
+    assert network not in graph._SEEN
+    network.act = F.relu
+    program_of(network)
+    assert network in graph._SEEN
+
+
 def test_a_network_is_freed_with_its_last_reference() -> None:
     network = Network()
     program_of(network)

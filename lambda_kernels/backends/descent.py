@@ -67,10 +67,10 @@ def descend(
         The loss before each step, [steps, T], in at least float32.
     """
     tasks = labels.shape[0]
-    chain = _chain(backend, backend.layout(x) if blocks else x, parameters, updated, blocks)
     x = backend.layout(x) if blocks else x
+    chain = _chain(backend, x, parameters, updated, blocks)
     head, bias = parameters[-2:]
-    reaches_blocks = any(block.below or any(block.updated) for block in chain)
+    reaches_blocks = any(updated[:-2])
     losses = []
     for _ in range(steps):
         a, kept = x, []
