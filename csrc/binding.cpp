@@ -1,9 +1,7 @@
 // Where torch meets the kernels: checks, memory layout, threads, operator registrations.
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/stack.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
@@ -13,11 +11,10 @@
 #include <vector>
 
 #include "block.h"
-#include "cpu/norm_relu_pool.h"
+#include "arena.h"
+#include "norm.h"
 
 namespace {
-
-constexpr int64_t kGrain = 16384;  // elements a thread must have before splitting pays
 
 // A dense channels-last tensor [tasks * images, C, H, W] seen as [tasks, images, C, H, W].
 at::Tensor empty_images(const at::Tensor& z, at::ScalarType dtype, int64_t height, int64_t width) {
@@ -63,8 +60,7 @@ Params<T> describe(const at::Tensor& z, int64_t pool) {
   p.height = z.size(3);
   p.width = z.size(4);
   p.pool = pool;
-  // A function of the shape alone, so that sums are taken in the same order whatever the number of threads.
-  p.slabs = std::clamp<int64_t>(16 / (p.tasks * p.images), 1, std::max<int64_t>(1, p.height / pool));
+  lk::set_slabs<T>(p);
   p.z = z.const_data_ptr<T>();
   return p;
 }
@@ -79,13 +75,6 @@ void read_back(lk::NormReluPool<T>& p, const at::Tensor& gy, const at::Tensor& g
   p.index = const_cast<uint8_t*>(index.const_data_ptr<uint8_t>());
   p.mean = const_cast<T*>(mean.const_data_ptr<T>());
   p.rstd = const_cast<T*>(rstd.const_data_ptr<T>());
-}
-
-template <typename P>
-void run(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t items) {
-  const int64_t elements = p.tasks * p.images * p.channels * p.height * p.width;
-  const int64_t grain = std::max<int64_t>(1, kGrain * items / elements);
-  at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
 }
 
 }  // namespace
@@ -112,10 +101,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lk::norm_relu_pool(co
     p.y = y.mutable_data_ptr<scalar_t>();
     p.index = index.mutable_data_ptr<uint8_t>();
     p.partial = partial.mutable_data_ptr<double>();
-    const auto& kernels = lk::norm_relu_pool_kernels<scalar_t>();
-    run(kernels.moments, p, p.tasks * p.images * p.slabs);
-    run(kernels.merge_moments, p, p.tasks);
-    run(kernels.apply, p, p.tasks * p.images * (p.height / pool));
+    lk::norm_forward(p);
   });
   return {y, index, mean, rstd};
 }
@@ -137,13 +123,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> lk::norm_relu_pool_grad(const at:
     p.dgamma = dgamma.mutable_data_ptr<scalar_t>();
     p.dbeta = dbeta.mutable_data_ptr<scalar_t>();
     p.partial = partial.mutable_data_ptr<double>();
-    const auto& kernels = lk::norm_relu_pool_kernels<scalar_t>();
-    run(kernels.reduce, p, p.tasks * p.images * p.slabs);
-    run(kernels.merge_reduce, p, p.tasks);
-    if (need_z) {
-      p.dz = dz.mutable_data_ptr<scalar_t>();
-      run(kernels.dense, p, p.tasks * p.images * ((p.height + pool - 1) / pool));
-    }
+    p.dz = need_z ? dz.mutable_data_ptr<scalar_t>() : nullptr;
+    lk::norm_backward(p);
   });
   return {dz, dgamma, dbeta};
 }
@@ -182,61 +163,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad_grad(
     p.d_z = need_z ? d_z.mutable_data_ptr<scalar_t>() : nullptr;
     p.d_gamma = d_gamma.mutable_data_ptr<scalar_t>();
     const auto& kernels = lk::norm_relu_pool_kernels<scalar_t>();
-    run(kernels.reduce_second, p, p.tasks * p.images * p.slabs);
-    run(kernels.merge_second, p, p.tasks);
-    run(kernels.dense_second, p, p.tasks * p.images * ((p.height + pool - 1) / pool));
+    lk::run_norm(kernels.reduce_second, p, p.tasks * p.images * p.slabs);
+    lk::run_norm(kernels.merge_second, p, p.tasks);
+    lk::run_norm(kernels.dense_second, p, p.tasks * p.images * ((p.height + pool - 1) / pool));
   });
   return {d_gy, d_z, d_gamma};
-}
-
-// geometry: stride, padding, dilation (vertical, horizontal each), pool
-lk::Images images(const at::Tensor& x, int64_t task, at::IntArrayRef kernel, at::IntArrayRef geometry) {
-  TORCH_CHECK(x.dim() == 5 && kernel.size() == 2 && geometry.size() == 7, "image_block: x must be [tasks, images, C, H, W], got ",
-              x.sizes(), ", with 2 kernel sizes and 7 numbers, got ", kernel.size(), " and ", geometry.size());
-  return lk::Images(x[x.size(0) == 1 ? 0 : task], kernel, geometry.slice(0, 2), geometry.slice(2, 2), geometry.slice(4, 2),
-                    geometry[6]);
-}
-
-at::Tensor of_task(const at::Tensor& t, int64_t task) { return t[t.size(0) == 1 ? 0 : task]; }
-
-at::Tensor image_moments(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef geometry) {
-  std::vector<at::Tensor> results;
-  for (int64_t task = 0; task < x.size(0); ++task) results.push_back(images(x, task, kernel, geometry).moments());
-  return at::stack(results);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> image_block(const at::Tensor& x, const at::Tensor& weight,
-                                                                       const at::Tensor& gamma, const at::Tensor& beta,
-                                                                       const at::Tensor& moments, at::IntArrayRef geometry,
-                                                                       double eps) {
-  const int64_t tasks = std::max({x.size(0), weight.size(0), gamma.size(0), beta.size(0)});
-  std::vector<at::Tensor> results[4];
-  for (int64_t task = 0; task < tasks; ++task) {
-    const auto [y, index, mean, rstd] =
-        images(x, task, weight.sizes().slice(3), geometry)
-            .forward(of_task(weight, task), of_task(gamma, task), of_task(beta, task), of_task(moments, task), eps);
-    // stacked by rows of pixels, so that the result is channels-last too
-    results[0].push_back(y.permute({0, 2, 3, 1})), results[1].push_back(index.permute({0, 2, 3, 1}));
-    results[2].push_back(mean), results[3].push_back(rstd);
-  }
-  return {at::stack(results[0]).permute({0, 1, 4, 2, 3}), at::stack(results[1]).permute({0, 1, 4, 2, 3}),
-          at::stack(results[2]), at::stack(results[3])};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> image_block_grad(const at::Tensor& gy, const at::Tensor& x,
-                                                                const at::Tensor& weight, const at::Tensor& gamma,
-                                                                const at::Tensor& index, const at::Tensor& mean,
-                                                                const at::Tensor& rstd, const at::Tensor& moments,
-                                                                at::IntArrayRef geometry) {
-  std::vector<at::Tensor> results[3];
-  for (int64_t task = 0; task < gy.size(0); ++task) {
-    const auto [dweight, dgamma, dbeta] =
-        images(x, task, weight.sizes().slice(3), geometry)
-            .backward(gy[task], of_task(weight, task), of_task(gamma, task), of_task(index, task), of_task(mean, task),
-                      of_task(rstd, task), of_task(moments, task));
-    results[0].push_back(dweight), results[1].push_back(dgamma), results[2].push_back(dbeta);
-  }
-  return {at::stack(results[0]), at::stack(results[1]), at::stack(results[2])};
 }
 
 }  // namespace
@@ -251,6 +182,9 @@ TORCH_LIBRARY(lambda_kernels, m) {
   // -> d_gy, d_z (empty unless need_z), d_gamma [T, C]
   m.def("norm_relu_pool_grad_grad(Tensor gy, Tensor z, Tensor gamma, Tensor index, Tensor mean, Tensor rstd, int pool, "
         "Tensor? v, Tensor v_gamma, Tensor v_beta, bool need_z) -> (Tensor, Tensor, Tensor)");
+  // A block that nobody wants a gradient of: x [1 or T, N, C, H, W], weight [1 or T, O, C, kh, kw] -> y, mean, rstd
+  m.def("frozen_block(Tensor x, Tensor weight, Tensor gamma, Tensor beta, int[] geometry, float eps) -> "
+        "(Tensor, Tensor, Tensor)");
   // x [1 or T, N, C, H, W] -> moments [1 or T, K + 1, K + 1], float64; geometry: stride, padding, dilation (vertical,
   // horizontal each), pool
   m.def("image_moments(Tensor x, int[] kernel, int[] geometry) -> Tensor");
@@ -258,8 +192,12 @@ TORCH_LIBRARY(lambda_kernels, m) {
   m.def("image_block(Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor moments, int[] geometry, float eps) -> "
         "(Tensor, Tensor, Tensor, Tensor)");
   // -> dweight [T, O, C, kh, kw], dgamma, dbeta [T, O]
-  m.def("image_block_grad(Tensor gy, Tensor x, Tensor weight, Tensor gamma, Tensor index, Tensor mean, Tensor rstd, "
-        "Tensor moments, int[] geometry) -> (Tensor, Tensor, Tensor)");
+  m.def("image_block_grad(Tensor gy, Tensor x, Tensor weight, Tensor gamma, Tensor index, Tensor rstd, Tensor moments, "
+        "int[] geometry) -> (Tensor, Tensor, Tensor)");
+  // Convolutions of 3x3 pixels, stride 1: x [1 or T, N, C, H, W], weight [1 or T, O, C, 3, 3] -> y [T, N, O, H', W']
+  m.def("winograd(Tensor x, Tensor weight, int[] padding) -> Tensor");
+  m.def("winograd_input_grad(Tensor gy, Tensor weight, int[] x, int[] padding) -> Tensor");    // sizes of x
+  m.def("winograd_weight_grad(Tensor gy, Tensor x, int[] weight, int[] padding) -> Tensor");  // sizes of the weight
   // x [T, N, C, H, W] (without blocks [T, N, F]), labels [T, N]; parameters, each [1 or T, ...]: weight, gamma, beta a
   // block, then the linear layer's weight and bias; updated: which of them are, in place; geometry: 8 numbers a block
   // -> the support loss before each step [steps, T], float64
@@ -271,9 +209,13 @@ TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
   m.impl("norm_relu_pool", &lk::norm_relu_pool);
   m.impl("norm_relu_pool_grad", &lk::norm_relu_pool_grad);
   m.impl("norm_relu_pool_grad_grad", &norm_relu_pool_grad_grad);
-  m.impl("image_moments", &image_moments);
-  m.impl("image_block", &image_block);
-  m.impl("image_block_grad", &image_block_grad);
+  m.impl("frozen_block", &lk::frozen_block);
+  m.impl("image_moments", &lk::image_moments);
+  m.impl("image_block", &lk::image_block);
+  m.impl("image_block_grad", &lk::image_block_grad);
+  m.impl("winograd", &lk::winograd);
+  m.impl("winograd_input_grad", &lk::winograd_input_grad);
+  m.impl("winograd_weight_grad", &lk::winograd_weight_grad);
   m.impl("inner_loop", &lk::inner_loop);
 }
 
@@ -304,5 +246,6 @@ pybind11::bytes addresses(const pybind11::list& objects, const pybind11::list& c
 
 PYBIND11_MODULE(_C, m) {
   m.def("addresses", &addresses, "Bytes that change when a class of `objects` or an entry of the dicts or lists does.");
+  m.def("kept_bytes", &lk::kept_bytes, "Bytes of scratch memory that wait for the next call.");
   m.def("isa", &lk::isa, "Instruction set of the CPU kernels: avx512, avx2 or generic (LAMBDA_KERNELS_ISA forces one).");
 }

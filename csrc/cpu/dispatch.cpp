@@ -5,6 +5,8 @@
 
 #include "image_block.h"
 #include "norm_relu_pool.h"
+#include "product.h"
+#include "winograd.h"
 
 namespace lk {
 
@@ -14,6 +16,10 @@ namespace lk {
   extern const NormReluPoolKernels<double> norm_relu_pool_f64; \
   extern const ImageBlockKernels<float> image_block_f32;       \
   extern const ImageBlockKernels<double> image_block_f64;      \
+  extern const ProductKernels<float> product_f32;              \
+  extern const ProductKernels<double> product_f64;             \
+  extern const WinogradKernels<float> winograd_f32;            \
+  extern const WinogradKernels<double> winograd_f64;           \
   }
 LK_DECLARE(generic)
 #if defined(__x86_64__)
@@ -81,6 +87,26 @@ const ImageBlockKernels<float>& image_block_kernels<float>() {
 template <>
 const ImageBlockKernels<double>& image_block_kernels<double>() {
   return LK_TABLE(image_block_f64);
+}
+
+template <>
+const ProductKernels<float>& product_kernels<float>() {
+  return LK_TABLE(product_f32);
+}
+
+template <>
+const ProductKernels<double>& product_kernels<double>() {
+  return LK_TABLE(product_f64);
+}
+
+template <>
+const WinogradKernels<float>& winograd_kernels<float>() {
+  return LK_TABLE(winograd_f32);
+}
+
+template <>
+const WinogradKernels<double>& winograd_kernels<double>() {
+  return LK_TABLE(winograd_f64);
 }
 
 }  // namespace lk

@@ -35,6 +35,9 @@ struct ImageBlockKernels {
   void (*apply)(const ImageBlock<T>&, int64_t begin, int64_t end);    // (image, row of y): x -> y, index
   // slabs: gy, index, x -> partial: sums over the maxima of g patch, and below them of g
   void (*reduce)(const ImageBlock<T>&, int64_t begin, int64_t end);
+  // slabs of the rows of windows: x -> the windows' maxima before the norm to y; partial [slabs, 2, padded_outputs]: sums
+  // of the convolution's output and of its squares
+  void (*survey)(const ImageBlock<T>&, int64_t begin, int64_t end);
 };
 
 template <typename T>

@@ -3,22 +3,6 @@
 namespace lk {
 namespace LK_ISA {
 
-constexpr int64_t kVectorBytes = LK_VECTOR_BYTES;
-
-template <typename T>
-struct Vector {
-  static constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(T));
-  typedef T Values __attribute__((vector_size(kVectorBytes), aligned(sizeof(T))));
-  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / sizeof(T)), aligned(1)));  // one a lane
-};
-template <typename T>
-using Values = typename Vector<T>::Values;
-template <typename T>
-using Bytes = typename Vector<T>::Bytes;
-
-template <typename T>
-static inline Values<T> load(const T* from) { return *reinterpret_cast<const Values<T>*>(from); }
-
 // Where the places of a window (pool 2), or four neighbours in a row (pool 1), lie in x, from the first one's patch.
 template <typename T, int P>
 static inline void place_offsets(const ImageBlock<T>& p, int64_t here, int64_t last, int64_t* offset) {
@@ -107,6 +91,98 @@ static void image_apply(const ImageBlock<T>& p, int64_t begin, int64_t end) {
     apply_images<T, 2>(p, begin, end);
   else
     apply_images<T, 1>(p, begin, end);
+}
+
+// One place's convolution for N vectors of outputs.
+template <typename T, int N>
+static inline void convolve(const ImageBlock<T>& p, const T* corner, int64_t first, Values<T> (&z)[N]) {
+  constexpr int64_t L = Vector<T>::kLanes;
+  for (int v = 0; v < N; ++v) z[v] = Values<T>{};
+  for (int64_t k = 0; k < p.taps; ++k) {
+    const T value = corner[p.offsets[k]];
+    for (int v = 0; v < N; ++v) z[v] += value * load(p.weight + k * p.padded_outputs + first + v * L);
+  }
+}
+
+// Of the P (at the lower edge fewer) rows of the convolution's output z from x on: sums of z and of z^2, and the maximum of
+// each whole window (P = 2) or z itself (P = 1).
+template <typename T, int P, int N>
+static inline void survey_rows(const ImageBlock<T>& p, const T* x, int64_t out_rows, T* y, int64_t first, double* sums) {
+  using V = Values<T>;
+  constexpr int64_t L = Vector<T>::kLanes;
+  V sum[N] = {}, square[N] = {};
+  const int64_t right = p.stride_x * p.inputs, down = p.stride_y * p.width * p.inputs;
+  int64_t windows = out_rows == P ? p.columns : 0;
+  constexpr int64_t kStep = P == 2 ? 1 : 4;
+  for (int64_t j = 0; j < windows; j += kStep) {
+    int64_t offset[4];
+    place_offsets<T, P>(p, j, windows, offset);
+    const T* corner = x + j * P * right;
+    V z[4][N] = {};
+    for (int64_t k = 0; k < p.taps; ++k) {
+      const T* at = corner + p.offsets[k];
+      const T* w = p.weight + k * p.padded_outputs + first;
+      for (int i = 0; i < 4; ++i) {
+        const T value = at[offset[i]];
+        for (int v = 0; v < N; ++v) z[i][v] += value * load(w + v * L);
+      }
+    }
+    for (int v = 0; v < N; ++v) {
+      T* const to = y + j * p.outputs + first + v * L;
+      const int64_t count = p.outputs - first - v * L;
+      V best = z[0][v];
+      for (int i = 0; i < 4; ++i) {
+        if (P == 1 && j + i >= windows) break;
+        sum[v] += z[i][v];
+        square[v] += z[i][v] * z[i][v];
+        if (P == 2)
+          best = (z[i][v] > best) | (z[i][v] != z[i][v]) ? z[i][v] : best;  // a NaN is a maximum, as in torch
+        else
+          store(to + i * p.outputs, z[i][v], count);
+      }
+      if (P == 2) store(to, best, count);
+    }
+  }
+  // Places that no whole window covers.
+  for (int64_t i = 0; i < out_rows; ++i)
+    for (int64_t j = windows * P; j < p.out_columns; ++j) {
+      V z[N];
+      convolve<T, N>(p, x + i * down + j * right, first, z);
+      for (int v = 0; v < N; ++v) sum[v] += z[v], square[v] += z[v] * z[v];
+    }
+  for (int v = 0; v < N; ++v)
+    for (int64_t l = 0; l < L; ++l) {
+      sums[first + v * L + l] += double(sum[v][l]);
+      sums[p.padded_outputs + first + v * L + l] += double(square[v][l]);
+    }
+}
+
+template <typename T, int P>
+static void survey_images(const ImageBlock<T>& p, int64_t begin, int64_t end) {
+  constexpr int64_t L = Vector<T>::kLanes;
+  constexpr int kMost = kVectorBytes == 64 ? 4 : 2;
+  const int64_t bands = (p.out_rows + P - 1) / P, items = p.images * bands;
+  for (int64_t slab = begin; slab < end; ++slab) {
+    double* sums = p.partial + slab * 2 * p.padded_outputs;
+    for (int64_t i = 0; i < 2 * p.padded_outputs; ++i) sums[i] = 0.0;
+    for (int64_t item = items * slab / p.slabs; item < items * (slab + 1) / p.slabs; ++item) {
+      const int64_t image = item / bands, band = item % bands;
+      const int64_t rows = p.out_rows - band * P < P ? p.out_rows - band * P : P;
+      const T* x = p.x + (image * p.height + band * P * p.stride_y) * p.width * p.inputs;
+      T* y = p.y + (image * p.rows + band) * p.columns * p.outputs;
+      int64_t first = 0;
+      for (; first + (kMost - 1) * L < p.outputs; first += kMost * L) survey_rows<T, P, kMost>(p, x, rows, y, first, sums);
+      for (; first < p.outputs; first += L) survey_rows<T, P, 1>(p, x, rows, y, first, sums);
+    }
+  }
+}
+
+template <typename T>
+static void image_survey(const ImageBlock<T>& p, int64_t begin, int64_t end) {
+  if (p.pool == 2)
+    survey_images<T, 2>(p, begin, end);
+  else
+    survey_images<T, 1>(p, begin, end);
 }
 
 // A row's sums of g patch for kImageTaps taps from `tap` on, and of g, for N vectors of outputs.
@@ -234,8 +310,10 @@ static void image_moments(const ImageBlock<T>& p, int64_t begin, int64_t end) {
 
 extern const ImageBlockKernels<float> image_block_f32;
 extern const ImageBlockKernels<double> image_block_f64;
-const ImageBlockKernels<float> image_block_f32{image_moments<float>, image_apply<float>, image_reduce<float>};
-const ImageBlockKernels<double> image_block_f64{image_moments<double>, image_apply<double>, image_reduce<double>};
+const ImageBlockKernels<float> image_block_f32{image_moments<float>, image_apply<float>, image_reduce<float>,
+                                               image_survey<float>};
+const ImageBlockKernels<double> image_block_f64{image_moments<double>, image_apply<double>, image_reduce<double>,
+                                                image_survey<double>};
 
 }  // namespace LK_ISA
 }  // namespace lk

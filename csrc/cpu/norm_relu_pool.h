@@ -49,6 +49,8 @@ struct NormReluPoolKernels {
   void (*moments)(const NormReluPool<T>&, int64_t begin, int64_t end);        // z -> partial
   void (*merge_moments)(const NormReluPool<T>&, int64_t begin, int64_t end);  // partial -> mean, rstd
   void (*apply)(const NormReluPool<T>&, int64_t begin, int64_t end);          // z, mean, rstd -> y, index
+  // (task, image, row of y): maxima of a window's z, of -z where gamma is negative -> y, in place
+  void (*settle)(const NormReluPool<T>&, int64_t begin, int64_t end);
   void (*reduce)(const NormReluPool<T>&, int64_t begin, int64_t end);         // gy, z, index -> partial
   void (*merge_reduce)(const NormReluPool<T>&, int64_t begin, int64_t end);   // partial -> dgamma, dbeta
   void (*dense)(const NormReluPool<T>&, int64_t begin, int64_t end);          // gy, z, dgamma, dbeta -> dz

@@ -139,6 +139,34 @@ static void apply(const NormReluPool<T>& p, int64_t begin, int64_t end) {
 }
 
 template <typename T>
+static void settle(const NormReluPool<T>& p, int64_t begin, int64_t end) {
+  const int64_t C = p.channels, h = p.height / p.pool, w = p.width / p.pool;
+  for (int64_t c0 = 0; c0 < C; c0 += kStrip) {
+    const int64_t n = C - c0 < kStrip ? C - c0 : kStrip;
+    T scale[kStrip], level[kStrip];
+    const T* beta = p.beta;
+    int64_t ready = -1;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t task = item / (h * p.images);
+      if (task != ready) {
+        const T* gamma = p.gamma + task * p.gamma_task + c0;
+        beta = p.beta + task * p.beta_task + c0;
+        for (int64_t c = 0; c < n; ++c) {
+          const T sign = gamma[c] < T(0) ? T(-1) : T(1);
+          scale[c] = sign * gamma[c] * p.rstd[task * C + c0 + c];
+          level[c] = sign * p.mean[task * C + c0 + c];
+        }
+        ready = task;
+      }
+      T* y = p.y + item * w * C + c0;
+      for (int64_t j = 0; j < w; ++j, y += C)
+#pragma GCC ivdep
+        for (int64_t c = 0; c < n; ++c) y[c] = relu((y[c] - level[c]) * scale[c] + beta[c]);
+    }
+  }
+}
+
+template <typename T>
 static void reduce(const NormReluPool<T>& p, int64_t begin, int64_t end) {
   const int64_t C = p.channels, W = p.width, h = p.height / p.pool, w = W / p.pool;
   for (int64_t item = begin; item < end; ++item) {
@@ -398,7 +426,7 @@ static void dense_second(const NormReluPoolSecond<T>& p, int64_t begin, int64_t 
 }
 
 template <typename T>
-static constexpr NormReluPoolKernels<T> table{moments<T>, merge_moments<T>, apply<T>, reduce<T>, merge_reduce<T>, dense<T>,
+static constexpr NormReluPoolKernels<T> table{moments<T>, merge_moments<T>, apply<T>, settle<T>, reduce<T>, merge_reduce<T>, dense<T>,
                                              reduce_second<T>, merge_second<T>, dense_second<T>};
 
 extern const NormReluPoolKernels<float> norm_relu_pool_f32;

@@ -1,7 +1,8 @@
 """The inner loop of first-order adaptation in a backend's operations, without autograd.
 
 The gradients of a chain (fused blocks one after another, then a linear layer, under cross-entropy) are known, so a step
-is its forward operations, its backward operations and one update of all parameters. Tasks share each call: frozen
+is its forward operations, its backward operations and one update of all parameters; the blocks ahead of the first updated
+one run once. Tasks share each call: frozen
 parameters are common to all, updated ones are each task's own. Nothing waits for the device, so that a CUDA graph can
 hold all steps.
 """
@@ -68,9 +69,14 @@ def descend(
     """
     tasks = labels.shape[0]
     x = backend.layout(x) if blocks else x
-    chain = _chain(backend, x, parameters, updated, blocks)
     head, bias = parameters[-2:]
     reaches_blocks = any(updated[:-2])
+    frozen = updated.index(True) // PER_BLOCK if reaches_blocks else len(blocks)
+    for i, (conv, eps, pool) in enumerate(blocks[:frozen]):
+        weight, gamma, beta = parameters[PER_BLOCK * i : PER_BLOCK * (i + 1)]
+        x = backend.block(x, weight, gamma, beta, conv, eps, pool)[0]
+    first = PER_BLOCK * frozen
+    chain = _chain(backend, x, parameters[first:], updated[first:], blocks[frozen:])
     losses = []
     for _ in range(steps):
         a, kept = x, []

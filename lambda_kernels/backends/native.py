@@ -22,6 +22,7 @@ if not _WHY:
         _WHY = f"the extension lambda_kernels._C does not load ({error}): build it with `pip install .`"
 
 MOST_TAPS = 32  # numbers of a patch that the kernels of the first block take
+LEAST_CHANNELS = 8  # of a convolution by Winograd's algorithm
 
 
 class Native(Reference):
@@ -45,14 +46,30 @@ class Native(Reference):
     def layout(self, x: Tensor) -> Tensor:
         return channels_last(x)
 
+    def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+        if not _filters(x.shape, weight.shape, spec, x.dtype):
+            return super().conv2d(x, weight, bias, spec)
+        y = torch.ops.lambda_kernels.winograd(x, weight, spec.padding)
+        return y if bias is None else y + bias[:, None, :, None, None]
+
+    def conv2d_input_grad(self, gy: Tensor, weight: Tensor, x_shape: torch.Size, spec: ConvSpec) -> Tensor:
+        if not _filters(x_shape, weight.shape, spec, gy.dtype):
+            return super().conv2d_input_grad(gy, weight, x_shape, spec)
+        gx = torch.ops.lambda_kernels.winograd_input_grad(gy, weight, x_shape, spec.padding)
+        return gx if x_shape[0] == gx.shape[0] else gx.sum(0, keepdim=True)
+
+    def conv2d_weight_grad(self, gy: Tensor, x: Tensor, weight_shape: torch.Size, spec: ConvSpec) -> Tensor:
+        if not _filters(x.shape, weight_shape, spec, gy.dtype):
+            return super().conv2d_weight_grad(gy, x, weight_shape, spec)
+        return torch.ops.lambda_kernels.winograd_weight_grad(gy, x, weight_shape, spec.padding)
+
     def block(
         self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if self.image_refusals(x, weight, spec, pool):
+        filters = pool == 2 and _filters(x.shape, weight.shape, spec, x.dtype)
+        if not filters and self.image_refusals(x, weight, spec, pool):
             return super().block(x, weight, gamma, beta, spec, eps, pool)
-        moments = self.image_moments(x, (weight.shape[-2], weight.shape[-1]), spec)
-        y, _, mean, rstd = self.image_block(x, weight, gamma, beta, moments, spec, eps, pool)
-        return y, mean, rstd
+        return torch.ops.lambda_kernels.frozen_block(x, weight, gamma, beta, _geometry(spec, pool), eps)
 
     def image_refusals(self, x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> list[str]:
         why = self.refusals("conv_block", x.device, x.dtype, pool)
@@ -75,7 +92,7 @@ class Native(Reference):
         moments: Tensor, spec: ConvSpec, pool: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         return torch.ops.lambda_kernels.image_block_grad(
-            gy, x, weight, gamma, index, mean, rstd, moments, _geometry(spec, pool)
+            gy, x, weight, gamma, index, rstd, moments, _geometry(spec, pool)
         )
 
     def inner_loop_refusals(self, dtype: torch.dtype) -> list[str]:
@@ -126,6 +143,20 @@ class Native(Reference):
         return d_gy, d_z if need_z else None, d_gamma
 
 
+def _filters(x: torch.Size, weight: torch.Size, spec: ConvSpec, dtype: torch.dtype) -> bool:
+    """Whether csrc/filter.h takes a convolution, and the images are not so few that tiles of 2 x 2 pixels cost more."""
+    rows, columns = (x[3 + axis] + 2 * spec.padding[axis] - 2 for axis in (0, 1))
+    return (
+        dtype in (torch.float32, torch.float64)
+        and weight[-2:] == (3, 3)
+        and (spec.stride, spec.dilation, spec.groups) == ((1, 1), (1, 1), 1)
+        and max(spec.padding) <= 2
+        and min(weight[1:3]) >= LEAST_CHANNELS
+        and x.numel() > 0
+        and 16 * ((rows + 1) // 2) * ((columns + 1) // 2) < 9 * rows * columns
+    )
+
+
 def _geometry(spec: ConvSpec, pool: int) -> list[int]:
     return [*spec.stride, *spec.padding, *spec.dilation, pool]
 
@@ -163,7 +194,37 @@ if not _WHY:
         d_z = _images(z, z.shape[-2], z.shape[-1], z.dtype) if need_z else z.new_empty(0)
         return _images(z, gy.shape[-2], gy.shape[-1], z.dtype), d_z, torch.empty_like(mean)
 
-    def _images(z: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-        """An empty channels-last [tasks, images, channels, height, width]."""
-        tasks, images, channels = z.shape[:3]
-        return z.new_empty(tasks, images, height, width, channels, dtype=dtype).permute(0, 1, 4, 2, 3)
+    @torch.library.register_fake("lambda_kernels::frozen_block")
+    def _(
+        x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, geometry: list[int], eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        stride, padding, dilation, pool = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
+        sides = [
+            ((x.shape[3 + a] + 2 * padding[a] - dilation[a] * (weight.shape[3 + a] - 1) - 1) // stride[a] + 1) // pool
+            for a in (0, 1)
+        ]
+        tasks = max(t.shape[0] for t in (x, weight, gamma, beta))
+        y = _images(x, *sides, x.dtype, tasks=tasks, channels=weight.shape[1])
+        return y, x.new_empty(tasks, weight.shape[1]), x.new_empty(tasks, weight.shape[1])
+
+    @torch.library.register_fake("lambda_kernels::winograd")
+    def _(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
+        rows, columns = (x.shape[3 + a] + 2 * padding[a] - 2 for a in (0, 1))
+        tasks = max(x.shape[0], weight.shape[0])
+        return _images(x, rows, columns, x.dtype, tasks=tasks, channels=weight.shape[1])
+
+    @torch.library.register_fake("lambda_kernels::winograd_input_grad")
+    def _(gy: Tensor, weight: Tensor, x: list[int], padding: list[int]) -> Tensor:
+        return _images(gy, x[3], x[4], gy.dtype, tasks=max(gy.shape[0], weight.shape[0]), channels=x[2])
+
+    @torch.library.register_fake("lambda_kernels::winograd_weight_grad")
+    def _(gy: Tensor, x: Tensor, weight: list[int], padding: list[int]) -> Tensor:
+        return gy.new_empty(1 if weight[0] == 1 else max(gy.shape[0], x.shape[0]), *weight[1:])
+
+    def _images(
+        z: Tensor, height: int, width: int, dtype: torch.dtype, *, tasks: int | None = None, channels: int | None = None
+    ) -> Tensor:
+        """An empty channels-last [tasks, images, channels, height, width]; tasks and channels as z's unless given."""
+        tasks = z.shape[0] if tasks is None else tasks
+        channels = z.shape[2] if channels is None else channels
+        return z.new_empty(tasks, z.shape[1], height, width, channels, dtype=dtype).permute(0, 1, 4, 2, 3)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lambda_kernels.chain import Chain
+
 from .patterns import Pattern
 from .plan import Part, plan_of, say_once, state_of
 from .recorded import adapted_by_graph, classified_by_graph
@@ -79,9 +81,13 @@ def _adapt_one(loop: Loop, loss: Loss, meta: dict[str, Tensor], xs: Tensor, ys: 
     with torch.enable_grad():
         for part, count in loop.parts:
             loop.enter(state, part)
+            if (known := loop.descend(part, part.whole, loss, state, xs, ys, count, per_task=False)) is not None:
+                losses += known
+                continue
             with torch.set_grad_enabled(loop.second_order):
                 frozen = part.freeze(loop.modules, state, xs)
-            if (known := loop.descend(part, loss, state, frozen.boundary, ys, count, per_task=False)) is not None:
+            start = frozen.boundary[0] if frozen.boundary else xs
+            if (known := loop.descend(part, part.chain, loss, state, start, ys, count, per_task=False)) is not None:
                 losses += known
                 frozen.count(count)
                 continue
@@ -223,10 +229,14 @@ def _adapt_together(loop: Loop, loss: Loss, meta: dict[str, Tensor], xs: Tensor,
     with torch.enable_grad():
         for part, count in loop.parts:
             loop.enter(state, part)
+            if (known := loop.descend(part, part.whole, loss, state, xs, ys, count, per_task=True)) is not None:
+                losses += known
+                continue
             frozen = _FrozenBatch(part, loop.modules, loss)
             with torch.set_grad_enabled(loop.second_order):
                 boundary = loop.each_task(state, frozen.freeze, xs)
-            if (known := loop.descend(part, loss, state, boundary, ys, count, per_task=True)) is not None:
+            start = boundary[0] if boundary else xs
+            if (known := loop.descend(part, part.chain, loss, state, start, ys, count, per_task=True)) is not None:
                 losses += known
                 continue
             for _ in range(count):
@@ -346,18 +356,19 @@ class Loop:
     def descend(
         self,
         part: Part,
+        chain: Chain | None,
         loss: Loss,
         state: dict[str, Tensor],
-        boundary: tuple[Any, ...],
+        x: Tensor,
         labels: Tensor,
         steps: int,
         per_task: bool,
     ) -> list[Tensor] | None:
-        """All steps of a part that is a chain, in first order, as one native operator: the losses; None for another."""
-        chain = part.chain
+        """All steps of a part that is a chain from x on, in first order, as a backend's inner loop: the losses; None for
+        another."""
         if chain is None or self.second_order or loss is not F.cross_entropy:
             return None
-        x = boundary[0] if per_task else boundary[0].unsqueeze(0)
+        x = x if per_task else x.unsqueeze(0)
         labels = labels if per_task else labels.unsqueeze(0)
         if chain.refusal(self.modules, x, labels) is not None:
             return None

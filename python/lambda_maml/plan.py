@@ -68,7 +68,10 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Part:
-    """A program cut in two by the parameters that are updated: the frozen prefix and the rest."""
+    """A program cut in two by the parameters that are updated: the frozen prefix and the rest.
+
+    `chain` is the rest where it is one, `whole` the prefix and the rest together where both are.
+    """
 
     def __init__(self, program: Program, updated: tuple[str, ...]) -> None:
         moving = _moving(program, frozenset(updated))
@@ -81,6 +84,8 @@ class Part:
         self.rest = program.part(sorted(moving), ())
         chain = Chain.find(program, [program.steps[i] for i in sorted(moving)])
         self.chain = chain if chain is not None and self.boundary == (chain.source,) else None
+        whole = Chain.find(program, program.steps)
+        self.whole = whole if self.chain is not None and whole is not None and whole.source == 0 else None
 
     def freeze(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], x: Tensor) -> Frozen:
         """Run the prefix on x."""

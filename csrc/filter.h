@@ -1,0 +1,175 @@
+// A convolution of 3x3 pixels and its gradients over the threads, by the kernels of cpu/winograd.h, on plain memory.
+#pragma once
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "arena.h"
+#include "cpu/winograd.h"
+
+namespace lk {
+
+// Sizes of a convolution of dense channels-last images x [images, height, width, inputs] to [images, rows, columns, outputs].
+struct Convolution {
+  int64_t images, height, width, inputs, rows, columns, outputs;
+  int64_t kernel[2], stride[2], padding[2], dilation[2], groups;
+
+  void size_output() {
+    const auto along = [&](int64_t size, int axis) {
+      return (size + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
+    };
+    rows = along(height, 0), columns = along(width, 1);
+  }
+  int64_t pixels() const { return images * rows * columns; }
+};
+
+inline int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+inline int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+template <typename T>
+class Filter {
+ public:
+  // Where it computes less than the plain sum does.
+  static bool takes(const Convolution& c) {
+    for (int axis : {0, 1})
+      if (c.kernel[axis] != 3 || c.stride[axis] != 1 || c.dilation[axis] != 1 || c.padding[axis] > 2) return false;
+    return c.groups == 1 && c.inputs >= kLeastChannels && c.outputs >= kLeastChannels &&
+           kPoints * ((c.rows + 1) / 2) * ((c.columns + 1) / 2) < 9 * c.rows * c.columns;
+  }
+
+  explicit Filter(const Convolution& c) : c_(c) {}
+
+  void set_weight(const T* weight, const int64_t* strides, Arena& arena) { u_ = transform(weight, strides, false, u_, arena); }
+  void set_turned(const T* weight, const int64_t* strides, Arena& arena) {
+    turned_ = transform(weight, strides, true, turned_, arena);
+  }
+
+  // x -> y, by the weight that was set
+  void forward(const T* x, T* y, Arena& arena) const {
+    Winograd<T> p = divided(c_);
+    p.x = x, p.u = u_, p.y = y;
+    run(p, arena);
+  }
+
+  // x -> the maxima of y in windows of 2 x 2, of -y where `negative`; mean and variance of y. Changes the weight that was set.
+  void survey(const T* x, const bool* negative, T* pooled, double* mean, double* variance, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    const int64_t padded = up(c_.outputs, kLanes);
+    for (int64_t o = 0; o < c_.outputs; ++o)
+      for (int64_t row = 0; negative[o] && row < kPoints * c_.inputs; ++row) u_[row * padded + o] = -u_[row * padded + o];
+    Winograd<T> p = divided(c_);
+    p.x = x, p.u = u_, p.pooled = pooled;
+    const int64_t groups = share(p.images * p.tile_rows * p.tile_columns, p.group);
+    p.partial = arena.take<double>(groups * 3 * padded);
+    run(p, arena);
+    // Chan, Golub, LeVeque 1983, eq. 2.1: joins the parts' means and squares
+    for (int64_t o = 0; o < c_.outputs; ++o) {
+      double seen = 0.0, squares = 0.0;
+      mean[o] = 0.0;
+      for (int64_t group = 0; group < groups; ++group) {
+        const double* part = p.partial + group * 3 * padded + o;
+        const double count = part[2 * padded], delta = part[0] - mean[o];
+        mean[o] += delta * count / (seen + count);
+        squares += part[padded] + delta * delta * seen * count / (seen + count);
+        seen += count;
+      }
+      mean[o] = negative[o] ? -mean[o] : mean[o];
+      variance[o] = std::max(squares / seen, 0.0);
+    }
+    arena.rewind(mark);
+  }
+
+  // gradient of y -> gradient of x, by the weight that was set for it
+  void input_gradient(const T* gy, T* gx, Arena& arena) const {
+    Convolution back = c_;
+    std::swap(back.inputs, back.outputs), std::swap(back.height, back.rows), std::swap(back.width, back.columns);
+    for (int axis : {0, 1}) back.padding[axis] = 2 - c_.padding[axis];
+    Winograd<T> p = divided(back);
+    p.x = gy, p.u = turned_, p.y = gx;
+    run(p, arena);
+  }
+
+  // weight += scale times the weight's gradient
+  void descend(const T* x, const T* gy, T scale, T* weight, const int64_t* strides, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    Winograd<T> p = describe(c_);
+    const int64_t tiles = p.images * p.tile_rows * p.tile_columns;
+    // A function of the sizes alone, so that sums are taken in one order whatever the number of threads.
+    p.slabs = std::clamp<int64_t>(tiles / kGroup, tiles > 1 ? 2 : 1, kMostSlabs);
+    p.group = share(share(tiles, p.slabs), share(share(tiles, p.slabs), kGroup));
+    p.slabs = std::min(p.slabs, share(tiles, p.group));
+    p.x = x, p.gy = gy;
+    p.du = arena.take<T>(p.slabs * kPoints * p.inputs * p.padded_outputs);
+    const int64_t own = winograd_scratch(p);
+    T* const scratch = arena.take<T>(threads() * own);
+    const auto& kernels = winograd_kernels<T>();
+    at::parallel_for(0, p.slabs, grain(p, p.slabs), [&](int64_t begin, int64_t end) {
+      kernels.gradient(p, begin, end, scratch + at::get_thread_num() * own);
+    });
+    const WinogradWeight<T> w{p.outputs, p.inputs, weight, {strides[0], strides[1], strides[2], strides[3]}, false,
+                              p.padded_outputs, nullptr, p.du, p.slabs, scale};
+    at::parallel_for(0, p.inputs, kWeightGrain / p.outputs + 1,
+                     [&](int64_t begin, int64_t end) { kernels.descend(w, begin, end); });
+    arena.rewind(mark);
+  }
+
+ private:
+  static constexpr int64_t kLeastChannels = 8;
+  static constexpr int64_t kLanes = 16;         // channels are rounded up to whole ones, which any vector divides
+  static constexpr int64_t kGroup = 48;         // tiles, whose matrices and u fit the second-level cache for 64 channels
+  static constexpr int64_t kMostSlabs = 4;
+  static constexpr int64_t kGrain = 250000;     // multiply-adds that a thread must have before splitting pays
+  static constexpr int64_t kWeightGrain = 1024;  // pairs of channels, likewise
+
+  static int64_t share(int64_t value, int64_t parts) { return (value + parts - 1) / parts; }
+
+  static int64_t grain(const Winograd<T>& p, int64_t items) {
+    const int64_t work = p.images * p.tile_rows * p.tile_columns * kPoints * p.inputs * p.outputs;
+    return std::max<int64_t>(1, kGrain * items / work);
+  }
+
+  static Winograd<T> describe(const Convolution& c) {
+    Winograd<T> p{};
+    p.images = c.images, p.height = c.height, p.width = c.width, p.inputs = c.inputs;
+    p.rows = c.rows, p.columns = c.columns, p.outputs = c.outputs;
+    p.pad_y = c.padding[0], p.pad_x = c.padding[1];
+    p.padded_inputs = up(c.inputs, kLanes), p.padded_outputs = up(c.outputs, kLanes);
+    p.tile_rows = share(c.rows, 2), p.tile_columns = share(c.columns, 2);
+    return p;
+  }
+
+  T* transform(const T* weight, const int64_t* strides, bool turned, T* u, Arena& arena) const {
+    const int64_t padded = up(turned ? c_.inputs : c_.outputs, kLanes), rows = turned ? c_.outputs : c_.inputs;
+    if (u == nullptr) u = arena.take<T>(kPoints * rows * padded);
+    const WinogradWeight<T> w{c_.outputs, c_.inputs, const_cast<T*>(weight),
+                              {strides[0], strides[1], strides[2], strides[3]}, turned, padded, u, nullptr, 0, T(0)};
+    at::parallel_for(0, rows, kWeightGrain / padded + 1,
+                     [&](int64_t begin, int64_t end) { winograd_kernels<T>().weights(w, begin, end); });
+    return u;
+  }
+
+  // With tiles divided for as many threads as there are.
+  static Winograd<T> divided(const Convolution& c) {
+    Winograd<T> p = describe(c);
+    const int64_t tiles = p.images * p.tile_rows * p.tile_columns;
+    p.group = share(tiles, up(share(tiles, kGroup), std::min(threads(), share(tiles, kGroup / 4))));
+    return p;
+  }
+
+  static void run(const Winograd<T>& p, Arena& arena) {
+    const Arena::Mark mark = arena.mark();
+    const int64_t own = winograd_scratch(p), items = share(p.images * p.tile_rows * p.tile_columns, p.group);
+    T* const scratch = arena.take<T>(threads() * own);
+    at::parallel_for(0, items, grain(p, items), [&](int64_t begin, int64_t end) {
+      winograd_kernels<T>().forward(p, begin, end, scratch + at::get_thread_num() * own);
+    });
+    arena.rewind(mark);
+  }
+
+  Convolution c_;
+  T *u_ = nullptr, *turned_ = nullptr;
+};
+
+}  // namespace lk

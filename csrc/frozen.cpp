@@ -1,0 +1,46 @@
+// The operator of a block without a gradient, of tensors with a task axis.
+#include "frozen.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "block.h"
+
+namespace lk {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_block(const at::Tensor& x_, const at::Tensor& weight,
+                                                            const at::Tensor& gamma_, const at::Tensor& beta_,
+                                                            at::IntArrayRef geometry, double eps) {
+  TORCH_CHECK(x_.dim() == 5 && weight.dim() == 5 && geometry.size() == 7 && x_.numel() > 0 && weight.size(2) == x_.size(2),
+              "frozen_block: a weight ", weight.sizes(), " and ", geometry.size(), " numbers do not fit images ", x_.sizes());
+  const int64_t tasks = std::max({x_.size(0), weight.size(0), gamma_.size(0), beta_.size(0)}), pool = geometry[6];
+  Convolution c{x_.size(1), x_.size(3), x_.size(4), x_.size(2), 0, 0, weight.size(1), {weight.size(3), weight.size(4)},
+                {geometry[0], geometry[1]}, {geometry[2], geometry[3]}, {geometry[4], geometry[5]}, 1};
+  c.size_output();
+  TORCH_CHECK(frozen_takes(c, pool), "frozen_block: no kernel for a weight ", weight.sizes(), " over images ", x_.sizes(),
+              " with pool ", pool);
+  const at::Tensor x = Images<float>::takes(c, pool) ? x_ : x_.permute({0, 1, 3, 4, 2}).contiguous().permute({0, 1, 4, 2, 3});
+  const at::Tensor gamma = gamma_.contiguous(), beta = beta_.contiguous();
+  at::Tensor y = at::empty({tasks, c.images, c.rows / pool, c.columns / pool, c.outputs}, x.options());
+  at::Tensor mean = at::empty({tasks, c.outputs}, x.options()), rstd = at::empty({tasks, c.outputs}, x.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "frozen_block", [&] {
+    const auto own = [](const at::Tensor& t, int64_t task) {
+      return const_cast<scalar_t*>(t.const_data_ptr<scalar_t>()) + (t.size(0) == 1 ? 0 : task * t.stride(0));
+    };
+    const auto one = [&](int64_t begin, int64_t end) {
+      const Borrowed arena;
+      for (int64_t task = begin; task < end; ++task)
+        frozen_forward<scalar_t>({c, pool, eps, own(x, task), x.strides().data() + 1, own(weight, task),
+                                  weight.strides().data() + 1, own(gamma, task), own(beta, task), own(y, task),
+                                  own(mean, task), own(rstd, task)}, *arena);
+    };
+    at::parallel_for(0, tasks, tasks >= at::get_num_threads() ? 1 : tasks, one);
+  });
+  return {y.permute({0, 1, 4, 2, 3}), mean, rstd};
+}
+
+}  // namespace lk

@@ -1,0 +1,70 @@
+// A fused block that nobody wants a gradient of: convolution, norm, ReLU and max-pool in one pass over the images. The
+// norm is monotonous in z, rising or, where gamma is negative, falling: so a window's maximum is known before the
+// statistics are, and z itself is never written.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#include "arena.h"
+#include "filter.h"
+#include "images.h"
+#include "norm.h"
+
+namespace lk {
+
+inline bool frozen_takes(const Convolution& c, int64_t pool) {
+  return Images<float>::takes(c, pool) || (Filter<float>::takes(c) && pool == 2);
+}
+
+template <typename T>
+struct FrozenBlock {
+  Convolution c;
+  int64_t pool;
+  double eps;
+  const T* x;  // [images, inputs, height, width] with the strides; dense channels-last unless Images takes it
+  const int64_t* x_strides;
+  const T* weight;
+  const int64_t* weight_strides;
+  const T *gamma, *beta;  // [outputs]
+  T* y;                   // [images, rows / pool, columns / pool, outputs]
+  T *mean, *rstd;         // [outputs]
+};
+
+template <typename T>
+void frozen_forward(const FrozenBlock<T>& b, Arena& arena) {
+  const Arena::Mark mark = arena.mark();
+  const int64_t outputs = b.c.outputs;
+  bool* const negative = arena.take<bool>(outputs);
+  double *const mean = arena.take<double>(outputs), *const variance = arena.take<double>(outputs);
+  for (int64_t o = 0; o < outputs; ++o) negative[o] = b.gamma[o] < T(0);
+  T* const level = arena.take<T>(outputs);  // the mean of what is in y
+  if (Images<T>::takes(b.c, b.pool)) {
+    const int64_t taps = b.c.inputs * b.c.kernel[0] * b.c.kernel[1];
+    const int64_t* s = b.weight_strides;
+    T* const rows = arena.take<T>(outputs * taps);
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t k = 0; k < taps; ++k) {
+        const int64_t j = k % b.c.kernel[1], i = k / b.c.kernel[1] % b.c.kernel[0], c = k / (b.c.kernel[0] * b.c.kernel[1]);
+        rows[o * taps + k] = b.weight[o * s[0] + c * s[1] + i * s[2] + j * s[3]];
+      }
+    const Images<T> images(b.c, b.pool, b.x, b.x_strides, arena);
+    images.survey(rows, negative, b.y, mean, variance, arena);
+    for (int64_t o = 0; o < outputs; ++o) {
+      level[o] = T(mean[o]);
+      b.mean[o] = T(mean[o] + images.constant(rows + o * taps));
+    }
+  } else {
+    Filter<T> filter(b.c);
+    filter.set_weight(b.weight, b.weight_strides, arena);
+    filter.survey(b.x, negative, b.y, mean, variance, arena);
+    for (int64_t o = 0; o < outputs; ++o) b.mean[o] = level[o] = T(mean[o]);
+  }
+  for (int64_t o = 0; o < outputs; ++o) b.rstd[o] = T(1.0 / std::sqrt(variance[o] + b.eps));
+  NormReluPool<T> p{};
+  p.tasks = 1, p.images = b.c.images, p.channels = outputs, p.height = b.c.rows, p.width = b.c.columns, p.pool = b.pool;
+  p.gamma = b.gamma, p.beta = b.beta, p.mean = level, p.rstd = b.rstd, p.y = b.y;
+  run_norm(norm_relu_pool_kernels<T>().settle, p, p.images * (p.height / p.pool));
+  arena.rewind(mark);
+}
+
+}  // namespace lk

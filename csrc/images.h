@@ -1,0 +1,250 @@
+// The images of one task and a convolution over them, for a first block that keeps no convolution output: its statistics
+// come from the moments of the patches (Reference.image_moments in reference.py). On plain memory.
+#pragma once
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "arena.h"
+#include "cpu/image_block.h"
+#include "filter.h"
+
+namespace lk {
+
+// second moments [K + 1, K + 1] -> average [K] and covariance [K, K] of the patches
+struct Patches {
+  int64_t taps;
+  std::vector<double> average, covariance;
+
+  Patches(int64_t taps, const double* moments) : taps(taps), average(taps), covariance(taps * taps) {
+    const double count = moments[(taps + 1) * (taps + 1) - 1];
+    for (int64_t i = 0; i < taps; ++i) average[i] = moments[i * (taps + 1) + taps] / count;
+    for (int64_t i = 0; i < taps; ++i)
+      for (int64_t j = 0; j < taps; ++j)
+        covariance[i * taps + j] = moments[i * (taps + 1) + j] / count - average[i] * average[j];
+  }
+
+  // to [K] = covariance w
+  template <typename T>
+  void apply(const T* w, double* to) const {
+    std::fill(to, to + taps, 0.0);
+    for (int64_t i = 0; i < taps; ++i)
+      for (int64_t j = 0; j < taps; ++j) to[j] += double(w[i]) * covariance[i * taps + j];
+  }
+};
+
+template <typename T>
+class Images {
+ public:
+  static constexpr int64_t kMostTaps = 32;
+
+  static bool takes(const Convolution& c, int64_t pool) {
+    return c.groups == 1 && c.inputs * c.kernel[0] * c.kernel[1] <= kMostTaps && (pool == 1 || pool == 2);
+  }
+
+  // x [N, C, H, W] with the given strides
+  Images(const Convolution& c, int64_t pool, const T* x, const int64_t* strides, Arena& arena)
+      : c_(c), pool_(pool), taps_(c.inputs * c.kernel[0] * c.kernel[1]), height_(c.height + 2 * c.padding[0]),
+        width_(c.width + 2 * c.padding[1]) {
+    const int64_t row = width_ * c.inputs;
+    // The norm takes back any constant: images far from zero lose nothing to rounding when they are moved there first.
+    std::vector<T> level(c.inputs);
+    T* const padded = arena.take<T>(c.images * height_ * row);
+    const int64_t grain = 1 + kGrain / (height_ * row);
+    std::vector<double> sums(c.images * c.inputs);
+    at::parallel_for(0, c.images, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n)
+        for (int64_t k = 0; k < c.inputs; ++k)
+          for (int64_t h = 0; h < c.height; ++h) {
+            const T* from = x + n * strides[0] + k * strides[1] + h * strides[2];
+            double sum = 0.0;
+            for (int64_t w = 0; w < c.width; ++w) sum += double(from[w * strides[3]]);
+            sums[n * c.inputs + k] += sum;
+          }
+    });
+    for (int64_t k = 0; k < c.inputs; ++k) {
+      double sum = 0.0;
+      for (int64_t n = 0; n < c.images; ++n) sum += sums[n * c.inputs + k];
+      level[k] = T(sum / double(c.images * c.height * c.width));
+    }
+    at::parallel_for(0, c.images, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n)
+        for (int64_t h = 0; h < height_; ++h) {
+          T* const to = padded + (n * height_ + h) * row;
+          for (int64_t i = 0; i < row; ++i) to[i] = -level[i % c.inputs];
+          const int64_t in = h - c.padding[0];
+          if (in < 0 || in >= c.height) continue;
+          for (int64_t k = 0; k < c.inputs; ++k) {
+            const T* from = x + n * strides[0] + k * strides[1] + in * strides[2];
+            for (int64_t w = 0; w < c.width; ++w)
+              to[(c.padding[1] + w) * c.inputs + k] = from[w * strides[3]] - level[k];
+          }
+        }
+    });
+    x_ = padded;
+    offsets_.assign(up(taps_, kImageTaps), 0);
+    for (int64_t k = 0; k < taps_; ++k) {
+      const int64_t channel = k / (c.kernel[0] * c.kernel[1]), i = k / c.kernel[1] % c.kernel[0], j = k % c.kernel[1];
+      levels_.push_back(double(level[channel]));
+      offsets_[k] = (i * c.dilation[0] * width_ + j * c.dilation[1]) * c.inputs + channel;
+    }
+  }
+
+  // to [K + 1, K + 1]
+  void moments(double* to, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    const int64_t side = taps_ + 1;
+    ImageBlock<T> p = describe(0);
+    p.partial = arena.take<double>(p.slabs * side * side);
+    const auto& kernels = image_block_kernels<T>();
+    const int64_t work = c_.pixels() * side * side / p.slabs;
+    at::parallel_for(0, p.slabs, 1 + kGrain / (work + 1),
+                     [&](int64_t begin, int64_t end) { kernels.moments(p, begin, end); });
+    std::copy(p.partial, p.partial + side * side, to);
+    for (int64_t slab = 1; slab < p.slabs; ++slab)
+      for (int64_t i = 0; i < side * side; ++i) to[i] += p.partial[slab * side * side + i];
+    // Back to where the images were: with q = p - level, p^T p = q^T q + level sum(q)^T + sum(q) level^T + M level level^T.
+    double* sums = to + taps_ * side;
+    const double count = sums[taps_];
+    for (int64_t i = 0; i < taps_; ++i)
+      for (int64_t j = 0; j < taps_; ++j)
+        to[i * side + j] += levels_[i] * sums[j] + sums[i] * levels_[j] + count * levels_[i] * levels_[j];
+    for (int64_t i = 0; i < taps_; ++i) to[i * side + taps_] = sums[i] += count * levels_[i];
+    arena.rewind(mark);
+  }
+
+  // weight [O, K], gamma and beta [O] -> y [N, rows, columns, O] of the pooled size, index as y, mean, rstd [O]
+  void forward(const T* weight, const T* gamma, const T* beta, const Patches& patches, double eps, T* y, uint8_t* index,
+               T* mean, T* rstd, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    const int64_t outputs = c_.outputs;
+    ImageBlock<T> p = describe(outputs);
+    // weight by tap, then mean, scale and beta, all with the outputs rounded up
+    T* const rows = arena.take<T>((taps_ + 3) * p.padded_outputs);
+    std::fill(rows, rows + (taps_ + 3) * p.padded_outputs, T(0));
+    std::vector<double> along(taps_);
+    for (int64_t o = 0; o < outputs; ++o, weight += taps_) {
+      double m = 0.0, level = 0.0, variance = 0.0;
+      patches.apply(weight, along.data());
+      for (int64_t k = 0; k < taps_; ++k) {
+        m += double(weight[k]) * patches.average[k];
+        level += double(weight[k]) * (patches.average[k] - levels_[k]);
+        variance += double(weight[k]) * along[k];
+        rows[k * p.padded_outputs + o] = weight[k];
+      }
+      const double r = 1.0 / std::sqrt(std::max(variance, 0.0) + eps);
+      mean[o] = T(m), rstd[o] = T(r);
+      rows[taps_ * p.padded_outputs + o] = T(level);
+      rows[(taps_ + 1) * p.padded_outputs + o] = gamma[o] * T(r);
+      rows[(taps_ + 2) * p.padded_outputs + o] = beta[o];
+    }
+    p.weight = rows;
+    p.mean = rows + taps_ * p.padded_outputs;
+    p.scale = p.mean + p.padded_outputs;
+    p.beta = p.scale + p.padded_outputs;
+    p.y = y, p.index = index;
+    const auto& kernels = image_block_kernels<T>();
+    const int64_t work = p.columns * pool_ * pool_ * taps_ * outputs;  // multiply-adds of an item
+    at::parallel_for(0, p.images * p.rows, 1 + kGrain / (work + 1),
+                     [&](int64_t begin, int64_t end) { kernels.apply(p, begin, end); });
+    arena.rewind(mark);
+  }
+
+  // Without moments, for one pass alone: the windows' maxima of z, of -z where `negative`, to y; mean and variance of z.
+  // z is of the images as they were moved, so that both y and mean lack the same constant.
+  void survey(const T* weight, const bool* negative, T* y, double* mean, double* variance, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    ImageBlock<T> p = describe(c_.outputs);
+    T* const rows = arena.take<T>(taps_ * p.padded_outputs);
+    std::fill(rows, rows + taps_ * p.padded_outputs, T(0));
+    for (int64_t o = 0; o < c_.outputs; ++o, weight += taps_)
+      for (int64_t k = 0; k < taps_; ++k) rows[k * p.padded_outputs + o] = negative[o] ? -weight[k] : weight[k];
+    p.weight = rows, p.y = y;
+    p.partial = arena.take<double>(p.slabs * 2 * p.padded_outputs);
+    const auto& kernels = image_block_kernels<T>();
+    const int64_t work = c_.pixels() * taps_ * c_.outputs / p.slabs;
+    at::parallel_for(0, p.slabs, 1 + kGrain / (work + 1),
+                     [&](int64_t begin, int64_t end) { kernels.survey(p, begin, end); });
+    const double pixels = double(c_.pixels());
+    for (int64_t o = 0; o < c_.outputs; ++o) {
+      double sum = 0.0, square = 0.0;
+      for (int64_t slab = 0; slab < p.slabs; ++slab) {
+        sum += p.partial[slab * 2 * p.padded_outputs + o];
+        square += p.partial[(slab * 2 + 1) * p.padded_outputs + o];
+      }
+      mean[o] = (negative[o] ? -sum : sum) / pixels;
+      variance[o] = std::max(square / pixels - mean[o] * mean[o], 0.0);
+    }
+    arena.rewind(mark);
+  }
+
+  // What a filter's z lacks, since the images were moved: w [K] level.
+  double constant(const T* w) const {
+    double sum = 0.0;
+    for (int64_t k = 0; k < taps_; ++k) sum += double(w[k]) * levels_[k];
+    return sum;
+  }
+
+  // -> dweight [O, K], dgamma, dbeta [O]
+  void backward(const T* gy, const T* weight, const T* gamma, const uint8_t* index, const T* rstd, const Patches& patches,
+                T* dweight, T* dgamma, T* dbeta, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    ImageBlock<T> p = describe(c_.outputs);
+    const int64_t size = (p.padded_taps + 1) * p.padded_outputs;
+    p.gy = gy;
+    p.index = const_cast<uint8_t*>(index);
+    p.partial = arena.take<double>(p.slabs * size);
+    const auto& kernels = image_block_kernels<T>();
+    const int64_t work = p.images * p.rows * p.columns * pool_ * pool_ * taps_ * c_.outputs / p.slabs;
+    at::parallel_for(0, p.slabs, 1 + kGrain / (work + 1),
+                     [&](int64_t begin, int64_t end) { kernels.reduce(p, begin, end); });
+    for (int64_t slab = 1; slab < p.slabs; ++slab)
+      for (int64_t i = 0; i < size; ++i) p.partial[i] += p.partial[slab * size + i];
+    // With A = g^T p: dbeta = sum(g), dgamma = rstd (<w, A> - mean dbeta),
+    // dw = gamma rstd (A - dbeta average - dgamma rstd covariance w)
+    std::vector<double> along(taps_);
+    for (int64_t o = 0; o < c_.outputs; ++o, weight += taps_, dweight += taps_) {
+      const double sum = p.partial[p.padded_taps * p.padded_outputs + o];
+      const double r = double(rstd[o]), g = double(gamma[o]);
+      double centred = 0.0;  // <w, A - dbeta average>
+      patches.apply(weight, along.data());
+      for (int64_t k = 0; k < taps_; ++k) {
+        double& a = p.partial[k * p.padded_outputs + o];
+        a -= sum * (patches.average[k] - levels_[k]);
+        centred += double(weight[k]) * a;
+      }
+      const double slope = centred * r;
+      for (int64_t k = 0; k < taps_; ++k)
+        dweight[k] = T(g * r * (p.partial[k * p.padded_outputs + o] - slope * r * along[k]));
+      dgamma[o] = T(slope), dbeta[o] = T(sum);
+    }
+    arena.rewind(mark);
+  }
+
+ private:
+  static constexpr int64_t kSlabs = 32;      // a sum's parts, whatever the number of threads, so that it has one order
+  static constexpr int64_t kGrain = 100000;  // multiply-adds that a thread must have before splitting pays
+
+  ImageBlock<T> describe(int64_t outputs) const {
+    ImageBlock<T> p{};
+    p.x = x_;
+    p.images = c_.images, p.inputs = c_.inputs, p.height = height_, p.width = width_;
+    p.taps = taps_, p.padded_taps = int64_t(offsets_.size()), p.offsets = offsets_.data();
+    p.stride_y = c_.stride[0], p.stride_x = c_.stride[1], p.pool = pool_;
+    p.out_rows = c_.rows, p.out_columns = c_.columns, p.rows = c_.rows / pool_, p.columns = c_.columns / pool_;
+    p.outputs = outputs, p.padded_outputs = up(outputs, kImageLanes);
+    p.slabs = std::clamp<int64_t>(p.images * p.rows, 1, kSlabs);
+    return p;
+  }
+
+  Convolution c_;
+  int64_t pool_, taps_, height_, width_;  // height and width with the padding
+  const T* x_;                            // [N, height, width, C], less each channel's level
+  std::vector<int64_t> offsets_;
+  std::vector<double> levels_;  // [K]
+};
+
+}  // namespace lk
