@@ -10,12 +10,12 @@ supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 1
     "lambda-kernels needs Python 3.10 to 3.13, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench gpu lint wheel tried-wheel clean distclean force
+.PHONY: help demo test bench peers timings gpu lint wheel tried-wheel clean distclean force
 
 help:
 	@echo "make demo     train on an embedded image set, choose a pattern, draw the picture: runs/demo"
 	@echo "make test     all tests"
-	@echo "make bench    benchmarks; the timings go to bench/results/local.json"
+	@echo "make bench    benchmarks: make peers, which writes docs/performance.md, then make timings: bench/results/local.json"
 	@echo "make gpu      build, tests and benchmarks on a GPU machine with $(PYTHON) as it is: bench/results, docs/gpu.md"
 	@echo "make lint     ruff and mypy"
 	@echo "make wheel    wheels in dist/ (CPU; with a CUDA torch also CUDA), each tried in an environment of its own"
@@ -28,7 +28,18 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/python -m pytest tests -p no:benchmark
 
-bench: $(VENV)/.built
+bench:
+	@$(MAKE) --no-print-directory peers
+	@$(MAKE) --no-print-directory timings
+
+# Against stock PyTorch and other packages; PEERS_ARGS=--help lists options. No figures where a result is wrong.
+peers: $(VENV)/.built $(VENV)/.peers
+	mkdir -p bench/results
+	$(BIN)/python bench/bench_peers.py --json bench/results/peers.json.tmp $(PEERS_ARGS)
+	mv bench/results/peers.json.tmp bench/results/peers.json
+	$(BIN)/python bench/peers_report.py --markdown bench/results/peers.md --plot bench/results/peers.svg
+
+timings: $(VENV)/.built
 	mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/local.json.tmp
 	mv bench/results/local.json.tmp bench/results/local.json
@@ -98,6 +109,11 @@ $(VENV)/.required: requirements.txt | $(BIN)/python
 	$(PIP) install --quiet 'pip>=22.3'
 	$(PIP) install --requirement requirements.txt
 	@touch $@
+
+# Nothing of this project needs them, and their torch is ours: without them the benchmark says so and goes on.
+$(VENV)/.peers: bench/requirements-peers.txt $(VENV)/.required
+	@$(PIP) install --quiet --no-deps --retries 1 --timeout 15 --requirement $< && touch $@ || \
+	    echo "make: not all of $< can be installed; the benchmark goes on without"
 
 $(VENV)/.built: $(VENV)/.required $(NATIVE) $(if $(wildcard lambda_kernels/_C.*.so),,force)
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .

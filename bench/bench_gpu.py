@@ -27,19 +27,24 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from by_hand import LR, NORM, Compiled, Graphed, Skip, Stock, Tasks, Vmapped
+from by_hand import LR, NORM, Compiled, Graphed, LogitsGate, Stock, Tasks, Vmapped
 from harness import (
     CONFIGURATIONS,
-    DRAWS,
+    Column,
     Configuration,
     PlainLoop,
     Problem,
+    Row,
+    Skip,
     check_adapt,
     compare,
     distance,
-    interleaved,
+    each_round,
+    fill_rows,
     make_problem,
-    quartiles,
+    reason,
+    spread,
+    write,
 )
 from torch import Tensor
 from torch._C._autograd import DeviceType
@@ -77,14 +82,6 @@ TINY = Sizes(
 )  # fmt: skip
 
 
-class Column(NamedTuple):
-    """What is timed; `per` adaptations a call; `reset` is off the clock."""
-
-    call: Callable[[], object]
-    per: int = 1
-    reset: Callable[[], object] = lambda: None
-
-
 class Bench:
     """The rows of one device."""
 
@@ -96,8 +93,12 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def rows(self) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
-        """(what a row is, the function that fills it), the important ones first."""
+    def free(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def rows(self) -> Iterator[Row]:
+        """The important ones first."""
         s = self.sizes
 
         def of(kind: str, pattern: str, fill: Callable[..., dict[str, Any]], **more: Any) -> Any:
@@ -152,11 +153,9 @@ class Bench:
 
     def time(self, columns: Mapping[str, Column]) -> dict[str, Any]:
         """Milliseconds an adaptation for every column, and how often slower each is than the column "ours"."""
-        times = interleaved(
-            {name: column.call for name, column in columns.items()}, seconds=self.sizes.seconds,
-            rounds=self.sizes.rounds, synchronize=self.synchronize, before=lambda name: columns[name].reset(),
-        )  # fmt: skip
-        each = {name: [1e3 * t / columns[name].per for t in values] for name, values in times.items()}
+        each = each_round(
+            columns, seconds=self.sizes.seconds, rounds=self.sizes.rounds, synchronize=self.synchronize
+        )
         ratios = {n: [t / own for t, own in zip(v, each["ours"])] for n, v in each.items() if n != "ours"}
         return {
             "columns": {name: spread(values) for name, values in each.items()},
@@ -200,11 +199,15 @@ class Bench:
 
     def compiled(self, pattern: Pattern, configuration: Configuration, dtype: torch.dtype) -> dict[str, Any]:
         problem, k = self.problem(configuration, dtype), configuration.steps
+
+        def how(mode: str) -> dict[str, str]:
+            return {"mode": mode} if self.device.type == "cuda" else {"backend": "aot_eager"}  # a dry run: no compiler
+
         try:
             return self.against(
                 {
-                    "compile_default": lambda: Compiled(problem, pattern, k, "default"),
-                    "compile_reduce_overhead": lambda: Compiled(problem, pattern, k, "reduce-overhead"),
+                    "compile_default": lambda: Compiled(problem, pattern, k, **how("default")),
+                    "compile_reduce_overhead": lambda: Compiled(problem, pattern, k, **how("reduce-overhead")),
                 },
                 problem, configuration, pattern,
             )  # fmt: skip
@@ -230,20 +233,7 @@ class Bench:
             for loop in loops:
                 loop.reset()
 
-        plainly = functools.cache(lambda task, double: self.logits(tasks, task, pattern, k, double))
-
-        def agrees(name: str, found: Tensor) -> None:
-            """As check_adapt: some tasks, and others where rounding at a kink may have parted them."""
-            for draw in range(DRAWS):
-                some = [(3 * draw + i) % len(tasks.xs) for i in range(3)]
-                plain, truth = ([plainly(task, double) for task in some] for double in (False, True))
-                length = distance(truth, [torch.zeros_like(t) for t in truth])
-                try:
-                    return compare(f"the logits of {name}", list(found[some]), plain, truth, length)
-                except AssertionError:
-                    if draw == DRAWS - 1:
-                        raise
-
+        agrees = LogitsGate(tasks, pattern, k)
         agrees("adapt_tasks", ours())
         columns = {"ours": Column(ours, len(tasks.xs)), "stock_full": Column(eager, few, reset)}
         skipped: dict[str, str] = {}
@@ -257,15 +247,6 @@ class Bench:
         row = self.time(columns)
         row["columns"].update({name: {"skipped": why} for name, why in skipped.items()})
         return {**row, "tasks": len(tasks.xs)}
-
-    def logits(self, tasks: Tasks, task: int, pattern: Pattern, steps: int, double: bool) -> Tensor:
-        """One task's query logits by the plain loop."""
-        problem, xq = tasks.problem(task), tasks.xq[task]
-        if double:
-            problem, xq = problem.double(), xq.double()
-        loop = PlainLoop(problem, pattern, steps, LR, NORM)
-        loop()
-        return loop.network(xq)
 
     @torch.no_grad()
     def with_query(self, pattern: Pattern, configuration: Configuration, dtype: torch.dtype) -> dict[str, Any]:
@@ -501,30 +482,14 @@ class Bench:
 
 def plain_and_true(problem: Problem, pattern: Pattern, steps: int) -> tuple[list[Tensor], list[Tensor], float]:
     """The plain loop's parameters in the problem's dtype and in float64, and how far the latter moved."""
-    plain, truth = (
-        list(PlainLoop(p, pattern, steps, LR, NORM).result().values()) for p in (problem, problem.double())
-    )
+    plain, truth = (PlainLoop(p, pattern, steps, LR, NORM).result() for p in (problem, problem.double()))
     return plain, truth, distance(truth, [p.detach() for p in problem.model.parameters()])
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    q1, median, q3 = quartiles(values)
-    return {"median": median, "q1": q1, "q3": q3}
 
 
 def wall(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def reason(error: BaseException) -> str:
-    """The error in a line, without paths of this machine."""
-    text = " ".join(str(error).split()) or "no message"
-    for folder in (Path(__file__).resolve().parents[1], Path(sys.prefix), Path.home()):
-        text = text.replace(str(folder), "...")
-    name = "" if isinstance(error, (AssertionError, Skip, backends.BackendError)) else f"{type(error).__name__}: "
-    return name + (text if len(text) <= 300 else text[:300] + " ...")
 
 
 def first_line(*command: str) -> str:
@@ -611,38 +576,10 @@ def choices() -> str:
     return out.getvalue()
 
 
-def write(path: Path, document: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def run_rows(bench: Bench, path: Path, seconds: float) -> int:
     """Fill the rows until the time is up; how many gave a wrong result or broke."""
-    start = time.perf_counter()
-    document: dict[str, Any] = {"rows": []}
-    failed = 0
-    for row, fill in bench.rows():
-        begin = time.perf_counter()
-        if begin - start > seconds:
-            row.update(status="skipped", reason=f"no time was left of {seconds:.0f} s")
-        else:
-            print(f"{begin - start:6.1f} s  {row['name']}", flush=True)
-            try:
-                row.update({"status": "passed", **fill()})
-            except Skip as why:
-                row.update(status="skipped", reason=reason(why))
-            except Exception as error:  # a row that breaks must not take the others with it
-                row.update(status="failed", reason=reason(error))
-            if row["status"] == "failed":
-                failed += 1
-                print(f"          failed: {row['reason']}", flush=True)
-            row["seconds"] = round(time.perf_counter() - begin, 2)
-        document["rows"].append(row)
-        write(path, document)
-        gc.collect()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+    document: dict[str, Any] = {}
+    failed = fill_rows(bench.rows(), document, path, seconds=seconds, after=bench.free)
     write(path, {**document, "choices": choices()})
     return failed
 

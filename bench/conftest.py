@@ -1,4 +1,4 @@
-"""Options of the benchmarks: what is timed, and where. Give them to pytest, or in PYTEST_ADDOPTS to `make bench`."""
+"""Options of the benchmarks: what is timed, and where. Give them to pytest, or in PYTEST_ADDOPTS to `make timings`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -11,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 import torch
+from benches import module
 
 from lambda_kernels.backends.native import Native
 from lambda_maml import cli
@@ -27,15 +27,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CLUSTERS = ROOT / "docs" / "clusters.md"
 BATCH = ROOT / "docs" / "bench.sbatch"
 STAGES = ["environment", "build", "tests", "memcheck", "racecheck", "bench", "timings", "report"]
-
-
-def module(name: str) -> Any:
-    """A module of bench/, as its scripts import one another."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.pop(0)
 
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
@@ -209,15 +200,6 @@ def test_without_a_device_it_says_so():
 def test_unknown_stages_are_refused():
     code, _, errors = run("--only", "build,bnech")
     assert code == 2 and "no stage bnech: choose from environment, build" in errors
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Two threads wait for each other wherever another process has a core, in each of many small operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(rows: int, monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[int, list[dict[str, Any]]]:

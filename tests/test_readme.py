@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,6 @@ def prose(page: Path) -> str:
 def fewer(function: Callable[..., Any], **small: Any) -> Callable[..., Any]:
     """The function with some of its named arguments given, whatever the caller says."""
     return lambda *args, **given: function(*args, **{**given, **small})
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Two threads wait for each other wherever another process has a core, in each of many small operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")

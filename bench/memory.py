@@ -1,0 +1,76 @@
+"""Peak memory of one adaptation above parameters and inputs: the process's resident set as Linux counts it, so that
+memory beyond torch's allocator is in it too.
+
+A process of its own for each contender. It adapts to tiny images first, which loads libraries and starts threads; then
+contender and problem are made, the mark of the highest resident set is put back, and the contender adapts once. Pages
+of files, which are code that was not loaded before, are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from harness import Configuration, Skip, make_problem
+from peers import BY_HAND, PACKAGES
+
+from lambda_maml import Pattern
+
+# What is freed goes back to the system at once: the resident set is what is in use.
+SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
+
+
+def peak(configuration: Configuration, pattern: str, contender: str, threads: int) -> float:
+    """MiB, measured in a process of its own."""
+    command = [sys.executable, __file__, pattern, contender, *map(str, configuration), f"--threads={threads}"]
+    done = subprocess.run(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        raise Skip(f"no peak: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return float(done.stdout)
+
+
+def status(field: str) -> float:
+    """MiB, of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (value,) = [line.split()[1] for line in lines if line.startswith(field + ":")]
+    return float(value) / 1024
+
+
+def measure(configuration: Configuration, pattern: str, contender: str) -> float:
+    """MiB, in this process."""
+    make = {**BY_HAND.get(pattern, {}), **PACKAGES}[contender]
+    device, bits = torch.device("cpu"), Pattern(pattern)
+    small = configuration._replace(image_size=16, shots=1)
+    make(make_problem(small, device), bits, configuration.steps)()
+    problem = make_problem(configuration, device)
+    call = make(problem, bits, configuration.steps)
+    call.reset()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # 5: VmHWM starts again at VmRSS
+    before = status("RssAnon")
+    call()
+    return status("VmHWM") - status("RssFile") - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("pattern", choices=list(BY_HAND))
+    parser.add_argument("contender")
+    for name in Configuration._fields:
+        parser.add_argument(name, type=int)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    configuration = Configuration(*(getattr(given, name) for name in Configuration._fields))
+    print(measure(configuration, given.pattern, given.contender))
+
+
+if __name__ == "__main__":
+    main()

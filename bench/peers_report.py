@@ -1,0 +1,310 @@
+"""docs/performance.md from the results of `make bench`: `python3 bench/peers_report.py [RESULTS.json]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpu_report import ROOT, cell, digits, met, span, times, write
+
+Row = Mapping[str, Any]
+FULL, LAST = "11111", "00011"
+RESULTS, PAGE = ROOT / "bench" / "results" / "peers.json", ROOT / "docs" / "performance.md"
+# Of the issue: how often faster ours is, in the order of OVER.
+OVER = ((FULL, "stock_full"), (LAST, "stock_full"), (LAST, "stock_masked"), (LAST, "stock_prefix"))
+GOALS = {
+    "mini-imagenet-64": (4.0, 40.0, 20.0, 3.0),
+    "mini-imagenet-5-shot": (4.0, 40.0, 20.0, 3.0),
+    "mini-imagenet": (3.0, 20.0, 10.0, 2.5),
+    "cifar": (3.0, 30.0, 15.0, 2.5),
+    "cifar-1-shot": (3.0, 15.0, 8.0, 3.0),
+    "omniglot": (2.5, 15.0, 8.0, 3.0),
+}
+FLOOR_GOAL = {"mini-imagenet-64": 0.6}  # of the full pattern's time
+MEMORY_GOALS = {(FULL, "stock_full"): 2.0, (LAST, "stock_masked"): 3.0}
+GROWTH_GOAL, CALLS_GOAL, VMAP_GOAL, RESIDUAL_GOAL = 40.0, 1.3, 5.0, 1.3
+NAMES = {
+    "ours": "ours",
+    "stock_full": "stock, all layers",
+    "stock_masked": "stock, same mask",
+    "stock_prefix": "the same, prefix by hand",
+    "stock_channels_last": "stock, channels-last",
+    "stock_prefix_channels_last": "prefix by hand, channels-last",
+    "func": "`torch.func`",
+    "compile": "`torch.compile`",
+    "higher": "higher",
+    "torchopt": "TorchOpt",
+    "learn2learn": "learn2learn",
+}
+TITLES = {
+    "adapt": "Adaptation time",
+    "packages": "Beside torch.func, torch.compile and other packages",
+    "query": "With the logits of 15 query images a class",
+}
+HEAD = """# Adaptation on a CPU
+
+```sh
+make bench
+```
+
+compares this project's adaptation with stock PyTorch, with what one could write by hand, and with the packages that do
+the same, then times every pattern for `select --timings`. It writes `peers.json`, tables and a picture to the folder of
+results, and this page (`bench/peers_report.py` writes it anew from that file). The packages in
+`bench/requirements-peers.txt` are installed beside the others where a package index can be reached; learn2learn is
+compared where `LEARN2LEARN_SRC` names a checkout of it. A part of it alone: `.venv/bin/python bench/bench_peers.py`
+with the options that `--help` lists; the floors alone: `.venv/bin/python bench/floor.py`.
+"""
+NONE = """
+## No results in this checkout
+
+There is no `peers.json`, and so no figures.
+"""
+PICTURE = """
+![How often faster ours adapts, and the goals](../bench/results/peers.svg)
+
+"""
+HOW = """
+## How it is measured
+
+- Adaptation time runs from support tensors to adapted parameters, wall clock, the query forward not in it. All columns
+  of a row alternate in one process, in shuffled order; a ratio is taken inside each round and given as its median with
+  the quartiles.
+- Before anything of a configuration is timed, everybody's adapted parameters are compared with the plain loop's in
+  float64 and in float32. Where one differs, the configuration has no times and the command fails.
+- Stock parameters are put back off the clock; ours and the packages pay for their own copies. "Same mask": frozen
+  parameters want no gradient. "Prefix by hand": the layers ahead of the first updated one run once. `torch.func` and
+  `torch.compile` (inductor, compiled off the clock) have the prefix by hand too, the packages cannot.
+- The packages run as in their own examples, in first order. TorchOpt: its functional optimiser, as `MetaSGD` always
+  records the graph of second order.
+- The floor is the count of floating-point operations of convolutions and linear layers that the pattern needs, the
+  prefix once, over the processor's peak measured in the same process. Faster algorithms than the direct convolution can
+  fall below it.
+- Memory is the peak of the resident set above parameters and inputs in a process of its own, so that buffers beyond
+  torch's allocator count.
+- Networks have random weights, images are random pixels; float32, 5-way, inner rate 0.01, norms follow the pattern.
+"""
+
+
+class Table(NamedTuple):
+    title: str
+    note: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def page(document: Row | None) -> str:
+    """The whole of docs/performance.md."""
+    return HEAD + (NONE if document is None else PICTURE + markdown(document)) + HOW
+
+
+def markdown(document: Row) -> str:
+    parts = [*machine(document), ""]
+    for table in tables(document):
+        lines = [f"| {' | '.join(cells)} |" for cells in (table.head, ["---"] * len(table.head), *table.rows)]
+        parts += [f"### {table.title}", "", *([table.note, ""] if table.note else []), *lines, ""]
+    return "\n".join(parts)
+
+
+def machine(document: Row) -> Iterator[str]:
+    m, c = document["machine"], document["ceilings"]
+    packages = ", ".join(f"{name} {version}" for name, version in m["packages"].items())
+    yield f"## {m['processor']}, {document['started'][:10]}"
+    yield ""
+    if document["tiny"]:
+        yield "**Tiny shapes: not a measurement.**"
+        yield ""
+    yield f"`{document['command']}` at commit {m['commit'] or 'unknown'}, {document['seconds']:.0f} s."
+    where = f"{m['cores']} cores, {m['threads']} threads, instruction set {m['instruction_set']}"
+    yield f"{where}; Python {m['python']}, {packages}."
+    peak = f"peak {digits(c['flops'] / 1e9)} GFLOP/s, matrix product {digits(c['mm_flops'] / 1e9)} GFLOP/s"
+    yield f"Measured: {peak}, copy {digits(c['copy_bytes_per_s'] / 1e9)} GB/s read and written." + (
+        f" {c['remark']}." if c["remark"] else ""
+    )
+
+
+def tables(document: Row) -> Iterator[Table]:
+    """Those that have rows."""
+    found = Found(document)
+    several = (found.timed(kind, pattern) for kind in ("adapt", "packages", "query") for pattern in (FULL, LAST))
+    others = (found.floors(), found.growth(), found.tasks(), found.memory(), found.residual(), found.missing())
+    yield from (table for table in (found.goals(), *several, *others) if table.rows)
+
+
+class Found:
+    """The tables of some results."""
+
+    def __init__(self, document: Row) -> None:
+        self.rows: list[Row] = document["rows"]
+        self.tiny: bool = document["tiny"]
+
+    def of(self, kind: str) -> list[Row]:
+        return [row for row in self.rows if row["kind"] == kind and row["status"] == "passed"]
+
+    def against(self, ratio: Mapping[str, float] | None, goal: float | None) -> str:
+        if ratio is None:
+            return "no figure"
+        return times(ratio) + self.verdict(ratio["median"], goal)
+
+    def verdict(self, value: float, goal: float | None, unit: str = "{:g}x") -> str:
+        return "" if goal is None else f"; goal {unit.format(goal)}: {met(value, goal, self.tiny)}"
+
+    def goals(self) -> Table:
+        """The issue's table."""
+        found = []
+        for row in self.of("adapt"):
+            wanted = GOALS.get(row["configuration"], (None,) * len(OVER))
+            pairs = zip(OVER, wanted, strict=True)
+            found.append([named(row), *(self.against(row["ratios"][p].get(name), goal) for (p, name), goal in pairs)])
+        head = ["network", *(f"`{pattern}` over {NAMES[name]}" for pattern, name in OVER)]
+        return Table("How often faster, and the goals", "", head, found)
+
+    def timed(self, kind: str, pattern: str) -> Table:
+        rows = self.of(kind)
+        names = [name for name in NAMES if any(name in row["columns"][pattern] for row in rows)]
+        found = []
+        for row in rows:
+            columns, ratios = row["columns"][pattern], row["ratios"][pattern]
+            cells = [columns.get(name, {"skipped": ""}) for name in names]
+            said = [
+                cell(column["skipped"]) if "skipped" in column
+                else f"{digits(column['median'])} ms, {times(ratios[name])}" if name in ratios
+                else f"{span(column)} ms"
+                for name, column in zip(names, cells)
+            ]  # fmt: skip
+            found.append([named(row), *said])
+        note = "How often faster ours is stands behind the time."
+        return Table(f"{TITLES[kind]}, `{pattern}`", note, ["network", *(NAMES[name] for name in names)], found)
+
+    def floors(self) -> Table:
+        found = []
+        for row in self.of("adapt"):
+            for pattern, floor in row["floor_ms"].items():
+                columns = row["columns"][pattern]
+                shares = {name: floor / columns[name]["median"] for name in ("ours", "stock_full") if name in columns}
+                goal = FLOOR_GOAL.get(row["configuration"]) if pattern == FULL else None
+                said = f"{shares['ours']:.0%}{self.verdict(shares['ours'], goal, '{:.0%}')}"
+                stock = f"{shares['stock_full']:.0%}" if "stock_full" in shares else ""
+                count = f"{row['flops'][pattern] / 1e9:.3g}"
+                found.append([named(row), f"`{pattern}`", count, digits(floor), said, stock])
+        head = ["network", "pattern", "GFLOP", "floor, ms", "floor over ours", "floor over stock"]
+        return Table("Share of the floor", "", head, found)
+
+    def growth(self) -> Table:
+        found = [
+            [named(row), *(span(row["columns"][name]) for name in ("ours_step", "stock_full_step")),
+             self.against(row["ratios"]["stock_full_step"], GROWTH_GOAL)]
+            for row in self.of("growth")
+        ]  # fmt: skip
+        note = "Milliseconds. Ours: (time of 25 steps - time of 5) / 20. Stock: a fifth of 5 steps of all layers."
+        return Table("One more step of `00011`", note, ["network", "ours", "stock, all layers", "ratio"], found)
+
+    def tasks(self) -> Table:
+        found = []
+        for row in self.of("tasks"):
+            columns, ratios = row["columns"], row["ratios"]
+            vmap = columns["vmap"].get("skipped") or self.against(ratios["vmap"], VMAP_GOAL)
+            found.append([
+                named(row), f"`{row['pattern']}`", *(span(columns[f"tasks_{n}"]) for n in (4, 8, 16)),
+                self.against(ratios["calls"], CALLS_GOAL), cell(vmap),
+            ])  # fmt: skip
+        note = "`adapt_tasks` to the logits of one query image a task; milliseconds a task."
+        head = ["network", "pattern", "4 tasks", "8 tasks", "16 tasks", "16 over 16 calls of `adapt`", "16 over `vmap`"]
+        return Table("Many tasks", note, head, found)
+
+    def memory(self) -> Table:
+        found = []
+        for row in self.of("memory"):
+            for pattern, columns in row["columns"].items():
+                ours = columns["ours"]
+                for name, mib in columns.items():
+                    if name != "ours":
+                        said = f"{digits(mib / ours)}x{self.verdict(mib / ours, MEMORY_GOALS.get((pattern, name)))}"
+                        found.append([named(row), f"`{pattern}`", digits(ours), NAMES[name], digits(mib), said])
+        head = ["network", "pattern", "ours", "beside", "its", "ours is smaller by"]
+        return Table("Peak memory", "MiB above parameters and inputs.", head, found)
+
+    def residual(self) -> Table:
+        found = []
+        for row in self.of("general"):
+            for name, ratio in row["ratios"].items():
+                said = self.against(ratio, RESIDUAL_GOAL if name == "stock_prefix" else None)
+                ours, its = (span(row["columns"][n]) for n in ("ours", name))
+                found.append([named(row), f"`{row['pattern']}`", ours, NAMES[name], its, said])
+        head = ["network", "pattern", "ours, ms", "beside", "its, ms", "ours is faster by"]
+        return Table("A network with skip connections", "", head, found)
+
+    def missing(self) -> Table:
+        found = [[row["name"], row["status"], cell(row["reason"])] for row in self.rows if row["status"] != "passed"]
+        return Table("Rows without figures", "", ["row", "", "reason"], found)
+
+
+def named(row: Row) -> str:
+    return f"{row['configuration']}: {row['network']}"
+
+
+def plot(document: Row, path: Path) -> None:
+    """The issue's ratios as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+
+    matplotlib.rcParams["svg.hashsalt"] = "peers"  # the same file for the same results
+    rows = Found(document).of("adapt")
+    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.9 * len(rows)), layout="constrained")
+    for turn, (pattern, name) in enumerate(OVER):
+        places = [line + 0.2 * (turn - 1.5) for line in range(len(rows))]
+        ratios = [row["ratios"][pattern][name] for row in rows]
+        medians = [r["median"] for r in ratios]
+        whiskers = [[r["median"] - r["q1"] for r in ratios], [r["q3"] - r["median"] for r in ratios]]
+        bars = axes.barh(places, medians, 0.18, xerr=whiskers, label=f"{pattern} over {NAMES[name]}")
+        axes.bar_label(bars, [digits(m) for m in medians], padding=3, fontsize=7)
+        for row, place in zip(rows, places):
+            if row["configuration"] in GOALS:
+                axes.plot(GOALS[row["configuration"]][turn], place, "|", color="black", markersize=12)
+    axes.set_xscale("log")
+    axes.set_xlim(left=1)
+    axes.xaxis.set_major_locator(FixedLocator([1, 2, 3, 5, 10, 20, 30, 50, 100]))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_yticks(range(len(rows)), [row["network"].replace(", 5-way", ",\n5-way") for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("how often faster ours adapts; |: goal")
+    figure.legend(loc="outside upper center", ncols=len(OVER), fontsize=8)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+    temporary.replace(path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or document.get("schema") != 1 or document.get("what") != "peers":
+        raise SystemExit(f'{path.name}: not the results of bench_peers.py (no "what": "peers", "schema": 1)')
+    return document
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("results", type=Path, nargs="?", default=RESULTS, help="Of bench_peers.py. Default: bench/results/peers.json")
+    add("--page", type=Path, default=PAGE, help="Where to write. Default: docs/performance.md")
+    add("--markdown", type=Path, help="File for the tables alone.")
+    add("--plot", type=Path, help="File for the picture, .svg or .png.")
+    given = parser.parse_args()
+    document = read(given.results) if given.results.exists() or given.results != RESULTS else None
+    write(given.page, page(document))
+    if document is not None and given.markdown:
+        write(given.markdown, markdown(document))
+    if document is not None and given.plot:
+        plot(document, given.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
