@@ -200,9 +200,13 @@ TORCH_LIBRARY(lambda_kernels, m) {
   m.def("winograd_weight_grad(Tensor gy, Tensor x, int[] weight, int[] padding) -> Tensor");  // sizes of the weight
   // x [T, N, C, H, W] (without blocks [T, N, F]), labels [T, N]; parameters, each [1 or T, ...]: weight, gamma, beta a
   // block, then the linear layer's weight and bias; updated: which of them are, in place; geometry: 8 numbers a block
-  // -> the support loss before each step [steps, T], float64
+  // -> [steps + 1, T], float64: the support loss before each step, and 0 where the updated parameters are finite, else NaN
   m.def("inner_loop(Tensor x, Tensor labels, Tensor(a!)[] parameters, int[] updated, int[] geometry, float[] eps, "
         "int steps, float lr) -> Tensor");
+  // The same with parameters [...] or [T, ...] that are left as they are -> and the updated ones' new values, [T, ...],
+  // without the axis where T is 1 and the parameter came without
+  m.def("adapted(Tensor x, Tensor labels, Tensor[] parameters, int[] updated, int[] geometry, float[] eps, int steps, "
+        "float lr) -> (Tensor, Tensor[])");
 }
 
 TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
@@ -217,6 +221,7 @@ TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
   m.impl("winograd_input_grad", &lk::winograd_input_grad);
   m.impl("winograd_weight_grad", &lk::winograd_weight_grad);
   m.impl("inner_loop", &lk::inner_loop);
+  m.impl("adapted", &lk::adapted);
 }
 
 namespace {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <tuple>
+#include <vector>
 
 namespace lk {
 
@@ -34,5 +35,9 @@ at::Tensor winograd_weight_grad(const at::Tensor& gy, const at::Tensor& x, at::I
 
 at::Tensor inner_loop(const at::Tensor& x, const at::Tensor& labels, at::TensorList parameters, at::IntArrayRef updated,
                       at::IntArrayRef geometry, at::ArrayRef<double> eps, int64_t steps, double lr);
+std::tuple<at::Tensor, std::vector<at::Tensor>> adapted(const at::Tensor& x, const at::Tensor& labels,
+                                                        at::TensorList parameters, at::IntArrayRef updated,
+                                                        at::IntArrayRef geometry, at::ArrayRef<double> eps, int64_t steps,
+                                                        double lr);
 
 }  // namespace lk

@@ -57,30 +57,36 @@ class Images {
     std::vector<double> sums(c.images * c.inputs);
     at::parallel_for(0, c.images, grain, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n)
-        for (int64_t k = 0; k < c.inputs; ++k)
+        for (int64_t k = 0; k < c.inputs; ++k) {
+          double parts[kParts] = {};
           for (int64_t h = 0; h < c.height; ++h) {
             const T* from = x + n * strides[0] + k * strides[1] + h * strides[2];
-            double sum = 0.0;
-            for (int64_t w = 0; w < c.width; ++w) sum += double(from[w * strides[3]]);
-            sums[n * c.inputs + k] += sum;
+            int64_t w = 0;
+            for (; w + kParts <= c.width; w += kParts)
+              for (int64_t i = 0; i < kParts; ++i) parts[i] += double(from[(w + i) * strides[3]]);
+            for (; w < c.width; ++w) parts[0] += double(from[w * strides[3]]);
           }
+          for (double part : parts) sums[n * c.inputs + k] += part;
+        }
     });
+    std::vector<T> border(row);  // a row of zeros, moved
     for (int64_t k = 0; k < c.inputs; ++k) {
       double sum = 0.0;
       for (int64_t n = 0; n < c.images; ++n) sum += sums[n * c.inputs + k];
       level[k] = T(sum / double(c.images * c.height * c.width));
+      for (int64_t w = 0; w < width_; ++w) border[w * c.inputs + k] = -level[k];
     }
     at::parallel_for(0, c.images, grain, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n)
         for (int64_t h = 0; h < height_; ++h) {
           T* const to = padded + (n * height_ + h) * row;
-          for (int64_t i = 0; i < row; ++i) to[i] = -level[i % c.inputs];
+          std::copy(border.begin(), border.end(), to);
           const int64_t in = h - c.padding[0];
           if (in < 0 || in >= c.height) continue;
           for (int64_t k = 0; k < c.inputs; ++k) {
             const T* from = x + n * strides[0] + k * strides[1] + in * strides[2];
-            for (int64_t w = 0; w < c.width; ++w)
-              to[(c.padding[1] + w) * c.inputs + k] = from[w * strides[3]] - level[k];
+            T* const at = to + c.padding[1] * c.inputs + k;
+            for (int64_t w = 0; w < c.width; ++w) at[w * c.inputs] = from[w * strides[3]] - level[k];
           }
         }
     });
@@ -226,6 +232,7 @@ class Images {
 
  private:
   static constexpr int64_t kSlabs = 32;      // a sum's parts, whatever the number of threads, so that it has one order
+  static constexpr int64_t kParts = 8;       // of a row's sum, which do not wait for one another
   static constexpr int64_t kGrain = 100000;  // multiply-adds that a thread must have before splitting pays
 
   ImageBlock<T> describe(int64_t outputs) const {

@@ -469,6 +469,19 @@ const T* dense(const at::Tensor& x, Arena& arena) {
   return to;
 }
 
+// 0 where all of `count` values are finite, else NaN.
+template <typename T>
+double defect(const T* values, int64_t count) {
+  T sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) sums[l] += values[i + l] * T(0);
+  for (; i < count; ++i) sums[0] += values[i] * T(0);
+  double sum = 0.0;
+  for (T part : sums) sum += double(part);
+  return sum;
+}
+
 // One task: x [N, C, H, W] or [N, F], labels [N]; updated parameters are changed in place.
 template <typename T>
 void adapt(const at::Tensor& x, const int64_t* labels, std::vector<Block<T>>& blocks, const at::Tensor& head, T* bias,
@@ -495,6 +508,9 @@ void adapt(const at::Tensor& x, const int64_t* labels, std::vector<Block<T>>& bl
   } else if (!Images<T>::takes(first->c, first->pool)) {
     a = dense<T>(x, arena);
   }
+  const int64_t features_of_image = (blocks.empty() ? x.numel() : blocks.back().outputs()) / x.size(0);
+  TORCH_CHECK(head.size(1) == features_of_image, "inner_loop: the linear layer takes ", head.size(1), " features, gets ",
+              features_of_image);
   int64_t most = 0;  // values of a z
   for (auto block = first; block != blocks.end(); ++block) {
     block->lay_out(block == blocks.begin() ? &x : nullptr, steps, arena);
@@ -538,7 +554,18 @@ at::Tensor inner_loop(const at::Tensor& x, const at::Tensor& labels, at::TensorL
       own[i] = own[i].contiguous();
     }
   }
-  const at::Tensor losses = at::empty({steps, tasks}, x.options().dtype(at::kDouble));
+  for (int64_t b = 0, inputs = x.size(2); b <= blocks; ++b) {
+    const at::Tensor *const at = &own[b * kPerBlock], &weight = at[0];
+    const int64_t outputs = weight.size(1);
+    bool fits = weight.dim() == (b < blocks ? 5 : 3) && at[1].dim() == 2 && at[1].size(1) == outputs;
+    if (b < blocks) {
+      fits = fits && at[2].dim() == 2 && at[2].size(1) == outputs && weight.size(2) * geometry[b * kGeometry + 6] == inputs;
+      inputs = outputs;
+    }
+    TORCH_CHECK(fits, "inner_loop: the parameters of layer ", b, " do not fit ", inputs, " inputs: ", weight.sizes(), " and ",
+                at[1].sizes());
+  }
+  const at::Tensor losses = at::empty({steps + 1, tasks}, x.options().dtype(at::kDouble));
   double* out = losses.mutable_data_ptr<double>();
   const at::Tensor rows = labels.contiguous();
   const bool parallel = tasks >= at::get_num_threads();  // else the kernels use the threads inside a task
@@ -580,10 +607,35 @@ at::Tensor inner_loop(const at::Tensor& x, const at::Tensor& labels, at::TensorL
         const int64_t head = blocks * kPerBlock;
         adapt(x[task], rows.const_data_ptr<int64_t>() + task * rows.size(1), chain, tensor(head, task), vector(head + 1, task),
               updated[head] != 0, updated[head + 1] != 0, steps, lr, out + task, tasks);
+        double& last = out[steps * tasks + task];
+        last = 0.0;
+        for (int64_t i = 0; i < head + 2; ++i)
+          if (updated[i]) last += defect(vector(i, task), own[i].numel() / own[i].size(0));
       }
     });
   });
   return losses;
+}
+
+std::tuple<at::Tensor, std::vector<at::Tensor>> adapted(const at::Tensor& x, const at::Tensor& labels,
+                                                        at::TensorList parameters, at::IntArrayRef updated,
+                                                        at::IntArrayRef geometry, at::ArrayRef<double> eps, int64_t steps,
+                                                        double lr) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const int64_t tasks = labels.size(0);
+  std::vector<at::Tensor> own, results;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const at::Tensor& p = parameters[i];
+    const int64_t axes = i % kPerBlock > 0 || i + 1 == parameters.size() ? 1 : i + 2 == parameters.size() ? 2 : 4;
+    const bool shared = p.dim() == axes;
+    own.push_back(shared ? p.unsqueeze(0) : p);
+    if (i >= updated.size() || !updated[i]) continue;
+    std::vector<int64_t> sizes = own.back().sizes().vec();
+    sizes[0] = tasks;
+    own.back() = at::empty(sizes, p.options()).copy_(own.back().expand(sizes));
+    results.push_back(shared && tasks == 1 ? own.back()[0] : own.back());
+  }
+  return {inner_loop(x, labels, own, updated, geometry, eps, steps, lr), std::move(results)};
 }
 
 }  // namespace lk

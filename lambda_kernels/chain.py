@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backends import Backend, choose
 from .graph import BlockCall, LinearCall, Program, Slot, Step
-from .spec import BlockSpec, ConvSpec, pair
+from .spec import BlockSpec, output_size
 
 __all__ = ["Chain"]
 
@@ -28,6 +29,7 @@ class Chain:
     source: int  # slot of the value that the chain starts from
     blocks: tuple[BlockCall, ...]
     linear: LinearCall
+    fitting: dict[torch.Size, bool] = field(default_factory=dict, compare=False, repr=False)  # what `_takes` found
 
     @classmethod
     def find(cls, program: Program, steps: Sequence[Step]) -> Chain | None:
@@ -53,92 +55,78 @@ class Chain:
             return None
         return cls(source, tuple(blocks), last.call)
 
-    def refusal(self, modules: Mapping[str, nn.Module], x: Tensor, labels: Tensor) -> str | None:
-        """Why no backend's inner loop can run the chain on x [T, N, ...] and labels [T, N]; None where one can."""
+    def backend(self, x: Tensor, labels: Tensor) -> Backend | str:
+        """The backend whose inner loop runs the chain on x [T, N, ...] and labels [T, N], or why there is none."""
         if labels.dtype != torch.int64 or labels.dim() != 2:
             return "the labels are not class numbers"
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
-        if x.dim() != (5 if self.blocks else 3):
-            return f"it takes {'images' if self.blocks else 'feature rows'}, got {list(x.shape)}"
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return "a transform is active"
-        if self._features(modules, x) != getattr(modules[self.linear.path], "in_features", None):
-            return "the shapes do not fit"
-        backends = self._backends(x)
+        fits = self.fitting.get(x.shape)
+        if fits is None:
+            if len(self.fitting) >= 256:
+                self.fitting.clear()
+            fits = self.fitting[x.shape] = self._takes(x.shape)
+        if not fits:
+            return f"the layers do not fit images or features {list(x.shape)}"
+        backends = [choose("conv_block", x, size) for size in self.pools] or [choose("linear", x)]
         if len(set(backends)) > 1:
             return f"its layers are of several backends: {', '.join(sorted({b.name for b in backends}))}"
-        return "; ".join(backends[0].inner_loop_refusals(x.dtype)) or None
+        return "; ".join(backends[0].inner_loop_refusals(x.dtype)) or backends[0]
 
-    def _backends(self, x: Tensor) -> list[Backend]:
-        return [choose("conv_block", x, block.size) for block in self.blocks] or [choose("linear", x)]
+    @cached_property
+    def pools(self) -> list[int]:
+        """The pooling windows that there are."""
+        return sorted({block.size for block in self.blocks})
 
-    def _features(self, modules: Mapping[str, nn.Module], x: Tensor) -> int | None:
-        """The number of features that the linear layer gets; None where a block cannot take what comes to it."""
-        size = list(x.shape[2:])
+    @cached_property
+    def specs(self) -> list[BlockSpec]:
+        return [block.spec for block in self.blocks]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The parameters as an inner loop gets them, "" for a norm's or a bias that is not there."""
+        return [*(name for block in self.blocks for name in block.names), *self.linear.names]
+
+    def _takes(self, shape: torch.Size) -> bool:
+        """Whether every layer can take what comes to it from x [T, N, ...] of this shape."""
+        if len(shape) != (5 if self.blocks else 3):
+            return False
+        size = list(shape[2:])
         for block in self.blocks:
-            conv = modules[block.path]
-            assert isinstance(conv, nn.Conv2d) and not isinstance(conv.padding, str)
-            if size[0] != conv.in_channels:
-                return None
-            size[0] = conv.out_channels
-            for axis in (0, 1):
-                reach = conv.dilation[axis] * (conv.kernel_size[axis] - 1) + 1
-                size[axis + 1] = (size[axis + 1] + 2 * conv.padding[axis] - reach) // conv.stride[axis] + 1
-            if min(size[1:]) < block.size or x.shape[1] * size[1] * size[2] < 2:
-                return None
+            if size[0] != block.inputs:
+                return False
+            size = [block.outputs, *output_size(torch.Size(size), torch.Size(block.kernel), block.spec.conv)]
+            if min(size[1:]) < block.size or shape[1] * size[1] * size[2] < 2:
+                return False
             size[1:] = [side // block.size for side in size[1:]]
-        return math.prod(size)
+        return math.prod(size) == self.linear.inputs
 
     def descend(
-        self,
-        modules: Mapping[str, nn.Module],
-        state: Mapping[str, Tensor],
-        updated: Sequence[str],
-        x: Tensor,
-        labels: Tensor,
-        *,
-        steps: int,
-        lr: float,
-        own: Collection[str],
-    ) -> Tensor:
-        """`steps` steps of gradient descent on the mean cross-entropy of each task, in place on the updated tensors.
+        self, backend: Backend, state: Mapping[str, Tensor], updated: Collection[str], x: Tensor, labels: Tensor, *,
+        steps: int, lr: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """`steps` steps of gradient descent on the mean cross-entropy of each task.
 
         Args:
-            state: parameters by name; the updated ones are changed.
+            backend: as `backend` gives it.
+            state: parameters by name, each [...], shared by all tasks, or [T, ...].
             updated: the names of the parameters to update.
-            own: the names of those that have a task axis, updated now or earlier.
             x: [T, N, C, H, W], or [T, N, F] for a chain of the linear layer alone; labels: [T, N].
 
         Returns:
-            The loss before each step, [steps, T], float64.
+            [steps + 1, T]: the loss before each step, and 0 where all of a task's updated parameters are finite, else
+            NaN. The updated parameters' new values by name, [T, ...]; without the axis where T is 1 and they came so.
         """
-        names: list[str] = []
-        tensors: list[Tensor] = []
-        wanted = set(updated)
-
-        def add(module: nn.Module, path: str, name: str, missing: float, size: int) -> None:
-            present = getattr(module, name) is not None
-            names.append(f"{path}.{name}" if present else "")
-            tensor = state[names[-1]] if present else x.new_full((size,), missing)
-            tensors.append(tensor if names[-1] in own else tensor.unsqueeze(0))
-
-        specs: list[BlockSpec] = []
-        for block in self.blocks:
-            conv, norm = modules[block.path], modules[block.norm]
-            assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-            add(conv, block.path, "weight", 0.0, 0)
-            add(norm, block.norm, "weight", 1.0, conv.out_channels)
-            add(norm, block.norm, "bias", 0.0, conv.out_channels)
-            padding = conv.padding
-            assert not isinstance(padding, str)
-            stride, dilation = pair("stride", conv.stride, 1), pair("dilation", conv.dilation, 1)
-            convolution = ConvSpec(stride, pair("padding", padding, 0), dilation, conv.groups)
-            specs.append(BlockSpec(convolution, norm.eps, block.size))
-        linear = modules[self.linear.path]
-        assert isinstance(linear, nn.Linear)
-        add(linear, self.linear.path, "weight", 0.0, 0)
-        add(linear, self.linear.path, "bias", 0.0, linear.out_features)
-        flags = [name in wanted for name in names]
+        tensors = [state[name] if name else self._missing(i, x) for i, name in enumerate(self.names)]
+        flags = [name in updated for name in self.names]
         with torch.no_grad():
-            return self._backends(x)[0].inner_loop(x, labels, tensors, flags, specs, steps, lr)
+            rows, new = backend.adapted(x, labels, tensors, flags, self.specs, steps, lr)
+        return rows, dict(zip((name for name in self.names if name in updated), new))
+
+    def _missing(self, at: int, x: Tensor) -> Tensor:
+        """What stands for a parameter that is not there: a norm's weight is 1, its bias and a linear layer's are 0."""
+        block, which = divmod(at, 3)
+        outputs = self.blocks[block].outputs if block < len(self.blocks) else self.linear.outputs
+        return x.new_full((outputs,), 1.0 if block < len(self.blocks) and which == 1 else 0.0)

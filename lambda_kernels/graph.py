@@ -28,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import functional, layers
 from .layers import ConvBlock, Update, has_hooks
 from .seen import BASE, SCALARS, Seen
+from .spec import BlockSpec, ConvSpec, pair
 
 __all__ = ["Fusion", "Program", "Step", "program_of", "tensors_of"]
 
@@ -550,6 +551,11 @@ class _Conv(_Leaf):
 
 
 class LinearCall(_Leaf):
+    def __init__(self, path: str, linear: nn.Linear) -> None:
+        super().__init__(path)
+        self.names = _present(path, linear, "weight", "bias")
+        self.inputs, self.outputs = linear.in_features, linear.out_features
+
     def __call__(self, modules: Any, state: State, effects: Any, x: Tensor) -> Tensor:
         linear = modules[self.path]
         return functional.linear(x, self.get(state, linear, "weight"), self.get(state, linear, "bias"))
@@ -571,10 +577,22 @@ class _Norm(_Leaf):
         return y
 
 
+def _present(path: str, module: nn.Module, *names: str) -> tuple[str, ...]:
+    """The parameters' full names, "" for one that the module does not have."""
+    return tuple(f"{path}.{name}" if getattr(module, name) is not None else "" for name in names)
+
+
 class BlockCall(_Leaf):
-    def __init__(self, conv: str, norm: str, size: int) -> None:
-        super().__init__(conv)
-        self.norm, self.size = norm, size
+    def __init__(self, fusion: Fusion, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        super().__init__(fusion.conv)
+        self.norm, self.size = fusion.norm, fusion.size
+        self.names = _present(self.path, conv, "weight") + _present(self.norm, norm, "weight", "bias")
+        self.inputs, self.outputs = conv.in_channels, conv.out_channels
+        self.kernel = pair("kernel", conv.kernel_size, 1)
+        stride, dilation = pair("stride", conv.stride, 1), pair("dilation", conv.dilation, 1)
+        assert not isinstance(conv.padding, str)
+        convolution = ConvSpec(stride, pair("padding", conv.padding, 0), dilation, conv.groups)
+        self.spec = BlockSpec(convolution, norm.eps, fusion.size)
 
     def __call__(self, modules: Any, state: State, effects: Effects | None, x: Tensor) -> Tensor:
         conv, norm = modules[self.path], modules[self.norm]
@@ -771,10 +789,11 @@ class _Builder:
             why = self._block_refusal(module, len(node.args))
             if why is None:
                 size = layers.pool_size(module.pool)
-                self.fusions.append(Fusion(f"{path}.conv", f"{path}.norm", f"{path}.relu", f"{path}.pool", size))
-                self.paths |= {f"{path}.conv", f"{path}.norm"}
+                fusion = Fusion(f"{path}.conv", f"{path}.norm", f"{path}.relu", f"{path}.pool", size)
+                self.fusions.append(fusion)
+                self.paths |= {fusion.conv, fusion.norm}
                 facts["tracks"] = _tracks(module.norm)
-                return "block", BlockCall(f"{path}.conv", f"{path}.norm", size), node
+                return "block", BlockCall(fusion, module.conv, module.norm), node
             self.left_alone[f"{path}.conv"] = why
         elif isinstance(module, LAYERS):
             norm = next((n for n in node.users if n.op == "call_module" and isinstance(self._at(n), NORMS)), None)
@@ -787,12 +806,15 @@ class _Builder:
                 self.fusions.append(fusion)
                 self.paths.add(fusion.norm)
                 facts["parameters"] = self._names(path, fusion.norm)
-                facts["tracks"] = _tracks(self.modules[fusion.norm])
-                return "block", BlockCall(path, fusion.norm, fusion.size), last
+                norm = self.modules[fusion.norm]
+                assert isinstance(module, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+                facts["tracks"] = _tracks(norm)
+                return "block", BlockCall(fusion, module, norm), last
             self.left_alone[path] = found
             return "conv", _Conv(path), node
         if plain and type(module) in _LINEAR:
-            return "linear", LinearCall(path), node
+            assert isinstance(module, nn.Linear)
+            return "linear", LinearCall(path, module), node
         facts["tracks"] = any(_tracks(child) for child in module.modules())
         if plain and type(module) in _BATCH_NORM:
             return "norm", _Norm(path), node

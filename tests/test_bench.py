@@ -112,9 +112,9 @@ BROKEN = """
 import lambda_maml
 from lambda_kernels.backends.native import Native
 
-right_adapt, right_norm = lambda_maml.adapt, Native.norm_relu_pool
+right_adapt, right_block = lambda_maml.adapt, Native.block
 lambda_maml.adapt = lambda *a, lr, **k: right_adapt(*a, lr=1.01 * lr, **k)
-Native.norm_relu_pool = lambda self, z, g, b, eps, pool: right_norm(self, z, g, b, 1.01 * eps, pool)
+Native.block = lambda self, x, w, g, b, spec, eps, pool: right_block(self, x, w, g, b, spec, 1.01 * eps, pool)
 """
 
 

@@ -112,10 +112,10 @@ def test_one_operator_runs_all_steps(threads: int, monkeypatch: pytest.MonkeyPat
     calls: list[tuple[int, int]] = []
     descend = Chain.descend
 
-    def counted(self: Chain, *args: object, **kwargs: object) -> Tensor:
-        losses = descend(self, *args, **kwargs)  # type: ignore[arg-type]
-        calls.append((losses.shape[0], losses.shape[1]))
-        return losses
+    def counted(self: Chain, *args: object, **kwargs: object) -> tuple[Tensor, dict[str, Tensor]]:
+        rows, new = descend(self, *args, **kwargs)  # type: ignore[arg-type]
+        calls.append((rows.shape[0] - 1, rows.shape[1]))
+        return rows, new
 
     monkeypatch.setattr(Chain, "descend", counted)
     before = torch.get_num_threads()
@@ -174,13 +174,15 @@ def test_the_operator_names_what_does_not_fit() -> None:
     x, labels = torch.randn(2, 4, 6), torch.zeros(2, 4, dtype=torch.long)
     weight, bias = torch.randn(2, 3, 6), torch.randn(1, 3)
     run = torch.ops.lambda_kernels.inner_loop
-    assert run(x, labels, [weight, bias], [1, 0], [], [], 3, 0.1).shape == (3, 2)
+    assert run(x, labels, [weight, bias], [1, 0], [], [], 3, 0.1).shape == (4, 2)
     wrong: list[tuple[tuple[Any, ...], str]] = [
         ((x, labels, [weight], [1], [], [], 1, 0.1), "need 2 parameters"),
         ((x, labels[:1], [weight, bias], [1, 0], [], [], 1, 0.1), "does not fit labels"),
         ((x, labels.int(), [weight, bias], [1, 0], [], [], 1, 0.1), "labels must be int64"),
         ((x, labels, [weight, bias], [1, 1], [], [], 1, 0.1), "parameter 1"),
         ((x, labels + 3, [weight, bias], [1, 0], [], [], 1, 0.1), "label 3"),
+        ((x[..., :5], labels, [weight, bias], [1, 0], [], [], 1, 0.1), "takes 6 features, gets 5"),
+        ((x, labels, [weight, bias[:, :2]], [1, 0], [], [], 1, 0.1), "layer 0 do not fit"),
     ]
     for args, text in wrong:
         with pytest.raises(RuntimeError, match=text):

@@ -26,7 +26,7 @@ BELOW = {
     "functional": {"autograd", "backends", "spec"},
     "layers": {"functional", "spec"},
     "seen": {"_C", "_build"},
-    "graph": {"functional", "layers", "seen"},
+    "graph": {"functional", "layers", "seen", "spec"},
     "chain": {"backends", "graph", "spec"},
     "capture": {"backends"},
     "convert": {"graph", "layers"},

@@ -105,7 +105,7 @@ static inline void convolve(const ImageBlock<T>& p, const T* corner, int64_t fir
 }
 
 // Of the P (at the lower edge fewer) rows of the convolution's output z from x on: sums of z and of z^2, and the maximum of
-// each whole window (P = 2) or z itself (P = 1).
+// each whole window (P = 2) or z itself (P = 1). A NaN may be lost to the maximum, not to the sums.
 template <typename T, int P, int N>
 static inline void survey_rows(const ImageBlock<T>& p, const T* x, int64_t out_rows, T* y, int64_t first, double* sums) {
   using V = Values<T>;
@@ -136,7 +136,7 @@ static inline void survey_rows(const ImageBlock<T>& p, const T* x, int64_t out_r
         sum[v] += z[i][v];
         square[v] += z[i][v] * z[i][v];
         if (P == 2)
-          best = (z[i][v] > best) | (z[i][v] != z[i][v]) ? z[i][v] : best;  // a NaN is a maximum, as in torch
+          best = z[i][v] > best ? z[i][v] : best;
         else
           store(to + i * p.outputs, z[i][v], count);
       }

@@ -97,39 +97,49 @@ static void place_products(const Winograd<T>& p, int64_t first, int64_t count, c
   }
 }
 
-// A tile is a window: its maximum, and the group's mean and squares, from sums around its first pixel.
+// A tile is a window: its maximum, and the group's mean and squares, from sums around its first pixel. A NaN may be lost
+// to the maximum: it is in the sums, which all of its channel's results are made with.
 template <typename T>
 static void pool_products(const Winograd<T>& p, int64_t first, int64_t count, const T* products, int64_t step,
                           double* partial) {
   using V = Values<T>;
-  constexpr int64_t L = Vector<T>::kLanes;
-  const int64_t O = p.outputs, rows = p.rows / 2, columns = p.columns / 2;
-  for (int64_t o = 0; o < O; o += L) {
-    V level{}, sum{}, square{};
+  constexpr int64_t L = Vector<T>::kLanes, kMost = 512;  // outputs at a time, bounds the stack
+  const int64_t rows = p.rows / 2, columns = p.columns / 2;
+  for (int64_t from = 0; from < p.outputs; from += kMost) {
+    const int64_t end = p.outputs - from < kMost ? p.outputs : from + kMost;
+    T level[kMost], sum[kMost], square[kMost];
     int64_t pixels = 0;
     for (int64_t n = 0; n < count; ++n) {
       const Tile tile = tile_of(p, first + n);
       const bool below = tile.row + 1 < p.rows, right = tile.column + 1 < p.columns;
-      V y[2][2];
-      from_points(products + n * p.padded_outputs + o, step, y);
-      if (n == 0) level = y[0][0];
-      V best = y[0][0];
-      for (int i = 0; i < (below ? 2 : 1); ++i)
-        for (int j = 0; j < (right ? 2 : 1); ++j) {
-          const V v = y[i][j], d = v - level;
-          sum += d;
-          square += d * d;
-          best = (v > best) | (v != v) ? v : best;  // a NaN is a maximum, as in torch
-        }
+      T* const to = p.pooled + ((tile.image * rows + tile.row / 2) * columns + tile.column / 2) * p.outputs;
       pixels += (below ? 2 : 1) * (right ? 2 : 1);
-      if (below && right)
-        store(p.pooled + ((tile.image * rows + tile.row / 2) * columns + tile.column / 2) * O + o, best, O - o);
+      for (int64_t o = from; o < end; o += L) {
+        V y[2][2];
+        from_points(products + n * p.padded_outputs + o, step, y);
+        if (n == 0) store(level + o - from, y[0][0]);
+        const V base = n == 0 ? y[0][0] : load(level + o - from);
+        V d = y[0][0] - base, total = n == 0 ? d : load(sum + o - from) + d;
+        V squares = n == 0 ? d * d : load(square + o - from) + d * d;
+        V best = y[0][0];
+        for (int i = 0; i < 2; ++i)
+          for (int j = 0; j < 2; ++j) {
+            if (i + j == 0 || (i == 1 && !below) || (j == 1 && !right)) continue;
+            d = y[i][j] - base;
+            total += d;
+            squares += d * d;
+            best = y[i][j] > best ? y[i][j] : best;
+          }
+        store(sum + o - from, total);
+        store(square + o - from, squares);
+        if (below && right) store(to + o, best, p.outputs - o);
+      }
     }
-    for (int64_t l = 0; l < L; ++l) {
-      const double mean = double(sum[l]) / double(pixels);
-      partial[o + l] = double(level[l]) + mean;
-      partial[p.padded_outputs + o + l] = double(square[l]) - mean * double(sum[l]);
-      partial[2 * p.padded_outputs + o + l] = double(pixels);
+    for (int64_t o = from; o < end; ++o) {
+      const double mean = double(sum[o - from]) / double(pixels);
+      partial[o] = double(level[o - from]) + mean;
+      partial[p.padded_outputs + o] = double(square[o - from]) - mean * double(sum[o - from]);
+      partial[2 * p.padded_outputs + o] = double(pixels);
     }
   }
 }

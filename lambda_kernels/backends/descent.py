@@ -1,10 +1,9 @@
 """The inner loop of first-order adaptation in a backend's operations, without autograd.
 
 The gradients of a chain (fused blocks one after another, then a linear layer, under cross-entropy) are known, so a step
-is its forward operations, its backward operations and one update of all parameters; the blocks ahead of the first updated
-one run once. Tasks share each call: frozen
-parameters are common to all, updated ones are each task's own. Nothing waits for the device, so that a CUDA graph can
-hold all steps.
+is its forward operations, its backward operations and one update of all parameters; the blocks ahead of the first
+updated one run once. Tasks share each call: frozen parameters are common to all, updated ones are each task's own.
+Nothing waits for the device, so that a CUDA graph can hold all steps.
 """
 
 from __future__ import annotations
@@ -65,7 +64,8 @@ def descend(
         updated: for each of the parameters, whether it is.
 
     Returns:
-        The loss before each step, [steps, T], in at least float32.
+        [steps + 1, T], in at least float32: the loss before each step, and 0 where all of a task's updated parameters
+        are finite, else NaN.
     """
     tasks = labels.shape[0]
     x = backend.layout(x) if blocks else x
@@ -99,7 +99,9 @@ def descend(
                 if not block.below:
                     break
         backend.sgd_([p for p, _ in moved], [gradient for _, gradient in moved], lr)
-    return torch.stack(losses) if losses else x.new_empty(0, tasks, dtype=torch.float32)
+    own = [p for p, wanted in zip(parameters, updated) if wanted]
+    finite = torch.stack([(p.flatten(1) * 0).sum(1) for p in own]).sum(0)
+    return torch.stack([*losses, finite.to(losses[0].dtype if losses else torch.float32)])
 
 
 def _chain(

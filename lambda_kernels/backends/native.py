@@ -103,13 +103,16 @@ class Native(Reference):
         self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
         steps: int, lr: float,
     ) -> Tensor:  # fmt: skip
-        """As the reference's, by one operator that spreads the tasks over the threads; the losses are float64."""
-        x = self.layout(x) if blocks else x
-        geometry: list[int] = []
-        for (stride, padding, dilation, groups), _, pool in blocks:
-            geometry += [*stride, *padding, *dilation, groups, pool]
-        eps, flags = [b.eps for b in blocks], [int(u) for u in updated]
-        return torch.ops.lambda_kernels.inner_loop(x, labels, parameters, flags, geometry, eps, steps, lr)
+        """As the reference's, by one operator that spreads the tasks over the threads; the result is float64."""
+        flags, *constants = _constants(updated, blocks)
+        return torch.ops.lambda_kernels.inner_loop(x, labels, parameters, flags, *constants, steps, lr)
+
+    def adapted(
+        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
+        steps: int, lr: float,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        flags, *constants = _constants(updated, blocks)
+        return torch.ops.lambda_kernels.adapted(x, labels, parameters, flags, *constants, steps, lr)
 
     def norm_relu_pool(
         self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int
@@ -157,6 +160,13 @@ def _filters(x: torch.Size, weight: torch.Size, spec: ConvSpec, dtype: torch.dty
     )
 
 
+def _constants(updated: list[bool], blocks: list[BlockSpec]) -> tuple[list[int], list[int], list[float]]:
+    """The flags, the geometry and the eps of an inner loop as its operator takes them."""
+    geometry = [n for (stride, padding, dilation, groups), _, pool in blocks
+                for n in (*stride, *padding, *dilation, groups, pool)]  # fmt: skip
+    return list(map(int, updated)), geometry, [b.eps for b in blocks]
+
+
 def _geometry(spec: ConvSpec, pool: int) -> list[int]:
     return [*spec.stride, *spec.padding, *spec.dilation, pool]
 
@@ -199,12 +209,12 @@ if not _WHY:
         x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, geometry: list[int], eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         stride, padding, dilation, pool = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
-        sides = [
+        height, width = (
             ((x.shape[3 + a] + 2 * padding[a] - dilation[a] * (weight.shape[3 + a] - 1) - 1) // stride[a] + 1) // pool
             for a in (0, 1)
-        ]
+        )
         tasks = max(t.shape[0] for t in (x, weight, gamma, beta))
-        y = _images(x, *sides, x.dtype, tasks=tasks, channels=weight.shape[1])
+        y = _images(x, height, width, x.dtype, tasks=tasks, channels=weight.shape[1])
         return y, x.new_empty(tasks, weight.shape[1]), x.new_empty(tasks, weight.shape[1])
 
     @torch.library.register_fake("lambda_kernels::winograd")

@@ -314,6 +314,27 @@ class Reference:
         """K steps of gradient descent on a chain of blocks and a linear layer; see `descent.descend`."""
         return descend(self, x, labels, parameters, updated, blocks, steps, lr)
 
+    def adapted(
+        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
+        steps: int, lr: float,
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """`inner_loop` with parameters left as they are, each with or without a task axis.
+
+        Returns:
+            What `inner_loop` gives, and the updated parameters' new values, [T, ...], without the axis where T is 1 and
+            the parameter came without.
+        """
+        tasks = labels.shape[0]
+        axes = [4 + 1, 1 + 1, 1 + 1] * len(blocks) + [2 + 1, 1 + 1]  # with a task axis
+        whole = [p if p.dim() == n else p.unsqueeze(0) for p, n in zip(parameters, axes)]
+        own = [
+            p.expand(tasks, *p.shape[1:]).clone(memory_format=torch.contiguous_format) if u else p
+            for p, u in zip(whole, updated)
+        ]
+        rows = self.inner_loop(x, labels, own, updated, blocks, steps, lr)
+        pairs = zip(parameters, own, updated)
+        return rows, [new[0] if tasks == 1 and new.dim() > p.dim() else new for p, new, u in pairs if u]
+
 
 def _patches(x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:
     """x [1|T, N, C, H, W] -> what a convolution multiplies its weight with, [1|T, N H' W', C kh kw]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,7 +62,6 @@ def adapt(
     """
     loop = Loop(model, pattern, steps, lr, norm, second_order)
     loop.check(xs, ys)
-    meta = state_of(model)
 
     def run(xs: Tensor, ys: Tensor) -> Adapted:
         return _adapt_one(loop, loss, state_of(model), xs, ys)
@@ -69,26 +69,26 @@ def adapt(
     state = adapted_by_graph(loop, model, loss, run, xs, ys, per_task=False)
     if state is None:
         loop.check_labels(ys.unsqueeze(0))
-        losses, state = _adapt_one(loop, loss, meta, xs, ys)
+        losses, state = _adapt_one(loop, loss, loop.meta, xs, ys)
         loop.check_finite(loop.verdict(losses, state).tolist(), xs)
-    return Learner(model, loop.finish(meta, {**meta, **state}))
+    return Learner(model, Outcome(loop, loop.meta, state))
 
 
 def _adapt_one(loop: Loop, loss: Loss, meta: dict[str, Tensor], xs: Tensor, ys: Tensor) -> Adapted:
     """The support losses before each step, and the state after the last."""
-    state = loop.start(meta)
+    state = meta
     losses: list[Tensor] = []
     with torch.enable_grad():
         for part, count in loop.parts:
-            loop.enter(state, part)
             if (known := loop.descend(part, part.whole, loss, state, xs, ys, count, per_task=False)) is not None:
-                losses += known
+                state = loop.note(losses, state, known)
                 continue
+            state = loop.start(state, part)
             with torch.set_grad_enabled(loop.second_order):
                 frozen = part.freeze(loop.modules, state, xs)
             start = frozen.boundary[0] if frozen.boundary else xs
             if (known := loop.descend(part, part.chain, loss, state, start, ys, count, per_task=False)) is not None:
-                losses += known
+                state = loop.note(losses, state, known)
                 frozen.count(count)
                 continue
             for _ in range(count):
@@ -104,29 +104,58 @@ class Learner(nn.Module):
     Frozen parameters are the network's own: a later change of them shows here. `to_module` gives a copy of its own.
     """
 
-    def __init__(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, outcome: Outcome) -> None:
         super().__init__()
-        self._held = (model, state)  # in a tuple: the model is no submodule of the learner
+        self._held = (model, outcome)  # in a tuple: the model is no submodule of the learner
 
     def forward(self, x: Tensor) -> Tensor:
         """The adapted network's result for x [N, C, H, W]."""
-        model, state = self._held
+        model, outcome = self._held
         program = plan_of(model).program
-        return program.evaluate(program.bind(model), state, x)
+        return program.evaluate(program.bind(model), outcome.state, x)
 
     def parameters_dict(self) -> dict[str, Tensor]:
         """All parameters by name, the adapted ones in place of the model's."""
-        model, state = self._held
-        return {name: state[name] for name, _ in model.named_parameters()}
+        model, outcome = self._held
+        return {name: outcome.state[name] for name, _ in model.named_parameters()}
 
     def to_module(self) -> nn.Module:
         """A copy of the network with the adapted parameters and buffers as its own."""
-        model, state = self._held
+        model, outcome = self._held
         twin = copy.deepcopy(model)
         with torch.no_grad():
             for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-                tensor.copy_(state[name])
+                tensor.copy_(outcome.state[name])
         return twin
+
+
+class Outcome:
+    """The state that an adaptation came to. What makes it a part of autograd's graph waits until it is asked for."""
+
+    def __init__(self, loop: Loop, meta: dict[str, Tensor], adapted: dict[str, Tensor]) -> None:
+        self._meta, self._adapted = meta, {**meta, **adapted}
+        self._updated, self._aliases = loop.updated, loop.plan.program.aliases
+        self._second_order, self._attach = loop.second_order, torch.is_grad_enabled()
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """In first order, its gradient with respect to the model's parameters is the identity."""
+        meta, adapted = self._meta, self._adapted
+        if self._second_order:
+            return adapted
+        if not self._attach:
+            return {n: t.detach() if t.requires_grad else t for n, t in adapted.items()}
+        with torch.inference_mode(False), torch.enable_grad():
+            attached = _Attached.apply(*(meta[n] for n in self._updated), *(adapted[n] for n in self._updated))
+        frozen = {n: meta[n] if t.requires_grad else adapted[n] for n, t in meta.items()}
+        return _tied({**frozen, **dict(zip(self._updated, attached))}, self._aliases)
+
+
+def _tied(state: dict[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """The state with every second name of a shared parameter holding what its first name holds."""
+    for alias, name in aliases.items():
+        state[alias] = state[name]
+    return state
 
 
 def adapt_tasks(
@@ -219,25 +248,25 @@ def _adapt_batch(model: nn.Module, loop: Loop, loss: Loss, xs: Tensor, ys: Tenso
         loop.check_labels(ys)
         losses, state = _adapt_together(loop, loss, meta, xs, ys)
         loop.check_finite(loop.verdict(losses, state).tolist(), xs)
-    return classify(loop.finish(meta, {**meta, **state}), xq)
+    return classify(Outcome(loop, meta, state).state, xq)
 
 
 def _adapt_together(loop: Loop, loss: Loss, meta: dict[str, Tensor], xs: Tensor, ys: Tensor) -> Adapted:
     """As `_adapt_one` for xs [T, N, ...], ys [T, N], with [T, ...] losses and updated tensors."""
-    state = loop.start(meta)
+    state = meta
     losses: list[Tensor] = []
     with torch.enable_grad():
         for part, count in loop.parts:
-            loop.enter(state, part)
             if (known := loop.descend(part, part.whole, loss, state, xs, ys, count, per_task=True)) is not None:
-                losses += known
+                state = loop.note(losses, state, known)
                 continue
+            state = loop.start(state, part)
             frozen = _FrozenBatch(part, loop.modules, loss)
             with torch.set_grad_enabled(loop.second_order):
                 boundary = loop.each_task(state, frozen.freeze, xs)
             start = boundary[0] if boundary else xs
             if (known := loop.descend(part, part.chain, loss, state, start, ys, count, per_task=True)) is not None:
-                losses += known
+                state = loop.note(losses, state, known)
                 continue
             for _ in range(count):
                 values = loop.each_task(state, frozen.loss_of, boundary, ys)
@@ -280,14 +309,27 @@ class Loop:
             raise RuntimeError(
                 "adaptation needs gradients: call it under torch.no_grad() instead of torch.inference_mode()"
             )
-        self.pattern, self.steps, self.lr = Pattern.parse(pattern), steps, lr
-        self.plan = plan_of(model)
-        self.pattern.check(self.plan)
-        self.modules = self.plan.program.bind(model)
-        self.parts = [(self.plan.part(bits, norm), count) for bits, count in self.pattern.segments(steps)]
-        self.updated = tuple(dict.fromkeys(n for part, _ in self.parts for n in part.updated))
-        self.parameter = next(model.parameters())
+        self.steps, self.lr = steps, lr
+        self.plan, self._model = plan_of(model), model
+        key = (pattern, steps, norm)
+        schedule = self.plan.schedules.get(key)
+        if schedule is None:
+            parsed = Pattern.parse(pattern)
+            parsed.check(self.plan)
+            parts = [(self.plan.part(bits, norm), count) for bits, count in parsed.segments(steps)]
+            schedule = parsed, parts, tuple(dict.fromkeys(n for part, _ in parts for n in part.updated))
+            self.plan.keep(key, schedule)
+        self.pattern: Pattern = schedule[0]
+        self.parts: list[tuple[Part, int]] = schedule[1]
+        self.updated: tuple[str, ...] = schedule[2]
+        self.meta = state_of(model)
+        self.parameter = next(iter(self.meta.values()))
         self.second_order = second_order and torch.is_grad_enabled()
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that the program's steps use, by path."""
+        return self.plan.program.bind(self._model)
 
     def check(self, xs: Tensor, ys: Tensor) -> None:
         """ValueError or TypeError for a support set that the network cannot be adapted to."""
@@ -317,7 +359,7 @@ class Loop:
     @property
     def outputs(self) -> int | None:
         """The number of logits, where it is known."""
-        return self.plan.outputs(self.modules)
+        return self.plan.outputs
 
     def check_labels(self, ys: Tensor, lowest: list[int] | None = None, highest: list[int] | None = None) -> None:
         """ValueError where class labels [T, N] are all one class in a task, or beyond the outputs; `lowest` and
@@ -326,7 +368,8 @@ class Loop:
             return  # regression targets
         tasks = ys.flatten(1)
         if lowest is None or highest is None:
-            lowest, highest = (t.tolist() for t in torch.aminmax(tasks, dim=1))
+            rows = tasks.tolist()
+            lowest, highest = [min(row) for row in rows], [max(row) for row in rows]
         outputs = self.outputs
         for low, high in zip(lowest, highest):
             if low == high:
@@ -339,19 +382,29 @@ class Loop:
                     f"{'ways-1' if outputs is None else outputs - 1}: renumber them or build it with more ways"
                 )
 
-    def start(self, meta: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state of step 0; in first order frozen tensors are cut off from autograd, updated ones are new leaves."""
+    def start(self, state: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
+        """The state that a part's steps begin with under autograd.
+
+        In first order frozen tensors are cut off from it, updated ones are new leaves. In second order a step's
+        gradient is by the present values, not by what they were to earlier steps.
+        """
         if self.second_order:
-            own = {n: meta[n] if meta[n].requires_grad else meta[n].detach().requires_grad_() for n in self.updated}
-            return self.tie({**meta, **own})
-        own = {n: meta[n].detach().clone(memory_format=torch.contiguous_format).requires_grad_() for n in self.updated}
-        return self.tie({**{n: t.detach() for n, t in meta.items()}, **own})
+            own = {n: state[n] if state[n].requires_grad else state[n].detach().requires_grad_() for n in self.updated}
+            own.update((n, own[n].view_as(own[n])) for n in part.updated)
+            return self.tie({**state, **own})
+        with torch.no_grad():
+            own = {n: state[n].clone(memory_format=torch.contiguous_format).requires_grad_() for n in self.updated}
+            return self.tie({**{n: t.detach() if t.requires_grad else t for n, t in state.items()}, **own})
 
     def tie(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state with every second name of a shared parameter holding what its first name holds."""
-        for alias, name in self.plan.program.aliases.items():
-            state[alias] = state[name]
-        return state
+        return _tied(state, self.plan.program.aliases)
+
+    def note(
+        self, losses: list[Tensor], state: dict[str, Tensor], known: tuple[Tensor, dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The state after what `descend` did; its losses are added to the others."""
+        losses.append(known[0])
+        return self.tie({**state, **known[1]})
 
     def descend(
         self,
@@ -363,23 +416,20 @@ class Loop:
         labels: Tensor,
         steps: int,
         per_task: bool,
-    ) -> list[Tensor] | None:
-        """All steps of a part that is a chain from x on, in first order, as a backend's inner loop: the losses; None for
-        another."""
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """All steps of a part that is a chain from x on, in first order, as a backend's inner loop; None for another.
+
+        Returns:
+            [steps + 1, T] as `verdict` gives it, and the updated tensors by name.
+        """
         if chain is None or self.second_order or loss is not F.cross_entropy:
             return None
         x = x if per_task else x.unsqueeze(0)
         labels = labels if per_task else labels.unsqueeze(0)
-        if chain.refusal(self.modules, x, labels) is not None:
+        backend = chain.backend(x, labels)
+        if isinstance(backend, str):
             return None
-        own = self.updated if per_task else ()
-        return list(chain.descend(self.modules, state, part.updated, x, labels, steps=steps, lr=self.lr, own=own))
-
-    def enter(self, state: dict[str, Tensor], part: Part) -> None:
-        """Before a part's steps: a step's gradient is by the present values, not by what they were to earlier steps."""
-        if self.second_order:
-            state.update({n: state[n].view_as(state[n]) for n in part.updated})
-            self.tie(state)
+        return chain.descend(backend, state, part.updated, x, labels, steps=steps, lr=self.lr)
 
     def update(self, state: dict[str, Tensor], part: Part, value: Tensor) -> None:
         """One gradient step on the part's updated parameters."""
@@ -400,15 +450,6 @@ class Loop:
             with torch.no_grad():
                 torch._foreach_add_([w for _, w, _ in used], [g for _, _, g in used], alpha=-self.lr)
 
-    def finish(self, meta: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The adapted state; in first order its gradient with respect to the model's parameters is the identity."""
-        if self.second_order:
-            return state
-        if not torch.is_grad_enabled():
-            return {n: t.detach() for n, t in state.items()}
-        attached = {n: _Attached.apply(meta[n], state[n]) for n in self.updated}
-        return self.tie({**{n: meta[n] if t.requires_grad else state[n] for n, t in meta.items()}, **attached})
-
     def each_task(self, state: dict[str, Tensor], function: Callable[..., Any], *values: Any) -> Any:
         """function(state, values of one task) for every task of a batch at once."""
 
@@ -419,11 +460,13 @@ class Loop:
 
     def verdict(self, losses: list[Tensor], state: dict[str, Tensor]) -> Tensor:
         """[steps + 1, T], float64: each task's support losses, and below them a number that is finite if all parameters
-        are; empty without steps."""
+        are; empty without steps. `losses` are those of one step each, and what `descend` gave for several."""
         if not losses:
             return torch.empty(0)
         with torch.no_grad():
-            values = torch.stack([v.reshape(-1).double() for v in losses])
+            if len(losses) == 1 and losses[0].dim() == 2:
+                return losses[0].double()
+            values = torch.cat([v[:-1].double() if v.dim() == 2 else v.reshape(1, -1).double() for v in losses])
             after = torch.stack([state[n].sum().double() for n in self.updated]).sum()
             return torch.cat([values, after.expand(1, values.shape[1])])
 
@@ -447,15 +490,16 @@ class Loop:
 
 
 class _Attached(torch.autograd.Function):
-    """The adapted tensor, with the model's parameter in its place for gradients."""
+    """The adapted tensors, with the model's parameters in their places for gradients."""
 
     @staticmethod
-    def forward(ctx: Any, meta: Tensor, adapted: Tensor) -> Tensor:  # with setup_context each call costs 80 us more
-        return adapted.detach()
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # with setup_context each call costs 80 us more
+        ctx.set_materialize_grads(False)
+        return tuple(t.detach() for t in tensors[len(tensors) // 2 :])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *gradients, *(None for _ in gradients)
 
 
 def _scalar(value: Tensor) -> Tensor:

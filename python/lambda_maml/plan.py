@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from lambda_kernels.chain import Chain
-from lambda_kernels.graph import Program, Step, program_of, tensors_of
+from lambda_kernels.graph import LinearCall, Program, Step, program_of, tensors_of
 
 from .network import layers_of
 
@@ -130,6 +130,7 @@ class Plan:
             )
         self.layers = layers_of(model, program)
         self.parts: dict[tuple[str, str], Part] = {}
+        self.schedules: dict[Hashable, Any] = {}  # what Loop made of a pattern, a number of steps and a norm convention
 
     def part(self, bits: str, norm: str) -> Part:
         """The program cut by the parameters that a pattern's step updates."""
@@ -139,6 +140,12 @@ class Plan:
             self.parts[key] = Part(self.program, updated)
         return self.parts[key]
 
+    def keep(self, key: Hashable, schedule: Any) -> None:
+        """Remember a schedule, and forget all others when there are too many."""
+        if len(self.schedules) >= _LIMIT:
+            self.schedules = {}
+        self.schedules[key] = schedule
+
     @cached_property
     def why_not_batched(self) -> str | None:
         """Why several tasks cannot be adapted as one batch, or None where they can."""
@@ -146,12 +153,12 @@ class Plan:
             return "it updates running statistics"
         return next((step.not_reusable for step in self.program.steps if step.not_reusable), None)
 
-    def outputs(self, modules: Mapping[str, nn.Module]) -> int | None:
+    @cached_property
+    def outputs(self) -> int | None:
         """The number of logits, where the network ends in a linear layer."""
         step = self.program.steps[-1]
-        if self.program.result_slots != [step.slot]:
-            return None
-        return modules[step.layer[0]].out_features if step.kind == "linear" and step.layer else None  # type: ignore[return-value]
+        last = self.program.result_slots == [step.slot]
+        return step.call.outputs if last and isinstance(step.call, LinearCall) else None
 
 
 _PLANS: OrderedDict[Program, Plan] = OrderedDict()

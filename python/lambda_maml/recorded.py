@@ -50,8 +50,7 @@ def adapted_by_graph(
         rows = [state[n].detach().reshape((*state[n].shape[: state[n].dim() - p.dim()], -1)) for n, p in own.items()]
         return torch.cat(rows, dim=-1), _verdict(loop, losses, state, ys)
 
-    named = dict(model.named_parameters())
-    own = {n: named[n] for n in loop.updated}
+    own = {n: loop.meta[n] for n in loop.updated}
     results = _replayed(loop, model, loss, "adapted", function, (xs, ys), per_task)
     if results is None:
         return None
