@@ -32,6 +32,11 @@ Convolution sizes(at::IntArrayRef x, at::IntArrayRef weight, at::IntArrayRef pad
   return c;
 }
 
+template <typename T>
+T* data(const at::Tensor& t) {
+  return const_cast<T*>(t.const_data_ptr<T>());
+}
+
 int64_t of(const at::Tensor& t, int64_t task) { return t.size(0) == 1 ? 0 : task; }
 
 }  // namespace
@@ -44,9 +49,8 @@ at::Tensor winograd(const at::Tensor& x_, const at::Tensor& weight, at::IntArray
   at::Tensor y = empty_images(tasks, x_.size(1), c.outputs, c.rows, c.columns, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "winograd", [&] {
     const Borrowed arena;
-    Filter<scalar_t> filter(c);
     for (int64_t task = 0; task < runs; ++task) {
-      filter.set_weight(weight[task].const_data_ptr<scalar_t>(), weight.strides().data() + 1, *arena);
+      const Filter<scalar_t> filter(c, data<scalar_t>(weight[task]), weight.strides().data() + 1);
       filter.forward(x[of(x, task)].const_data_ptr<scalar_t>(), y[task].mutable_data_ptr<scalar_t>(), *arena);
     }
   });
@@ -61,9 +65,8 @@ at::Tensor winograd_input_grad(const at::Tensor& gy_, const at::Tensor& weight, 
   at::Tensor gx = empty_images(tasks, x[1], c.inputs, c.height, c.width, gy.options());
   AT_DISPATCH_FLOATING_TYPES(gy.scalar_type(), "winograd_input_grad", [&] {
     const Borrowed arena;
-    Filter<scalar_t> filter(c);
     for (int64_t task = 0; task < runs; ++task) {
-      filter.set_turned(weight[task].const_data_ptr<scalar_t>(), weight.strides().data() + 1, *arena);
+      const Filter<scalar_t> filter(c, data<scalar_t>(weight[task]), weight.strides().data() + 1);
       filter.input_gradient(gy[of(gy, task)].const_data_ptr<scalar_t>(), gx[task].mutable_data_ptr<scalar_t>(), *arena);
     }
   });
@@ -81,10 +84,11 @@ at::Tensor winograd_weight_grad(const at::Tensor& gy_, const at::Tensor& x_, at:
   at::Tensor gw = at::zeros({runs, weight[1], weight[2], weight[3], weight[4]}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "winograd_weight_grad", [&] {
     const Borrowed arena;
-    const Filter<scalar_t> filter(c);
-    for (int64_t task = 0; task < runs; ++task)
+    for (int64_t task = 0; task < runs; ++task) {
+      const Filter<scalar_t> filter(c, gw[task].mutable_data_ptr<scalar_t>(), gw.strides().data() + 1);
       filter.descend(x[of(x, task)].const_data_ptr<scalar_t>(), gy[of(gy, task)].const_data_ptr<scalar_t>(), scalar_t(1),
-                     gw[task].mutable_data_ptr<scalar_t>(), gw.strides().data() + 1, *arena);
+                     *arena);
+    }
   });
   return gw;
 }

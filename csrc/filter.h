@@ -39,28 +39,29 @@ class Filter {
            kPoints * ((c.rows + 1) / 2) * ((c.columns + 1) / 2) < 9 * c.rows * c.columns;
   }
 
-  explicit Filter(const Convolution& c) : c_(c) {}
-
-  void set_weight(const T* weight, const int64_t* strides, Arena& arena) { u_ = transform(weight, strides, false, u_, arena); }
-  void set_turned(const T* weight, const int64_t* strides, Arena& arena) {
-    turned_ = transform(weight, strides, true, turned_, arena);
+  // The weight is [outputs, inputs, 3, 3] with these strides.
+  Filter(const Convolution& c, T* weight, const int64_t* strides) : c_(c), weight_(weight) {
+    std::copy(strides, strides + 4, strides_);
   }
 
-  // x -> y, by the weight that was set
+  // x -> y
   void forward(const T* x, T* y, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
     Winograd<T> p = divided(c_);
-    p.x = x, p.u = u_, p.y = y;
+    p.x = x, p.u = transform(false, arena), p.y = y;
     run(p, arena);
+    arena.rewind(mark);
   }
 
-  // x -> the maxima of y in windows of 2 x 2, of -y where `negative`; mean and variance of y. Changes the weight that was set.
+  // x -> the maxima of y in windows of 2 x 2, of -y where `negative`; mean and variance of y
   void survey(const T* x, const bool* negative, T* pooled, double* mean, double* variance, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
     const int64_t padded = up(c_.outputs, kLanes);
+    T* const u = transform(false, arena);
     for (int64_t o = 0; o < c_.outputs; ++o)
-      for (int64_t row = 0; negative[o] && row < kPoints * c_.inputs; ++row) u_[row * padded + o] = -u_[row * padded + o];
+      for (int64_t row = 0; negative[o] && row < kPoints * c_.inputs; ++row) u[row * padded + o] = -u[row * padded + o];
     Winograd<T> p = divided(c_);
-    p.x = x, p.u = u_, p.pooled = pooled;
+    p.x = x, p.u = u, p.pooled = pooled;
     const int64_t groups = share(p.images * p.tile_rows * p.tile_columns, p.group);
     p.partial = arena.take<double>(groups * 3 * padded);
     run(p, arena);
@@ -81,23 +82,25 @@ class Filter {
     arena.rewind(mark);
   }
 
-  // gradient of y -> gradient of x, by the weight that was set for it
+  // gradient of y -> gradient of x
   void input_gradient(const T* gy, T* gx, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
     Convolution back = c_;
     std::swap(back.inputs, back.outputs), std::swap(back.height, back.rows), std::swap(back.width, back.columns);
     for (int axis : {0, 1}) back.padding[axis] = 2 - c_.padding[axis];
     Winograd<T> p = divided(back);
-    p.x = gy, p.u = turned_, p.y = gx;
+    p.x = gy, p.u = transform(true, arena), p.y = gx;
     run(p, arena);
+    arena.rewind(mark);
   }
 
   // weight += scale times the weight's gradient
-  void descend(const T* x, const T* gy, T scale, T* weight, const int64_t* strides, Arena& arena) const {
+  void descend(const T* x, const T* gy, T scale, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
     Winograd<T> p = describe(c_);
     const int64_t tiles = p.images * p.tile_rows * p.tile_columns;
     // A function of the sizes alone, so that sums are taken in one order whatever the number of threads.
-    p.slabs = std::clamp<int64_t>(tiles / kGroup, tiles > 1 ? 2 : 1, kMostSlabs);
+    p.slabs = std::clamp<int64_t>(tiles / kSlab, tiles > 1 ? 2 : 1, kMostSlabs);
     p.group = share(share(tiles, p.slabs), share(share(tiles, p.slabs), kGroup));
     p.slabs = std::min(p.slabs, share(tiles, p.group));
     p.x = x, p.gy = gy;
@@ -108,8 +111,8 @@ class Filter {
     at::parallel_for(0, p.slabs, grain(p, p.slabs), [&](int64_t begin, int64_t end) {
       kernels.gradient(p, begin, end, scratch + at::get_thread_num() * own);
     });
-    const WinogradWeight<T> w{p.outputs, p.inputs, weight, {strides[0], strides[1], strides[2], strides[3]}, false,
-                              p.padded_outputs, nullptr, p.du, p.slabs, scale};
+    WinogradWeight<T> w = describe(false);
+    w.du = p.du, w.slabs = p.slabs, w.scale = scale;
     at::parallel_for(0, p.inputs, kWeightGrain / p.outputs + 1,
                      [&](int64_t begin, int64_t end) { kernels.descend(w, begin, end); });
     arena.rewind(mark);
@@ -118,8 +121,8 @@ class Filter {
  private:
   static constexpr int64_t kLeastChannels = 8;
   static constexpr int64_t kLanes = 16;         // channels are rounded up to whole ones, which any vector divides
-  static constexpr int64_t kGroup = 48;         // tiles, whose matrices and u fit the second-level cache for 64 channels
-  static constexpr int64_t kMostSlabs = 4;
+  static constexpr int64_t kGroup = 24;         // tiles, whose matrices and u fit the second-level cache for 64 channels
+  static constexpr int64_t kSlab = 256, kMostSlabs = 8;  // tiles whose gradients are summed apart
   static constexpr int64_t kGrain = 250000;     // multiply-adds that a thread must have before splitting pays
   static constexpr int64_t kWeightGrain = 1024;  // pairs of channels, likewise
 
@@ -140,14 +143,18 @@ class Filter {
     return p;
   }
 
-  T* transform(const T* weight, const int64_t* strides, bool turned, T* u, Arena& arena) const {
-    const int64_t padded = up(turned ? c_.inputs : c_.outputs, kLanes), rows = turned ? c_.outputs : c_.inputs;
-    if (u == nullptr) u = arena.take<T>(kPoints * rows * padded);
-    const WinogradWeight<T> w{c_.outputs, c_.inputs, const_cast<T*>(weight),
-                              {strides[0], strides[1], strides[2], strides[3]}, turned, padded, u, nullptr, 0, T(0)};
-    at::parallel_for(0, rows, kWeightGrain / padded + 1,
+  WinogradWeight<T> describe(bool turned) const {
+    return {c_.outputs, c_.inputs, weight_, {strides_[0], strides_[1], strides_[2], strides_[3]}, turned,
+            up(turned ? c_.inputs : c_.outputs, kLanes), nullptr, nullptr, 0, T(0)};
+  }
+
+  T* transform(bool turned, Arena& arena) const {
+    const int64_t rows = turned ? c_.outputs : c_.inputs;
+    WinogradWeight<T> w = describe(turned);
+    w.u = arena.take<T>(kPoints * rows * w.padded);
+    at::parallel_for(0, rows, kWeightGrain / w.padded + 1,
                      [&](int64_t begin, int64_t end) { winograd_kernels<T>().weights(w, begin, end); });
-    return u;
+    return w.u;
   }
 
   // With tiles divided for as many threads as there are.
@@ -169,7 +176,8 @@ class Filter {
   }
 
   Convolution c_;
-  T *u_ = nullptr, *turned_ = nullptr;
+  T* weight_;
+  int64_t strides_[4];
 };
 
 }  // namespace lk

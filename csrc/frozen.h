@@ -54,8 +54,7 @@ void frozen_forward(const FrozenBlock<T>& b, Arena& arena) {
       b.mean[o] = T(mean[o] + images.constant(rows + o * taps));
     }
   } else {
-    Filter<T> filter(b.c);
-    filter.set_weight(b.weight, b.weight_strides, arena);
+    const Filter<T> filter(b.c, const_cast<T*>(b.weight), b.weight_strides);
     filter.survey(b.x, negative, b.y, mean, variance, arena);
     for (int64_t o = 0; o < outputs; ++o) b.mean[o] = level[o] = T(mean[o]);
   }

@@ -106,38 +106,25 @@ template <typename T>
 class WinogradLayer : public Layer<T> {
  public:
   WinogradLayer(const Convolution& c, T* weight, const int64_t* strides, bool updated, Arena& arena)
-      : arena_(arena), filter_(c), weight_(c, weight, strides, updated, arena), updated_(updated),
-        z_(arena.take<T>(c.pixels() * c.outputs)) {
-    filter_.set_weight(weight_.data(), weight_.strides(), arena);
-  }
-
-  // Lays out what the input's gradient needs.
-  void turn() { filter_.set_turned(weight_.data(), weight_.strides(), arena_), turns_ = true; }
+      : arena_(arena), weight_(c, weight, strides, updated, arena), filter_(c, weight_.data(), weight_.strides()),
+        updated_(updated), z_(arena.take<T>(c.pixels() * c.outputs)) {}
 
   const T* forward(const T* x) override {
-    if (stale_) {
-      filter_.set_weight(weight_.data(), weight_.strides(), arena_);
-      if (turns_) turn();
-      stale_ = false;
-    }
     x_ = x;
     filter_.forward(x, z_, arena_);
     return z_;
   }
   void input_gradient(const T* dz, T* gx) override { filter_.input_gradient(dz, gx, arena_); }
-  void descend(const T* dz, T lr) override {
-    filter_.descend(x_, dz, -lr, weight_.data(), weight_.strides(), arena_);
-    stale_ = true;
-  }
+  void descend(const T* dz, T lr) override { filter_.descend(x_, dz, -lr, arena_); }
   void finish() override {
     if (updated_) weight_.write_back();
   }
 
  private:
   Arena& arena_;
-  Filter<T> filter_;
   Weight<T> weight_;
-  bool updated_, stale_ = false, turns_ = false;
+  Filter<T> filter_;
+  bool updated_;
   T* z_;
   const T* x_ = nullptr;
 };
@@ -300,9 +287,7 @@ struct Block {
       if (update_weight && !below && PixelLayer<T>::takes(c, steps)) {
         layer = std::make_unique<PixelLayer<T>>(c, data, strides, steps, arena);
       } else if (Filter<T>::takes(c)) {
-        auto made = std::make_unique<WinogradLayer<T>>(c, data, strides, update_weight, arena);
-        if (below) made->turn();
-        layer = std::move(made);
+        layer = std::make_unique<WinogradLayer<T>>(c, data, strides, update_weight, arena);
       } else {
         layer = std::make_unique<LibraryLayer<T>>(c, weight, update_weight, below);
       }
