@@ -207,6 +207,9 @@ TORCH_LIBRARY(lambda_kernels, m) {
   // without the axis where T is 1 and the parameter came without
   m.def("adapted(Tensor x, Tensor labels, Tensor[] parameters, int[] updated, int[] geometry, float[] eps, int steps, "
         "float lr) -> (Tensor, Tensor[])");
+  // The same -> and the logits [T, Q, ways] of query images [T, Q, ...], by each task's own parameters and statistics
+  m.def("classified(Tensor x, Tensor labels, Tensor query, Tensor[] parameters, int[] updated, int[] geometry, float[] eps, "
+        "int steps, float lr) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
@@ -222,6 +225,7 @@ TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
   m.impl("winograd_weight_grad", &lk::winograd_weight_grad);
   m.impl("inner_loop", &lk::inner_loop);
   m.impl("adapted", &lk::adapted);
+  m.impl("classified", &lk::classified);
 }
 
 namespace {

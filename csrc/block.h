@@ -39,5 +39,8 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> adapted(const at::Tensor& x, con
                                                         at::TensorList parameters, at::IntArrayRef updated,
                                                         at::IntArrayRef geometry, at::ArrayRef<double> eps, int64_t steps,
                                                         double lr);
+std::tuple<at::Tensor, at::Tensor> classified(const at::Tensor& x, const at::Tensor& labels, const at::Tensor& query,
+                                              at::TensorList parameters, at::IntArrayRef updated, at::IntArrayRef geometry,
+                                              at::ArrayRef<double> eps, int64_t steps, double lr);
 
 }  // namespace lk

@@ -379,20 +379,27 @@ class Head {
     }
   }
 
+  // -> logits [N, ways]
+  void classify(const T* x, T* to) {
+    multiply(x);
+    for (int64_t n = 0; n < images_; ++n)
+      for (int64_t k = 0; k < ways_; ++k) to[n * ways_ + k] = g_[n * padded_ways_ + k] + bias_[k];
+  }
+
   // One step over features x; returns the loss before it. gradient() then is that of x.
   double descend(const T* x, const int64_t* labels, T lr) {
-    multiply<T>({x, features_, 1, turned_, padded_ways_, g_, padded_ways_, images_, padded_ways_, features_, T(1), false});
+    multiply(x);
     const double loss = cross_entropy(labels);
     if (rows_ != nullptr) {
       T* const to = wide_ == nullptr ? gx_ : wide_;
-      multiply<T>({g_, padded_ways_, 1, rows_, padded_, to, padded_, images_, padded_, ways_, T(1), false});
+      lk::multiply<T>({g_, padded_ways_, 1, rows_, padded_, to, padded_, images_, padded_, ways_, T(1), false});
       for (int64_t n = 0; wide_ != nullptr && n < images_; ++n)
         std::copy(wide_ + n * padded_, wide_ + n * padded_ + features_, gx_ + n * features_);
     }
     if (update_weight_) {
-      multiply<T>({x, 1, features_, g_, padded_ways_, turned_, padded_ways_, features_, padded_ways_, images_, -lr, true});
+      lk::multiply<T>({x, 1, features_, g_, padded_ways_, turned_, padded_ways_, features_, padded_ways_, images_, -lr, true});
       if (rows_ != nullptr)  // the last row reads on behind the features: into columns that nothing reads
-        multiply<T>({g_, 1, padded_ways_, x, features_, rows_, padded_, ways_, padded_, images_, -lr, true});
+        lk::multiply<T>({g_, 1, padded_ways_, x, features_, rows_, padded_, ways_, padded_, images_, -lr, true});
     }
     for (int64_t k = 0; update_bias_ && k < ways_; ++k) {
       T sum = 0;
@@ -409,6 +416,11 @@ class Head {
   }
 
  private:
+  // x -> logits less the bias in g_
+  void multiply(const T* x) const {
+    lk::multiply<T>({x, features_, 1, turned_, padded_ways_, g_, padded_ways_, images_, padded_ways_, features_, T(1), false});
+  }
+
   template <typename F>
   void each(const F& f) {
     const int64_t pixels = features_ / channels_;
@@ -467,10 +479,38 @@ double defect(const T* values, int64_t count) {
   return sum;
 }
 
+template <typename T>
+using Blocks = std::vector<Block<T>>;
+
+// The blocks up to `end` over images x [N, C, H, W], without a gradient: -> features of the last one, kept in the arena.
+template <typename T>
+const T* run(const at::Tensor& x, Blocks<T>& blocks, typename Blocks<T>::iterator end, Arena& arena) {
+  T* const kept = arena.take<T>((end - 1)->outputs());
+  const Arena::Mark mark = arena.mark();
+  const T* a = Images<T>::takes(blocks.front().c, blocks.front().pool) ? nullptr : dense<T>(x, arena);
+  for (auto block = blocks.begin(); block != end; ++block) {
+    T* const y = block + 1 == end ? kept : arena.take<T>(block->outputs());
+    block->run(a, block == blocks.begin() ? &x : nullptr, y, arena);
+    a = y;
+  }
+  arena.rewind(mark);
+  return kept;
+}
+
+// x [N, C, H, W] or [N, F] -> logits [N, ways], by one task's parameters
+template <typename T>
+void classify(const at::Tensor& x, Blocks<T>& blocks, const at::Tensor& head, T* bias, T* logits) {
+  const Borrowed arena;
+  const at::Tensor features = blocks.empty() ? x.contiguous() : at::Tensor();
+  const T* a = blocks.empty() ? features.const_data_ptr<T>() : run(x, blocks, blocks.end(), *arena);
+  const int64_t channels = blocks.empty() ? x.size(1) : blocks.back().c.outputs;
+  Head<T>(head, bias, x.size(0), channels, false, false, false, *arena).classify(a, logits);
+}
+
 // One task: x [N, C, H, W] or [N, F], labels [N]; updated parameters are changed in place.
 template <typename T>
-void adapt(const at::Tensor& x, const int64_t* labels, std::vector<Block<T>>& blocks, const at::Tensor& head, T* bias,
-           bool update_head, bool update_bias, int64_t steps, double lr, double* losses, int64_t stride) {
+void adapt(const at::Tensor& x, const int64_t* labels, Blocks<T>& blocks, const at::Tensor& head, T* bias, bool update_head,
+           bool update_bias, int64_t steps, double lr, double* losses, int64_t stride) {
   const Borrowed borrowed;
   Arena& arena = *borrowed;
   const auto first = std::find_if(blocks.begin(), blocks.end(), [](const Block<T>& b) { return b.updated(); });
@@ -480,16 +520,7 @@ void adapt(const at::Tensor& x, const int64_t* labels, std::vector<Block<T>>& bl
     features = x.contiguous();
     a = features.const_data_ptr<T>();
   } else if (first != blocks.begin()) {
-    T* const kept = arena.take<T>((first - 1)->outputs());
-    const Arena::Mark mark = arena.mark();
-    const bool by_moments = Images<T>::takes(blocks.front().c, blocks.front().pool);
-    if (!by_moments) a = dense<T>(x, arena);
-    for (auto block = blocks.begin(); block != first; ++block) {
-      T* const y = block + 1 == first ? kept : arena.take<T>(block->outputs());
-      block->run(a, block == blocks.begin() ? &x : nullptr, y, arena);
-      a = y;
-    }
-    arena.rewind(mark);
+    a = run(x, blocks, first, arena);
   } else if (!Images<T>::takes(first->c, first->pool)) {
     a = dense<T>(x, arena);
   }
@@ -516,10 +547,10 @@ void adapt(const at::Tensor& x, const int64_t* labels, std::vector<Block<T>>& bl
   for (auto block = first; block != blocks.end(); ++block) block->finish();
 }
 
-}  // namespace
-
-at::Tensor inner_loop(const at::Tensor& x, const at::Tensor& labels, at::TensorList parameters, at::IntArrayRef updated,
-                      at::IntArrayRef geometry, at::ArrayRef<double> eps, int64_t steps, double lr) {
+// The inner loop of every task, and where there are query images [T, Q, ...], their logits [T, Q, ways].
+at::Tensor descend(const at::Tensor& x, const at::Tensor& labels, at::TensorList parameters, at::IntArrayRef updated,
+                   at::IntArrayRef geometry, at::ArrayRef<double> eps, int64_t steps, double lr, const at::Tensor& query,
+                   const at::Tensor& logits) {
   const int64_t blocks = int64_t(eps.size()), tasks = labels.size(0);
   TORCH_CHECK(int64_t(parameters.size()) == kPerBlock * blocks + 2 && parameters.size() == updated.size() &&
                   int64_t(geometry.size()) == kGeometry * blocks,
@@ -559,6 +590,26 @@ at::Tensor inner_loop(const at::Tensor& x, const at::Tensor& labels, at::TensorL
       return const_cast<scalar_t*>(own[i].const_data_ptr<scalar_t>()) + (own[i].size(0) == 1 ? 0 : task * own[i].stride(0));
     };
     const auto tensor = [&](int64_t i, int64_t task) { return own[i].select(0, own[i].size(0) == 1 ? 0 : task); };
+    const auto chain = [&](const at::Tensor& images, int64_t task) {
+      Blocks<scalar_t> made;
+      bool below = false;
+      int64_t channels = images.size(2), height = blocks > 0 ? images.size(3) : 0, width = blocks > 0 ? images.size(4) : 0;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const at::IntArrayRef g = geometry.slice(b * kGeometry, kGeometry);
+        const int64_t at = b * kPerBlock;
+        Block<scalar_t> block{};
+        block.weight = tensor(at, task), block.gamma = vector(at + 1, task), block.beta = vector(at + 2, task);
+        block.c = {images.size(1), height, width, channels, 0, 0, block.weight.size(0),
+                   {block.weight.size(2), block.weight.size(3)}, {g[0], g[1]}, {g[2], g[3]}, {g[4], g[5]}, g[6]};
+        block.c.size_output();
+        block.pool = g[7], block.eps = eps[b], block.below = below;
+        block.update_weight = updated[at], block.update_gamma = updated[at + 1], block.update_beta = updated[at + 2];
+        below = below || block.updated();
+        channels = block.c.outputs, height = block.c.rows / block.pool, width = block.c.columns / block.pool;
+        made.push_back(std::move(block));
+      }
+      return made;
+    };
     at::parallel_for(0, tasks, parallel ? 1 : tasks, [&](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
 #ifdef _OPENMP
@@ -572,34 +623,43 @@ at::Tensor inner_loop(const at::Tensor& x, const at::Tensor& labels, at::TensorL
       }
 #endif
       for (int64_t task = begin; task < end; ++task) {
-        std::vector<Block<scalar_t>> chain;
-        bool below = false;
-        int64_t channels = x.size(2), height = blocks > 0 ? x.size(3) : 0, width = blocks > 0 ? x.size(4) : 0;
-        for (int64_t b = 0; b < blocks; ++b) {
-          const at::IntArrayRef g = geometry.slice(b * kGeometry, kGeometry);
-          const int64_t at = b * kPerBlock;
-          Block<scalar_t> block{};
-          block.weight = tensor(at, task), block.gamma = vector(at + 1, task), block.beta = vector(at + 2, task);
-          block.c = {x.size(1), height, width, channels, 0, 0, block.weight.size(0),
-                     {block.weight.size(2), block.weight.size(3)}, {g[0], g[1]}, {g[2], g[3]}, {g[4], g[5]}, g[6]};
-          block.c.size_output();
-          block.pool = g[7], block.eps = eps[b], block.below = below;
-          block.update_weight = updated[at], block.update_gamma = updated[at + 1], block.update_beta = updated[at + 2];
-          below = below || block.updated();
-          channels = block.c.outputs, height = block.c.rows / block.pool, width = block.c.columns / block.pool;
-          chain.push_back(std::move(block));
-        }
+        Blocks<scalar_t> support = chain(x, task);
         const int64_t head = blocks * kPerBlock;
-        adapt(x[task], rows.const_data_ptr<int64_t>() + task * rows.size(1), chain, tensor(head, task), vector(head + 1, task),
-              updated[head] != 0, updated[head + 1] != 0, steps, lr, out + task, tasks);
+        adapt(x[task], rows.const_data_ptr<int64_t>() + task * rows.size(1), support, tensor(head, task),
+              vector(head + 1, task), updated[head] != 0, updated[head + 1] != 0, steps, lr, out + task, tasks);
         double& last = out[steps * tasks + task];
         last = 0.0;
         for (int64_t i = 0; i < head + 2; ++i)
           if (updated[i]) last += defect(vector(i, task), own[i].numel() / own[i].size(0));
+        if (!query.defined()) continue;
+        Blocks<scalar_t> all = chain(query, task);
+        classify(query[task], all, tensor(head, task), vector(head + 1, task), logits[task].mutable_data_ptr<scalar_t>());
       }
     });
   });
   return losses;
+}
+
+// Parameters [...] or [T, ...] with a task axis, new ones in place of those that are updated.
+std::vector<at::Tensor> copies(at::TensorList parameters, at::IntArrayRef updated, int64_t tasks) {
+  std::vector<at::Tensor> own;
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const at::Tensor& p = parameters[i];
+    const int64_t axes = i % kPerBlock > 0 || i + 1 == parameters.size() ? 1 : i + 2 == parameters.size() ? 2 : 4;
+    own.push_back(p.dim() == axes ? p.unsqueeze(0) : p);
+    if (i >= updated.size() || !updated[i]) continue;
+    std::vector<int64_t> sizes = own.back().sizes().vec();
+    sizes[0] = tasks;
+    own.back() = at::empty(sizes, p.options()).copy_(own.back().expand(sizes));
+  }
+  return own;
+}
+
+}  // namespace
+
+at::Tensor inner_loop(const at::Tensor& x, const at::Tensor& labels, at::TensorList parameters, at::IntArrayRef updated,
+                      at::IntArrayRef geometry, at::ArrayRef<double> eps, int64_t steps, double lr) {
+  return descend(x, labels, parameters, updated, geometry, eps, steps, lr, {}, {});
 }
 
 std::tuple<at::Tensor, std::vector<at::Tensor>> adapted(const at::Tensor& x, const at::Tensor& labels,
@@ -607,20 +667,25 @@ std::tuple<at::Tensor, std::vector<at::Tensor>> adapted(const at::Tensor& x, con
                                                         at::IntArrayRef geometry, at::ArrayRef<double> eps, int64_t steps,
                                                         double lr) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const int64_t tasks = labels.size(0);
-  std::vector<at::Tensor> own, results;
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    const at::Tensor& p = parameters[i];
-    const int64_t axes = i % kPerBlock > 0 || i + 1 == parameters.size() ? 1 : i + 2 == parameters.size() ? 2 : 4;
-    const bool shared = p.dim() == axes;
-    own.push_back(shared ? p.unsqueeze(0) : p);
-    if (i >= updated.size() || !updated[i]) continue;
-    std::vector<int64_t> sizes = own.back().sizes().vec();
-    sizes[0] = tasks;
-    own.back() = at::empty(sizes, p.options()).copy_(own.back().expand(sizes));
-    results.push_back(shared && tasks == 1 ? own.back()[0] : own.back());
-  }
-  return {inner_loop(x, labels, own, updated, geometry, eps, steps, lr), std::move(results)};
+  const std::vector<at::Tensor> own = copies(parameters, updated, labels.size(0));
+  at::Tensor rows = descend(x, labels, own, updated, geometry, eps, steps, lr, {}, {});
+  std::vector<at::Tensor> results;
+  for (size_t i = 0; i < own.size(); ++i)
+    if (updated[i]) results.push_back(own[i].size(0) == 1 && own[i].dim() > parameters[i].dim() ? own[i][0] : own[i]);
+  return {std::move(rows), std::move(results)};
+}
+
+std::tuple<at::Tensor, at::Tensor> classified(const at::Tensor& x, const at::Tensor& labels, const at::Tensor& query,
+                                              at::TensorList parameters, at::IntArrayRef updated, at::IntArrayRef geometry,
+                                              at::ArrayRef<double> eps, int64_t steps, double lr) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  TORCH_CHECK(query.dim() == x.dim() && query.size(0) == x.size(0) && query.sizes().slice(2) == x.sizes().slice(2) &&
+                  query.scalar_type() == x.scalar_type() && query.numel() > 0 && parameters.size() >= 2,
+              "classified: query images ", query.sizes(), " ", query.scalar_type(), " do not fit support images ", x.sizes());
+  const std::vector<at::Tensor> own = copies(parameters, updated, labels.size(0));
+  const at::Tensor logits = at::empty({query.size(0), query.size(1), own.back().size(1)}, x.options());
+  at::Tensor rows = descend(x, labels, own, updated, geometry, eps, steps, lr, query, logits);
+  return {std::move(rows), logits};
 }
 
 }  // namespace lk

@@ -19,7 +19,7 @@ from .backends import Backend, choose
 from .graph import BlockCall, LinearCall, Program, Slot, Step
 from .spec import BlockSpec, output_size
 
-__all__ = ["Chain"]
+__all__ = ["Backend", "Chain"]
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,24 @@ class Chain:
             [steps + 1, T]: the loss before each step, and 0 where all of a task's updated parameters are finite, else
             NaN. The updated parameters' new values by name, [T, ...]; without the axis where T is 1 and they came so.
         """
-        tensors = [state[name] if name else self._missing(i, x) for i, name in enumerate(self.names)]
-        flags = [name in updated for name in self.names]
         with torch.no_grad():
-            rows, new = backend.adapted(x, labels, tensors, flags, self.specs, steps, lr)
+            rows, new = backend.adapted(x, labels, *self._given(state, updated, x), self.specs, steps, lr)
         return rows, dict(zip((name for name in self.names if name in updated), new))
+
+    def classify(
+        self, backend: Backend, state: Mapping[str, Tensor], updated: Collection[str], x: Tensor, labels: Tensor,
+        query: Tensor, *, steps: int, lr: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As `descend`, with the logits [T, Q, ways] of query images [T, Q, ...] in place of the parameters."""
+        with torch.no_grad():
+            return backend.classified(x, labels, query, *self._given(state, updated, x), self.specs, steps, lr)
+
+    def _given(
+        self, state: Mapping[str, Tensor], updated: Collection[str], x: Tensor
+    ) -> tuple[list[Tensor], list[bool]]:
+        """The parameters as a backend takes them, and which are updated."""
+        tensors = [state[name] if name else self._missing(i, x) for i, name in enumerate(self.names)]
+        return tensors, [name in updated for name in self.names]
 
     def _missing(self, at: int, x: Tensor) -> Tensor:
         """What stands for a parameter that is not there: a norm's weight is 1, its bias and a linear layer's are 0."""

@@ -114,6 +114,13 @@ class Native(Reference):
         flags, *constants = _constants(updated, blocks)
         return torch.ops.lambda_kernels.adapted(x, labels, parameters, flags, *constants, steps, lr)
 
+    def classified(
+        self, x: Tensor, labels: Tensor, query: Tensor, parameters: list[Tensor], updated: list[bool],
+        blocks: list[BlockSpec], steps: int, lr: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        flags, *constants = _constants(updated, blocks)
+        return torch.ops.lambda_kernels.classified(x, labels, query, parameters, flags, *constants, steps, lr)
+
     def norm_relu_pool(
         self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -335,6 +335,22 @@ class Reference:
         pairs = zip(parameters, own, updated)
         return rows, [new[0] if tasks == 1 and new.dim() > p.dim() else new for p, new, u in pairs if u]
 
+    def classified(
+        self, x: Tensor, labels: Tensor, query: Tensor, parameters: list[Tensor], updated: list[bool],
+        blocks: list[BlockSpec], steps: int, lr: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """As `adapted`, with the logits [T, Q, ways] of query images [T, Q, ...] in place of the parameters."""
+        rows, new = self.adapted(x, labels, parameters, updated, blocks, steps, lr)
+        moved = iter(new)
+        axes = [4, 1, 1] * len(blocks) + [2, 1]
+        final = [next(moved) if u else p for p, u in zip(parameters, updated)]
+        whole = [p if p.dim() > n else p.unsqueeze(0) for p, n in zip(final, axes)]
+        a = self.layout(query) if blocks else query
+        for i, (conv, eps, pool) in enumerate(blocks):
+            weight, gamma, beta = whole[3 * i : 3 * i + 3]
+            a = self.block(a, weight, gamma, beta, conv, eps, pool)[0]
+        return rows, self.linear(a.flatten(2), whole[-2], whole[-1])
+
 
 def _patches(x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:
     """x [1|T, N, C, H, W] -> what a convolution multiplies its weight with, [1|T, N H' W', C kh kw]."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lambda_kernels.chain import Chain
+from lambda_kernels.chain import Backend, Chain
 
 from .patterns import Pattern
 from .plan import Part, plan_of, say_once, state_of
@@ -208,6 +208,8 @@ def adapt_tasks(
         raise TypeError(
             f"adapt_tasks: xq is {xq.dtype} on {xq.device}, xs {xs.dtype} on {xs.device}: convert xq with .to(xs)"
         )
+    if not torch.is_grad_enabled() and (logits := _classify_together(loop, loss, xs, ys, xq)) is not None:
+        return logits
     at_once = max(1, _values_at_once(xs.device) // max(1, xs[0].numel()))
     batches = zip(*(t.split(at_once) for t in (xs, ys, xq)))
     return torch.cat([_adapt_batch(model, loop, loss, *batch) for batch in batches])
@@ -222,6 +224,20 @@ def _values_at_once(device: torch.device) -> int:
     if device.type != "cuda":
         return 1 << 16
     return int(torch.cuda.get_device_properties(device).total_memory) // 2048
+
+
+def _classify_together(loop: Loop, loss: Loss, xs: Tensor, ys: Tensor, xq: Tensor) -> Tensor | None:
+    """The query logits of all tasks, where a CPU's inner loop takes the whole network; None for anything else."""
+    if xs.device.type != "cpu" or len(loop.parts) != 1 or xq.shape[2:] != xs.shape[2:] or not xq.numel():
+        return None
+    part, steps = loop.parts[0]
+    backend = loop.runner(part.whole, loss, xs, ys)
+    if part.whole is None or backend is None:
+        return None
+    loop.check_labels(ys)
+    rows, logits = part.whole.classify(backend, loop.meta, part.updated, xs, ys, xq, steps=steps, lr=loop.lr)
+    loop.check_finite(rows.tolist(), xs)
+    return logits
 
 
 def _adapt_batch(model: nn.Module, loop: Loop, loss: Loss, xs: Tensor, ys: Tensor, xq: Tensor) -> Tensor:
@@ -422,14 +438,19 @@ class Loop:
         Returns:
             [steps + 1, T] as `verdict` gives it, and the updated tensors by name.
         """
-        if chain is None or self.second_order or loss is not F.cross_entropy:
-            return None
         x = x if per_task else x.unsqueeze(0)
         labels = labels if per_task else labels.unsqueeze(0)
-        backend = chain.backend(x, labels)
-        if isinstance(backend, str):
+        backend = self.runner(chain, loss, x, labels)
+        if chain is None or backend is None:
             return None
         return chain.descend(backend, state, part.updated, x, labels, steps=steps, lr=self.lr)
+
+    def runner(self, chain: Chain | None, loss: Loss, x: Tensor, labels: Tensor) -> Backend | None:
+        """The backend whose inner loop takes the chain, x [T, N, ...], labels [T, N] and the loss; None for others."""
+        if chain is None or self.second_order or loss is not F.cross_entropy:
+            return None
+        backend = chain.backend(x, labels)
+        return None if isinstance(backend, str) else backend
 
     def update(self, state: dict[str, Tensor], part: Part, value: Tensor) -> None:
         """One gradient step on the part's updated parameters."""
