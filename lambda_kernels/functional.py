@@ -7,6 +7,8 @@ are computed. The backend is that of `use_backend`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,6 +80,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, weight, bias = _autocast("linear", x, weight, bias)
     check_linear(x.shape, weight.shape, None if bias is None else bias.shape)
     per_task = weight.dim() == 3 or (bias is not None and bias.dim() == 2)
+    backend = choose("linear", x)
+    if not (per_task or torch._C._are_functorch_transforms_active()) and backend.linear_is_torchs:
+        return F.linear(x, weight, bias)
     rows = x if x.dim() > 1 else x.unsqueeze(0)
     if not per_task:
         rows = rows.flatten(0, -2).unsqueeze(0)
@@ -85,7 +90,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rows = rows.unsqueeze(1)
     else:
         rows = rows.flatten(1, -2)
-    y = autograd.Linear.apply(rows, _lift(weight, 2), _lift_if(bias, 1), choose("linear", x))
+    y = autograd.Linear.apply(rows, _lift(weight, 2), _lift_if(bias, 1), backend)
     return y.reshape(*x.shape[:-1], weight.shape[-2])
 
 
@@ -122,10 +127,10 @@ def conv_block(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or there is but one value a channel.
     """
-    return conv_block_with_statistics(x, weight, bias, gamma, beta, padding, eps, pool, stride, dilation, groups)[0]
+    return block_and_statistics(x, weight, bias, gamma, beta, padding, eps, pool, stride, dilation, groups)[0]
 
 
-def conv_block_with_statistics(
+def block_and_statistics(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -137,8 +142,8 @@ def conv_block_with_statistics(
     stride: IntOrPair,
     dilation: IntOrPair,
     groups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`conv_block`'s result, with the mean and variance [O] or [T, O] of the convolution's output."""
+) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+    """`conv_block`'s result, and what gives the mean and variance [O] or [T, O] of the convolution's output."""
     x, weight, bias = _autocast("conv_block", x, weight, bias)
     check_affine("conv_block", x, gamma, beta)
     spec = _conv_spec("conv_block", stride, padding, dilation, groups)
@@ -156,9 +161,13 @@ def conv_block_with_statistics(
         y, _, mean, rstd = autograd.NormReluPool.apply(z, *operands[2:], _lift_if(bias, 1), eps, pool, backend)
     else:
         y, mean, rstd = autograd.Block.apply(*operands, spec, eps, pool, backend)
-    mean = mean if bias is None else mean + bias.detach()
-    variance = rstd.detach().pow(-2) - eps
-    return (y, mean, variance) if tasks else (y.squeeze(0), mean.squeeze(0), variance.squeeze(0))
+
+    def statistics() -> tuple[Tensor, Tensor]:
+        shifted = mean if bias is None else mean + bias.detach()
+        variance = rstd.detach().pow(-2) - eps
+        return (shifted, variance) if tasks else (shifted.squeeze(0), variance.squeeze(0))
+
+    return y if tasks else y.squeeze(0), statistics
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

@@ -148,7 +148,7 @@ def fused_block(
             f"conv_block: running statistics are of one network, x {list(x.shape)} holds several tasks: "
             "set track_running_stats=False"
         )
-    y, mean, variance = functional.conv_block_with_statistics(
+    y, statistics = functional.block_and_statistics(
         x,
         weight,
         bias,
@@ -167,7 +167,7 @@ def fused_block(
         (x.shape[a] + 2 * conv.padding[a] - conv.dilation[a] * (conv.kernel_size[a] - 1) - 1) // conv.stride[a] + 1
         for a in (-2, -1)
     )
-    return y, running_update(norm, state, mean, variance, x.shape[0] * height * width)
+    return y, running_update(norm, state, *statistics(), x.shape[0] * height * width)
 
 
 def running_update(

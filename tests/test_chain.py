@@ -61,7 +61,7 @@ def conv4() -> nn.Module:
 
 def large() -> nn.Module:
     """Its first block takes the library's convolution, the others Winograd's."""
-    return models.conv4(WAYS, 4, 8, 41)
+    return models.conv4(WAYS, 4, 32, 41)
 
 
 def wide() -> nn.Module:

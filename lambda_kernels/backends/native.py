@@ -22,7 +22,6 @@ if not _WHY:
         _WHY = f"the extension lambda_kernels._C does not load ({error}): build it with `pip install .`"
 
 MOST_TAPS = 32  # numbers of a patch that the kernels of the first block take
-LEAST_CHANNELS = 8  # of a convolution by Winograd's algorithm
 
 
 class Native(Reference):
@@ -47,19 +46,19 @@ class Native(Reference):
         return channels_last(x)
 
     def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-        if not _filters(x.shape, weight.shape, spec, x.dtype):
+        if not (_is_dense(x) and _filters(x.shape, weight.shape, spec, x.dtype)):
             return super().conv2d(x, weight, bias, spec)
         y = torch.ops.lambda_kernels.winograd(x, weight, spec.padding)
         return y if bias is None else y + bias[:, None, :, None, None]
 
     def conv2d_input_grad(self, gy: Tensor, weight: Tensor, x_shape: torch.Size, spec: ConvSpec) -> Tensor:
-        if not _filters(x_shape, weight.shape, spec, gy.dtype):
+        if not (_is_dense(gy) and _filters(x_shape, weight.shape, spec, gy.dtype)):
             return super().conv2d_input_grad(gy, weight, x_shape, spec)
         gx = torch.ops.lambda_kernels.winograd_input_grad(gy, weight, x_shape, spec.padding)
         return gx if x_shape[0] == gx.shape[0] else gx.sum(0, keepdim=True)
 
     def conv2d_weight_grad(self, gy: Tensor, x: Tensor, weight_shape: torch.Size, spec: ConvSpec) -> Tensor:
-        if not _filters(x.shape, weight_shape, spec, gy.dtype):
+        if not (_is_dense(gy) and _is_dense(x) and _filters(x.shape, weight_shape, spec, gy.dtype)):
             return super().conv2d_weight_grad(gy, x, weight_shape, spec)
         return torch.ops.lambda_kernels.winograd_weight_grad(gy, x, weight_shape, spec.padding)
 
@@ -154,17 +153,24 @@ class Native(Reference):
 
 
 def _filters(x: torch.Size, weight: torch.Size, spec: ConvSpec, dtype: torch.dtype) -> bool:
-    """Whether csrc/filter.h takes a convolution, and the images are not so few that tiles of 2 x 2 pixels cost more."""
+    """Whether Winograd's algorithm takes a convolution of a task's images: the rule of Filter::takes in csrc/filter.h."""
     rows, columns = (x[3 + axis] + 2 * spec.padding[axis] - 2 for axis in (0, 1))
+    many = min(weight[1:3]) >= 16 and weight[1] * weight[2] >= 1024
+    few = min(weight[1:3]) >= 8 and x[1] * rows * columns <= 1024
     return (
         dtype in (torch.float32, torch.float64)
         and weight[-2:] == (3, 3)
         and (spec.stride, spec.dilation, spec.groups) == ((1, 1), (1, 1), 1)
         and max(spec.padding) <= 2
-        and min(weight[1:3]) >= LEAST_CHANNELS
+        and (many or few)
         and x.numel() > 0
         and 16 * ((rows + 1) // 2) * ((columns + 1) // 2) < 9 * rows * columns
     )
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether images [1|T, N, C, H, W] lie channels-last; from another layout ATen is faster than a copy and this."""
+    return x.permute(0, 1, 3, 4, 2).is_contiguous()
 
 
 def _constants(updated: list[bool], blocks: list[BlockSpec]) -> tuple[list[int], list[int], list[float]]:

@@ -64,6 +64,11 @@ class Reference:
 
     name = "reference"
 
+    @property
+    def linear_is_torchs(self) -> bool:
+        """Whether `linear` is ATen's: then torch's own function does the same with less around it."""
+        return type(self).linear is Reference.linear
+
     def reasons(self) -> list[str]:
         """Why this backend cannot run on this machine; empty when it can."""
         return []
