@@ -253,7 +253,10 @@ pybind11::bytes addresses(const pybind11::list& objects, const pybind11::list& c
 
 }  // namespace
 
+void bind_plan(pybind11::module_& m);  // plan.cpp
+
 PYBIND11_MODULE(_C, m) {
+  bind_plan(m);
   m.def("addresses", &addresses, "Bytes that change when a class of `objects` or an entry of the dicts or lists does.");
   m.def("kept_bytes", &lk::kept_bytes, "Bytes of scratch memory that wait for the next call.");
   m.def("isa", &lk::isa, "Instruction set of the CPU kernels: avx512, avx2 or generic (LAMBDA_KERNELS_ISA forces one).");

@@ -8,7 +8,7 @@ GPU a sequence of kernels that a CUDA graph can hold.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, choose
+from .backends import current as backend_in_force
 from .graph import BlockCall, LinearCall, Program, Slot, Step
 from .spec import BlockSpec, output_size
 
-__all__ = ["Backend", "Chain"]
+__all__ = ["Backend", "Chain", "backend_in_force"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,14 @@ class Chain:
         with torch.no_grad():
             rows, new = backend.adapted(x, labels, *self._given(state, updated, x), self.specs, steps, lr)
         return rows, dict(zip((name for name in self.names if name in updated), new))
+
+    def prepare(
+        self, backend: Backend, state: Mapping[str, Tensor], updated: Collection[str]
+    ) -> Callable[..., list[Tensor] | None] | None:
+        """`Backend.prepared` for these parameters, which the function reads where they lie in each call."""
+        if not all(self.names):
+            return None
+        return backend.prepared([state[n] for n in self.names], [n in updated for n in self.names], self.specs)
 
     def classify(
         self, backend: Backend, state: Mapping[str, Tensor], updated: Collection[str], x: Tensor, labels: Tensor,

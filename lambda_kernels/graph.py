@@ -30,7 +30,7 @@ from .layers import ConvBlock, Update, has_hooks
 from .seen import BASE, SCALARS, Seen
 from .spec import BlockSpec, ConvSpec, pair
 
-__all__ = ["Fusion", "Program", "Step", "program_of", "tensors_of"]
+__all__ = ["Fusion", "Program", "Step", "memo_of", "program_of", "tensors_of"]
 
 State = Mapping[str, Tensor]
 EVALUATION = "the norm is in evaluation mode, with running statistics"
@@ -269,6 +269,16 @@ def program_of(root: nn.Module, called: bool = False) -> Program:
         with SWAP:
             _SEEN[root] = seen, program
     return program
+
+
+def memo_of(root: nn.Module) -> dict[Any, Any] | None:
+    """A place for what was made of a module, empty once the module is not what it was; None where that cannot be told.
+
+    Its parameters are the same objects for as long; their values, shapes and devices may change.
+    """
+    with SWAP:
+        last = _SEEN.get(root)
+        return last[0].memo if last is not None and last[0].holds(root) else None
 
 
 def tensors_of(root: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -49,6 +49,7 @@ class Seen:
         self.complete = _ADDRESSES is not None and all(self._take(m) for m in root.modules())
         self._kept = [list(c.items()) if isinstance(c, dict) else list(c) for c in self._containers]
         self._known = self._now(root)
+        self.memo: dict[Any, Any] = {}  # see `graph.memo_of`
         self.parameters, self.buffers = (
             [
                 (f"{path}.{name}" if path else name, group, name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +14,12 @@ from ..spec import BlockSpec, ConvSpec
 from .reference import Reference, channels_last
 
 _WHY = _build.mismatch()
+_extension: Any = None
 if not _WHY:
     try:
         # Registers the operators of torch.ops.lambda_kernels. isa() throws where LAMBDA_KERNELS_ISA cannot be had.
-        importlib.import_module("lambda_kernels._C").isa()
+        _extension = importlib.import_module("lambda_kernels._C")
+        _extension.isa()
     except RuntimeError as error:
         _WHY = str(error)
     except ImportError as error:
@@ -113,6 +117,12 @@ class Native(Reference):
         flags, *constants = _constants(updated, blocks)
         return torch.ops.lambda_kernels.adapted(x, labels, parameters, flags, *constants, steps, lr)
 
+    def prepared(
+        self, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec]
+    ) -> Callable[..., list[Tensor] | None]:
+        plan: Callable[..., list[Tensor] | None] = _extension.Plan(parameters, *_constants(updated, blocks))
+        return plan
+
     def classified(
         self, x: Tensor, labels: Tensor, query: Tensor, parameters: list[Tensor], updated: list[bool],
         blocks: list[BlockSpec], steps: int, lr: float,
@@ -153,7 +163,7 @@ class Native(Reference):
 
 
 def _filters(x: torch.Size, weight: torch.Size, spec: ConvSpec, dtype: torch.dtype) -> bool:
-    """Whether Winograd's algorithm takes a convolution of a task's images: the rule of Filter::takes in csrc/filter.h."""
+    """Whether Winograd's algorithm takes a task's convolution: the rule of Filter::takes in csrc/filter.h."""
     rows, columns = (x[3 + axis] + 2 * spec.padding[axis] - 2 for axis in (0, 1))
     many = min(weight[1:3]) >= 16 and weight[1] * weight[2] >= 1024
     few = min(weight[1:3]) >= 8 and x[1] * rows * columns <= 1024

@@ -67,7 +67,7 @@ class Reference:
     @property
     def linear_is_torchs(self) -> bool:
         """Whether `linear` is ATen's: then torch's own function does the same with less around it."""
-        return type(self).linear is Reference.linear
+        return getattr(self.linear, "__func__", None) is Reference.linear
 
     def reasons(self) -> list[str]:
         """Why this backend cannot run on this machine; empty when it can."""
@@ -339,6 +339,14 @@ class Reference:
         rows = self.inner_loop(x, labels, own, updated, blocks, steps, lr)
         pairs = zip(parameters, own, updated)
         return rows, [new[0] if tasks == 1 and new.dim() > p.dim() else new for p, new, u in pairs if u]
+
+    def prepared(
+        self, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec]
+    ) -> Callable[..., list[Tensor] | None] | None:
+        """`adapted` of one task for given parameters as a function of (x [N, ...], labels [N], steps, lr), that has
+        little to do but to compute. It gives the new values, or None where anything is not as it should be: wrong
+        labels, labels of one class, infinite results. None where there is no such function."""
+        return None
 
     def classified(
         self, x: Tensor, labels: Tensor, query: Tensor, parameters: list[Tensor], updated: list[bool],

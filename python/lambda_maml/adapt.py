@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lambda_kernels import capture
 from lambda_kernels.chain import Backend, Chain
 
+from . import ready
+from .outcome import Outcome, tied
 from .patterns import Pattern
 from .plan import Part, plan_of, say_once, state_of
 from .recorded import adapted_by_graph, classified_by_graph
@@ -60,6 +63,9 @@ def adapt(
         ValueError, TypeError: pattern, shapes, labels, dtypes or devices do not fit.
         FloatingPointError: the support loss or the adapted parameters became infinite or NaN.
     """
+    plain = loss is F.cross_entropy and not second_order
+    if plain and (outcome := ready.again(model, xs, ys, pattern, steps, lr, norm)) is not None:
+        return Learner(model, outcome)
     loop = Loop(model, pattern, steps, lr, norm, second_order)
     loop.check(xs, ys)
 
@@ -71,7 +77,9 @@ def adapt(
         loop.check_labels(ys.unsqueeze(0))
         losses, state = _adapt_one(loop, loss, loop.meta, xs, ys)
         loop.check_finite(loop.verdict(losses, state).tolist(), xs)
-    return Learner(model, Outcome(loop, loop.meta, state))
+        if plain:
+            ready.keep(loop, model, xs, ys, pattern, norm)
+    return Learner(model, loop.outcome(loop.meta, state))
 
 
 def _adapt_one(loop: Loop, loss: Loss, meta: dict[str, Tensor], xs: Tensor, ys: Tensor) -> Adapted:
@@ -127,35 +135,6 @@ class Learner(nn.Module):
             for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
                 tensor.copy_(outcome.state[name])
         return twin
-
-
-class Outcome:
-    """The state that an adaptation came to. What makes it a part of autograd's graph waits until it is asked for."""
-
-    def __init__(self, loop: Loop, meta: dict[str, Tensor], adapted: dict[str, Tensor]) -> None:
-        self._meta, self._adapted = meta, {**meta, **adapted}
-        self._updated, self._aliases = loop.updated, loop.plan.program.aliases
-        self._second_order, self._attach = loop.second_order, torch.is_grad_enabled()
-
-    @cached_property
-    def state(self) -> dict[str, Tensor]:
-        """In first order, its gradient with respect to the model's parameters is the identity."""
-        meta, adapted = self._meta, self._adapted
-        if self._second_order:
-            return adapted
-        if not self._attach:
-            return {n: t.detach() if t.requires_grad else t for n, t in adapted.items()}
-        with torch.inference_mode(False), torch.enable_grad():
-            attached = _Attached.apply(*(meta[n] for n in self._updated), *(adapted[n] for n in self._updated))
-        frozen = {n: meta[n] if t.requires_grad else adapted[n] for n, t in meta.items()}
-        return _tied({**frozen, **dict(zip(self._updated, attached))}, self._aliases)
-
-
-def _tied(state: dict[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """The state with every second name of a shared parameter holding what its first name holds."""
-    for alias, name in aliases.items():
-        state[alias] = state[name]
-    return state
 
 
 def adapt_tasks(
@@ -227,8 +206,8 @@ def _values_at_once(device: torch.device) -> int:
 
 
 def _classify_together(loop: Loop, loss: Loss, xs: Tensor, ys: Tensor, xq: Tensor) -> Tensor | None:
-    """The query logits of all tasks, where a CPU's inner loop takes the whole network; None for anything else."""
-    if xs.device.type != "cpu" or len(loop.parts) != 1 or xq.shape[2:] != xs.shape[2:] or not xq.numel():
+    """The query logits of all tasks, where an inner loop takes the whole network and no graph holds it; else None."""
+    if capture.refusal(xs.device) is None or len(loop.parts) != 1 or xq.shape[2:] != xs.shape[2:] or not xq.numel():
         return None
     part, steps = loop.parts[0]
     backend = loop.runner(part.whole, loss, xs, ys)
@@ -264,7 +243,7 @@ def _adapt_batch(model: nn.Module, loop: Loop, loss: Loss, xs: Tensor, ys: Tenso
         loop.check_labels(ys)
         losses, state = _adapt_together(loop, loss, meta, xs, ys)
         loop.check_finite(loop.verdict(losses, state).tolist(), xs)
-    return classify(Outcome(loop, meta, state).state, xq)
+    return classify(loop.outcome(meta, state).state, xq)
 
 
 def _adapt_together(loop: Loop, loss: Loss, meta: dict[str, Tensor], xs: Tensor, ys: Tensor) -> Adapted:
@@ -412,8 +391,11 @@ class Loop:
             own = {n: state[n].clone(memory_format=torch.contiguous_format).requires_grad_() for n in self.updated}
             return self.tie({**{n: t.detach() if t.requires_grad else t for n, t in state.items()}, **own})
 
+    def outcome(self, meta: dict[str, Tensor], adapted: dict[str, Tensor]) -> Outcome:
+        return Outcome(meta, adapted, self.updated, self.plan.program.aliases, self.second_order)
+
     def tie(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return _tied(state, self.plan.program.aliases)
+        return tied(state, self.plan.program.aliases)
 
     def note(
         self, losses: list[Tensor], state: dict[str, Tensor], known: tuple[Tensor, dict[str, Tensor]]
@@ -513,19 +495,6 @@ class Loop:
             f"adaptation under {self.pattern} with lr={self.lr} diverged in step {step + 1} of {len(losses)}, "
             f"support loss {value}: {why}"
         )
-
-
-class _Attached(torch.autograd.Function):
-    """The adapted tensors, with the model's parameters in their places for gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:  # with setup_context each call costs 80 us more
-        ctx.set_materialize_grads(False)
-        return tuple(t.detach() for t in tensors[len(tensors) // 2 :])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *gradients, *(None for _ in gradients)
 
 
 def _scalar(value: Tensor) -> Tensor:

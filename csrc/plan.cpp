@@ -1,0 +1,71 @@
+// An adaptation that is called again and again: what stays the same is kept, so that a call of Python's is one of C++.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "block.h"
+
+namespace py = pybind11;
+
+namespace {
+
+class Plan {
+ public:
+  Plan(const py::list& parameters, std::vector<int64_t> updated, std::vector<int64_t> geometry, std::vector<double> eps)
+      : updated_(std::move(updated)), geometry_(std::move(geometry)), eps_(std::move(eps)) {
+    for (py::handle p : parameters) parameters_.push_back(THPVariable_Unpack(p.ptr()));
+  }
+
+  // xs [N, ...], ys [N] -> a list of the updated parameters' new values; None where something is not as it should be.
+  py::object operator()(py::handle xs, py::handle ys, int64_t steps, double lr) const {
+    std::vector<at::Tensor> found;
+    {
+      const at::Tensor &x = THPVariable_Unpack(xs.ptr()), &y = THPVariable_Unpack(ys.ptr());
+      const py::gil_scoped_release others;
+      if (!run(x, y, steps, lr, found)) return py::none();
+    }
+    py::list result;
+    for (at::Tensor& t : found) result.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(t))));
+    return result;
+  }
+
+ private:
+  bool run(const at::Tensor& x, const at::Tensor& y, int64_t steps, double lr, std::vector<at::Tensor>& found) const {
+    const auto here = [](const at::Tensor& t) { return t.device().is_cpu(); };
+    if (!std::all_of(parameters_.begin(), parameters_.end(), here) || !here(x) || !here(y) || y.scalar_type() != at::kLong ||
+        y.dim() != 1)
+      return false;
+    const at::Tensor labels = y.contiguous();
+    const int64_t* label = labels.const_data_ptr<int64_t>();
+    const auto [low, high] = std::minmax_element(label, label + labels.numel());
+    if (labels.numel() == 0 || *low == *high || *low < 0 || *high >= parameters_.back().size(-1)) return false;
+    try {
+      auto [rows, updated] = lk::adapted(x.unsqueeze(0), labels.unsqueeze(0), parameters_, updated_, geometry_, eps_, steps, lr);
+      const double* values = rows.const_data_ptr<double>();
+      found = std::move(updated);
+      return std::all_of(values, values + rows.numel(), [](double value) { return std::isfinite(value); });
+    } catch (const c10::Error&) {  // the caller's longer way says what is wrong
+      return false;
+    }
+  }
+
+  std::vector<at::Tensor> parameters_;
+  std::vector<int64_t> updated_, geometry_;
+  std::vector<double> eps_;
+};
+
+}  // namespace
+
+void bind_plan(py::module_& m) {
+  py::class_<Plan>(m, "Plan", "adapted() of one task with parameters, geometry and eps that stay.")
+      .def(py::init<const py::list&, std::vector<int64_t>, std::vector<int64_t>, std::vector<double>>())
+      .def("__call__", &Plan::operator());
+}
