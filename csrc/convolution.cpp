@@ -22,14 +22,26 @@ at::Tensor empty_images(int64_t tasks, int64_t images, int64_t channels, int64_t
 
 at::Tensor channels_last(const at::Tensor& x) { return x.permute({0, 1, 3, 4, 2}).contiguous(); }
 
-// Sizes of one task's, or of `tasks` tasks' that share a weight.
-Convolution sizes(at::IntArrayRef x, at::IntArrayRef weight, at::IntArrayRef padding, int64_t tasks) {
+// Sizes of one task's convolution.
+Convolution sizes(at::IntArrayRef x, at::IntArrayRef weight, at::IntArrayRef padding) {
+  const auto fits = [&](int axis) { return padding[axis] >= 0 && x[3 + axis] + 2 * padding[axis] >= 3; };
   TORCH_CHECK(x.size() == 5 && weight.size() == 5 && weight[2] == x[2] && weight[3] == 3 && weight[4] == 3 &&
-                  padding.size() == 2,
-              "winograd: a weight ", weight, " does not fit images ", x);
-  Convolution c{tasks * x[1], x[3], x[4], x[2], 0, 0, weight[1], {3, 3}, {1, 1}, {padding[0], padding[1]}, {1, 1}, 1};
+                  padding.size() == 2 && fits(0) && fits(1) && x[0] * x[1] * x[2] * weight[0] * weight[1] > 0,
+              "winograd: a weight ", weight, " with padding ", padding, " does not fit images ", x);
+  Convolution c{x[1], x[3], x[4], x[2], 0, 0, weight[1], {3, 3}, {1, 1}, {padding[0], padding[1]}, {1, 1}, 1};
   c.size_output();
   return c;
+}
+
+// The number of tasks of two operands, one of which may be shared.
+int64_t tasks_of(at::IntArrayRef a, at::IntArrayRef b) {
+  TORCH_CHECK(a[0] == b[0] || a[0] == 1 || b[0] == 1, "winograd: ", b, " is of other tasks than ", a);
+  return std::max(a[0], b[0]);
+}
+
+void check_gradient(at::IntArrayRef gy, const Convolution& c, at::IntArrayRef x, at::IntArrayRef weight) {
+  TORCH_CHECK(gy.size() == 5 && gy[0] > 0 && gy[1] == c.images && gy[2] == c.outputs && gy[3] == c.rows && gy[4] == c.columns,
+              "winograd: the gradient ", gy, " is not that of a weight ", weight, " over images ", x);
 }
 
 template <typename T>
@@ -43,8 +55,9 @@ int64_t of(const at::Tensor& t, int64_t task) { return t.size(0) == 1 ? 0 : task
 
 at::Tensor winograd(const at::Tensor& x_, const at::Tensor& weight, at::IntArrayRef padding) {
   const bool shared = weight.size(0) == 1;
-  const int64_t tasks = std::max(x_.size(0), weight.size(0)), runs = shared ? 1 : tasks;
-  const Convolution c = sizes(x_.sizes(), weight.sizes(), padding, shared ? tasks : 1);
+  Convolution c = sizes(x_.sizes(), weight.sizes(), padding);
+  const int64_t tasks = tasks_of(x_.sizes(), weight.sizes()), runs = shared ? 1 : tasks;
+  c.images *= tasks / runs;
   const at::Tensor x = channels_last(x_);
   at::Tensor y = empty_images(tasks, x_.size(1), c.outputs, c.rows, c.columns, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "winograd", [&] {
@@ -59,8 +72,10 @@ at::Tensor winograd(const at::Tensor& x_, const at::Tensor& weight, at::IntArray
 
 at::Tensor winograd_input_grad(const at::Tensor& gy_, const at::Tensor& weight, at::IntArrayRef x, at::IntArrayRef padding) {
   const bool shared = weight.size(0) == 1;
-  const int64_t tasks = std::max(gy_.size(0), weight.size(0)), runs = shared ? 1 : tasks;
-  const Convolution c = sizes(x, weight.sizes(), padding, shared ? tasks : 1);
+  Convolution c = sizes(x, weight.sizes(), padding);
+  check_gradient(gy_.sizes(), c, x, weight.sizes());
+  const int64_t tasks = tasks_of(gy_.sizes(), weight.sizes()), runs = shared ? 1 : tasks;
+  c.images *= tasks / runs;
   const at::Tensor gy = channels_last(gy_);
   at::Tensor gx = empty_images(tasks, x[1], c.inputs, c.height, c.width, gy.options());
   AT_DISPATCH_FLOATING_TYPES(gy.scalar_type(), "winograd_input_grad", [&] {
@@ -75,8 +90,10 @@ at::Tensor winograd_input_grad(const at::Tensor& gy_, const at::Tensor& weight, 
 
 at::Tensor winograd_weight_grad(const at::Tensor& gy_, const at::Tensor& x_, at::IntArrayRef weight, at::IntArrayRef padding) {
   const bool shared = weight[0] == 1;
-  const int64_t tasks = std::max(gy_.size(0), x_.size(0)), runs = shared ? 1 : tasks;
-  const Convolution c = sizes(x_.sizes(), weight, padding, shared ? tasks : 1);
+  Convolution c = sizes(x_.sizes(), weight, padding);
+  check_gradient(gy_.sizes(), c, x_.sizes(), weight);
+  const int64_t tasks = tasks_of(gy_.sizes(), x_.sizes()), runs = shared ? 1 : tasks;
+  c.images *= tasks / runs;
   const auto whole = [&](const at::Tensor& t) {
     return channels_last(shared && t.size(0) < tasks ? t.expand({tasks, -1, -1, -1, -1}) : t);
   };

@@ -122,7 +122,8 @@ class Filter {
 
  private:
   static constexpr int64_t kLanes = 16;         // channels are rounded up to whole ones, which any vector divides
-  static constexpr int64_t kGroup = 24;         // tiles, whose matrices and u fit the second-level cache for 64 channels
+  // Tiles, whose matrices and u fit the second-level cache for 64 channels.
+  static constexpr int64_t kGroup = 24;
   static constexpr int64_t kSlab = 256, kMostSlabs = 8;  // tiles whose gradients are summed apart
   static constexpr int64_t kGrain = 250000;     // multiply-adds that a thread must have before splitting pays
   static constexpr int64_t kWeightGrain = 1024;  // pairs of channels, likewise
@@ -158,11 +159,10 @@ class Filter {
     return w.u;
   }
 
-  // With tiles divided for as many threads as there are.
+  // In groups that are a function of the sizes alone, as a survey's sums are taken by groups; few tiles make small ones.
   static Winograd<T> divided(const Convolution& c) {
     Winograd<T> p = describe(c);
-    const int64_t tiles = p.images * p.tile_rows * p.tile_columns;
-    p.group = share(tiles, up(share(tiles, kGroup), std::min(threads(), share(tiles, kGroup / 4))));
+    p.group = p.images * p.tile_rows * p.tile_columns < 8 * kGroup ? kGroup / 2 : kGroup;
     return p;
   }
 
