@@ -94,12 +94,10 @@ HOW = """
 - The frozen prefix once, and each of its blocks in one pass without a convolution output: what is left of it is its
   convolutions.
 - Winograd's F(2x2, 3x3) in float32 and float64, forward and both gradients: 16 products in place of 36. It is taken by
-  the rule in `csrc/filter.h`; with few channels ATen's direct convolution is faster and is called. F(4x4, 3x3) would take
-  a quarter of the products, but in float32 its result lies 7 to 9 times as far from the truth as the direct sum's, where
-  the rule of this project allows 2.
+  the rule in `csrc/filter.h`; with few channels ATen's direct convolution is faster and is called.
 - The first block's statistics from the moments of its patches; the last block's steps in the space of its few pixels.
-- Nothing is allocated in a step, and Python is 5% or less of an adaptation at 28x28: the plan is kept with the network.
-- At 28x28 the scratch of Winograd's algorithm, which does not shrink with the images, is most of the memory that is left.
+- No step allocates, and the second adaptation of a network is one call from Python: the plan is kept with the network.
+- At 28x28 the scratch of Winograd's algorithm, which does not shrink with the images, is most of the memory in use.
 """
 
 
