@@ -20,10 +20,11 @@ import floor
 import memory
 import peers_report
 import torch
-from by_hand import LR, NORM, Compiled, LogitsGate, Stock, Tasks, Vmapped, residual
+from by_hand import LR, NORM, Compiled, LogitsGate, Stock, Tasks, Vmapped, convolutional, residual
 from gpu_report import write as write_text
 from harness import (
     CONFIGURATIONS,
+    Build,
     Column,
     Configuration,
     Gate,
@@ -49,7 +50,7 @@ from lambda_kernels import info
 from lambda_maml import Pattern, adapt, adapt_tasks
 
 CPU = torch.device("cpu")
-KINDS = ("adapt", "packages", "query", "growth", "tasks", "memory", "general")
+KINDS = ("adapt", "packages", "query", "growth", "tasks", "memory", "general", "odd")
 # Where the rows that are not taken everywhere are taken.
 PLACES = {
     "growth": ("mini-imagenet-64", "mini-imagenet-5-shot", "mini-imagenet"),
@@ -58,12 +59,20 @@ PLACES = {
 }
 RESIDUAL = {"residual-84": Configuration(84, 3, 32, 5, 1, 5), "residual-32": Configuration(32, 3, 32, 5, 5, 5)}
 RESIDUAL_PATTERN = "00000111"  # the last block and the head
+# Sizes that fill neither vectors nor tiles; 5 and 75 images.
+ODD = {
+    f"odd-{size}-{width}-{5 * shots}": Configuration(size, 3, width, 5, shots, 5)
+    for size in (7, 21, 33)
+    for width in (1, 5, 48, 100)
+    for shots in (1, 15)
+}
 QUERY, MANY = 15, 16  # query images a class; tasks
 
 
 class Options(NamedTuple):
     configurations: Mapping[str, Configuration]
     residual: Mapping[str, Configuration]
+    odd: Mapping[str, Configuration]
     kinds: Sequence[str]
     seconds: float
     rounds: int
@@ -108,7 +117,12 @@ class Bench:
         if "general" in o.kinds:
             for name, c in o.residual.items():
                 network = {"network": f"residual, {c}"}
-                yield {**of("general", name, c, RESIDUAL_PATTERN), **network}, functools.partial(self.general, c)
+                fill = functools.partial(self.general, c, residual, RESIDUAL_PATTERN, 0.25)
+                yield {**of("general", name, c, RESIDUAL_PATTERN), **network}, fill
+        if "odd" in o.kinds:
+            for name, c in o.odd.items():
+                pattern = "0" * (min(4, c.image_size.bit_length() - 1) - 1) + "11"
+                yield of("odd", name, c, pattern), functools.partial(self.general, c, convolutional, pattern, 0.05)
 
     def ready(self, name: str, c: Configuration) -> Ready:
         """The configuration once its gate is passed; the gate's error for all of its rows otherwise."""
@@ -276,9 +290,9 @@ class Bench:
             }
         }
 
-    def general(self, c: Configuration) -> dict[str, Any]:
-        """A network with skip connections, the early layers frozen."""
-        problem, pattern = make_problem(c, CPU, residual), Pattern(RESIDUAL_PATTERN)
+    def general(self, c: Configuration, build: Build, bits: str, share: float) -> dict[str, Any]:
+        """Another network, the early layers frozen; `share` of a row's seconds."""
+        problem, pattern = make_problem(c, CPU, build), Pattern(bits)
         makers: dict[str, Make] = {
             "ours": Ours,
             "stock_masked": functools.partial(Stock, prefix=False),
@@ -291,7 +305,7 @@ class Bench:
         full = Pattern.full(pattern.layers)
         check_adapt(problem, full, c.steps, LR, NORM)
         made["stock_full"] = StockFull(problem, full, c.steps)
-        each = self.time({name: Column(one.__call__, reset=one.reset) for name, one in made.items()}, 0.25)
+        each = self.time({name: Column(one.__call__, reset=one.reset) for name, one in made.items()}, share)
         return {
             "columns": {name: spread(values) for name, values in each.items()},
             "ratios": {name: spread(ratio(each[name], each["ours"])) for name in each if name != "ours"},
@@ -383,15 +397,16 @@ def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
 
 def options_of(given: argparse.Namespace) -> Options:
     configurations = {name: CONFIGURATIONS[name] for name in given.configurations}
-    blocks, places = RESIDUAL, PLACES
+    blocks, odd, places = RESIDUAL, ODD, PLACES
     if given.tiny:
         small = {"image_size": 16, "width": 4, "ways": 3, "shots": 2, "steps": 2}
         configurations = {name: c._replace(**small) for name, c in configurations.items()}
         blocks = {name: c._replace(**small) for name, c in blocks.items()}
+        odd = {"odd-7-5-6": Configuration(7, 3, 5, 3, 2, 2)}
         places = {}
     return Options(
-        configurations, blocks, given.kinds, given.seconds, given.rounds, given.compile_seconds, given.compile_full,
-        given.compile_backend, places,
+        configurations, blocks, odd, given.kinds, given.seconds, given.rounds, given.compile_seconds,
+        given.compile_full, given.compile_backend, places,
     )  # fmt: skip
 
 

@@ -169,6 +169,18 @@ def residual(ways: int, in_channels: int, width: int, image_size: int) -> nn.Mod
     return lk.convert(Residual(ways, in_channels, width, image_size))
 
 
+def convolutional(ways: int, in_channels: int, width: int, image_size: int) -> nn.Module:
+    """As conv4, with as many of its blocks as halve the images to no less than a pixel, at most four."""
+    blocks = min(4, image_size.bit_length() - 1)
+    side = image_size // 2**blocks
+    layers = [
+        (f"block{i + 1}", nn.Sequential(*_convolution(width if i else in_channels, width), nn.ReLU(), nn.MaxPool2d(2)))
+        for i in range(blocks)
+    ]
+    head = nn.Linear(width * side * side, ways)
+    return lk.convert(nn.Sequential(OrderedDict([*layers, ("flatten", nn.Flatten()), ("head", head)])))
+
+
 class Tasks(NamedTuple):
     """xs [T, N, C, H, W], ys [T, N], xq [T, Q, C, H, W]."""
 

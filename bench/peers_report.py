@@ -26,6 +26,7 @@ GOALS = {
 }
 FLOOR_GOAL = {"mini-imagenet-64": 0.6}  # of the full pattern's time
 MEMORY_GOALS = {(FULL, "stock_full"): 2.0, (LAST, "stock_masked"): 3.0}
+ODD = ("stock_masked", "stock_prefix", "stock_full")
 GROWTH_GOAL, CALLS_GOAL, VMAP_GOAL, RESIDUAL_GOAL = 40.0, 1.3, 5.0, 1.3
 NAMES = {
     "ours": "ours",
@@ -142,8 +143,8 @@ def tables(document: Row) -> Iterator[Table]:
     """Those that have rows."""
     found = Found(document)
     several = (found.timed(kind, pattern) for kind in ("adapt", "packages", "query") for pattern in (FULL, LAST))
-    others = (found.floors(), found.growth(), found.tasks(), found.memory(), found.residual(), found.missing())
-    yield from (table for table in (found.goals(), *several, *others) if table.rows)
+    others = (found.floors(), found.growth(), found.tasks(), found.memory(), found.residual(), found.odd())
+    yield from (table for table in (found.goals(), *several, *others, found.missing()) if table.rows)
 
 
 class Found:
@@ -248,6 +249,14 @@ class Found:
                 found.append([named(row), f"`{row['pattern']}`", ours, NAMES[name], its, said])
         head = ["network", "pattern", "ours, ms", "beside", "its, ms", "ours is faster by"]
         return Table("A network with skip connections", "", head, found)
+
+    def odd(self) -> Table:
+        found = []
+        for row in self.of("odd"):
+            ratios = (self.against(row["ratios"][n], 1.0 if n == "stock_prefix" else None) for n in ODD)
+            found.append([row["network"], f"`{row['pattern']}`", span(row["columns"]["ours"]), *ratios])
+        head = ["network", "pattern", "ours, ms", *(f"faster than {NAMES[n]}" for n in ODD)]
+        return Table("Odd sizes", "As conv4, with fewer blocks for the smallest images.", head, found)
 
     def missing(self) -> Table:
         found = [[row["name"], row["status"], cell(row["reason"])] for row in self.rows if row["status"] != "passed"]

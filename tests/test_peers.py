@@ -133,6 +133,7 @@ def test_the_file_says_what_was_measured_and_where(results):
     assert [row["name"] for row in results["rows"]] == [
         "adapt omniglot", "packages omniglot", "query omniglot", "growth omniglot", "tasks omniglot 00011",
         "tasks omniglot 11111", "general residual-84 00000111", "general residual-32 00000111",
+        "odd odd-7-5-6 011",
     ]  # fmt: skip
     assert {row["status"] for row in results["rows"]} == {"passed"}
 
