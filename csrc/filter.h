@@ -103,7 +103,8 @@ class Filter {
     const int64_t tiles = p.images * p.tile_rows * p.tile_columns;
     // A function of the sizes alone, so that sums are taken in one order whatever the number of threads.
     p.slabs = std::clamp<int64_t>(tiles / kSlab, tiles > 1 ? 2 : 1, kMostSlabs);
-    p.group = share(share(tiles, p.slabs), share(share(tiles, p.slabs), kGroup));
+    const int64_t most = tiles < kMostSlabs * kSlab ? kGroup : 2 * kGroup;
+    p.group = share(share(tiles, p.slabs), share(share(tiles, p.slabs), most));
     p.slabs = std::min(p.slabs, share(tiles, p.group));
     p.x = x, p.gy = gy;
     p.du = arena.take<T>(p.slabs * kPoints * p.inputs * p.padded_outputs);

@@ -27,6 +27,14 @@ static inline Tile tile_of(const Winograd<T>& p, int64_t number) {
   return {row / p.tile_rows, row % p.tile_rows * 2, column * 2};
 }
 
+template <typename T>
+static inline void advance(const Winograd<T>& p, Tile& tile) {
+  tile.column += 2;
+  if (tile.column < 2 * p.tile_columns) return;
+  tile.column = 0, tile.row += 2;
+  if (tile.row == 2 * p.tile_rows) tile.row = 0, ++tile.image;
+}
+
 // One tile's channels c to c + L, of which `count` are there, transformed. `here` tells for each of its rows and columns
 // whether it lies in the image; a tile that is kInside needs no telling.
 template <typename T, bool kInside>
@@ -46,8 +54,8 @@ template <typename T>
 static void transform_images(const Winograd<T>& p, int64_t first, int64_t count, T* v) {
   constexpr int64_t L = Vector<T>::kLanes;
   const int64_t C = p.inputs, whole = C / L * L, step = p.group * p.padded_inputs + kWinogradGap, down = p.width * C;
-  for (int64_t n = 0; n < count; ++n, v += p.padded_inputs) {
-    const Tile tile = tile_of(p, first + n);
+  Tile tile = tile_of(p, first);
+  for (int64_t n = 0; n < count; ++n, v += p.padded_inputs, advance(p, tile)) {
     const int64_t top = tile.row - p.pad_y, left = tile.column - p.pad_x;
     const T* corner = p.x + ((tile.image * p.height + top) * p.width + left) * C;
     bool here[2][4], inside = true;
@@ -84,8 +92,8 @@ template <typename T>
 static void place_products(const Winograd<T>& p, int64_t first, int64_t count, const T* products, int64_t step) {
   constexpr int64_t L = Vector<T>::kLanes;
   const int64_t O = p.outputs;
-  for (int64_t n = 0; n < count; ++n) {
-    const Tile tile = tile_of(p, first + n);
+  Tile tile = tile_of(p, first);
+  for (int64_t n = 0; n < count; ++n, advance(p, tile)) {
     T* const corner = p.y + ((tile.image * p.rows + tile.row) * p.columns + tile.column) * O;
     const bool below = tile.row + 1 < p.rows, right = tile.column + 1 < p.columns;
     for (int64_t o = 0; o < O; o += L) {
@@ -109,8 +117,8 @@ static void pool_products(const Winograd<T>& p, int64_t first, int64_t count, co
     const int64_t end = p.outputs - from < kMost ? p.outputs : from + kMost;
     T level[kMost], sum[kMost], square[kMost];
     int64_t pixels = 0;
-    for (int64_t n = 0; n < count; ++n) {
-      const Tile tile = tile_of(p, first + n);
+    Tile tile = tile_of(p, first);
+    for (int64_t n = 0; n < count; ++n, advance(p, tile)) {
       const bool below = tile.row + 1 < p.rows, right = tile.column + 1 < p.columns;
       T* const to = p.pooled + ((tile.image * rows + tile.row / 2) * columns + tile.column / 2) * p.outputs;
       pixels += (below ? 2 : 1) * (right ? 2 : 1);
@@ -169,8 +177,8 @@ static void transform_gradients(const Winograd<T>& p, int64_t first, int64_t cou
   using V = Values<T>;
   constexpr int64_t L = Vector<T>::kLanes;
   const int64_t O = p.outputs, step = p.group * p.padded_outputs + kWinogradGap;
-  for (int64_t n = 0; n < count; ++n, to += p.padded_outputs) {
-    const Tile tile = tile_of(p, first + n);
+  Tile tile = tile_of(p, first);
+  for (int64_t n = 0; n < count; ++n, to += p.padded_outputs, advance(p, tile)) {
     const T* const corner = p.gy + ((tile.image * p.rows + tile.row) * p.columns + tile.column) * O;
     const bool below = tile.row + 1 < p.rows, right = tile.column + 1 < p.columns;
     for (int64_t o = 0; o < p.padded_outputs; o += L) {
