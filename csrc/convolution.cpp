@@ -3,24 +3,16 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <tuple>
 #include <utility>
 
 #include "block.h"
+#include "tensors.h"
 
 namespace lk {
 namespace {
-
-// [tasks, images, C, H, W], channels-last
-at::Tensor empty_images(int64_t tasks, int64_t images, int64_t channels, int64_t height, int64_t width,
-                        const at::TensorOptions& options) {
-  return at::empty({tasks, images, height, width, channels}, options).permute({0, 1, 4, 2, 3});
-}
-
-at::Tensor channels_last(const at::Tensor& x) { return x.permute({0, 1, 3, 4, 2}).contiguous(); }
 
 // Sizes of one task's convolution.
 Convolution sizes(at::IntArrayRef x, at::IntArrayRef weight, at::IntArrayRef padding) {
@@ -58,7 +50,7 @@ at::Tensor winograd(const at::Tensor& x_, const at::Tensor& weight, at::IntArray
   Convolution c = sizes(x_.sizes(), weight.sizes(), padding);
   const int64_t tasks = tasks_of(x_.sizes(), weight.sizes()), runs = shared ? 1 : tasks;
   c.images *= tasks / runs;
-  const at::Tensor x = channels_last(x_);
+  const at::Tensor x = pixels_of(x_);
   at::Tensor y = empty_images(tasks, x_.size(1), c.outputs, c.rows, c.columns, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "winograd", [&] {
     const Borrowed arena;
@@ -76,7 +68,7 @@ at::Tensor winograd_input_grad(const at::Tensor& gy_, const at::Tensor& weight, 
   check_gradient(gy_.sizes(), c, x, weight.sizes());
   const int64_t tasks = tasks_of(gy_.sizes(), weight.sizes()), runs = shared ? 1 : tasks;
   c.images *= tasks / runs;
-  const at::Tensor gy = channels_last(gy_);
+  const at::Tensor gy = pixels_of(gy_);
   at::Tensor gx = empty_images(tasks, x[1], c.inputs, c.height, c.width, gy.options());
   AT_DISPATCH_FLOATING_TYPES(gy.scalar_type(), "winograd_input_grad", [&] {
     const Borrowed arena;
@@ -95,7 +87,7 @@ at::Tensor winograd_weight_grad(const at::Tensor& gy_, const at::Tensor& x_, at:
   const int64_t tasks = tasks_of(gy_.sizes(), x_.sizes()), runs = shared ? 1 : tasks;
   c.images *= tasks / runs;
   const auto whole = [&](const at::Tensor& t) {
-    return channels_last(shared && t.size(0) < tasks ? t.expand({tasks, -1, -1, -1, -1}) : t);
+    return pixels_of(shared && t.size(0) < tasks ? t.expand({tasks, -1, -1, -1, -1}) : t);
   };
   const at::Tensor x = whole(x_), gy = whole(gy_);
   at::Tensor gw = at::zeros({runs, weight[1], weight[2], weight[3], weight[4]}, x.options());

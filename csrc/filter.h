@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "arena.h"
+#include "cpu/product.h"
 #include "cpu/winograd.h"
 
 namespace lk {
@@ -122,7 +123,6 @@ class Filter {
   }
 
  private:
-  static constexpr int64_t kLanes = 16;         // channels are rounded up to whole ones, which any vector divides
   // Tiles, whose matrices and u fit the second-level cache for 64 channels.
   static constexpr int64_t kGroup = 24;
   static constexpr int64_t kSlab = 256, kMostSlabs = 8;  // tiles whose gradients are summed apart

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "block.h"
+#include "tensors.h"
 
 namespace lk {
 
@@ -31,9 +32,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_block(const at::Tensor& x_
   c.size_output();
   TORCH_CHECK(std::min(c.rows, c.columns) >= pool && frozen_takes(c, pool), "frozen_block: no kernel for a weight ", weight.sizes(), " over images ", x_.sizes(),
               " with pool ", pool);
-  const at::Tensor x = Images<float>::takes(c, pool) ? x_ : x_.permute({0, 1, 3, 4, 2}).contiguous().permute({0, 1, 4, 2, 3});
+  const at::Tensor x = Images<float>::takes(c, pool) ? x_ : channels_last(x_);
   const at::Tensor gamma = gamma_.contiguous(), beta = beta_.contiguous();
-  at::Tensor y = at::empty({tasks, c.images, c.rows / pool, c.columns / pool, c.outputs}, x.options());
+  at::Tensor y = empty_images(tasks, c.images, c.outputs, c.rows / pool, c.columns / pool, x.options());
   at::Tensor mean = at::empty({tasks, c.outputs}, x.options()), rstd = at::empty({tasks, c.outputs}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "frozen_block", [&] {
     const auto own = [](const at::Tensor& t, int64_t task) {
@@ -48,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_block(const at::Tensor& x_
     };
     at::parallel_for(0, tasks, tasks >= at::get_num_threads() ? 1 : tasks, one);
   });
-  return {y.permute({0, 1, 4, 2, 3}), mean, rstd};
+  return {y, mean, rstd};
 }
 
 }  // namespace lk

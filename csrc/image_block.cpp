@@ -7,6 +7,7 @@
 
 #include "block.h"
 #include "images.h"
+#include "tensors.h"
 
 namespace lk {
 namespace {
@@ -37,13 +38,6 @@ const T* values(const at::Tensor& t, int64_t task) {
   return t.const_data_ptr<T>() + (t.size(0) == 1 ? 0 : task) * (t.numel() / t.size(0));
 }
 
-// [tasks, N, O, rows, columns], channels-last
-at::Tensor empty_images(int64_t tasks, const Convolution& c, int64_t pool, const at::TensorOptions& options) {
-  return at::empty({tasks, c.images, c.rows / pool, c.columns / pool, c.outputs}, options).permute({0, 1, 4, 2, 3});
-}
-
-at::Tensor channels_last(const at::Tensor& x) { return x.permute({0, 1, 3, 4, 2}).contiguous(); }
-
 }  // namespace
 
 at::Tensor image_moments(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef geometry) {
@@ -69,7 +63,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> image_block(const at:
   const Convolution c = sizes(x, weight_.sizes().slice(3), geometry, weight_.size(1));
   const at::Tensor weight = weight_.contiguous(), gamma = gamma_.contiguous(), beta = beta_.contiguous();
   const at::Tensor moments = moments_.contiguous();
-  at::Tensor y = empty_images(tasks, c, pool, x.options()), index = empty_images(tasks, c, pool, x.options().dtype(at::kByte));
+  const auto empty = [&](at::ScalarType type) {
+    return empty_images(tasks, c.images, c.outputs, c.rows / pool, c.columns / pool, x.options().dtype(type));
+  };
+  at::Tensor y = empty(x.scalar_type()), index = empty(at::kByte);
   at::Tensor mean = at::empty({tasks, c.outputs}, x.options()), rstd = at::empty({tasks, c.outputs}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "image_block", [&] {
     const Borrowed arena;
@@ -92,7 +89,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> image_block_grad(const at::Tensor
                                                                 const at::Tensor& moments_, at::IntArrayRef geometry) {
   const int64_t tasks = gy_.size(0);
   const Convolution c = sizes(x, weight_.sizes().slice(3), geometry, weight_.size(1));
-  const at::Tensor gy = channels_last(gy_), index = channels_last(index_), weight = weight_.contiguous(),
+  const at::Tensor gy = pixels_of(gy_), index = pixels_of(index_), weight = weight_.contiguous(),
                    gamma = gamma_.contiguous(), rstd = rstd_.contiguous(), moments = moments_.contiguous();
   const int64_t shape[] = {tasks, weight.size(1), weight.size(2), weight.size(3), weight.size(4)};
   at::Tensor dweight = at::empty(shape, x.options()), dgamma = at::empty({tasks, c.outputs}, x.options()),

@@ -16,7 +16,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <tuple>
@@ -35,7 +34,6 @@ namespace {
 
 constexpr int64_t kPerBlock = 3;  // weight, gamma, beta
 constexpr int64_t kGeometry = 8;  // stride, padding, dilation (vertical, horizontal each), groups, pool
-constexpr int64_t kLanes = 16;    // columns of a product are rounded up to whole ones, which any vector divides
 
 template <typename T>
 void multiply(const Product<T>& p) {

@@ -4,6 +4,8 @@
 
 namespace lk {
 
+constexpr int64_t kLanes = 16;  // columns and channels are rounded up to whole ones, which any vector divides
+
 // c [rows, columns] = scale a b, plus c where `add`; b and c are padded to whole vectors of columns.
 template <typename T>
 struct Product {

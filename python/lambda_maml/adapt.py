@@ -306,17 +306,16 @@ class Loop:
             )
         self.steps, self.lr = steps, lr
         self.plan, self._model = plan_of(model), model
-        key = (pattern, steps, norm)
+        self.pattern = Pattern.parse(pattern)
+        key = (self.pattern, steps, norm)
         schedule = self.plan.schedules.get(key)
         if schedule is None:
-            parsed = Pattern.parse(pattern)
-            parsed.check(self.plan)
-            parts = [(self.plan.part(bits, norm), count) for bits, count in parsed.segments(steps)]
-            schedule = parsed, parts, tuple(dict.fromkeys(n for part, _ in parts for n in part.updated))
+            self.pattern.check(self.plan)
+            parts = [(self.plan.part(bits, norm), count) for bits, count in self.pattern.segments(steps)]
+            schedule = parts, tuple(dict.fromkeys(n for part, _ in parts for n in part.updated))
             self.plan.keep(key, schedule)
-        self.pattern: Pattern = schedule[0]
-        self.parts: list[tuple[Part, int]] = schedule[1]
-        self.updated: tuple[str, ...] = schedule[2]
+        self.parts: list[tuple[Part, int]] = schedule[0]
+        self.updated: tuple[str, ...] = schedule[1]
         self.meta = state_of(model)
         self.parameter = next(iter(self.meta.values()))
         self.second_order = second_order and torch.is_grad_enabled()
