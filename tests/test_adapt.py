@@ -687,3 +687,9 @@ def test_an_auxiliary_head_behind_the_logits_says_nothing_of_the_labels() -> Non
             return logits + 0.0 * self.other(x).sum() if x is None else (logits, self.other(x))[0]
 
     adapt(Auxiliary(), torch.randn(3, 4), torch.arange(3), pattern="10", steps=1)
+
+
+def test_a_pattern_that_is_no_text_is_named() -> None:
+    xs, ys, _, _ = CONV4.task()
+    with pytest.raises(ValueError, match=r"a pattern is a text like '00011', got \['1'\]"):
+        adapt(own_conv4(CONV4.network), xs, ys, pattern=["1"])  # type: ignore[arg-type]
