@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lambda_kernels import capture
+from lambda_kernels import cuda_graph
 
 
 class Tape(TorchDispatchMode):
@@ -44,7 +44,7 @@ class Tape(TorchDispatchMode):
 
 
 class Rehearsed:
-    """Stands in for `capture.Graph`."""
+    """Stands in for `cuda_graph.Graph`."""
 
     made = 0
     replays = 0
@@ -68,6 +68,6 @@ class Rehearsed:
 
 def rehearse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Recordings are made on the CPU, of tapes."""
-    monkeypatch.setattr(capture, "Graph", Rehearsed)
-    monkeypatch.setattr(capture, "refusal", lambda device: None)
+    monkeypatch.setattr(cuda_graph, "Graph", Rehearsed)
+    monkeypatch.setattr(cuda_graph, "refusal", lambda device: None)
     Rehearsed.made = Rehearsed.replays = 0

@@ -20,6 +20,8 @@ KERNELS, MAML = ROOT / "lambda_kernels", ROOT / "python" / "lambda_maml"
 BELOW = {
     "_C": set(),
     "_build": set(),
+    "_torch": set(),
+    "cache": set(),
     "spec": set(),
     "backends": {"_C", "_build", "spec"},
     "autograd": {"backends", "spec"},
@@ -28,13 +30,13 @@ BELOW = {
     "seen": {"_C", "_build"},
     "graph": {"functional", "layers", "seen", "spec"},
     "chain": {"backends", "graph", "spec"},
-    "capture": {"backends"},
+    "cuda_graph": {"_torch", "backends", "cache"},
     "convert": {"graph", "layers"},
     "info": {"", "_C", "_build", "backends"},
     "": {"backends", "convert", "functional", "layers"},
 }
 # The modules of lambda_kernels that the adapter may reach, beside the names of its top level.
-OPEN = {"capture", "chain", "functional", "graph", "info", "layers"}
+OPEN = {"_torch", "cache", "chain", "cuda_graph", "functional", "graph", "info", "layers"}
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:

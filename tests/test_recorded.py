@@ -16,7 +16,7 @@ from tape import Rehearsed, rehearse
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_kernels import capture
+from lambda_kernels import cuda_graph
 from lambda_maml import adapt, adapt_tasks, models, plan, recorded
 
 STEPS, LR = 3, 0.1
@@ -47,8 +47,9 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Any:
     return call
 
 
-def known(kind: type = capture.Recording) -> list[Any]:
-    return [entry for entry in recorded.RECORDINGS._known.values() if isinstance(entry, kind)]
+def known(kind: type = cuda_graph.Recording) -> list[Any]:
+    recordings = recorded.RECORDINGS._known
+    return [entry for entry in map(recordings.get, recordings) if isinstance(entry, kind)]
 
 
 def conv4(device: str) -> models.Conv4:
@@ -175,7 +176,7 @@ def test_what_a_recording_depends_on(device: str, eager: Any) -> None:
 
 
 def test_recordings_are_bounded(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded.RECORDINGS, "size", 2)
+    monkeypatch.setattr(recorded.RECORDINGS._known, "size", 2)
     model = conv4(device)
     xs, ys, _, _ = task(CONV4, 0, device)
     for steps in (1, 2, 3, 4):
@@ -245,7 +246,7 @@ def test_what_cannot_be_recorded_says_so(device: str, caplog: pytest.LogCaptureF
 
 
 def test_a_function_that_waits_is_left_to_the_caller(device: str, caplog: pytest.LogCaptureFixture) -> None:
-    recordings = capture.Recordings(4)
+    recordings = cuda_graph.Recordings(4)
     x = torch.ones(3, device=device)
 
     def waits(x: Tensor) -> tuple[Tensor, ...]:
@@ -265,6 +266,6 @@ def test_a_function_that_waits_is_left_to_the_caller(device: str, caplog: pytest
 
 def test_nothing_is_recorded_on_a_cpu_or_where_it_may_not_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert "not of cpu" in str(capture.refusal(torch.device("cpu")))
+    assert "not of cpu" in str(cuda_graph.refusal(torch.device("cpu")))
     monkeypatch.setenv("LAMBDA_KERNELS_GRAPHS", "0")
-    assert capture.refusal(torch.device("cuda")) == "LAMBDA_KERNELS_GRAPHS=0"
+    assert cuda_graph.refusal(torch.device("cuda")) == "LAMBDA_KERNELS_GRAPHS=0"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lambda_kernels import capture
+from lambda_kernels import cuda_graph as capture
 from lambda_kernels.chain import Backend, Chain
 
 from . import ready

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lambda_kernels import capture
+from lambda_kernels import cuda_graph as capture
 from lambda_kernels.chain import backend_in_force
 from lambda_kernels.graph import memo_of
 

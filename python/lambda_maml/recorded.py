@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lambda_kernels import capture
+from lambda_kernels import cuda_graph as capture
 from lambda_kernels.graph import tensors_of
 
 from .plan import say_once

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from . import backends
+from ._torch import transform_active
+from .cache import Bounded
 
 __all__ = ["Recording", "Recordings", "conditions", "refusal"]
 
@@ -31,10 +32,8 @@ def refusal(device: torch.device) -> str | None:
         return f"graphs are of CUDA devices, not of {device.type}"
     if os.environ.get("LAMBDA_KERNELS_GRAPHS") == "0":
         return "LAMBDA_KERNELS_GRAPHS=0"
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return "a transform is active"
-    if torch.is_autocast_enabled(device.type):
-        return "autocast is on"
+    if (why := transform_active(device.type)) is not None:
+        return why
     return "a graph is being recorded already" if torch.cuda.is_current_stream_capturing() else None
 
 
@@ -107,8 +106,7 @@ class Recordings:
     """
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        self._known: OrderedDict[Hashable, Recording | str | None] = OrderedDict()
+        self._known: Bounded[Recording | str] = Bounded(size)  # "": left to the caller once
         self._lock = threading.RLock()
 
     def get(
@@ -116,21 +114,16 @@ class Recordings:
     ) -> Recording | None:
         """The recording of `function` for this key, None where the caller has to run it. `what` names it in the log."""
         with self._lock:
-            seen = key in self._known
             entry = self._known.get(key)
-            if seen and entry is None:
+            if entry == "":
                 try:
                     entry = Recording(function, inputs)
                 except Exception as error:  # whatever the network's code or CUDA raises; the caller runs it without
                     entry = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                     _log.warning("%s runs without a CUDA graph: %s", what, entry)
-            self._known[key] = entry
-            self._known.move_to_end(key)
-            while len(self._known) > self.size:
-                self._known.popitem(last=False)
+            self._known.put(key, "" if entry is None else entry)
         return entry if isinstance(entry, Recording) else None
 
     def clear(self) -> None:
         """Forget all recordings and free their memory."""
-        with self._lock:
-            self._known.clear()
+        self._known.clear()

@@ -1,0 +1,43 @@
+"""torch's private names, each with the reason why no public one serves."""
+
+from __future__ import annotations
+
+import torch
+
+# The way in which autograd.Function.apply itself enters a transform: our Functions come here without the checks that
+# `apply` repeats in each call.
+from torch._functorch.autograd_function import custom_function_call
+
+__all__ = ["custom_function_call", "mode_active", "transform_active", "transforms_active", "will_engine_run"]
+
+# Whether grad, vmap or jvp of torch.func is on. torch.func has no such question.
+transforms_active = torch._C._are_functorch_transforms_active
+# Whether the backward pass that runs now will come to a node: without it, a gradient is computed that nobody uses.
+will_engine_run = torch._C._will_engine_execute_node
+# How many modes see every operator, or every function of torch, that is called. There is no public count.
+_watching_operators = torch._C._len_torch_dispatch_stack
+_watching_functions = torch._C._len_torch_function_stack
+
+
+def transform_active(device_type: str) -> str | None:
+    """What makes torch's operators compute something else than their names say on such a device; None without it."""
+    if torch.compiler.is_compiling() or transforms_active():
+        return "a transform is active"
+    return "autocast is on" if torch.is_autocast_enabled(device_type) else None
+
+
+def mode_active(device_type: str = "cpu") -> str | None:
+    """What changes torch's operators on such a device, or looks at them; None without it.
+
+    Where it is None, a call that goes past the operators cannot be told from one that uses them:
+
+        if mode_active(x.device.type) is None:
+            ...
+    """
+    if (why := transform_active(device_type)) is not None:
+        return why
+    if torch.is_inference_mode_enabled():
+        return "inference mode is on"
+    if _watching_operators() or _watching_functions():
+        return "a mode of torch looks at its operators"
+    return None
