@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .backends import Backend, choose
 from .backends import current as backend_in_force
-from .graph import BlockCall, LinearCall, Program, Slot, Step
+from .program import BlockCall, LinearCall, Program, Slot, Step
 from .spec import BlockSpec, output_size
 
 __all__ = ["Backend", "Chain", "backend_in_force"]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .graph import EVALUATION, NORMS, Program, program_of
 from .layers import TORCH_CLASS, Conv2d, Linear
+from .program import EVALUATION, NORMS, Program, program_of
 
 __all__ = ["convert", "report", "to_torch"]
 

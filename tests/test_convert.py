@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import lambda_kernels as lk
 from lambda_kernels.convert import Fused
-from lambda_kernels.graph import program_of
+from lambda_kernels.program import program_of
 
 
 def run(inputs: int = 3, width: int = 4, *, inplace: bool = False, tracks: bool = False) -> Any:

@@ -24,19 +24,18 @@ BELOW = {
     "cache": set(),
     "spec": set(),
     "backends": {"_C", "_build", "spec"},
-    "autograd": {"backends", "spec"},
-    "functional": {"autograd", "backends", "spec"},
+    "autograd": {"_torch", "backends", "spec"},
+    "functional": {"_torch", "autograd", "backends", "spec"},
     "layers": {"functional", "spec"},
-    "seen": {"_C", "_build"},
-    "graph": {"functional", "layers", "seen", "spec"},
-    "chain": {"backends", "graph", "spec"},
+    "program": {"_C", "_build", "cache", "functional", "layers", "spec"},
+    "chain": {"_torch", "backends", "program", "spec"},
     "cuda_graph": {"_torch", "backends", "cache"},
-    "convert": {"graph", "layers"},
+    "convert": {"layers", "program"},
     "info": {"", "_C", "_build", "backends"},
     "": {"backends", "convert", "functional", "layers"},
 }
 # The modules of lambda_kernels that the adapter may reach, beside the names of its top level.
-OPEN = {"_torch", "cache", "chain", "cuda_graph", "functional", "graph", "info", "layers"}
+OPEN = {"_torch", "cache", "chain", "cuda_graph", "functional", "info", "layers", "program"}
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:

@@ -12,7 +12,7 @@ from loops import NETWORKS
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_kernels.graph import _CACHE, _CACHE_SIZE
+from lambda_kernels.program.lookup import _PROGRAMS
 from lambda_maml import Pattern, adapt, models
 from lambda_maml import plan as plans
 from lambda_maml.plan import plan_of, state_of
@@ -120,13 +120,13 @@ def test_why_tasks_are_not_batched() -> None:
 
 
 def test_programs_and_plans_are_bounded() -> None:
-    for width in range(_CACHE_SIZE + 40):
+    for width in range(_PROGRAMS.size + 40):
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2 + width))
         adapt(model, torch.randn(2, 4), torch.arange(2), pattern="1", steps=1)
-    assert len(_CACHE) <= _CACHE_SIZE and len(plans._PLANS) <= plans._LIMIT
+    assert len(_PROGRAMS) <= _PROGRAMS.size and len(plans._PLANS) <= plans._LIMIT
     import gc
 
     from lambda_maml.network import _LAYERS
 
     gc.collect()
-    assert len(_LAYERS) <= _CACHE_SIZE + plans._LIMIT
+    assert len(_LAYERS) <= _PROGRAMS.size + plans._LIMIT

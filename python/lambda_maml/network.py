@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.graph import LAYERS, NORMS, Program, program_of
+from lambda_kernels.program import LAYERS, NORMS, Program, program_of
 
 __all__ = ["Layer", "layer_costs", "layers_of"]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lambda_kernels.graph import program_of
+from lambda_kernels.program import program_of
 
 from .network import layer_costs
 from .plan import Plan, moving_steps, plan_of

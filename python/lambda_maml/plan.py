@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lambda_kernels.chain import Chain
-from lambda_kernels.graph import LinearCall, Program, Step, program_of, tensors_of
+from lambda_kernels.program import LinearCall, Program, Step, program_of, tensors_of
 
 from .network import layers_of
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lambda_kernels import cuda_graph as capture
 from lambda_kernels.chain import backend_in_force
-from lambda_kernels.graph import memo_of
+from lambda_kernels.program import memo_of
 
 from .outcome import Outcome
 from .patterns import Pattern

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambda_kernels import cuda_graph as capture
-from lambda_kernels.graph import tensors_of
+from lambda_kernels.program import tensors_of
 
 from .plan import say_once
 

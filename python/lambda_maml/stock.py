@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambda_kernels import to_torch
-from lambda_kernels.graph import NORMS
+from lambda_kernels.program import NORMS
 
 from . import models
 from .adapt import adapt

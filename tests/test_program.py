@@ -10,7 +10,7 @@ from cases import EXACT
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_kernels.graph import Fusion, program_of
+from lambda_kernels.program import Fusion, program_of
 
 
 class Net(nn.Module):

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_kernels import graph, seen
-from lambda_kernels.graph import program_of, tensors_of
+from lambda_kernels.program import lookup, program_of, snapshot, tensors_of
 from lambda_maml import models
 
 
@@ -79,12 +78,13 @@ def test_every_change_is_noticed(name: str) -> None:
     network = Network()
     program = program_of(network)
     assert program_of(network) is program
-    noted = seen.Seen(network)
+    noted = snapshot.Snapshot(network)
     assert noted.holds(network)
     CHANGES[name](network)
     assert not noted.holds(network)
     if name != "tied parameter":  # that is the same program with another name for a parameter
-        assert graph._fingerprint(network) not in {key[0] for key, p in graph._CACHE.items() if p is program}
+        known = {key[0] for key, p in lookup._PROGRAMS._known.items() if p is program}
+        assert snapshot.fingerprint(network) not in known
     assert program_of(network) is not program
 
 
@@ -93,12 +93,12 @@ def test_values_that_change_in_place_are_not_taken_for_fixed() -> None:
     for value in (held, [held], {"a": [1]}, {1, 2}, (1, [2]), lambda: held):
         network: Any = Network()
         network.held = value
-        assert not seen.Seen(network).holds(network), value
+        assert not snapshot.Snapshot(network).holds(network), value
 
 
 def test_a_trained_network_is_still_the_same() -> None:
     network = Network()
-    noted, program = seen.Seen(network), program_of(network)
+    noted, program = snapshot.Snapshot(network), program_of(network)
     optimiser = torch.optim.Adam(network.parameters())
     network(torch.randn(2, 1, 4, 4)).sum().backward()
     optimiser.step()
@@ -110,17 +110,17 @@ def test_a_trained_network_is_still_the_same() -> None:
 def test_the_network_of_the_demo_is_seen_as_a_whole() -> None:
     for network in (models.conv4(5, 1, 4, 28), lk.convert(Network()), Network()):
         program_of(network)
-        assert graph._SEEN[network][0].holds(network)
+        assert lookup._KNOWN[network].snapshot.holds(network)
 
 
 def test_what_may_lead_back_to_the_network_is_not_kept() -> None:
     network: Any = Network()
     network.act = network.forward
     program_of(network)
-    assert network not in graph._SEEN
+    assert network not in lookup._KNOWN
     network.act = F.relu
     program_of(network)
-    assert network in graph._SEEN
+    assert network in lookup._KNOWN
 
 
 def test_a_network_is_freed_with_its_last_reference() -> None:
@@ -145,9 +145,9 @@ def test_tensors_by_all_their_names() -> None:
 
 
 def test_without_the_extension_nothing_is_taken_for_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seen, "_ADDRESSES", None)
+    monkeypatch.setattr(snapshot, "_ADDRESSES", None)
     network = Network()
-    assert not seen.Seen(network).holds(network)
+    assert not snapshot.Snapshot(network).holds(network)
     program = program_of(network)
     assert program_of(network) is program
     network.scale = 3.0

@@ -1,0 +1,204 @@
+"""What a step computes: call(modules, state, effects, *args, **kwargs), with the parameters that `state` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional, layers
+from ..layers import Update, has_hooks
+from ..spec import BlockSpec, ConvSpec, pair
+from .shadow import shadow, shallow
+from .steps import Arguments, Effects, Fusion, OwnState, State
+
+__all__ = [
+    "FRESH_MODULES",
+    "AttributeCall",
+    "BlockCall",
+    "ConvCall",
+    "FunctionCall",
+    "LinearCall",
+    "MethodCall",
+    "ModuleCall",
+    "NormCall",
+    "WholeCall",
+]
+
+# Their results never share memory with what they read, and their forward uses what torch gave them, nothing else.
+FRESH_MODULES = tuple(
+    f"torch.nn.modules.{name}"
+    for name in ("activation", "pooling", "conv", "linear", "normalization", "batchnorm", "instancenorm")
+)
+
+
+class ModuleCall:
+    """A module that the program does not look into. Its code may write to the module: it runs on a shadow.
+
+    With `keeps`, the next call begins with the shadow of the last one: what the code wrote to attributes is there, and
+    `modules` holds it under the module's path.
+    """
+
+    def __init__(self, path: str, keeps: bool = False) -> None:
+        self.path, self.keeps = path, keeps
+
+    def __call__(
+        self, modules: Mapping[str, nn.Module], state: State, effects: Effects | None, /, *args: Any, **kwargs: Any
+    ) -> Any:
+        module = modules[self.path]
+        if isinstance(state, OwnState):
+            return module(*args, **kwargs)
+        prefix, home = f"{self.path}." if self.path else "", type(module).__module__
+        if home.startswith("torch.nn.modules.") and not module._modules and not has_hooks(module):
+            own = (*module._parameters.items(), *module._buffers.items())
+            names = [name for name, tensor in own if tensor is not None]
+            if not names:
+                return module(*args, **kwargs)
+            if home.startswith(FRESH_MODULES):
+                return shallow(module, {name: state[prefix + name] for name in names})(*args, **kwargs)
+        twin = shadow(module, _Below(state, prefix) if prefix else state)
+        result = twin(*args, **kwargs)
+        if self.keeps and isinstance(modules, dict):
+            modules[self.path] = twin
+        if isinstance(state, dict):
+            for name, buffer in twin.named_buffers():
+                if state.get(prefix + name, buffer) is not buffer:  # one that the forward put in place of the given
+                    state[prefix + name] = buffer
+        return result
+
+
+class _Below(Mapping[str, Tensor]):
+    """A module's part of a state."""
+
+    def __init__(self, state: State, prefix: str) -> None:
+        self.state, self.prefix = state, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.state[self.prefix + name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.state.get(self.prefix + name, default)
+
+    def __iter__(self) -> Any:
+        return (name.removeprefix(self.prefix) for name in self.state if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class WholeCall(ModuleCall):
+    """A network as one step, called with `Arguments`; any other value is its only argument."""
+
+    def __init__(self) -> None:
+        super().__init__("", keeps=True)
+
+    def __call__(self, modules: Any, state: State, effects: Any, /, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if isinstance(args[0], Arguments) else Arguments(args, {})
+        return super().__call__(modules, state, effects, *given.args, **given.kwargs)
+
+
+class _Leaf:
+    """A layer whose parameters are looked up by name."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def get(self, state: State, module: nn.Module, name: str, path: str | None = None) -> Any:
+        return None if getattr(module, name) is None else state[f"{self.path if path is None else path}.{name}"]
+
+
+class ConvCall(_Leaf):
+    def __call__(self, modules: Any, state: State, effects: Any, x: Tensor) -> Tensor:
+        conv = modules[self.path]
+        return layers.convolve(conv, x, self.get(state, conv, "weight"), self.get(state, conv, "bias"))
+
+
+class LinearCall(_Leaf):
+    def __init__(self, path: str, linear: nn.Linear) -> None:
+        super().__init__(path)
+        self.names = _present(path, linear, "weight", "bias")
+        self.inputs, self.outputs = linear.in_features, linear.out_features
+
+    def __call__(self, modules: Any, state: State, effects: Any, x: Tensor) -> Tensor:
+        linear = modules[self.path]
+        return functional.linear(x, self.get(state, linear, "weight"), self.get(state, linear, "bias"))
+
+
+class NormCall(_Leaf):
+    def __call__(self, modules: Any, state: State, effects: Effects | None, x: Tensor) -> Tensor:
+        norm = modules[self.path]
+        own = {name: self.get(state, norm, name) for name in layers.own_state(norm)}
+        if not layers.uses_batch_statistics(norm):
+            return F.batch_norm(
+                x, own["running_mean"], own["running_var"], own["weight"], own["bias"], False, 0.0, norm.eps
+            )
+        y = F.batch_norm(x, None, None, own["weight"], own["bias"], True, 0.0, norm.eps)
+        if norm.training and norm.track_running_stats:
+            axes = [a for a in range(x.dim()) if a != 1]
+            variance, mean = torch.var_mean(x.detach(), axes, correction=0)
+            _do(layers.running_update(norm, own, mean, variance, x.numel() // x.shape[1]), effects)
+        return y
+
+
+def _present(path: str, module: nn.Module, *names: str) -> tuple[str, ...]:
+    """The parameters' full names, "" for one that the module does not have."""
+    return tuple(f"{path}.{name}" if getattr(module, name) is not None else "" for name in names)
+
+
+class BlockCall(_Leaf):
+    def __init__(self, fusion: Fusion, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+        super().__init__(fusion.conv)
+        self.norm, self.size = fusion.norm, fusion.size
+        self.names = _present(self.path, conv, "weight") + _present(self.norm, norm, "weight", "bias")
+        self.inputs, self.outputs = conv.in_channels, conv.out_channels
+        self.kernel = pair("kernel", conv.kernel_size, 1)
+        stride, dilation = pair("stride", conv.stride, 1), pair("dilation", conv.dilation, 1)
+        assert not isinstance(conv.padding, str)
+        convolution = ConvSpec(stride, pair("padding", conv.padding, 0), dilation, conv.groups)
+        self.spec = BlockSpec(convolution, norm.eps, fusion.size)
+
+    def __call__(self, modules: Any, state: State, effects: Effects | None, x: Tensor) -> Tensor:
+        conv, norm = modules[self.path], modules[self.norm]
+        own = {name: self.get(state, norm, name, self.norm) for name in layers.own_state(norm)}
+        weight, bias = self.get(state, conv, "weight"), self.get(state, conv, "bias")
+        y, update = layers.fused_block(conv, norm, self.size, x, weight, bias, own)
+        if update is not None:
+            _do(update, effects)
+        return y
+
+
+def _do(update: Update, effects: Effects | None) -> None:
+    update()
+    if effects is not None:
+        effects.append(update)
+
+
+class FunctionCall:
+    """A function or tensor method that needs no parameter of ours."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, modules: Any, state: Any, effects: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class MethodCall:
+    def __init__(self, name: str) -> None:
+        # A fused block's result may be channels-last, where view() refuses what it does on contiguous memory.
+        self.name = name
+
+    def __call__(self, modules: Any, state: Any, effects: Any, x: Any, /, *args: Any, **kwargs: Any) -> Any:
+        shape = self.name == "view" and not isinstance(args[0] if args else kwargs.get("dtype"), torch.dtype)
+        return getattr(x, "reshape" if shape else self.name)(*args, **kwargs)
+
+
+class AttributeCall:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, modules: Any, state: State, effects: Any) -> Tensor:
+        return state[self.name]
