@@ -1,7 +1,10 @@
 """Fast adaptation under Lambda patterns: MAML's inner loop, pattern selection, few-shot data and networks."""
 
 from . import data, models
-from .adapt import Learner, adapt, adapt_tasks
+from .adapt import adapt, adapt_tasks
+from .explain import explain
+from .inner import rules
+from .learner import Learner
 from .maml import LambdaMAML
 from .patterns import Pattern
 from .select import select_pattern
@@ -14,7 +17,9 @@ __all__ = [
     "adapt",
     "adapt_tasks",
     "data",
+    "explain",
     "measure_time",
     "models",
+    "rules",
     "select_pattern",
 ]

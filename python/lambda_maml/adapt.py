@@ -1,40 +1,35 @@
-"""The inner loop: K gradient steps on a support set, for one task or many at once (Finn et al. 2017, algorithm 1)."""
+"""Adaptation of a network to few examples: `adapt` for one task, `adapt_tasks` for many at once."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from lambda_kernels import cuda_graph as capture
-from lambda_kernels.chain import Backend, Chain
-
-from . import ready
-from .outcome import Outcome, tied
+from .inner import batch, checks, recorded, remembered
+from .inner.adaptation import describe
+from .inner.checks import Loss
+from .inner.loop import descend, outcome
+from .inner.rates import DEFAULT_LR, Rate
+from .inner.rules import Rule, rule_of
+from .learner import Learner, network_of
 from .patterns import Pattern
-from .plan import Part, plan_of, say_once, state_of
-from .recorded import adapted_by_graph, classified_by_graph
+from .say import say_once
 
-__all__ = ["Learner", "adapt", "adapt_tasks"]
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-Adapted = tuple[list[Tensor], dict[str, Tensor]]
+__all__ = ["DEFAULTDEFAULT_LR", "adapt", "adapt_tasks"]
 
 
 def adapt(
     model: nn.Module,
-    xs: Tensor,
-    ys: Tensor,
+    xs: Any,
+    ys: Any,
     *,
-    pattern: str | Pattern,
+    pattern: str | Pattern | None,
     steps: int = 5,
-    lr: float = 0.01,
+    lr: Rate = DEFAULT_LR,
+    rule: Rule | None = None,
     norm: str = "follow",
     second_order: bool = False,
     loss: Loss = F.cross_entropy,
@@ -42,465 +37,111 @@ def adapt(
     """Adapt a network to one task: theta <- theta - lr grad loss(f_theta(xs), ys), `steps` times, under a pattern.
 
     Computed is what a plain loop with `torch.autograd.grad` over the updated parameters gives; what no updated
-    parameter reaches is run once. The model is left as it was. Updated are the parameters that the pattern names,
-    whatever their `requires_grad`; buffers (running statistics) are updated in the learner's own copies.
+    parameter reaches is run once. The model is left as it was. Buffers (running statistics) are updated in the learner's
+    own copies.
+
+        learner = adapt(model, xs, ys, pattern="00011", steps=5, lr=0.03)
+        logits = learner(xq)
+        print(explain(model, xs, pattern="00011"))          # which way it takes, and why no faster one
 
     Args:
-        model: any module that maps images to logits.
-        xs: [N, C, H, W], support images; ys: [N], their labels 0..ways-1 (or what `loss` takes).
-        pattern: one bit a layer, or a schedule; see `Pattern`.
+        model: any module that maps xs to logits, or a `Learner`, which is adapted further.
+        xs: [N, C, H, W], support images, or a tuple or dict of tensors that the network takes as its one argument.
+        ys: [N], class numbers 0..ways-1, or whatever `loss` takes: tensors in any structure, None.
+        pattern: one bit per layer, or a schedule; see `Pattern`. A parameter that it names is updated, whatever its
+            `requires_grad`; None updates all parameters that require a gradient.
         steps: number of gradient steps, K.
-        lr: inner learning rate.
+        lr: inner learning rate: a number, or one per layer, tensor or step, learned or not; see `rules.sgd`.
+        rule: how a step goes, in place of `lr`: `rules.adam(0.01)`, `rules.clip(norm=1.0) | rules.sgd(0.1)`, your own.
         norm: "follow": a layer's norm gamma and beta follow its bit; "never": they stay (the original MAML code).
         second_order: differentiate through the inner gradients. Without it the gradient of a query loss with respect to
             the model's parameters is that at the adapted ones (first-order MAML).
-        loss: from logits and ys to a scalar, the mean over the support set.
-
-    Returns:
-        A `Learner`: `learner(xq)` are query logits, `learner.parameters_dict()` the adapted parameters.
+        loss: from the network's result and ys to a scalar, the mean over the support set.
 
     Raises:
         ValueError, TypeError: pattern, shapes, labels, dtypes or devices do not fit.
         FloatingPointError: the support loss or the adapted parameters became infinite or NaN.
     """
+    model = network_of(model)
+    if type(lr) is not float:
+        lr, rule = DEFAULT_LR, rule_of(lr, rule)
     plain = loss is F.cross_entropy and not second_order
-    if plain and (outcome := ready.again(model, xs, ys, pattern, steps, lr, norm)) is not None:
-        return Learner(model, outcome)
-    loop = Loop(model, pattern, steps, lr, norm, second_order)
-    loop.check(xs, ys)
-
-    def run(xs: Tensor, ys: Tensor) -> Adapted:
-        return _adapt_one(loop, loss, state_of(model), xs, ys)
-
-    state = adapted_by_graph(loop, model, loss, run, xs, ys, per_task=False)
+    if plain and (known := remembered.again(model, xs, ys, pattern, steps, lr, rule, norm)) is not None:
+        return Learner(model, known.plan, known.outcome)
+    a = describe(model, xs, pattern, rule_of(lr, rule), steps, norm, second_order, loss)
+    checks.check_called_with_one(a.plan)
+    checks.check_support(model, xs, ys)
+    support = a.support(xs, ys)
+    state = recorded.adapted(a, support)
     if state is None:
-        loop.check_labels(ys.unsqueeze(0))
-        losses, state = _adapt_one(loop, loss, loop.meta, xs, ys)
-        loop.check_finite(loop.verdict(losses, state).tolist(), xs)
+        support = a.check_labels(support)
+        result = descend(a, support)
+        a.check_finite(result.verdict.tolist(), xs)
+        state = result.state
         if plain:
-            ready.keep(loop, model, xs, ys, pattern, norm)
-    return Learner(model, loop.outcome(loop.meta, state))
-
-
-def _adapt_one(loop: Loop, loss: Loss, meta: dict[str, Tensor], xs: Tensor, ys: Tensor) -> Adapted:
-    """The support losses before each step, and the state after the last."""
-    state = meta
-    losses: list[Tensor] = []
-    with torch.enable_grad():
-        for part, count in loop.parts:
-            if (known := loop.descend(part, part.whole, loss, state, xs, ys, count, per_task=False)) is not None:
-                state = loop.note(losses, state, known)
-                continue
-            state = loop.start(state, part)
-            with torch.set_grad_enabled(loop.second_order):
-                frozen = part.freeze(loop.modules, state, loop.layout(xs))
-            start = frozen.boundary[0] if frozen.boundary else xs
-            if (known := loop.descend(part, part.chain, loss, state, start, ys, count, per_task=False)) is not None:
-                state = loop.note(losses, state, known)
-                frozen.count(count)
-                continue
-            for _ in range(count):
-                value = _scalar(loss(frozen(loop.modules, state), ys))
-                loop.update(state, part, value)
-                losses.append(value.detach())
-    return losses, state
-
-
-class Learner(nn.Module):
-    """A network with the parameters of one adapted task. The network itself is left as it is, and shared.
-
-    Frozen parameters are the network's own: a later change of them shows here. `to_module` gives a copy of its own.
-    """
-
-    def __init__(self, model: nn.Module, outcome: Outcome) -> None:
-        super().__init__()
-        self._held = (model, outcome)  # in a tuple: the model is no submodule of the learner
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The adapted network's result for x [N, C, H, W]."""
-        model, outcome = self._held
-        program = plan_of(model).program
-        return program.evaluate(program.bind(model), outcome.state, x)
-
-    def parameters_dict(self) -> dict[str, Tensor]:
-        """All parameters by name, the adapted ones in place of the model's."""
-        model, outcome = self._held
-        return {name: outcome.state[name] for name, _ in model.named_parameters()}
-
-    def to_module(self) -> nn.Module:
-        """A copy of the network with the adapted parameters and buffers as its own."""
-        model, outcome = self._held
-        twin = copy.deepcopy(model)
-        with torch.no_grad():
-            for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-                tensor.copy_(outcome.state[name])
-        return twin
+            remembered.keep(a, support, pattern, lr, rule)
+    return Learner(model, a.plan, outcome(a, state))
 
 
 def adapt_tasks(
     model: nn.Module,
-    xs: Tensor,
-    ys: Tensor,
-    xq: Tensor,
+    xs: Any,
+    ys: Any,
+    xq: Any,
     *,
-    pattern: str | Pattern,
+    pattern: str | Pattern | None,
     steps: int = 5,
-    lr: float = 0.01,
+    lr: Rate = DEFAULT_LR,
+    rule: Rule | None = None,
     norm: str = "follow",
     second_order: bool = False,
     loss: Loss = F.cross_entropy,
-) -> Tensor:
-    """Adapt to T tasks, each by itself as `adapt` does, and give their query logits; the tasks run as batches.
+) -> Any:
+    """Adapt to T tasks, each by itself as `adapt` does, and give their query results; the tasks run as batches.
 
     Frozen layers see all tasks of a batch at once, updated layers have weights of each task's own, norm statistics are
-    each task's own. Networks that torch.fx cannot trace, that draw random numbers or update running statistics are
-    adapted one task at a time.
+    each task's own. Networks that cannot be looked into, that draw random numbers, that update running statistics or
+    that `torch.func.vmap` cannot follow are adapted one task at a time, and that is said once.
+
+        logits = adapt_tasks(model, xs, ys, xq, pattern="00011", steps=5, lr=0.03)      # [T, Q, ways]
 
     Args:
-        xs: [T, N, C, H, W]; ys: [T, N]; xq: [T, Q, C, H, W]; the others as in `adapt`.
+        xs: [T, N, C, H, W]; ys: [T, N]; xq: [T, Q, C, H, W], or structures of tensors with T in front; the others as in
+            `adapt`.
 
     Returns:
-        Query logits [T, Q, ways]; gradients reach the model's parameters as in `adapt`.
+        Query logits [T, Q, ways], or what the network gives, in its own structure, with T in front of every tensor.
+        Gradients reach the model's parameters as in `adapt`.
 
     Raises:
         As `adapt`.
     """
-    for name, tensor in (("xs", xs), ("ys", ys), ("xq", xq)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"adapt_tasks: {name} must be a tensor, got {type(tensor).__name__}")
-    if xs.dim() < 3 or ys.dim() < 2 or not xs.shape[0] == ys.shape[0] == xq.shape[0]:
-        raise ValueError(
-            f"adapt_tasks: xs [T, N, C, H, W], ys [T, N] and xq [T, Q, C, H, W] must agree on T, got {list(xs.shape)}, "
-            f"{list(ys.shape)}, {list(xq.shape)}"
-        )
-    if xs.shape[0] == 0:
-        raise ValueError("adapt_tasks: there are no tasks (T = 0)")
-    loop = Loop(model, pattern, steps, lr, norm, second_order)
-    if (why := loop.plan.why_not_batched) is not None:
+    model = network_of(model)
+    tasks = checks.check_tasks(xs, ys, xq)
+    rule = rule_of(lr, rule)
+    one_x, one_y = batch.task(xs, 0), batch.task(ys, 0)
+    a = describe(model, one_x, pattern, rule, steps, norm, second_order, loss)
+    checks.check_called_with_one(a.plan)
+    checks.check_support(model, one_x, one_y)
+    checks.check_query(xs, xq)
+
+    def one_by_one(why: str) -> Any:
         say_once(f"{type(model).__name__} is adapted one task at a time: {why}")
         given: dict[str, Any] = dict(
-            pattern=pattern, steps=steps, lr=lr, norm=norm, second_order=second_order, loss=loss
+            pattern=pattern, steps=steps, rule=rule, norm=norm, second_order=second_order, loss=loss
         )
-        return torch.stack([adapt(model, x, y, **given)(q) for x, y, q in zip(xs, ys, xq)])
-    loop.check(xs[0], ys[0])
-    if xq.dtype != xs.dtype or xq.device != xs.device:
-        raise TypeError(
-            f"adapt_tasks: xq is {xq.dtype} on {xq.device}, xs {xs.dtype} on {xs.device}: convert xq with .to(xs)"
-        )
-    if not torch.is_grad_enabled() and (logits := _classify_together(loop, loss, xs, ys, xq)) is not None:
-        return logits
-    at_once = max(1, _values_at_once(xs.device) // max(1, xs[0].numel()))
-    batches = zip(*(t.split(at_once) for t in (xs, ys, xq)))
-    return torch.cat([_adapt_batch(model, loop, loss, *batch) for batch in batches])
+        each = ((batch.task(value, t) for value in (xs, ys, xq)) for t in range(tasks))
+        return batch.stacked([adapt(model, x, y, **given)(q) for x, y, q in each])
 
-
-def _values_at_once(device: torch.device) -> int:
-    """Values of the support images of one batch of tasks.
-
-    On a CPU, with more of them the activations fall out of the cache. On a GPU, a block of 64 channels makes about 300
-    bytes a value of 3-channel images, of which several are held at a time: they shall fit in its memory.
-    """
-    if device.type != "cuda":
-        return 1 << 16
-    return int(torch.cuda.get_device_properties(device).total_memory) // 2048
-
-
-def _classify_together(loop: Loop, loss: Loss, xs: Tensor, ys: Tensor, xq: Tensor) -> Tensor | None:
-    """The query logits of all tasks, where an inner loop takes the whole network and no graph holds it; else None."""
-    if capture.refusal(xs.device) is None or len(loop.parts) != 1 or xq.shape[2:] != xs.shape[2:] or not xq.numel():
-        return None
-    part, steps = loop.parts[0]
-    backend = loop.runner(part.whole, loss, xs, ys)
-    if part.whole is None or backend is None:
-        return None
-    loop.check_labels(ys)
-    rows, logits = part.whole.classify(backend, loop.meta, part.updated, xs, ys, xq, steps=steps, lr=loop.lr)
-    loop.check_finite(rows.tolist(), xs)
-    return logits
-
-
-def _adapt_batch(model: nn.Module, loop: Loop, loss: Loss, xs: Tensor, ys: Tensor, xq: Tensor) -> Tensor:
-    """The query logits of a batch of tasks."""
-
-    def start() -> dict[str, Tensor]:
-        meta = state_of(model)
-        return {**meta, **{n: meta[n].expand(xs.shape[0], *meta[n].shape) for n in loop.updated}}
-
-    def run(xs: Tensor, ys: Tensor) -> Adapted:
-        return _adapt_together(loop, loss, start(), xs, ys)
-
-    def classify(state: dict[str, Tensor], xq: Tensor) -> Tensor:
-        return loop.each_task(state, lambda own, x: loop.plan.program.evaluate(loop.modules, own, x), xq)
-
-    if torch.is_grad_enabled():
-        state = adapted_by_graph(loop, model, loss, run, xs, ys, per_task=True)
-    elif (logits := classified_by_graph(loop, model, loss, run, classify, xs, ys, xq)) is not None:
-        return logits
-    else:
-        state = None
-    meta = start()
-    if state is None:
-        loop.check_labels(ys)
-        losses, state = _adapt_together(loop, loss, meta, xs, ys)
-        loop.check_finite(loop.verdict(losses, state).tolist(), xs)
-    return classify(loop.outcome(meta, state).state, xq)
-
-
-def _adapt_together(loop: Loop, loss: Loss, meta: dict[str, Tensor], xs: Tensor, ys: Tensor) -> Adapted:
-    """As `_adapt_one` for xs [T, N, ...], ys [T, N], with [T, ...] losses and updated tensors."""
-    state = meta
-    losses: list[Tensor] = []
-    with torch.enable_grad():
-        for part, count in loop.parts:
-            if (known := loop.descend(part, part.whole, loss, state, xs, ys, count, per_task=True)) is not None:
-                state = loop.note(losses, state, known)
-                continue
-            state = loop.start(state, part)
-            frozen = _FrozenBatch(part, loop.modules, loss)
-            with torch.set_grad_enabled(loop.second_order):
-                boundary = loop.each_task(state, frozen.freeze, xs)
-            start = boundary[0] if boundary else xs
-            if (known := loop.descend(part, part.chain, loss, state, start, ys, count, per_task=True)) is not None:
-                state = loop.note(losses, state, known)
-                continue
-            for _ in range(count):
-                values = loop.each_task(state, frozen.loss_of, boundary, ys)
-                loop.update(state, part, values.sum())
-                losses.append(values.detach())
-    return losses, state
-
-
-class _FrozenBatch:
-    """A part's prefix for a batch of tasks; only tensors are mapped over tasks, sizes, equal for all, are set aside."""
-
-    def __init__(self, part: Part, modules: Mapping[str, nn.Module], loss: Loss) -> None:
-        self.part, self.modules, self.loss = part, modules, loss
-        self.sizes: list[Any] = []
-
-    def freeze(self, state: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
-        boundary = self.part.freeze(self.modules, state, x).boundary
-        self.sizes = [None if isinstance(v, Tensor) else v for v in boundary]
-        return tuple(v for v in boundary if isinstance(v, Tensor))
-
-    def loss_of(self, state: Mapping[str, Tensor], tensors: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        values = iter(tensors)
-        boundary = tuple(next(values) if v is None else v for v in self.sizes)
-        return _scalar(self.loss(self.part.finish(self.modules, state, boundary), y))
-
-
-class Loop:
-    """The inner loop's settings, and its parts that one task and a batch of tasks share."""
-
-    def __init__(
-        self, model: nn.Module, pattern: str | Pattern, steps: int, lr: float, norm: str, second_order: bool
-    ) -> None:
-        if norm not in ("follow", "never"):
-            raise ValueError(f"norm must be 'follow' or 'never', got {norm!r}")
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"steps must be a whole number of at least 0, got {steps!r}")
-        if not isinstance(lr, (int, float)) or not 0.0 < lr < float("inf"):
-            raise ValueError(f"lr must be a positive number, got {lr!r}")
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "adaptation needs gradients: call it under torch.no_grad() instead of torch.inference_mode()"
-            )
-        self.steps, self.lr = steps, lr
-        self.plan, self._model = plan_of(model), model
-        self.pattern = Pattern.parse(pattern)
-        key = (self.pattern, steps, norm)
-        schedule = self.plan.schedules.get(key)
-        if schedule is None:
-            self.pattern.check(self.plan)
-            parts = [(self.plan.part(bits, norm), count) for bits, count in self.pattern.segments(steps)]
-            schedule = parts, tuple(dict.fromkeys(n for part, _ in parts for n in part.updated))
-            self.plan.keep(key, schedule)
-        self.parts: list[tuple[Part, int]] = schedule[0]
-        self.updated: tuple[str, ...] = schedule[1]
-        self.meta = state_of(model)
-        self.parameter = next(iter(self.meta.values()))
-        self.second_order = second_order and torch.is_grad_enabled()
-
-    @cached_property
-    def modules(self) -> dict[str, nn.Module]:
-        """The modules that the program's steps use, by path."""
-        return self.plan.program.bind(self._model)
-
-    def check(self, xs: Tensor, ys: Tensor) -> None:
-        """ValueError or TypeError for a support set that the network cannot be adapted to."""
-        for name, tensor in (("xs", xs), ("ys", ys)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"support set: {name} must be a tensor, got {type(tensor).__name__}")
-        if xs.dim() < 2 or xs.shape[0] == 0 or ys.dim() < 1 or ys.shape[0] != xs.shape[0]:
-            raise ValueError(
-                "support set: xs [N, C, H, W] and ys [N] with N of at least 1 expected, "
-                f"got {list(xs.shape)} and {list(ys.shape)}"
-            )
-        if not self.parameter.device == xs.device == ys.device:
-            raise ValueError(
-                f"support set: xs is on {xs.device}, ys on {ys.device}, the network on {self.parameter.device}: "
-                "move them together with .to(device)"
-            )
-        if xs.dtype != self.parameter.dtype and not torch.is_autocast_enabled(xs.device.type):
-            raise TypeError(
-                f"support set: xs is {xs.dtype}, the network {self.parameter.dtype}: "
-                f"convert xs with .to({self.parameter.dtype})"
-            )
-        if not ys.is_floating_point() and ys.dtype not in (torch.int64, torch.uint8):
-            raise TypeError(
-                f"support set: ys is {ys.dtype}: convert labels with .long(), regression targets with .float()"
-            )
-
-    @property
-    def outputs(self) -> int | None:
-        """The number of logits, where it is known."""
-        return self.plan.outputs
-
-    def check_labels(self, ys: Tensor, lowest: list[int] | None = None, highest: list[int] | None = None) -> None:
-        """ValueError where class labels [T, N] are all one class in a task, or beyond the outputs; `lowest` and
-        `highest` are each task's, where they are known."""
-        if ys.is_floating_point():
-            return  # regression targets
-        tasks = ys.flatten(1)
-        if lowest is None or highest is None:
-            rows = tasks.tolist()
-            lowest, highest = [min(row) for row in rows], [max(row) for row in rows]
-        outputs = self.outputs
-        for low, high in zip(lowest, highest):
-            if low == high:
-                raise ValueError(
-                    f"support set: all {tasks.shape[1]} labels are {low}; at least two classes are needed"
-                )
-            if low < 0 or (outputs is not None and high >= outputs):
-                raise ValueError(
-                    f"support set: labels run from {low} to {high}, the network's outputs from 0 to "
-                    f"{'ways-1' if outputs is None else outputs - 1}: renumber them or build it with more ways"
-                )
-
-    def start(self, state: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
-        """The state that a part's steps begin with under autograd.
-
-        In first order frozen tensors are cut off from it, updated ones are new leaves. In second order a step's
-        gradient is by the present values, not by what they were to earlier steps.
-        """
-        if self.second_order:
-            own = {n: state[n] if state[n].requires_grad else state[n].detach().requires_grad_() for n in self.updated}
-            own.update((n, own[n].view_as(own[n])) for n in part.updated)
-            return self.tie({**state, **own})
-        with torch.no_grad():
-            own = {n: state[n].clone(memory_format=torch.contiguous_format).requires_grad_() for n in self.updated}
-            return self.tie({**{n: t.detach() if t.requires_grad else t for n, t in state.items()}, **own})
-
-    def outcome(self, meta: dict[str, Tensor], adapted: dict[str, Tensor]) -> Outcome:
-        return Outcome(meta, adapted, self.updated, self.plan.program.aliases, self.second_order)
-
-    def tie(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tied(state, self.plan.program.aliases)
-
-    def note(
-        self, losses: list[Tensor], state: dict[str, Tensor], known: tuple[Tensor, dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """The state after what `descend` did; its losses are added to the others."""
-        losses.append(known[0])
-        return self.tie({**state, **known[1]})
-
-    def descend(
-        self,
-        part: Part,
-        chain: Chain | None,
-        loss: Loss,
-        state: dict[str, Tensor],
-        x: Tensor,
-        labels: Tensor,
-        steps: int,
-        per_task: bool,
-    ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """All steps of a part that is a chain from x on, in first order, as a backend's inner loop; None for another.
-
-        Returns:
-            [steps + 1, T] as `verdict` gives it, and the updated tensors by name.
-        """
-        x = x if per_task else x.unsqueeze(0)
-        labels = labels if per_task else labels.unsqueeze(0)
-        backend = self.runner(chain, loss, x, labels)
-        if chain is None or backend is None:
-            return None
-        return chain.descend(backend, state, part.updated, x, labels, steps=steps, lr=self.lr)
-
-    def layout(self, x: Tensor) -> Tensor:
-        """Images in the memory layout in which a CPU's convolutions are fastest; what follows keeps it."""
-        known = all(step.not_reusable is None for step in self.plan.program.steps)
-        return x.contiguous(memory_format=torch.channels_last) if known and x.dim() == 4 and not x.is_cuda else x
-
-    def runner(self, chain: Chain | None, loss: Loss, x: Tensor, labels: Tensor) -> Backend | None:
-        """The backend whose inner loop takes the chain, x [T, N, ...], labels [T, N] and the loss; None for others."""
-        if chain is None or self.second_order or loss is not F.cross_entropy:
-            return None
-        backend = chain.backend(x, labels)
-        return None if isinstance(backend, str) else backend
-
-    def update(self, state: dict[str, Tensor], part: Part, value: Tensor) -> None:
-        """One gradient step on the part's updated parameters."""
-        weights = [state[n] for n in part.updated]
-        gradients: tuple[Tensor | None, ...] = (None,)
-        if value.requires_grad:
-            gradients = torch.autograd.grad(value, weights, create_graph=self.second_order, allow_unused=True)
-        if all(g is None for g in gradients):
-            raise ValueError(
-                f"pattern {str(self.pattern)!r}: the support loss has no gradient with respect to the parameters "
-                f"that it updates ({', '.join(part.updated)}): choose layers that the loss depends on"
-            )
-        used = [(n, w, g) for n, w, g in zip(part.updated, weights, gradients) if g is not None]
-        if self.second_order:
-            state.update((n, w - self.lr * g) for n, w, g in used)
-            self.tie(state)
-        else:
-            with torch.no_grad():
-                torch._foreach_add_([w for _, w, _ in used], [g for _, _, g in used], alpha=-self.lr)
-
-    def each_task(self, state: dict[str, Tensor], function: Callable[..., Any], *values: Any) -> Any:
-        """function(state, values of one task) for every task of a batch at once."""
-
-        def one(own: tuple[Tensor, ...], *values: Any) -> Any:
-            return function(self.tie({**state, **dict(zip(self.updated, own))}), *values)
-
-        return torch.func.vmap(one, randomness="error")(tuple(state[n] for n in self.updated), *values)
-
-    def verdict(self, losses: list[Tensor], state: dict[str, Tensor]) -> Tensor:
-        """[steps + 1, T], float64: each task's support losses, and below them a number that is finite if all parameters
-        are; empty without steps. `losses` are those of one step each, and what `descend` gave for several."""
-        if not losses:
-            return torch.empty(0)
-        with torch.no_grad():
-            if len(losses) == 1 and losses[0].dim() == 2:
-                return losses[0].double()
-            values = torch.cat([v[:-1].double() if v.dim() == 2 else v.reshape(1, -1).double() for v in losses])
-            after = torch.stack([state[n].sum().double() for n in self.updated]).sum()
-            return torch.cat([values, after.expand(1, values.shape[1])])
-
-    def check_finite(self, rows: list[list[float]], xs: Tensor) -> None:
-        """FloatingPointError where a `verdict` holds an infinite number or NaN."""
-        if all(math.isfinite(value) for row in rows for value in row):
-            return
-        *losses, _ = rows
-        wrong = [(k, value) for k, row in enumerate(losses) for value in row if not math.isfinite(value)]
-        step, value = wrong[0] if wrong else (len(losses) - 1, losses[-1][0])
-        images = int((~torch.isfinite(xs)).sum())
-        why = (
-            f"the support images hold {images} NaN or infinite values"
-            if images
-            else "lower lr or look at the images' scale"
-        )
-        raise FloatingPointError(
-            f"adaptation under {self.pattern} with lr={self.lr} diverged in step {step + 1} of {len(losses)}, "
-            f"support loss {value}: {why}"
-        )
-
-
-def _scalar(value: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"the loss must be a tensor of one number, got {type(value).__name__}")
-    if value.dim() != 0:
-        raise ValueError(
-            f"the loss must be one number a task, got {list(value.shape)}: take the mean over the support set"
-        )
-    return value
+    if (why := a.plan.why_not_batched or a.plan.unmapped.get(loss)) is not None:
+        return one_by_one(why)
+    try:
+        return batch.adapt_and_classify(a, xs, ys, xq)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # Whatever vmap has no rule for. Should the fault be the user's, adapting the first task raises it again.
+        reason = f"torch.func.vmap cannot follow ({' '.join(str(error).split())[:160]})"
+        found = one_by_one(reason)
+        a.plan.unmapped.put(loss, reason)
+        return found

@@ -16,6 +16,7 @@ from . import models
 from .files import atomic, write_json
 
 FORMAT = "lambda-maml 1"
+_RULE = "rule:"  # in front of the names of a rule's tensors; no parameter of a module has a colon in its name
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -44,8 +45,9 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(header["meta"])
 
 
-def save(path: str | Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
+def save(path: str | Path, model: nn.Module, meta: Mapping[str, Any], rule: nn.Module | None = None) -> None:
     """Write `model` to `path` (a .safetensors name) and `meta` with the network's config to a .json of the same name.
+    A rule's parameters and buffers go with them.
 
     `meta` holds what JSON can (training settings, metrics). The JSON is for people and programs; `load` reads only the
     safetensors file, whose header holds the same, so that the two can never be mixed up.
@@ -54,7 +56,7 @@ def save(path: str | Path, model: nn.Module, meta: Mapping[str, Any]) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a checkpoint's name ends in .safetensors")
     meta = {**meta, "network": models.config_of(model)}
-    write_tensors(path, model.state_dict(), meta)
+    write_tensors(path, {**model.state_dict(), **tensors_of_rule(rule)}, meta)
     write_json(path.with_suffix(".json"), meta)
 
 
@@ -69,16 +71,32 @@ def load(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, d
         if not isinstance(meta.get("network"), dict):
             raise ValueError(f"{path}: holds no network config: it is a training state, pass best.safetensors")
         model = models.build(meta["network"])
-    load_tensors(model, tensors, str(path))
+    load_tensors(model, {k: v for k, v in tensors.items() if not k.startswith(_RULE)}, str(path))
     return model, meta
 
 
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_rule(path: str | Path, rule: nn.Module) -> None:
+    """Put the learned rates, or what else a checkpoint holds of a rule, into a rule of the same form.
+
+    Raises:
+        ValueError: the checkpoint holds another rule; `rule` is then unchanged.
+    """
+    tensors, _ = read_tensors(path)
+    own = {k.removeprefix(_RULE): v for k, v in tensors.items() if k.startswith(_RULE)}
+    load_tensors(rule, own, str(path), "rule")
+
+
+def tensors_of_rule(rule: nn.Module | None) -> dict[str, Tensor]:
+    """A rule's parameters and buffers, by the names that a checkpoint has for them."""
+    return {} if rule is None else {f"{_RULE}{name}": tensor for name, tensor in rule.state_dict().items()}
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, what: str = "network") -> None:
     """Copy `tensors` into `model` after checking every name and shape. `source` names the file in errors."""
     expected = model.state_dict()
     for key in [*expected, *(k for k in tensors if k not in expected)]:
         if key not in tensors or key not in expected or tensors[key].shape != expected[key].shape:
             has = list(tensors[key].shape) if key in tensors else "no such tensor"
             wants = list(expected[key].shape) if key in expected else "no such tensor"
-            raise ValueError(f"{source}: is of another network: {key} is {has} in the file, {wants} in the network")
+            raise ValueError(f"{source}: is of another {what}: {key} is {has} in the file, {wants} in the {what}")
     model.load_state_dict(dict(tensors))

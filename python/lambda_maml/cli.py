@@ -60,7 +60,7 @@ HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": T
 def cli(ctx: click.Context) -> None:
     """Adapt few-shot networks fast: find out which layers a MAML-trained network must update.
 
-    A pattern has one bit a layer, input first: 0 frozen, 1 updated while adapting to a new task. 11111 is MAML, 00001
+    A pattern has one bit per layer, input first: 0 frozen, 1 updated while adapting to a new task. 11111 is MAML, 00001
     is ANIL. Begin with `lambda-maml demo`; then `train` a network, `select` a pattern, and `adapt` to your own images.
     """
     if ctx.invoked_subcommand is None:
@@ -389,16 +389,46 @@ def report(pattern_json: Path, out: Path | None, every: bool, as_json: bool) -> 
 
 
 @cli.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.option("--pattern", help="Bits, or a pattern.json, to explain.  [default: all layers]")
+@inner_options
+@device_option
 @json_option
-def info(as_json: bool) -> None:
-    """Versions, devices, and which kernels can run here."""
+def info(
+    checkpoint: Path | None, pattern: str | None, steps: int | None, lr: float | None, norm: str | None, device: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Versions, devices, and which kernels can run here.
+
+    With a CHECKPOINT also which way an adaptation of its network takes, and why it takes no faster one.
+    """
     from lambda_kernels import info as kernels
 
     found = kernels.collect()
+    ways = "" if checkpoint is None else _ways(checkpoint, pattern, steps, lr, norm, device)
     if as_json:
-        _print_json(found)
+        _print_json({**found, **({"adaptation": ways.splitlines()} if ways else {})})
     else:
         click.echo(kernels.text(found))
+        if ways:
+            click.echo(f"\n{ways}")
+
+
+def _ways(
+    checkpoint: Path, pattern: str | None, steps: int | None, lr: float | None, norm: str | None, device: str
+) -> str:
+    """How the checkpoint's network is adapted to a support set of its own ways and shots."""
+    import torch
+
+    from .explain import explain
+
+    model, meta = _load(checkpoint, device)
+    bits, report = _pattern(model, pattern)
+    network, settings = meta["network"], meta["settings"]
+    ys = torch.arange(settings["ways"]).repeat_interleave(settings["shots"]).to(device)
+    side = network["image_size"]
+    xs = torch.zeros(len(ys), network["in_channels"], side, side, dtype=next(model.parameters()).dtype, device=device)
+    return explain(model, xs, ys, pattern=bits, **_inner(meta, report, steps, lr, norm))
 
 
 def _train(

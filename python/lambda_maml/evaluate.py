@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .adapt import adapt_tasks
+from .adapt import DEFAULT_LR, adapt_tasks
+from .data.episodes import Task
+from .inner.rates import Rate
+from .inner.rules import Rule
 from .patterns import Pattern
 from .stats import mean_ci95
-
-if TYPE_CHECKING:
-    from .data import Task
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what): whole numbers of the same unit, and a few words on the last step."""
 
 
 class Evaluation(NamedTuple):
-    """Query accuracies of the adapted model: one a task, their mean and the half width of its 95% interval."""
+    """Query accuracies of the adapted model: one per task, their mean and the half width of its 95% interval."""
 
     accuracies: Tensor
     mean: float
@@ -41,7 +41,8 @@ def evaluate(
     *,
     pattern: Pattern | str,
     steps: int,
-    lr: float,
+    lr: Rate = DEFAULT_LR,
+    rule: Rule | None = None,
     norm: str = "follow",
     batch: int = 16,
     progress: Progress | None = None,
@@ -49,7 +50,8 @@ def evaluate(
     """Adapt to each task's support set and classify its query set.
 
     The accuracies (fractions, float64, [len(tasks)]) stay in the order of `tasks`, so that two patterns can be compared
-    task by task. At most `batch` tasks of equal shapes are adapted together. Raises ValueError without tasks.
+    task by task. At most `batch` tasks of equal shapes are adapted together. `lr` and `rule` are those of `adapt`. Raises
+    ValueError without tasks.
     """
     if not tasks:
         raise ValueError("evaluate: there are no tasks")
@@ -62,7 +64,7 @@ def evaluate(
             end += 1
         xs, ys, xq, yq = stack(tasks[done:end], model)
         with torch.no_grad():  # the query pass; adapt_tasks turns gradients on for itself
-            logits = adapt_tasks(model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, norm=norm)
+            logits = adapt_tasks(model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm)
         found.append((logits.argmax(-1) == yq).double().mean(-1).cpu())
         done = end
         if progress is not None:

@@ -1,4 +1,4 @@
-"""LambdaMAML: learn2learn's verbs, clone() and adapt(loss), with a pattern and prefix reuse."""
+"""LambdaMAML: learn2learn's verbs, clone() and adapt(loss), with a pattern, a rule and prefix reuse."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lambda_kernels.chain import backend_in_force
+from lambda_kernels.program import flatten, tensors_of
+
+from .inner import autograd, checks
+from .inner.adaptation import named
+from .inner.rates import DEFAULT_LR, Rate
+from .inner.rules import Rule, State, Step, rule_of
+from .inner.state import Outcome, tied
+from .learner import AdaptedNetwork, network_of
 from .patterns import Pattern
-from .plan import Frozen, Part, plan_of, state_of
+from .plan import Frozen, Part, Plan, plan_of, state_of
 
 __all__ = ["LambdaMAML", "TaskLearner"]
 
 
 class LambdaMAML(nn.Module):
-    """A model to be meta-trained, whose clones adapt to one task each.
+    """A model to be meta-trained, whose clones adapt to one task each (Finn et al. 2017).
 
         maml = LambdaMAML(model, lr=0.03, pattern="00011")
         task = maml.clone()
@@ -24,11 +33,16 @@ class LambdaMAML(nn.Module):
         loss_fn(task(xq), yq).backward()          # reaches model.parameters(), frozen layers too
 
     Args:
-        model: any module; it becomes the submodule `module`.
-        lr: inner learning rate.
-        pattern: one bit a layer, or a schedule over the calls of `adapt`; None updates every layer.
+        model: any module; it becomes the submodule `module`, and its methods are this module's too.
+        lr: inner learning rate, as in `adapt`; a parameter given here is learned with the model's.
         first_order: treat the inner gradients as constants (first-order MAML).
+        allow_unused: False refuses a loss that does not depend on all parameters that the pattern updates; else those
+            are left as they are.
+        allow_nograd: for learn2learn's sake: parameters that do not require a gradient stay frozen, unless a pattern
+            names them.
+        pattern: one bit per layer, or a schedule over the calls of `adapt`; None updates every layer.
         norm: "follow" or "never": do norm gamma and beta follow their layer's bit.
+        rule: how a step goes, in place of `lr`; see `rules`. Its parameters are learned with the model's.
 
     Raises:
         ValueError: the pattern does not fit the model, or a setting is out of range.
@@ -37,123 +51,242 @@ class LambdaMAML(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        lr: float,
-        pattern: str | Pattern | None = None,
+        lr: Rate = DEFAULT_LR,
         first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+        *,
+        pattern: str | Pattern | None = None,
         norm: str = "follow",
+        rule: Rule | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(lr, (int, float)) or not 0.0 < lr < float("inf"):
-            raise ValueError(f"lr must be a positive number, got {lr!r}")
-        if norm not in ("follow", "never"):
-            raise ValueError(f"norm must be 'follow' or 'never', got {norm!r}")
-        plan = plan_of(model)
-        self.module = model
-        self.lr, self.first_order, self.norm = lr, first_order, norm
-        self.pattern = Pattern.full(len(plan.layers)) if pattern is None else Pattern.parse(pattern)
-        self.pattern.check(plan)
-
-    def forward(self, x: Tensor) -> Any:
-        """The model's own result."""
-        return self.module(x)
-
-    def clone(self) -> TaskLearner:
-        """A learner that starts from the model's present parameters; gradients of what it computes reach them."""
-        state = state_of(self.module)
-        copies = {id(p): p.clone() for p in self.module.parameters()}  # an optimiser's step must not reach the learner
+        if not isinstance(first_order, bool):
+            raise ValueError(
+                f"first_order must be True or False, got {first_order!r}: the third argument is learn2learn's; name the "
+                'pattern, as in LambdaMAML(model, lr=0.03, pattern="00011")'
+            )
+        checks.check_norm(norm)
+        self.rule = rule_of(lr, rule)
+        self.module = network_of(model)
         plan = plan_of(self.module)
-        updated = {n for bits in self.pattern.stages for n in plan.part(bits, self.norm).updated}
-        for name, parameter in self.module.named_parameters():
-            if name in updated and not parameter.requires_grad:
-                copies[id(parameter)].requires_grad_()
-        return TaskLearner(self, {n: copies.get(id(t), t) for n, t in state.items()}, 0)
+        self.pattern, _ = named(self.module, plan, pattern, norm)
+        self.every_layer = pattern is None
+        self.first_order, self.allow_unused, self.allow_nograd, self.norm = first_order, allow_unused, allow_nograd, norm
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "lr":  # the rates belong to the rule, which registers those that are learned
+            name, value = "rule", rule_of(value)
+        super().__setattr__(name, value)
+
+    @property
+    def lr(self) -> Any:
+        """The rule's rates, as they were given; `maml.lr = 0.1` is `maml.rule = rules.sgd(0.1)`."""
+        return getattr(self.rule, "lr", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own result."""
+        return self.module(*args, **kwargs)
+
+    def clone(
+        self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
+    ) -> TaskLearner:
+        """A learner that starts from the model's present parameters; gradients of what it computes reach them.
+
+        The arguments, where given, take the place of those of the same name.
+        """
+        model = self.module
+        plan = plan_of(model)
+        state = state_of(model)
+        copies = {id(p): p.clone() for p in model.parameters()}  # an optimiser's step must not reach the learner
+        names = [plan.updated(bits, self.norm) for bits in self.pattern.stages]
+        if self.every_layer:
+            names = [tuple(n for n in group if state[n].requires_grad) for group in names]
+        for name in {n for group in names for n in group}:
+            if not state[name].requires_grad:
+                copies[id(state[name])].requires_grad_()
+        state = {n: copies.get(id(t), t) for n, t in state.items()}
+        rule = self.rule.bind(plan.layers, state) if isinstance(self.rule, Rule) else self.rule
+        settings = _Settings(
+            self.pattern,
+            tuple(names),
+            rule,
+            self.first_order if first_order is None else first_order,
+            self.allow_unused if allow_unused is None else allow_unused,
+        )
+        return TaskLearner(model, plan, state, settings)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or name.startswith("__"):
+                raise
+            return getattr(module, name)
+
+
+class _Settings(NamedTuple):
+    """What all steps of a learner have in common."""
+
+    pattern: Pattern
+    updated: tuple[tuple[str, ...], ...]  # the parameters of each of the pattern's stages
+    rule: Rule
+    first_order: bool
+    allow_unused: bool | None
+
+    def names(self, step: int) -> tuple[str, ...]:
+        return self.updated[min(step, len(self.updated) - 1)]
 
 
 class _Held(NamedTuple):
     """The frozen prefix of the last input."""
 
-    x: Tensor
-    key: tuple[Part, int, bool]  # what is updated, the input's version, whether gradients are recorded
+    inputs: tuple[Any, ...]
+    values: list[Tensor]  # copies of the inputs: they may be changed in place, past torch's knowledge
+    key: Any  # the modes that it was computed in
     frozen: Frozen
 
 
-class TaskLearner(nn.Module):
+class TaskLearner(AdaptedNetwork):
     """A model on its way through a task's inner loop: call it, give the loss to `adapt`, and so on."""
 
-    def __init__(self, maml: LambdaMAML, state: dict[str, Tensor], step: int) -> None:
-        super().__init__()
-        self._maml = (maml,)  # in a tuple: not a submodule
-        self._state, self._step = state, step
-        self._held: _Held | None = None
+    def __init__(self, model: nn.Module, plan: Plan, state: dict[str, Tensor], settings: _Settings, step: int = 0) -> None:
+        super().__init__(model, plan, Outcome(state, {}, (), plan.program.aliases, in_graph=True))
+        self.__dict__.update(_settings=settings, _step=step, _memory=None, _prefix=None)
 
-    def forward(self, x: Tensor) -> Any:
-        """The model's result with the parameters adapted so far; for the same x the frozen prefix is not run again."""
-        maml = self._maml[0]
-        plan = plan_of(maml.module)
-        part = plan.part(maml.pattern.at(self._step), maml.norm)
-        modules = plan.program.bind(maml.module)
-        held = self._held
-        if held is None or held.x is not x or held.key != (part, x._version, torch.is_grad_enabled()):
-            key = (part, x._version, torch.is_grad_enabled())
-            held = self._held = _Held(x, key, part.freeze(modules, self._state, x))
-            self._forget_when_freed(held.frozen)
-        return held.frozen(modules, self._state)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's result with the parameters adapted so far; for the same input the frozen prefix is not run again."""
+        plan, network, state = self._call(args, kwargs)
+        part = plan.part(self._settings.names(self._step))
+        modules = plan.program.bind(network)
+        inputs = plan.program.pack(args, kwargs)
+        if not part.prefix or kwargs or not all(isinstance(x, Tensor) for x in args):
+            self.__dict__["_prefix"] = None
+            return part.freeze(modules, state, inputs)(modules, state)
+        key = part, _modes(args[0].device), [(id(t), _version(t)) for t in self._frozen(state, part)]
+        held: _Held | None = self._prefix
+        if held is None or not _same(held, args, key):
+            frozen = part.freeze(modules, state, inputs)
+            held = _Held(args, [x.detach().clone() for x in args], key, frozen)
+            self.__dict__["_prefix"] = held
+            self._forget_when_freed(frozen)
+        return held.frozen(modules, state)
+
+    def _frozen(self, state: Any, part: Part) -> list[Tensor]:
+        """What the prefix reads of the state, where a user may have changed it."""
+        if self.__dict__["_network"] is None:
+            return []
+        return [state[n] for step, _ in part.prefix for n in step.parameters]
 
     def _forget_when_freed(self, frozen: Frozen) -> None:
         """Drop the prefix once a backward pass has gone through it: that frees its graph."""
-        me = weakref.ref(self)
+        me, boundary = weakref.ref(self), frozen.boundary
 
         def forget(_: Tensor) -> None:
             learner = me()
-            if learner is not None and learner._held is not None and learner._held.frozen.boundary is boundary:
-                learner._held = None
+            if learner is not None and learner._prefix is not None and learner._prefix.frozen.boundary is boundary:
+                learner.__dict__["_prefix"] = None
 
-        boundary = frozen.boundary
-        for value in boundary:
-            if isinstance(value, Tensor) and value.grad_fn is not None:
+        for value in flatten(boundary)[0]:
+            if value.grad_fn is not None:
                 value.register_hook(forget)
 
-    def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
         """One inner step: theta <- theta - lr grad loss for the parameters that the pattern updates in this step.
+
+        The loss may hold a penalty over `parameters()`. The arguments are those of `LambdaMAML`, for this step.
 
         Raises:
             ValueError: no updated parameter has a part in the loss.
             FloatingPointError: the loss is infinite or NaN.
         """
-        maml = self._maml[0]
-        first_order = maml.first_order if first_order is None else first_order
+        settings, index = self._settings, self._step
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"adapt: the loss must be a tensor of one number, got {_told(loss)}: take its mean")
         if not bool(torch.isfinite(loss.detach()).all()):
             raise FloatingPointError(
-                f"step {self._step + 1} of the inner loop: the loss is {float(loss.detach())}; lower lr={maml.lr}, "
-                "or look for NaN in the images"
+                f"step {index + 1} of the inner loop: the loss is {float(loss.detach())}; lower the rate of "
+                f"{settings.rule!r}, or look for NaN in the images"
             )
-        plan = plan_of(maml.module)
-        names = plan.part(maml.pattern.at(self._step), maml.norm).updated
-        weights = [self._state[n] for n in names]
-        gradients: tuple[Tensor | None, ...] = (None,)
-        if loss.requires_grad:
-            gradients = torch.autograd.grad(loss, weights, create_graph=not first_order, allow_unused=True)
-        if all(g is None for g in gradients):
+        names = settings.names(index)
+        state = self._state()
+        second_order = not (settings.first_order if first_order is None else first_order)
+        now = {n: state[n] for n in names}
+        grads = autograd.gradients(settings.pattern, now, loss.reshape(()), create_graph=second_order)
+        unused = [n for n in names if n not in grads]
+        if unused and (settings.allow_unused if allow_unused is None else allow_unused) is False:
             raise ValueError(
-                f"adapt: the loss does not depend on the parameters that {maml.pattern} updates: compute it from "
-                "this clone's result"
+                f"adapt: the loss does not depend on {', '.join(unused)}, and allow_unused is False: leave them as they "
+                "are with allow_unused=True, or give their layers the bit 0"
             )
-        for name, weight, gradient in zip(names, weights, gradients):
-            if gradient is not None:
-                self._state[name] = weight - maml.lr * gradient
-        self._step += 1
+        if self._memory is None:
+            everything = {n: state[n].detach() for n in dict.fromkeys(n for g in settings.updated for n in g)}
+            self.__dict__["_memory"] = (settings.rule.init(everything),)
+        memory: State
+        (memory,) = self._memory
+        step = Step(index, None, loss.detach(), second_order)
+        changes, memory = autograd.take_step(settings.rule, memory, now, grads, step)
+        new = {n: now[n] + change for n, change in changes.items()}
         # A step's gradient is by the present values, not by what a layer, frozen so far, was to earlier steps.
-        for name in set(plan.part(maml.pattern.at(self._step), maml.norm).updated).difference(names):
-            self._state[name] = self._state[name].view_as(self._state[name])
-        for alias, name in plan.program.aliases.items():
-            self._state[alias] = self._state[name]
+        later = set(settings.names(index + 1)).difference(names)
+        new.update({n: state[n].view_as(state[n]) for n in later})
+        self.__dict__.update(_memory=(memory,), _step=index + 1)
+        self._replace(new)
 
-    def clone(self) -> TaskLearner:
+    def _replace(self, new: dict[str, Tensor]) -> None:
+        """Put other tensors in the places of some parameters."""
+        model, plan, _ = self.__dict__["_held"]
+        if self.__dict__["_network"] is None:
+            state = tied({**self._state(), **new}, plan.program.aliases)
+            self.__dict__["_held"] = model, plan, Outcome(state, {}, (), plan.program.aliases, in_graph=True)
+            return
+        network = self.module
+        for name, tensor in {**new, **{a: new[n] for a, n in plan.program.aliases.items() if n in new}}.items():
+            path, _, leaf = name.rpartition(".")
+            network.get_submodule(path)._parameters[leaf] = tensor  # type: ignore[assignment]
+
+    def clone(
+        self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
+    ) -> TaskLearner:
         """A learner that goes on from here on its own."""
-        state = dict(self._state)
-        copies = {id(state[n]): state[n].clone() for n, _ in self._maml[0].module.named_buffers()}
-        return TaskLearner(self._maml[0], {n: copies.get(id(t), t) for n, t in state.items()}, self._step)
+        model, plan, _ = self.__dict__["_held"]
+        settings = self._settings
+        if first_order is not None:
+            settings = settings._replace(first_order=first_order)
+        if allow_unused is not None:
+            settings = settings._replace(allow_unused=allow_unused)
+        state = self._state()
+        network = self.module if self.__dict__["_network"] is not None else model
+        copies = {id(b): b.clone() for b in (state[n] for n, _ in network.named_buffers() if n in state)}
+        state = {n: copies.get(id(t), t) for n, t in state.items()}
+        twin = TaskLearner(network, plan_of(network), state, settings, self._step)
+        twin.__dict__["_memory"] = self._memory
+        twin.training = self.training
+        return twin
 
-    def parameters_dict(self) -> dict[str, Tensor]:
-        """All parameters by name, as adapted so far."""
-        return {name: self._state[name] for name, _ in self._maml[0].module.named_parameters()}
+
+def _same(held: _Held, args: tuple[Any, ...], key: Any) -> bool:
+    same = len(held.inputs) == len(args) and all(mine is x for mine, x in zip(held.inputs, args))
+    return same and held.key == key and all(torch.equal(mine, x.detach()) for mine, x in zip(held.values, args))
+
+
+def _modes(device: torch.device) -> tuple[Any, ...]:
+    """What, beside the network and its input, decides what a forward pass computes, and with which graph."""
+    kind = device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, backend_in_force()
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+def _told(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -34,10 +34,10 @@ def layers_of(model: nn.Module, program: Program | None = None) -> tuple[Layer, 
 
     Every parameter belongs to one layer: those of the convolution or linear layer and of the norm behind it, and any
     other parameter belongs to the layer in front of it (the first layer where there is none). So a pattern of ones is
-    MAML.
+    MAML. A network without a convolution or linear layer below it is one layer.
 
     Raises:
-        ValueError: the network has no convolution or linear layer.
+        ValueError: the network has no parameter of real or complex numbers.
     """
     program = program_of(model, called=True) if program is None else program
     if program not in _LAYERS:
@@ -57,16 +57,14 @@ def _find(model: nn.Module, program: Program) -> tuple[Layer, ...]:
         for path, module in modules.items():
             own = tuple(f"{path}.{n}" if path else n for n, _ in module.named_parameters(recurse=False))
             order.append((path if isinstance(module, LAYERS) else "", own))
-    names = [path for path, _ in order if path]
-    if not names:
-        raise ValueError(
-            f"{type(model).__name__} has no convolution or linear layer, so there is nothing to choose from"
-        )
+    own_parameters = {n for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+    if not own_parameters:
+        raise ValueError(f"{type(model).__name__} has no parameters, so there is nothing to adapt")
+    names = [path for path, _ in order if path] or [type(model).__name__]
     of_norm = {n for path, module in modules.items() if isinstance(module, NORMS) for n in _names(model, path)}
     members: dict[str, list[str]] = {path: [] for path in names}
     taken: set[str] = set()
     current = names[0]
-    own_parameters = {n for n, p in model.named_parameters() if p.is_floating_point()}
     listed = [*order, ("", tuple(n for n, _ in model.named_parameters()))]
     for path, parameters in listed:
         current = path or current

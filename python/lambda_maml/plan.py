@@ -7,24 +7,20 @@ A batch norm with running statistics may: its update is noted and made again for
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
+from lambda_kernels.cache import Bounded
 from lambda_kernels.chain import Chain
-from lambda_kernels.program import LinearCall, Program, Step, program_of, tensors_of
+from lambda_kernels.program import LinearCall, Program, Step, program_for, program_of, tensors_of
 
 from .network import layers_of
+from .say import say_once
 
-__all__ = ["Frozen", "Part", "Plan", "moving_steps", "plan_of", "say_once", "state_of"]
-
-_log = logging.getLogger("lambda_maml")
-_told: set[str] = set()
+__all__ = ["Frozen", "Part", "Plan", "moving_steps", "plan_of", "state_of"]
 
 
 def moving_steps(model: nn.Module, updated: frozenset[str]) -> tuple[set[int], tuple[Step, ...]]:
@@ -84,12 +80,20 @@ class Part:
         self.rest = program.part(sorted(moving), ())
         chain = Chain.find(program, [program.steps[i] for i in sorted(moving)])
         self.chain = chain if chain is not None and self.boundary == (chain.source,) else None
+        self._moving = sorted(moving)
         whole = Chain.find(program, program.steps)
         self.whole = whole if self.chain is not None and whole is not None and whole.source == 0 else None
 
-    def freeze(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], x: Tensor) -> Frozen:
-        """Run the prefix on x."""
-        env: dict[int, Any] = {0: x}
+    @cached_property
+    def why_no_chain(self) -> str:
+        """Why the rest is no chain, where `chain` is None."""
+        if self.program.untraceable is not None:
+            return self.program.untraceable
+        return Chain.why_not(self.program, [self.program.steps[i] for i in self._moving])
+
+    def freeze(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> Frozen:
+        """Run the prefix on the network's inputs, as `Program.pack` gives them."""
+        env: dict[int, Any] = dict(enumerate(inputs))
         effects: list[Callable[[], None]] = []
         self.program.run(self.prefix, modules, state, env, effects)
         return Frozen(self, tuple(env[slot] for slot in self.boundary), effects)
@@ -112,7 +116,7 @@ class Frozen:
         return self.part.finish(modules, state, self.boundary)
 
     def count(self, runs: int) -> None:
-        """Take so many further runs for made: running statistics are updated once for each."""
+        """Note that so many further runs were left out: running statistics are updated once for each."""
         for _ in range(max(0, runs - (self.runs == 0))):
             for update in self.effects:
                 update()
@@ -120,31 +124,26 @@ class Frozen:
 
 
 class Plan:
-    """A network's program, its layers, and its parts: one for each set of layers that is updated."""
+    """A network's program for a way of calling it, its layers, and the parts that the program is cut into."""
 
     def __init__(self, model: nn.Module, program: Program) -> None:
         self.program, self.network = program, type(model).__name__
-        if program.inputs != 1:
-            raise ValueError(
-                f"{self.network}.forward takes {program.inputs} inputs; adapting calls a network with the images alone"
-            )
-        self.layers = layers_of(model, program)
-        self.parts: dict[tuple[str, str], Part] = {}
-        self.schedules: dict[Hashable, Any] = {}  # what Loop made of a pattern, a number of steps and a norm convention
+        self.layers = layers_of(model)
+        self.outlines: Bounded[Any] = Bounded(_LIMIT)  # what an adaptation made of its pattern, steps and rates
+        self.unmapped: Bounded[str] = Bounded(_LIMIT)  # loss -> why `torch.func.vmap` could not follow
+        self._parts: Bounded[Part] = Bounded(_LIMIT)
 
-    def part(self, bits: str, norm: str) -> Part:
-        """The program cut by the parameters that a pattern's step updates."""
-        key = (bits, norm)
-        if key not in self.parts:
-            updated = tuple(n for bit, layer in zip(bits, self.layers) if bit == "1" for n in layer.adapted(norm))
-            self.parts[key] = Part(self.program, updated)
-        return self.parts[key]
+    def updated(self, bits: str, norm: str) -> tuple[str, ...]:
+        """The names of the parameters that a pattern's step updates; `norm` is "follow" or "never"."""
+        return tuple(n for bit, layer in zip(bits, self.layers) if bit == "1" for n in layer.adapted(norm))
 
-    def keep(self, key: Hashable, schedule: Any) -> None:
-        """Remember a schedule, and forget all others when there are too many."""
-        if len(self.schedules) >= _LIMIT:
-            self.schedules = {}
-        self.schedules[key] = schedule
+    def part(self, updated: tuple[str, ...]) -> Part:
+        """The program cut by the parameters that are updated."""
+        part = self._parts.get(updated)
+        if part is None:
+            part = Part(self.program, updated)
+            self._parts.put(updated, part)
+        return part
 
     @cached_property
     def why_not_batched(self) -> str | None:
@@ -161,32 +160,18 @@ class Plan:
         return step.call.outputs if last and isinstance(step.call, LinearCall) else None
 
 
-_PLANS: OrderedDict[Program, Plan] = OrderedDict()
 _LIMIT = 128
-_LOCK = threading.Lock()
+_PLANS: Bounded[Plan] = Bounded(_LIMIT)
 
 
-def plan_of(model: nn.Module) -> Plan:
-    """The plan of a network in its present mode; says once when the network cannot be traced."""
-    program = program_of(model, called=True)
-    with _LOCK:
-        if program in _PLANS:
-            _PLANS.move_to_end(program)
-            return _PLANS[program]
-    plan = Plan(model, program)
-    if program.untraceable is not None:
-        say_once(
-            f"{type(model).__name__} is adapted without prefix reuse: torch.fx cannot trace it ({program.untraceable})"
-        )
-    with _LOCK:
-        plan = _PLANS.setdefault(program, plan)
-        while len(_PLANS) > _LIMIT:
-            _PLANS.popitem(last=False)
+def plan_of(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]] | None = None) -> Plan:
+    """The plan of a network in its present mode, for a call with these arguments and keywords (without `call`, with its
+    positional inputs); says once when the network is not looked into."""
+    program = program_of(model, called=True) if call is None else program_for(model, *call, called=True)
+    plan = _PLANS.get(program)
+    if plan is None:
+        plan = Plan(model, program)
+        if program.untraceable is not None:
+            say_once(f"{type(model).__name__} is adapted without prefix reuse: {program.untraceable}")
+        _PLANS.put(program, plan)
     return plan
-
-
-def say_once(message: str) -> None:
-    """Log a warning that was not given before in this process."""
-    if message not in _told:
-        _told.add(message)
-        _log.warning(message)

@@ -7,22 +7,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lambda_kernels import info
 
 from . import models
+from .data.episodes import Task
 from .evaluate import Evaluation, Progress, evaluate, stack
 from .files import read_json, write_json
+from .inner.rates import DEFAULT_LR, Rate, Rates
+from .inner.rules import Rule, is_rule
 from .patterns import Pattern
 from .stats import mean_ci95, ratio_upper_bound95, upper_bound95
 from .stock import disagreement
 from .timing import STOCK, Timing, measure_times, read_timings
-
-if TYPE_CHECKING:
-    from .data import Task
 
 DRAWS = 3
 """Tasks on which `adapt` may be held against plain PyTorch. Where rounding turns the choice between two pixels of a
@@ -155,10 +155,11 @@ def select_pattern(
     tasks: Sequence[Task],
     *,
     steps: int,
-    lr: float,
+    lr: Rate = DEFAULT_LR,
     max_drop: float = 0.01,
     relative: bool = False,
-    rule: str = "bound",
+    rule: str | Rule = "bound",
+    decide: str | None = None,
     norm: str = "follow",
     patterns: Iterable[Pattern | str] | None = None,
     test_tasks: Sequence[Task] | None = None,
@@ -170,15 +171,22 @@ def select_pattern(
 
     patterns: candidates, default all 2^n - 1; the full pattern is always among them.
     max_drop: allowed drop of accuracy against the full pattern, a fraction; of the full accuracy if `relative`.
-    rule: "bound" or "point", see `choose`.
+    rule: how an inner step goes, in place of `lr` (see `rules`); or how a drop is judged, "bound" or "point" (see
+        `choose`), which `decide` says too.
     test_tasks: tasks to report the choice and the full pattern on; none of them may be among `tasks`.
     timings: pytest-benchmark's JSON to take the times from, see `read_timings`; else adaptation is timed here on the
         first task, all patterns and plain PyTorch interleaved, for about `seconds`.
 
     Raises ValueError for an unknown rule, a negative max_drop, no tasks, or test tasks that were chosen on.
     """
-    if rule not in ("bound", "point"):
-        raise ValueError(f"rule is {rule!r}, expected 'bound' or 'point'")
+    inner = rule if not isinstance(rule, str) and is_rule(rule) else None
+    if inner is None and decide is None:
+        decide, rule = str(rule), "bound"
+    decide = decide or "bound"
+    if decide not in ("bound", "point") or (inner is None and rule != "bound"):
+        wrong = decide if decide not in ("bound", "point") else rule
+        raise ValueError(f"rule is {wrong!r}, expected 'bound' or 'point', or an inner rule such as rules.adam(0.01)")
+    descent: dict[str, Any] = {"lr": lr, "rule": inner}
     if not 0 <= max_drop <= 1:
         raise ValueError(f"max_drop is {max_drop}, expected a fraction from 0 to 1")
     if not tasks:
@@ -193,7 +201,7 @@ def select_pattern(
     ways, shots = _ways_shots(tasks[0])
     xs, ys, xq, _ = (part[0] for part in stack(tasks[:1], model))
     warnings: list[str] = []
-    if len(tasks) == 1 and rule == "bound":
+    if len(tasks) == 1 and decide == "bound":
         warnings.append("one task has no spread, so every bound is infinite and only the full pattern is admissible")
     elif len(tasks) < FEW_TASKS:
         warnings.append(f"the choice rests on {len(tasks)} tasks, fewer than {FEW_TASKS}: take more for a firm one")
@@ -209,23 +217,24 @@ def select_pattern(
 
     found: dict[Pattern, Evaluation] = {}
     for pattern in candidates:
-        found[pattern] = evaluate(model, tasks, pattern=pattern, steps=steps, lr=lr, norm=norm)
+        found[pattern] = evaluate(model, tasks, pattern=pattern, steps=steps, norm=norm, **descent)
         if progress is not None:
             progress(len(found), len(candidates), f"patterns, {pattern} at {found[pattern].mean:.1%}")
 
     def measure(patterns: Iterable[Pattern], **more: Any) -> dict[str, Timing]:
         return measure_times(
-            model, xs, ys, patterns=patterns, steps=steps, lr=lr, norm=norm, stock=fault is None, **more
+            model, xs, ys, patterns=patterns, steps=steps, norm=norm, stock=fault is None, **descent, **more
         )
 
-    fault = _disagreement(model, tasks[:DRAWS], steps=steps, lr=lr, norm=norm)
+    plain = inner is None and isinstance(lr, (int, float))  # what plain PyTorch's loop is written for
+    fault = _disagreement(model, tasks[:DRAWS], steps=steps, lr=float(lr), norm=norm) if plain else None  # type: ignore[arg-type]
     if fault is not None:
         warnings.append(fault)
         external.pop(STOCK, None)
     times = external if timings is not None else measure(candidates, seconds=seconds, progress=progress)
     accuracies = {p: e.accuracies for p, e in found.items()}
     times_ms = {p: times[str(p)].median for p in candidates}
-    pattern, table = choose(accuracies, times_ms, full, max_drop=max_drop, rule=rule, relative=relative)
+    pattern, table = choose(accuracies, times_ms, full, max_drop=max_drop, rule=decide, relative=relative)
     end_to_end: dict[str, float] = {}
     if timings is None:
         pair = measure([pattern, full], xq=xq, seconds=None if seconds is None else seconds / 4)
@@ -236,12 +245,13 @@ def select_pattern(
         table=table,
         settings={
             "network": network.get("network", type(model).__name__),
-            "ways": ways, "shots": shots, "steps": steps, "lr": lr, "norm": norm,
-            "max_drop": max_drop, "rule": rule, "relative": relative,
+            "ways": ways, "shots": shots, "steps": steps, "lr": rates_in_json(lr, inner), "norm": norm,
+            **({} if inner is None else {"inner_rule": repr(inner)}),
+            "max_drop": max_drop, "rule": decide, "relative": relative,
         },
         times=times,
         end_to_end_ms=end_to_end,
-        test=_on_test(model, test_tasks or [], pattern, full, steps=steps, lr=lr, norm=norm),
+        test=_on_test(model, test_tasks or [], pattern, full, steps=steps, norm=norm, **descent),
         environment=environment,
         full_pattern=full,
         warnings=warnings,
@@ -260,13 +270,13 @@ def _disagreement(model: nn.Module, tasks: Sequence[Task], *, steps: int, lr: fl
 
 
 def _on_test(
-    model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, *, steps: int, lr: float, norm: str
+    model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, **inner: Any
 ) -> dict[str, Any]:
     """The choice and the full pattern on `tasks`; the drop (a difference of accuracies) with its two-sided interval."""
     if not tasks:
         return {"tasks": 0, "full_accuracy": None, "chosen_accuracy": None, "drop": None, "drop_ci95": None}
-    best = evaluate(model, tasks, pattern=full, steps=steps, lr=lr, norm=norm)
-    own = best if pattern == full else evaluate(model, tasks, pattern=pattern, steps=steps, lr=lr, norm=norm)
+    best = evaluate(model, tasks, pattern=full, **inner)
+    own = best if pattern == full else evaluate(model, tasks, pattern=pattern, **inner)
     drop, ci95 = mean_ci95(best.accuracies - own.accuracies)
     return {
         "tasks": len(tasks),
@@ -275,6 +285,14 @@ def _on_test(
         "drop": drop,
         "drop_ci95": 0.0 if pattern == full else _finite(ci95),
     }
+
+
+def rates_in_json(lr: Rate, rule: Rule | None) -> Any:
+    """Inner rates as pattern.json has them: a number, rows of numbers, or None where a rule has its own."""
+    if rule is not None:
+        return None
+    values: Any = Rates(lr).value
+    return values.tolist() if isinstance(values, Tensor) else values if isinstance(values, (float, list)) else repr(values)
 
 
 def _network(model: nn.Module) -> dict[str, Any]:
@@ -303,7 +321,7 @@ _CANDIDATE: dict[str, Any] = {
     "pattern": str, "accuracy": _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER, "drop": _MAYBE, "drop_bound": _MAYBE,
 }  # fmt: skip
 _FORM: dict[str, Any] = {
-    "network": str, "ways": int, "shots": int, "steps": int, "lr": _NUMBER, "norm": str,
+    "network": str, "ways": int, "shots": int, "steps": int, "lr": (int, float, list, type(None)), "norm": str,
     "max_drop": _NUMBER, "rule": str,
     "chosen": _CANDIDATE,
     "full": {"pattern": str, "accuracy": _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER},

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from lambda_kernels import info, to_torch
 
 from . import models
-from .adapt import adapt
+from .adapt import DEFAULT_LR, adapt
 from .evaluate import Progress
 from .files import read_json
+from .inner.rates import Rate
+from .inner.rules import Rule
 from .patterns import Pattern
 from .stock import inner_loop, inner_parameters
 
@@ -107,20 +109,21 @@ def _summary(times: Sequence[float]) -> Timing:
 
 
 def measure_times(
-    model: nn.Module, xs: Tensor, ys: Tensor, *, patterns: Iterable[Pattern | str], steps: int, lr: float,
-    norm: str = "follow", stock: bool = True, xq: Tensor | None = None, repeats: int = 20, warmup: int = 2,
-    seconds: float | None = None, progress: Progress | None = None,
+    model: nn.Module, xs: Tensor, ys: Tensor, *, patterns: Iterable[Pattern | str], steps: int, lr: Rate = DEFAULT_LR,
+    rule: Rule | None = None, norm: str = "follow", stock: bool = True, xq: Tensor | None = None, repeats: int = 20,
+    warmup: int = 2, seconds: float | None = None, progress: Progress | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
     """Adaptation time of every pattern on xs [N, C, H, W], ys [N], interleaved in this process; keys are the patterns'
     texts.
 
     With `stock`, also that of the full pattern in plain PyTorch, under the name `STOCK`: its parameters are copied
-    before the clock starts, while `adapt` pays for its own copies. With `xq`, the times include classifying `xq`.
+    before the clock starts, while `adapt` pays for its own copies; it is plain gradient descent with one rate, so that it
+    is left out for other rules. With `xq`, the times include classifying `xq`.
     """
 
     def ours(pattern: Pattern) -> Callable[[], object]:
         def run() -> None:
-            learner = adapt(model, xs, ys, pattern=pattern, steps=steps, lr=lr, norm=norm)
+            learner = adapt(model, xs, ys, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm)
             if xq is not None:
                 with torch.no_grad():
                     learner(xq)
@@ -128,7 +131,8 @@ def measure_times(
         return run
 
     runs: dict[str, Callable[[], object]] = {str(p): ours(p) for p in map(Pattern.parse, patterns)}
-    yardstick = _Stock(model, xs, ys, steps, lr, norm, xq) if stock else None
+    plain = stock and rule is None and isinstance(lr, (int, float))
+    yardstick = _Stock(model, xs, ys, steps, float(lr), norm, xq) if plain else None  # type: ignore[arg-type]
     if yardstick is not None:
         runs[STOCK] = yardstick
 
@@ -143,12 +147,12 @@ def measure_times(
 
 
 def measure_time(
-    model: nn.Module, xs: Tensor, ys: Tensor, *, pattern: Pattern | str, steps: int, lr: float, norm: str = "follow",
-    repeats: int = 20,
+    model: nn.Module, xs: Tensor, ys: Tensor, *, pattern: Pattern | str, steps: int, lr: Rate = DEFAULT_LR,
+    rule: Rule | None = None, norm: str = "follow", repeats: int = 20,
 ) -> float:  # fmt: skip
     """Median adaptation time in milliseconds: support tensors xs [N, C, H, W], ys [N] to adapted parameters."""
     times = measure_times(
-        model, xs, ys, patterns=[pattern], steps=steps, lr=lr, norm=norm, stock=False, repeats=repeats
+        model, xs, ys, patterns=[pattern], steps=steps, lr=lr, rule=rule, norm=norm, stock=False, repeats=repeats
     )
     return times[str(Pattern.parse(pattern))].median
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from . import checkpoint, data, models
 from .adapt import adapt_tasks
+from .data.episodes import Task
+from .data.imageset import ImageSet
 from .evaluate import Progress, evaluate, stack
+from .inner.rates import DEFAULT_LR
+from .inner.rules import Rule
 from .patterns import Pattern
-
-if TYPE_CHECKING:
-    from .data import ImageSet, Task
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 
@@ -31,9 +32,9 @@ BEST, LAST = "best.safetensors", "last.safetensors"
 class Settings:
     """What a run is trained by; a resumed run must have the same. The defaults are the paper's protocol.
 
-    query: query images a class. steps, lr: the inner loop's steps and rate in training. test_steps: inner steps in
+    query: query images per class. steps, lr: the inner loop's steps and rate in training. test_steps: inner steps in
     validation and, by default, in all that is later done with the checkpoint (None: as in training). meta_lr: Adam's
-    rate. meta_batch: tasks an iteration. pattern: what is adapted in training (None: all layers). val_tasks: fixed
+    rate. meta_batch: tasks per iteration. pattern: what is adapted in training (None: all layers). val_tasks: fixed
     tasks that the best checkpoint is chosen by, every `val_every` iterations.
     """
 
@@ -92,9 +93,12 @@ class Result:
     stopped: str = "iterations"
 
 
-def meta_gradient(model: nn.Module, tasks: list[Task], settings: Settings, *, batched: bool = True) -> float:
+def meta_gradient(
+    model: nn.Module, tasks: list[Task], settings: Settings, *, rule: Rule | None = None, batched: bool = True
+) -> float:
     """Add the gradient of the mean query loss after adaptation to the parameters' `.grad`; return that loss.
 
+    rule: how an inner step goes, in place of the settings' lr; its parameters get gradients too.
     batched: adapt all tasks together, else one after another, which needs less memory.
     """
     pattern = settings.pattern or Pattern.full(len(models.layer_names(model)))
@@ -103,8 +107,8 @@ def meta_gradient(model: nn.Module, tasks: list[Task], settings: Settings, *, ba
     for part in parts:
         xs, ys, xq, yq = stack(part, model)
         logits = adapt_tasks(
-            model, xs, ys, xq, pattern=pattern, steps=settings.steps, lr=settings.lr, norm=settings.norm,
-            second_order=settings.second_order,
+            model, xs, ys, xq, pattern=pattern, steps=settings.steps, norm=settings.norm,
+            second_order=settings.second_order, **_descent(settings, rule),
         )  # fmt: skip
         loss = F.cross_entropy(logits.flatten(0, 1), yq.flatten()) / len(parts)
         loss.backward()
@@ -112,12 +116,20 @@ def meta_gradient(model: nn.Module, tasks: list[Task], settings: Settings, *, ba
     return total
 
 
+def _descent(settings: Settings, rule: Rule | None) -> dict[str, Any]:
+    """The inner loop's rates: the rule's, else the settings'."""
+    return {"lr": settings.lr if rule is None else DEFAULT_LR, "rule": rule}
+
+
 def train(
     model: nn.Module, train_set: ImageSet, val_set: ImageSet, *, out: str | Path, settings: Settings | None = None,
-    iterations: int, minutes: float | None = None, resume: bool = False, overwrite: bool = False, batched: bool = True,
-    progress: Progress | None = None,
+    rule: Rule | None = None, iterations: int, minutes: float | None = None, resume: bool = False,
+    overwrite: bool = False, batched: bool = True, progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Meta-train `model` in place until `iterations` are done, `minutes` of this run are over, or Ctrl-C.
+
+    `rule` takes the place of the settings' inner rate; its parameters (learned rates) are meta-trained with the model's,
+    and both checkpoints hold them: `checkpoint.load_rule`.
 
     In `out`: best.safetensors and best.json (the checkpoint of the best validation accuracy), and last.safetensors (the
     state to resume from). The tasks depend on the seed and the iteration alone, so that a run that is interrupted and
@@ -128,11 +140,14 @@ def train(
     """
     settings = settings or Settings()
     out = Path(out)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.meta_lr)
+    learned = [] if rule is None else list(rule.parameters())
+    optimizer = torch.optim.Adam([*model.parameters(), *learned], lr=settings.meta_lr)
     run = {"settings": asdict(settings), "network": models.config_of(model), "dataset": _dataset(train_set)}
+    if rule is not None:
+        run["rule"] = {"name": " ".join(repr(rule).split())}
     result = Result()
     if resume:
-        result = _resume(out / LAST, model, optimizer, run)
+        result = _resume(out / LAST, model, rule, optimizer, run)
     elif (out / LAST).exists() and not overwrite:
         raise ValueError(f"{out / LAST} holds an earlier run: resume it (--resume) or choose another folder")
     val_tasks = data.sample_tasks(
@@ -143,8 +158,9 @@ def train(
     def validate() -> None:
         pattern = settings.pattern or Pattern.full(len(models.layer_names(model)))
         found = evaluate(
-            model, val_tasks, pattern=pattern, steps=settings.evaluation_steps, lr=settings.lr, norm=settings.norm
-        )
+            model, val_tasks, pattern=pattern, steps=settings.evaluation_steps, norm=settings.norm,
+            **_descent(settings, rule),
+        )  # fmt: skip
         seconds = spent + time.perf_counter() - start
         mean_loss = sum(result.losses) / len(result.losses) if result.losses else None
         line = Validation(result.iteration, found.mean, found.ci95 if len(val_tasks) > 1 else 0.0, mean_loss, seconds)
@@ -153,7 +169,7 @@ def train(
         if result.best is None or line.accuracy > result.best.accuracy:
             result.best = line
             metrics = {"iteration": line.iteration, "val_accuracy": line.accuracy, "val_ci95": line.ci95}
-            checkpoint.save(out / BEST, model, {**run, "metrics": metrics})
+            checkpoint.save(out / BEST, model, {**run, "metrics": metrics}, rule)
 
     def validated() -> int:
         return result.history[-1].iteration if result.history else 0
@@ -167,7 +183,7 @@ def train(
                 break
             if result.iteration % settings.val_every == 0 and validated() < result.iteration:
                 validate()
-                _save_state(out / LAST, model, optimizer, run, result)
+                _save_state(out / LAST, model, rule, optimizer, run, result)
             if result.iteration >= iterations:
                 break
             if minutes is not None and result.iteration > begun and time.perf_counter() - start >= 60 * minutes:
@@ -180,7 +196,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             where = f"at iteration {result.iteration + 1} (inner lr {settings.lr}, meta lr {settings.meta_lr})"
             try:
-                loss = meta_gradient(model, tasks, settings, batched=batched)
+                loss = meta_gradient(model, tasks, settings, rule=rule, batched=batched)
             except FloatingPointError as error:
                 raise FloatingPointError(f"training diverged {where}: {error}") from error
             if not math.isfinite(loss):
@@ -193,7 +209,7 @@ def train(
                 progress(result.iteration, iterations, f"iterations, loss {loss:.3f}{best}")
         if result.stopped != "interrupt" and validated() < result.iteration:
             validate()
-    _save_state(out / LAST, model, optimizer, run, result)
+    _save_state(out / LAST, model, rule, optimizer, run, result)
     return result
 
 
@@ -217,16 +233,21 @@ def _interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _save_state(path: Path, model: nn.Module, optimizer: torch.optim.Adam, run: dict[str, Any], result: Result) -> None:
-    """Parameters as model.NAME, Adam's state as adam.INDEX.NAME, torch's CPU random state; the rest in the header."""
+def _save_state(
+    path: Path, model: nn.Module, rule: Rule | None, optimizer: torch.optim.Adam, run: dict[str, Any], result: Result
+) -> None:
+    """Parameters as model.NAME, a rule's as rule:NAME, Adam's state as adam.INDEX.NAME, torch's CPU random state; the rest in the header."""
     tensors: dict[str, Tensor] = {f"model.{key}": value for key, value in model.state_dict().items()}
+    tensors |= checkpoint.tensors_of_rule(rule)
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{key}": value for key, value in state.items()}
     tensors["random"] = torch.get_rng_state()
     checkpoint.write_tensors(path, tensors, {"run": run, "result": asdict(result)})
 
 
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Adam, run: dict[str, Any]) -> Result:
+def _resume(
+    path: Path, model: nn.Module, rule: Rule | None, optimizer: torch.optim.Adam, run: dict[str, Any]
+) -> Result:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no run to resume here")
     tensors, meta = checkpoint.read_tensors(path)
@@ -235,6 +256,8 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Adam, run: dict
     _check_same(path, meta["run"], run)
     parameters = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     checkpoint.load_tensors(model, parameters, str(path))
+    if rule is not None:
+        checkpoint.load_rule(path, rule)
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("adam."):
@@ -249,8 +272,8 @@ def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Adam, run: dict
 
 
 def _check_same(path: Path, saved: dict[str, Any], run: dict[str, Any]) -> None:
-    for part in ("dataset", "network", "settings"):
-        old, new = saved[part], run[part]
+    for part in ("dataset", "network", "settings", "rule"):
+        old, new = saved.get(part, {}), run.get(part, {})
         for name in {**old, **new}:
             if old.get(name) != new.get(name):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""What an adaptation came to: the adapted state, and its place in autograd's graph."""
+"""The state of an adaptation, all parameters and buffers by name, and what it came to: its place in autograd's graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Outcome", "tied"]
+__all__ = ["Outcome", "tied", "verdict"]
 
 
 class Outcome:
@@ -17,17 +17,18 @@ class Outcome:
 
     def __init__(
         self, meta: dict[str, Tensor], adapted: dict[str, Tensor], updated: Sequence[str], aliases: Mapping[str, str],
-        second_order: bool = False,
+        in_graph: bool = False,
     ) -> None:  # fmt: skip
         self._meta, self._adapted = meta, {**meta, **adapted}
         self._updated, self._aliases = updated, aliases
-        self._second_order, self._attach = second_order, torch.is_grad_enabled()
+        self._in_graph, self._attach = in_graph, torch.is_grad_enabled()
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
-        """In first order, its gradient with respect to the model's parameters is the identity."""
+        """In first order, its gradient with respect to the model's parameters is the identity. What was computed in
+        autograd's graph (`in_graph`: second order, learned rates) stays there."""
         meta, adapted = self._meta, self._adapted
-        if self._second_order:
+        if self._in_graph:
             return adapted
         if not self._attach:
             return {n: t.detach() if t.requires_grad else t for n, t in adapted.items()}
@@ -42,6 +43,20 @@ def tied(state: dict[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tens
     for alias, name in aliases.items():
         state[alias] = state[name]
     return state
+
+
+def verdict(rows: Sequence[Tensor], state: Mapping[str, Tensor], updated: Sequence[str]) -> Tensor:
+    """[steps + 1, T], float64: each task's support losses, and below them a number that is finite if all parameters
+    are; empty without steps. `rows` are the losses [T] or [] of one step each, and what a chain gave for several."""
+    if not rows:
+        return torch.empty(0)
+    with torch.no_grad():
+        if len(rows) == 1 and rows[0].dim() == 2:
+            return rows[0].double()
+        losses = torch.cat([v[:-1].double() if v.dim() == 2 else v.detach().reshape(1, -1).double() for v in rows])
+        sums = [state[n].sum() for n in updated]
+        after = torch.stack([(s.abs() if s.is_complex() else s).double() for s in sums]).sum()
+        return torch.cat([losses, after.expand(1, losses.shape[1])])
 
 
 class _Attached(torch.autograd.Function):

@@ -1,0 +1,91 @@
+"""Which way an adaptation takes, and why it takes no faster one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lambda_kernels import cuda_graph
+from lambda_kernels.program import flatten
+
+from .inner import recorded, remembered
+from .inner.adaptation import Adaptation, Support, describe
+from .inner.checks import Loss, check_called_with_one
+from .inner.loop import ways
+from .inner.rates import DEFAULT_LR, Rate
+from .inner.rules import Rule, rule_of
+from .learner import network_of
+from .patterns import Pattern
+
+__all__ = ["explain"]
+
+
+def explain(
+    model: nn.Module,
+    xs: Any,
+    ys: Any = None,
+    *,
+    pattern: str | Pattern | None,
+    steps: int = 5,
+    lr: Rate = DEFAULT_LR,
+    rule: Rule | None = None,
+    norm: str = "follow",
+    second_order: bool = False,
+    loss: Loss = F.cross_entropy,
+) -> str:
+    """How `adapt` would adapt to a support set, in words: the way of each stretch of steps, and why no faster one.
+
+    The steps themselves are not run; a frozen prefix in front of a chain is, to see what it hands over.
+
+        print(explain(model, xs, pattern="00011"))
+
+    Args:
+        ys: the labels; without them, class numbers are supposed. The others as in `adapt`.
+
+    Raises:
+        ValueError, TypeError: as `adapt`, for its settings.
+    """
+    model = network_of(model)
+    a = describe(model, xs, pattern, rule_of(lr, rule), steps, norm, second_order, loss)
+    check_called_with_one(a.plan)
+    inputs = flatten(xs)[0]
+    if ys is None and inputs:
+        ys = torch.zeros(inputs[0].shape[0], dtype=torch.int64, device=inputs[0].device)
+    support = a.support(xs, ys)
+    if ys is not None and support.labels is not None:
+        support = a.check_labels(support)
+    order = "second order" if a.second_order else "first order"
+    lines = [f"{type(model).__name__} under {a.pattern}, {a.steps} steps of {a.rule!r}, {order}"]
+    for stretch in a.stretches:
+        found = ways(a, stretch, support)
+        taken = next(way for way, why in found if not why)
+        last = stretch.first + stretch.steps
+        which = f"step {last}" if stretch.steps == 1 else f"steps {stretch.first + 1} to {last}"
+        lines.append(f"{which}: {taken} ({_prefix(a, stretch.part)})")
+        lines += [f"  not {way}: {'; '.join(why)}" for way, why in found if why]
+    lines += _around(a, support)
+    return "\n".join(lines)
+
+
+def _prefix(a: Adaptation, part: Any) -> str:
+    everything, once = len(a.plan.program.steps), len(part.prefix)
+    return f"{once} of {everything} operations run once, {everything - once} in every step"
+
+
+def _around(a: Adaptation, support: Support) -> list[str]:
+    """The graph around the loop and the shortcut past it."""
+    lines = []
+    device = next(a.model.parameters()).device
+    why = [no] if (no := cuda_graph.refusal(device)) is not None else recorded.refusals(a, support)
+    lines.append(f"  no CUDA graph: {'; '.join(why)}" if why else "the whole of it as one CUDA graph, from the second call on")
+    if device.type == "cpu" and isinstance(support.xs, Tensor):
+        again = remembered.refusals(a, support)
+        lines.append(
+            f"  no prepared call: {'; '.join(again)}" if again else "from the second call of these shapes on: one prepared call"
+        )
+    why_alone = a.plan.why_not_batched or a.plan.unmapped.get(a.loss)
+    lines.append(f"  adapt_tasks goes task by task: {why_alone}" if why_alone else "adapt_tasks runs the tasks as batches")
+    return lines

@@ -1,0 +1,94 @@
+"""Many tasks: in batches that fit a CPU's cache or a GPU's memory, each adapted and classified at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lambda_kernels import cuda_graph
+from lambda_kernels.program import flatten
+
+from . import chain, recorded
+from .adaptation import Adaptation
+from .loop import classify, descend, outcome
+
+__all__ = ["adapt_and_classify", "stacked", "task"]
+
+
+def adapt_and_classify(a: Adaptation, xs: Any, ys: Any, xq: Any) -> Any:
+    """The query results of T tasks, with T in front of every tensor."""
+    tasks = flatten(xs)[0][0].shape[0]
+    at_once = tasks if not torch.is_grad_enabled() and _is_one_call(a, xs, ys, xq) else _tasks_at_once(task(xs, 0))
+    results = []
+    for begin in range(0, tasks, at_once):
+        some = slice(begin, begin + at_once)
+        results.append(_adapt_batch(a, *(_each(value, lambda t: t[some]) for value in (xs, ys, xq))))
+    return results[0] if len(results) == 1 else _together(torch.cat, results)
+
+
+def task(values: Any, which: int) -> Any:
+    """One task's values out of those of many."""
+    return _each(values, lambda t: t[which])
+
+
+def stacked(results: Sequence[Any]) -> Any:
+    """The results of single tasks as one structure, with T in front of every tensor."""
+    return _together(torch.stack, results)
+
+
+def _adapt_batch(a: Adaptation, xs: Any, ys: Any, xq: Any) -> Any:
+    """The query results of a batch of tasks."""
+    tasks = flatten(xs)[0][0].shape[0]
+    support = a.support(xs, ys, tasks)
+    gradients = torch.is_grad_enabled()
+    state = None
+    if gradients:
+        state = recorded.adapted(a, support)
+    elif (logits := recorded.classified(a, support, xq)) is not None:
+        return logits
+    if state is None:
+        support = a.check_labels(support)
+        fits = not gradients and isinstance(xs, Tensor) and isinstance(xq, Tensor) and xq.shape[2:] == xs.shape[2:]
+        result = descend(a, support, xq if fits and xq.numel() else None)
+        a.check_finite(result.verdict.tolist(), xs)
+        if result.logits is not None:
+            return result.logits
+        state = result.state
+    return classify(a, outcome(a, state, tasks).state, xq, tasks)
+
+
+def _is_one_call(a: Adaptation, xs: Any, ys: Any, xq: Any) -> bool:
+    """Whether one call of a backend's inner loop adapts and classifies all tasks, spreading them itself."""
+        if not isinstance(xs, Tensor) or not isinstance(xq, Tensor) or len(a.stretches) != 1:
+        return False
+    whole = a.stretches[0].part.whole
+    support = a.support(xs, ys, xs.shape[0])
+    graph = cuda_graph.refusal(xs.device) is None
+    return not graph and whole is not None and not chain.refusals(a, a.stretches[0], whole, xs, support)
+
+
+def _tasks_at_once(xs: Any) -> int:
+    """The number of tasks of a batch, by the values of one task's support inputs.
+
+    On a CPU, with more of them the activations fall out of the cache. On a GPU, a block of 64 channels makes about 300
+    bytes per value of 3-channel images, of which several are held at a time: they shall fit in its memory.
+    """
+    tensors = flatten(xs)[0]
+    device = tensors[0].device
+    most = 1 << 16
+    if device.type == "cuda":
+        most = int(torch.cuda.get_device_properties(device).total_memory) // 2048
+    return max(1, most // max(1, sum(t.numel() for t in tensors)))
+
+
+def _each(values: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    tensors, rebuild = flatten(values)
+    return rebuild([function(t) for t in tensors])
+
+
+def _together(join: Callable[[list[Tensor]], Tensor], results: Sequence[Any]) -> Any:
+    parts = [flatten(result) for result in results]
+    return parts[0][1]([join(list(tensors)) for tensors in zip(*(tensors for tensors, _ in parts), strict=True)])

@@ -1,0 +1,221 @@
+"""All checks of an adaptation, and their texts."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lambda_kernels.program import flatten
+
+from ..plan import Plan
+from ..say import say_once
+
+__all__ = [
+    "Loss",
+    "check_gradients",
+    "check_labels",
+    "check_mode",
+    "check_norm",
+    "check_query",
+    "check_steps",
+    "check_support",
+    "check_tasks",
+    "class_numbers",
+    "diverged",
+    "ignored_label",
+    "scalar",
+]
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def check_norm(norm: str) -> None:
+    if norm not in ("follow", "never"):
+        raise ValueError(f"norm must be 'follow' or 'never', got {norm!r}")
+
+
+def check_steps(steps: Any) -> int:
+    """The number of steps, of Python or NumPy, as an int."""
+    try:
+        count = operator.index(steps)
+    except TypeError:
+        count = -1
+    if count < 0 or isinstance(steps, bool):
+        raise ValueError(f"steps must be a whole number of at least 0, got {steps!r}")
+    return count
+
+
+def check_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "adaptation needs gradients: call it under torch.no_grad() instead of torch.inference_mode(), or inside "
+            "torch.inference_mode(False)"
+        )
+
+
+def check_called_with_one(plan: Plan) -> None:
+    """ValueError where a network's forward has several inputs of its own."""
+    if plan.program.inputs != 1:
+        raise ValueError(
+            f"{plan.network}.forward takes {plan.program.inputs} inputs; adapt calls a network with xs alone: let it take "
+            "them as one tuple or dict, or use LambdaMAML, whose clones are called as the network is"
+        )
+
+
+def check_support(model: nn.Module, xs: Any, ys: Any) -> None:
+    """ValueError or TypeError for a support set that a network cannot be adapted to.
+
+    xs and ys are tensors, or tuples, lists and dicts of them; ys may be None.
+    """
+    for name, value in (("xs", xs), ("ys", ys)):
+        if isinstance(value, (tuple, list, dict)) and not flatten(value)[0]:
+            raise TypeError(f"support set: {name} must be a tensor, or hold tensors, got {type(value).__name__}")
+    if xs is None or not isinstance(xs, Tensor) and not flatten(xs)[0]:
+        raise TypeError(f"support set: xs must be a tensor, or hold tensors, got {type(xs).__name__}")
+    inputs, targets = flatten(xs)[0], flatten(ys)[0]
+    if isinstance(xs, Tensor) and (xs.dim() < 1 or xs.shape[0] == 0):
+        raise ValueError(f"support set: xs [N, ...] with N of at least 1 expected, got {list(xs.shape)}")
+    first = next(model.parameters())
+    places = {str(t.device) for t in (*inputs, *targets)} | {str(first.device)}
+    if len(places) > 1:
+        where = ", ".join(f"{n} on {t.device}" for n, ts in (("xs", inputs), ("ys", targets)) for t in ts[:1])
+        raise ValueError(
+            f"support set: {where}, the network on {first.device}: move them together with .to(device)"
+        )
+    if isinstance(xs, Tensor) and xs.is_floating_point() and not torch.is_autocast_enabled(xs.device.type):
+        known = {p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()}
+        if xs.dtype not in known and not any(dtype.is_complex for dtype in known):
+            raise TypeError(f"support set: xs is {xs.dtype}, the network {first.dtype}: convert xs with .to({first.dtype})")
+
+
+def check_query(xs: Any, xq: Any) -> None:
+    """ValueError or TypeError where query inputs are of another kind than those of the support set."""
+    support, query = flatten(xs)[0], flatten(xq)[0]
+    for x, q in zip(support, query):
+        if q.dtype != x.dtype or q.device != x.device:
+            raise TypeError(
+                f"adapt_tasks: xq is {q.dtype} on {q.device}, xs {x.dtype} on {x.device}: convert xq with .to(xs)"
+            )
+
+
+def check_tasks(xs: Any, ys: Any, xq: Any) -> int:
+    """The number of tasks T that xs, ys and xq, or the tensors in them, have in front."""
+    found: dict[str, list[Tensor]] = {}
+    for name, value in (("xs", xs), ("ys", ys), ("xq", xq)):
+        found[name] = flatten(value)[0]
+        if not found[name] and not (name == "ys" and value is None):
+            raise TypeError(f"adapt_tasks: {name} must be a tensor, or hold tensors, got {type(value).__name__}")
+    shapes = {name: [list(t.shape) for t in tensors] for name, tensors in found.items()}
+    fronts = {t.shape[0] if t.dim() else None for tensors in found.values() for t in tensors}
+    if len(fronts) != 1 or None in fronts:
+        told = ", ".join(f"{name} {', '.join(map(str, s))}" for name, s in shapes.items())
+        raise ValueError(f"adapt_tasks: xs [T, N, ...], ys [T, N] and xq [T, Q, ...] must agree on T, got {told}")
+    tasks = found["xs"][0].shape[0]
+    if tasks == 0:
+        raise ValueError("adapt_tasks: there are no tasks (T = 0)")
+    return tasks
+
+
+def ignored_label(loss: Loss) -> int | None:
+    """The class number that a cross-entropy leaves out, None for another loss."""
+    if loss is F.cross_entropy:
+        return -100
+    return loss.ignore_index if type(loss) is nn.CrossEntropyLoss else None
+
+
+def class_numbers(loss: Loss, ys: Any) -> Tensor | None:
+    """The labels as int64 where they are class numbers of a cross-entropy, [N] or [N, ...]; else None.
+
+    Raises:
+        TypeError: cross-entropy does not take such labels.
+    """
+    if ignored_label(loss) is None:
+        return None
+    if not isinstance(ys, Tensor):
+        raise TypeError(f"support set: ys must be a tensor of class numbers, got {type(ys).__name__}")
+    if ys.is_floating_point():
+        return None  # a probability per class
+    if ys.dtype == torch.bool or ys.is_complex():
+        raise TypeError(
+            f"support set: ys is {ys.dtype}: convert class numbers with .long(), a probability per class with .float()"
+        )
+    return ys.long()
+
+
+def check_labels(
+    plan: Plan, loss: Loss, labels: Tensor, lowest: list[int] | None = None, highest: list[int] | None = None
+) -> bool:
+    """Whether cross-entropy leaves out some class numbers [T, N, ...]; says once where a task has one class only.
+
+    `lowest` and `highest` are each task's, where they are known.
+
+    Raises:
+        ValueError: a class number lies beyond the network's outputs.
+    """
+    ignored, some = ignored_label(loss), 0
+    if lowest is None or highest is None:
+        rows = labels.flatten(1)
+        left_out = rows == ignored
+        limits = torch.iinfo(rows.dtype)
+        low_high = [torch.where(left_out, limits.max, rows).amin(1), torch.where(left_out, limits.min, rows).amax(1)]
+        lowest, highest, (some, *_) = torch.stack([*low_high, left_out.sum().expand(len(rows))]).tolist()
+    outputs = plan.outputs
+    for low, high in zip(lowest, highest):
+        if low > high:
+            continue  # all are left out
+        if low < 0 or (outputs is not None and high >= outputs):
+            raise ValueError(
+                f"support set: labels run from {low} to {high}, the network's outputs from 0 to "
+                f"{'ways-1' if outputs is None else outputs - 1}: renumber them or build it with more ways"
+            )
+        if low == high:
+            say_once("a support set is of one class only: adapting to it makes the network predict this class more often")
+    return some > 0
+
+
+def check_gradients(pattern: object, names: tuple[str, ...], losses: Tensor, found: list[Tensor | None]) -> None:
+    """ValueError where a loss has no gradient with respect to any of the parameters that a step updates."""
+    if any(g is not None for g in found):
+        return
+    why = ""
+    if not losses.requires_grad:
+        why = " (it has no graph: it was detached, or computed under torch.no_grad() or torch.inference_mode())"
+    raise ValueError(
+        f"pattern {str(pattern)!r}: the loss does not depend on the parameters that it updates ({', '.join(names)}), so "
+        f"there is no gradient{why}: compute the loss from this network's result, with gradients on"
+    )
+
+
+def scalar(value: Any) -> Tensor:
+    """The loss of one task, a tensor of one number."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the loss must be a tensor of one number, got {type(value).__name__}")
+    if value.dim() != 0:
+        raise ValueError(
+            f"the loss must be one number per task, got {list(value.shape)}: take the mean over the support set"
+        )
+    return value
+
+
+def diverged(pattern: object, rule: Any, rows: list[list[float]], xs: Any) -> str | None:
+    """What is to be said of a verdict (see `state.verdict`) that holds an infinite number or NaN; None for a sound one."""
+    if all(math.isfinite(value) for row in rows for value in row):
+        return None
+    *losses, _ = rows
+    wrong = [(k, value) for k, row in enumerate(losses) for value in row if not math.isfinite(value)]
+    step, value = wrong[0] if wrong else (len(losses) - 1, losses[-1][0])
+    images = sum(int((~torch.isfinite(x)).sum()) for x in flatten(xs)[0])
+    why = (
+        f"the support images hold {images} NaN or infinite values"
+        if images
+        else "lower lr or look at the images' scale"
+    )
+    return (
+        f"adaptation under {pattern} with {rule!r} diverged in step {step + 1} of {len(losses)}, support loss {value}: {why}"
+    )

@@ -1,0 +1,354 @@
+"""Rules: how an inner step goes from gradients to new parameters. Plain gradient descent is one of many.
+
+A rule is pure, in the shape of optax's transformations: what it remembers from step to step is handed along, and its
+result is added to the parameters. Its parameters are meta-parameters: they get gradients from the outer loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..network import Layer
+from .rates import DEFAULT_LR, Rate, Rates
+
+__all__ = ["Params", "Rule", "State", "Step", "adam", "clip", "momentum", "rmsprop", "rule_of", "sgd", "weight_decay"]
+
+Params = dict[str, Tensor]
+State = Any
+"""What a rule remembers: tensors in tuples and dicts, those by parameter name of the parameter's shape or of none."""
+
+
+class Step(NamedTuple):
+    """What a rule is told of a step."""
+
+    index: int  # counted from 0
+    steps: int | None  # in all, where it is known beforehand
+    loss: Tensor  # the support loss
+    second_order: bool
+
+
+class Rule(nn.Module):
+    """The base of all rules. A rule of your own defines `update`, and `init` where it remembers something.
+
+        class SignDescent(rules.Rule):
+            def update(self, grads, state, params, step):
+                return {name: -0.01 * g.sign() for name, g in grads.items()}, state
+
+        adapt(model, xs, ys, pattern="00011", rule=SignDescent())
+
+    `a | b` applies a's result as b's gradients. With many tasks at once, `update` sees one task's tensors (it runs under
+    `torch.func.vmap`), unless the class sets `elementwise`: then tensors may have a task axis in front.
+    """
+
+    elementwise = False
+    ends = True  # whether the result is a step; False for what changes gradients alone, such as `clip`
+
+    def init(self, params: Params) -> State:
+        """What the rule remembers before the first step; `params` are all parameters that will be updated."""
+        return ()
+
+    def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
+        """What is added to the parameters, by name, and what is remembered for the next step.
+
+        grads: those of the parameters that this step updates and that the loss depends on, of the parameters' shapes.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is a rule without `update`")
+
+    def constants(self, names: Sequence[str], steps: int) -> Sequence[Sequence[float]] | Tensor | None:
+        """[steps, names]: the rates, where the rule is gradient descent with rates known beforehand; else None.
+
+        With rates an adaptation may run without autograd (see `lambda_maml.explain`), and 0 freezes exactly.
+        """
+        return None
+
+    def bind(self, layers: Sequence[Layer], params: Mapping[str, Tensor]) -> Rule:
+        """The rule for a network: what it says per layer becomes what it says per parameter."""
+        return self
+
+    def check_steps(self, steps: int) -> None:
+        """ValueError where the rule is made for another number of steps."""
+
+    @property
+    def learned(self) -> bool:
+        """Whether the result depends on tensors that a gradient is asked of, beside `grads` and `params`."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+    def __or__(self, other: Rule) -> Rule:
+        if not is_rule(other):
+            return NotImplemented
+        return _Joined([*_links(self), *_links(other)])
+
+
+class sgd(Rule):
+    """Gradient descent: theta <- theta - lr g (Finn et al. 2017, equation 1). `lr`: see `Rate`; learned where it
+    requires a gradient, as in Meta-SGD (Li et al. 2017) and MAML++ (Antoniou et al. 2019).
+
+        adapt(model, xs, ys, pattern="00011", rule=rules.sgd([0.1, 0.1, 0.1, 0.05, 0.05]))
+    """
+
+    elementwise = True
+
+    def __init__(self, lr: Rate) -> None:
+        super().__init__()
+        self.rates = Rates(lr)
+        for at, parameter in enumerate(self.rates.parameters):
+            self.register_parameter(f"rate{at}", parameter)
+
+    @property
+    def lr(self) -> Any:
+        """The rates as they were given, arrays as lists."""
+        return self.rates.value
+
+    def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
+        return {name: g * -self.rates.at(name, step.index) for name, g in grads.items()}, state
+
+    def constants(self, names: Sequence[str], steps: int) -> Sequence[Sequence[float]] | None:
+        return self.rates.constants(names, steps)
+
+    def bind(self, layers: Sequence[Layer], params: Mapping[str, Tensor]) -> Rule:
+        rates = self.rates.bound(layers, params)
+        if rates is self.rates:
+            return self
+        bound = object.__new__(type(self))
+        bound.__dict__.update(self.__dict__, rates=rates)
+        return bound
+
+    def check_steps(self, steps: int) -> None:
+        self.rates.check_steps(steps)
+
+    @property
+    def learned(self) -> bool:
+        return self.rates.learned
+
+    @property
+    def fixed(self) -> bool:
+        """Whether its rates are numbers, which do not change."""
+        return not self.rates.tensors
+
+    def extra_repr(self) -> str:
+        return f"lr={self.rates!r}"
+
+
+class _Adaptive(sgd):
+    """A rule with rates that remembers something: its rates alone do not tell its steps."""
+
+    def constants(self, names: Sequence[str], steps: int) -> None:
+        return None
+
+    def init(self, params: Params) -> State:
+        return {name: torch.zeros_like(_real(p)) for name, p in params.items()}
+
+    def _step(self, directions: Params, grads: Params, step: Step) -> Params:
+        """The rates on directions that are as `_real` gives them."""
+        own = {n: torch.view_as_complex(d) if grads[n].is_complex() else d for n, d in directions.items()}
+        return super().update(own, (), {}, step)[0]
+
+
+class momentum(_Adaptive):
+    """Gradient descent with momentum: v <- decay v + g, theta <- theta - lr v; with `nesterov` - lr (g + decay v).
+    Computed as by `torch.optim.SGD` (without dampening)."""
+
+    def __init__(self, lr: Rate, decay: float = 0.9, nesterov: bool = False) -> None:
+        super().__init__(lr)
+        self.decay, self.nesterov = _share("decay", decay), nesterov
+
+    def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
+        real = {n: _real(g) for n, g in grads.items()}
+        velocity = {n: self.decay * state[n] + g for n, g in real.items()}
+        ahead = {n: g + self.decay * velocity[n] for n, g in real.items()} if self.nesterov else velocity
+        return self._step(ahead, grads, step), {**state, **velocity}
+
+
+class adam(_Adaptive):
+    """Adam (Kingma, Ba 2015, algorithm 1), with the bias of both moments corrected. Computed as by `torch.optim.Adam`;
+    a parameter that only later steps update begins with its own first step."""
+
+    def __init__(self, lr: Rate, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        super().__init__(lr)
+        self.betas, self.eps = (_share("betas[0]", betas[0]), _share("betas[1]", betas[1])), eps
+
+    def init(self, params: Params) -> State:
+        # Both moments, and the number of a parameter's steps so far, of its shape: with many tasks it has their axis too.
+        return tuple(super(adam, self).init(params) for _ in range(3))
+
+    def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
+        first, second, count = state
+        b1, b2 = self.betas
+        real = {n: _real(g) for n, g in grads.items()}
+        count = {**count, **{n: count[n] + 1 for n in real}}
+        first = {**first, **{n: b1 * first[n] + (1 - b1) * g for n, g in real.items()}}
+        second = {**second, **{n: b2 * second[n] + (1 - b2) * g * g for n, g in real.items()}}
+        mean = {n: first[n] / (1 - b1 ** count[n]) for n in real}
+        spread = {n: _root(second[n] / (1 - b2 ** count[n])) for n in real}
+        directions = {n: mean[n] / (spread[n] + self.eps) for n in real}
+        return self._step(directions, grads, step), (first, second, count)
+
+
+class rmsprop(_Adaptive):
+    """RMSprop: s <- alpha s + (1 - alpha) g^2, theta <- theta - lr g / (sqrt(s) + eps). As `torch.optim.RMSprop`."""
+
+    def __init__(self, lr: Rate, alpha: float = 0.99, eps: float = 1e-8) -> None:
+        super().__init__(lr)
+        self.alpha, self.eps = _share("alpha", alpha), eps
+
+    def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
+        real = {n: _real(g) for n, g in grads.items()}
+        squares = {n: self.alpha * state[n] + (1 - self.alpha) * g * g for n, g in real.items()}
+        directions = {n: g / (_root(squares[n]) + self.eps) for n, g in real.items()}
+        return self._step(directions, grads, step), {**state, **squares}
+
+
+class weight_decay(Rule):
+    """Adds `rate` theta to the gradient, as `torch.optim`'s argument of this name: `weight_decay(1e-4) | sgd(0.1)`."""
+
+    elementwise, ends = True, False
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0.0 <= rate < float("inf"):
+            raise ValueError(f"weight_decay: rate must be at least 0, got {rate!r}")
+        self.rate = rate
+
+    def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
+        return {name: g + self.rate * params[name] for name, g in grads.items()}, state
+
+
+class clip(Rule):
+    """Bounds the gradient: its norm over all parameters of a task (`norm`), or each of its numbers (`value`).
+
+        rules.clip(norm=1.0) | rules.sgd(0.1)
+
+    Computed as by `torch.nn.utils.clip_grad_norm_` and `clip_grad_value_`.
+    """
+
+    ends = False
+
+    def __init__(self, norm: float | None = None, value: float | None = None) -> None:
+        super().__init__()
+        if (norm is None) == (value is None):
+            raise ValueError("clip: give either norm (of all gradients) or value (of each number)")
+        limit = norm if norm is not None else value
+        if limit is None or not limit > 0.0:
+            raise ValueError(f"clip: the bound must be above 0, got {limit!r}")
+        self.norm, self.value = norm, value
+
+    def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
+        if self.value is not None:
+            return {name: g.clamp(-self.value, self.value) for name, g in grads.items()}, state
+        assert self.norm is not None
+        squares = torch.stack([_real(g).square().sum() for g in grads.values()]).sum()
+        # Where all gradients are 0 the root has no derivative, and nothing is to be clipped.
+        total = torch.where(squares > 0, squares, 1.0).sqrt()
+        factor = torch.where(squares > 0, self.norm / (total + 1e-6), 1.0).clamp(max=1.0)
+        return {name: g * factor.to(g.dtype) for name, g in grads.items()}, state
+
+
+class _Joined(Rule):
+    """Rules one after another, each on the result of the one before."""
+
+    def __init__(self, links: Sequence[Rule]) -> None:
+        super().__init__()
+        self.links = nn.ModuleList(links) if all(isinstance(r, nn.Module) for r in links) else list(links)
+        self.elementwise = all(getattr(r, "elementwise", False) for r in links)
+        self.ends = any(getattr(r, "ends", True) for r in links)
+
+    def init(self, params: Params) -> State:
+        return tuple(r.init(params) for r in _links(self))
+
+    def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
+        remembered = []
+        for link, own in zip(_links(self), state, strict=True):
+            grads, own = link.update(grads, own, params, step)
+            remembered.append(own)
+        return grads, tuple(remembered)
+
+    def bind(self, layers: Sequence[Layer], params: Mapping[str, Tensor]) -> Rule:
+        return _Joined([r.bind(layers, params) if isinstance(r, Rule) else r for r in _links(self)])
+
+    def check_steps(self, steps: int) -> None:
+        for link in _links(self):
+            if isinstance(link, Rule):
+                link.check_steps(steps)
+
+    @property
+    def learned(self) -> bool:
+        return any(is_learned(r) for r in _links(self))
+
+
+def _links(rule: Rule) -> list[Rule]:
+    return list(rule.links) if isinstance(rule, _Joined) else [rule]  # type: ignore[arg-type]
+
+
+def is_rule(value: object) -> bool:
+    """Whether a value has what a rule needs, a `Rule` or not."""
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+
+
+def is_learned(rule: Rule) -> bool:
+    """Whether a rule, also one that is no `Rule`, has tensors that a gradient is asked of."""
+    if isinstance(rule, Rule):
+        return rule.learned
+    parameters: Callable[[], Any] | None = getattr(rule, "parameters", None)
+    return torch.is_grad_enabled() and callable(parameters) and any(p.requires_grad for p in parameters())
+
+
+@lru_cache(maxsize=256)
+def _descent(lr: Any) -> sgd:
+    return sgd(lr)
+
+
+def _hashable(lr: Any) -> Any:
+    """Rates in numbers as nested tuples; TypeError for tensors and mappings."""
+    if isinstance(lr, np.ndarray):
+        lr = lr.tolist()
+    if isinstance(lr, (list, tuple)):
+        return tuple(map(_hashable, lr))
+    if type(lr) is not float:
+        raise TypeError
+    return lr
+
+
+def rule_of(lr: Rate, rule: Rule | None = None) -> Rule:
+    """The rule that `lr` and `rule` name: `lr` alone is `sgd(lr)`.
+
+    Raises:
+        ValueError: both are given, or the rule changes gradients only.
+        TypeError: `rule` is no rule.
+    """
+    if rule is None:
+        try:
+            return _descent(_hashable(lr))
+        except TypeError:
+            return sgd(lr)
+    if not is_rule(rule):
+        raise TypeError(f"rule must have init and update, as lambda_maml.rules.sgd(0.1) has, got {rule!r}")
+    if lr is not DEFAULT_LR:
+        raise ValueError(f"give lr={lr!r} or rule={rule!r}, not both: a rule has its own rates")
+    if not getattr(rule, "ends", True):
+        raise ValueError(
+            f"{rule!r} changes gradients only: end with a rule that takes the step, as in clip(norm=1.0) | sgd(0.1)"
+        )
+    return rule
+
+
+def _share(name: str, value: float) -> float:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value!r}")
+    return value
+
+
+def _real(t: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers, as torch's optimisers see it."""
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def _root(square: Tensor) -> Tensor:
+    """The square root, with the derivative 0 at 0, where torch's is infinite."""
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())

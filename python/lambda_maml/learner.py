@@ -1,0 +1,187 @@
+"""A network with parameters of its own, adapted ones, in the shape of the model that it came from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lambda_kernels.program import program_for, shadow, tensors_of
+
+from .inner.state import Outcome
+from .plan import Plan, plan_of
+
+__all__ = ["AdaptedNetwork", "Learner", "network_of"]
+
+_CONTENTS = ("_parameters", "_buffers", "_modules")
+
+
+def _opened(name: str) -> property:
+    """What nn.Module keeps under this name, which is the network's own, made when it is first asked for."""
+
+    def get(self: AdaptedNetwork) -> Any:
+        if "_held" in self.__dict__:
+            self._open()
+        return self.__dict__[name]
+
+    def put(self: AdaptedNetwork, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return property(get, put)
+
+
+class AdaptedNetwork(nn.Module):
+    """A model's twin with other parameters; the model is left as it is.
+
+    It is a module as the model is: `parameters()`, `state_dict()`, `eval()`, `to()`, layers and methods are those of the
+    twin, under the model's own names. The twin (`module`) is made when it is first asked for; until then a call runs the
+    model's program with the adapted parameters. Modes are those of the model at the time of adapting.
+    """
+
+    _parameters = _opened("_parameters")  # type: ignore[assignment]
+    _buffers = _opened("_buffers")  # type: ignore[assignment]
+    _modules = _opened("_modules")  # type: ignore[assignment]
+
+    def __init__(self, model: nn.Module, plan: Plan, outcome: Outcome) -> None:
+        super().__init__()
+        self.__dict__.update(training=model.training, _network=None, _held=(model, plan, outcome))
+
+    @property
+    def module(self) -> nn.Module:
+        """The adapted network, of the model's class. It holds the adapted tensors, which may be part of a graph."""
+        network = self._open()
+        network.training = self.training
+        return network
+
+    def _open(self) -> nn.Module:
+        found: nn.Module | None = self.__dict__["_network"]
+        if found is not None:
+            return found
+        model, plan, outcome = self.__dict__["_held"]
+        network = shadow(model, outcome.state, plan.program.modes)
+        self.__dict__["_network"] = network
+        self.__dict__.update({name: network.__dict__[name] for name in _CONTENTS})
+        return network
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, nn.Module, Mapping[str, Tensor]]:
+        """What a call runs: a plan, the network whose modules it uses, and the state."""
+        model, plan, outcome = self.__dict__["_held"]
+        if self.__dict__["_network"] is None:
+            program = program_for(model, args, kwargs)
+            if program.modes == plan.program.modes:
+                return (plan if program is plan.program else plan_of(model, (args, kwargs))), model, outcome.state
+        network = self.module
+        return plan_of(network, (args, kwargs)), network, self._state()
+
+    def _state(self) -> dict[str, Tensor]:
+        """All parameters and buffers by name, as adapted so far."""
+        _, _, outcome = self.__dict__["_held"]
+        if self.__dict__["_network"] is None:
+            state: dict[str, Tensor] = outcome.state
+            return state
+        parameters, buffers = tensors_of(self.module)
+        return {**parameters, **buffers}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted network's result, for what the model itself is called with."""
+        plan, network, state = self._call(args, kwargs)
+        return plan.program.evaluate(plan.program.bind(network), state, *args, **kwargs)
+
+    def parameters_dict(self) -> dict[str, Tensor]:
+        """All parameters by name, the adapted ones in place of the model's."""
+        state = self._state()
+        return {name: state[name] for name, _ in self.__dict__["_held"][0].named_parameters()}
+
+    def to_module(self) -> nn.Module:
+        """A copy of the network with the adapted parameters and buffers as its own; no graph leads out of it."""
+        model = self.__dict__["_held"][0]
+        learned = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+        network, memo = self.module, {}
+        for path, part in network.named_modules():
+            for name, tensor in part._parameters.items():
+                if tensor is not None and id(tensor) not in memo:
+                    flag = learned.get(f"{path}.{name}" if path else name, tensor.requires_grad)
+                    memo[id(tensor)] = nn.Parameter(tensor.detach().clone(), requires_grad=flag)
+            for value in (*part._buffers.values(), *part.__dict__.values()):
+                if isinstance(value, Tensor):
+                    memo.setdefault(id(value), value.detach().clone())
+        return copy.deepcopy(network, memo)
+
+    # What nn.Module would do in place, on tensors that are part of a graph or the model's own.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        network, made = self.module, {}
+        for part in network.modules():
+            for group in (part._parameters, part._buffers):
+                for name, tensor in group.items():
+                    if tensor is not None:
+                        if id(tensor) not in made:
+                            made[id(tensor)] = (tensor, fn(tensor))  # the old one is kept, so that its id stays its own
+                        group[name] = made[id(tensor)][1]  # type: ignore[assignment]
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Cuts all parameters off from the graph that they are part of (False), or makes leaves of those without one."""
+        on = (lambda t: t if t.requires_grad else t.detach().requires_grad_()) if requires_grad else Tensor.detach
+        buffers = {id(b) for b in self.module.buffers()}
+        return self._apply(lambda t: t if id(t) in buffers else on(t))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's, with the adapted tensors: `model.load_state_dict(learner.state_dict())`."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loads into tensors of its own; the model keeps its values."""
+        self._apply(lambda t: t.detach().clone().requires_grad_(t.requires_grad))
+        return self.module.load_state_dict(state_dict, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_held" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        try:
+            return getattr(self.module, name)
+        except AttributeError:
+            model = type(self.__dict__["_held"][0]).__name__
+            raise AttributeError(f"neither {type(self).__name__} nor its network, a {model}, has {name!r}") from None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A learner of its own: the same values and modes, with leaves as parameters."""
+        network = self.to_module()
+        twin = copy.copy(self)
+        twin.__dict__.update(_network=network, **{name: network.__dict__[name] for name in _CONTENTS})
+        memo[id(self)] = twin
+        return twin
+
+    def __copy__(self) -> Any:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (Learner, self.to_module())
+
+
+class Learner(AdaptedNetwork):
+    """A network adapted to one task: `learner(xq)` are its logits.
+
+        learner = adapt(model, xs, ys, pattern="00011")
+        logits = learner(xq)
+        torch.save(learner.state_dict(), "task.pt")
+
+    Its frozen parameters are the model's own: a later change of them shows here. `to_module` gives a copy of its own.
+    """
+
+
+def _restored(kind: type[AdaptedNetwork], network: nn.Module) -> AdaptedNetwork:
+    """A learner around a network that is its own."""
+    plan = plan_of(network)
+    parameters, buffers = tensors_of(network)
+    return kind(network, plan, Outcome({**parameters, **buffers}, {}, (), plan.program.aliases, True))
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The network to adapt: a learner's adapted one, or the model itself."""
+    return model.module if isinstance(model, AdaptedNetwork) else model
+
