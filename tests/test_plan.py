@@ -28,7 +28,8 @@ def one_thread() -> Iterator[None]:
 
 def labels(model: nn.Module, bits: str) -> tuple[list[str], list[str]]:
     """The steps of the prefix and of the rest."""
-    part = plan_of(model).part(bits, "follow")
+    plan = plan_of(model)
+    part = plan.part(plan.updated(bits, "follow"))
     return [step.label for step, _ in part.prefix], [step.label for step, _ in part.rest]
 
 
@@ -77,7 +78,7 @@ def test_the_value_of_the_prefix_is_not_changed_by_the_rest() -> None:
         want = case.network(xs.clone())
         for pattern in Pattern.all(len(case.groups)):
             with torch.no_grad():
-                frozen = plan.part(str(pattern), "follow").freeze(modules, state, xs)
+                frozen = plan.part(plan.updated(str(pattern), "follow")).freeze(modules, state, plan.program.pack((xs,), {}))
                 before = [v.clone() if isinstance(v, Tensor) else v for v in frozen.boundary]
                 for _ in range(3):
                     loops.close(frozen(modules, state), want, f"{name} under {pattern}")

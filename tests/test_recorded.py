@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import lambda_kernels as lk
 from lambda_kernels import cuda_graph
-from lambda_maml import adapt, adapt_tasks, models, plan, recorded
+from lambda_maml import adapt, adapt_tasks, models, say
+from lambda_maml.inner import recorded
 
 STEPS, LR = 3, 0.1
 PATTERNS = ["11111", "00011", "00001", "01000", "10101", "11111,00001", "11111,01010"]
@@ -196,9 +197,9 @@ def test_bad_support_sets_are_named_as_without_a_graph(device: str, eager: Any) 
     assert len(known()) == 2
     spoilt = xs.clone()
     spoilt[1, 0, 0, 3, 3] = torch.nan
-    one_class, too_high = ys.clone(), ys.clone()
-    one_class[1], too_high[1, 0] = 1, 2
-    for x, y, error in ((spoilt, ys, FloatingPointError), (xs, one_class, ValueError), (xs, too_high, ValueError)):
+    too_high, too_low = ys.clone(), ys.clone()
+    too_high[1, 0], too_low[1, 0] = 2, -1
+    for x, y, error in ((spoilt, ys, FloatingPointError), (xs, too_low, ValueError), (xs, too_high, ValueError)):
         with torch.no_grad():
             for function, arguments in ((adapt, (x[1], y[1])), (adapt_tasks, (x, y, xq))):
                 with pytest.raises(error) as expected:
@@ -236,7 +237,7 @@ def test_what_cannot_be_recorded_says_so(device: str, caplog: pytest.LogCaptureF
     make, given, words = REFUSED[name]
     case = make()
     xs, ys, _, _ = task(case, 0, device)
-    plan._told.clear()
+    say._said.clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             adapt(case.network.to(device), xs, ys, pattern="1" * len(case.groups), steps=2, lr=LR, **given)

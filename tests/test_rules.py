@@ -143,7 +143,7 @@ def plain(rate: Callable[[str, int], Any], pattern: str, second_order: bool = Tr
     state = dict(CONV4.network.named_parameters())
     for step in range(STEPS):
         names = groups(Pattern(pattern).at(step))
-        own = {n: state[n] if second_order else state[n].detach().requires_grad_() for n in names}
+        own = {n: state[n].view_as(state[n]) if second_order else state[n].detach().requires_grad_() for n in names}
         loss = F.cross_entropy(torch.func.functional_call(CONV4.network, {**state, **own}, (xs,)), ys)
         found = torch.autograd.grad(loss, list(own.values()), create_graph=second_order)
         state = {**state, **{n: state[n] - rate(n, step) * g for n, g in zip(names, found)}}

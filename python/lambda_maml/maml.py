@@ -14,7 +14,7 @@ from lambda_kernels.program import flatten, tensors_of
 from .inner import autograd, checks
 from .inner.adaptation import named
 from .inner.rates import DEFAULT_LR, Rate
-from .inner.rules import Rule, State, Step, rule_of
+from .inner.rules import Params, Rule, Step, rule_of
 from .inner.state import Outcome, tied
 from .learner import AdaptedNetwork, network_of
 from .patterns import Pattern
@@ -202,10 +202,22 @@ class TaskLearner(AdaptedNetwork):
         """One inner step: theta <- theta - lr grad loss for the parameters that the pattern updates in this step.
 
         The loss may hold a penalty over `parameters()`. The arguments are those of `LambdaMAML`, for this step.
+        `adapt(loss)` is `update(gradients(loss))`.
 
         Raises:
             ValueError: no updated parameter has a part in the loss.
             FloatingPointError: the loss is infinite or NaN.
+        """
+        self._update(self.gradients(loss, first_order, allow_unused), loss, self._first_order(first_order))
+
+    def gradients(self, loss: Tensor, first_order: bool | None = None, allow_unused: bool | None = None) -> Params:
+        """The loss's gradients by name, of the parameters that the next step updates and that it depends on.
+
+            grads = task.gradients(loss_fn(task(xs), ys))
+            task.update({name: g.clamp(-1, 1) for name, g in grads.items()})
+
+        Raises:
+            ValueError, FloatingPointError: as `adapt`.
         """
         settings, index = self._settings, self._step
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -215,24 +227,40 @@ class TaskLearner(AdaptedNetwork):
                 f"step {index + 1} of the inner loop: the loss is {float(loss.detach())}; lower the rate of "
                 f"{settings.rule!r}, or look for NaN in the images"
             )
-        names = settings.names(index)
         state = self._state()
-        second_order = not (settings.first_order if first_order is None else first_order)
-        now = {n: state[n] for n in names}
-        grads = autograd.gradients(settings.pattern, now, loss.reshape(()), create_graph=second_order)
-        unused = [n for n in names if n not in grads]
+        now = {n: state[n] for n in settings.names(index)}
+        create_graph = not self._first_order(first_order)
+        grads = autograd.gradients(settings.pattern, now, loss.reshape(()), create_graph=create_graph)
+        unused = [n for n in now if n not in grads]
         if unused and (settings.allow_unused if allow_unused is None else allow_unused) is False:
             raise ValueError(
                 f"adapt: the loss does not depend on {', '.join(unused)}, and allow_unused is False: leave them as they "
                 "are with allow_unused=True, or give their layers the bit 0"
             )
+        return grads
+
+    def update(self, grads: Params, first_order: bool | None = None) -> None:
+        """One inner step with gradients of your own, by name: those of `gradients`, changed, say."""
+        known = self._settings.names(self._step)
+        if unknown := [n for n in grads if n not in known]:
+            raise ValueError(
+                f"update: {', '.join(unknown)} is not updated in step {self._step + 1}, {', '.join(known)} are"
+            )
+        first = next(iter(grads.values()), torch.zeros(()))
+        self._update(grads, first.new_full((), torch.nan), self._first_order(first_order))
+
+    def _first_order(self, first_order: bool | None) -> bool:
+        return self._settings.first_order if first_order is None else first_order
+
+    def _update(self, grads: Params, loss: Tensor, first_order: bool) -> None:
+        settings, index = self._settings, self._step
+        names, state = settings.names(index), self._state()
         if self._memory is None:
             everything = {n: state[n].detach() for n in dict.fromkeys(n for g in settings.updated for n in g)}
             self.__dict__["_memory"] = (settings.rule.init(everything),)
-        memory: State
-        (memory,) = self._memory
-        step = Step(index, None, loss.detach(), second_order)
-        changes, memory = autograd.take_step(settings.rule, memory, now, grads, step)
+        step = Step(index, None, loss.detach(), not first_order)
+        now = {n: state[n] for n in grads}
+        changes, memory = autograd.take_step(settings.rule, self._memory[0], now, grads, step)
         new = {n: now[n] + change for n, change in changes.items()}
         # A step's gradient is by the present values, not by what a layer, frozen so far, was to earlier steps.
         later = set(settings.names(index + 1)).difference(names)

@@ -26,7 +26,7 @@ class Cost(NamedTuple):
 
 @total_ordering
 class Pattern:
-    """Which layers the inner loop updates: one bit a layer, input first, `1` updated and `0` frozen.
+    """Which layers the inner loop updates: one bit per layer, input first, `1` updated and `0` frozen.
 
     "11111" is MAML on a network of five layers, "00001" ANIL (Raghu et al. 2020), "11110" BOIL (Oh et al. 2021). A
     schedule is a pattern for each step, separated by commas; the last one holds for all later steps:
@@ -45,7 +45,7 @@ class Pattern:
         for part in stages:
             wrong = sorted(set(part) - {"0", "1"})
             if not part:
-                raise ValueError(f"pattern {text!r} is empty: give one bit a layer, as in '00011'")
+                raise ValueError(f"pattern {text!r} is empty: give one bit per layer, as in '00011'")
             if wrong:
                 raise ValueError(
                     f"pattern {text!r} has {', '.join(map(repr, wrong))}: a bit is 0 (frozen) or 1 (updated)"
@@ -104,7 +104,7 @@ class Pattern:
         """The names of the parameters that a step updates; `norm` is "follow" or "never" (gamma and beta stay)."""
         plan = plan_of(model)
         self.check(plan)
-        return plan.part(self.at(step), norm).updated
+        return plan.updated(self.at(step), norm)
 
     def cost(self, model: nn.Module, input_shape: tuple[int, ...], step: int = 0) -> Cost:
         """Multiply-adds of an adaptation on a support set [N, C, H, W]: forward, input and weight gradients.

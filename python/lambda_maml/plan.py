@@ -20,7 +20,7 @@ from lambda_kernels.program import LinearCall, Program, Step, program_for, progr
 from .network import layers_of
 from .say import say_once
 
-__all__ = ["Frozen", "Part", "Plan", "moving_steps", "plan_of", "state_of"]
+__all__ = ["Frozen", "Part", "Plan", "moving_steps", "plan_of", "state_of", "why_opaque"]
 
 
 def moving_steps(model: nn.Module, updated: frozenset[str]) -> tuple[set[int], tuple[Step, ...]]:
@@ -88,7 +88,7 @@ class Part:
     def why_no_chain(self) -> str:
         """Why the rest is no chain, where `chain` is None."""
         if self.program.untraceable is not None:
-            return self.program.untraceable
+            return why_opaque(self.program)
         return Chain.why_not(self.program, [self.program.steps[i] for i in self._moving])
 
     def freeze(self, modules: Mapping[str, nn.Module], state: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> Frozen:
@@ -160,6 +160,12 @@ class Plan:
         return step.call.outputs if last and isinstance(step.call, LinearCall) else None
 
 
+def why_opaque(program: Program) -> str:
+    """Why a network is one operation that is not looked into."""
+    why = program.untraceable or ""
+    return why if why.startswith("it ") else f"torch.fx cannot trace it ({why})"
+
+
 _LIMIT = 128
 _PLANS: Bounded[Plan] = Bounded(_LIMIT)
 
@@ -172,6 +178,6 @@ def plan_of(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]] | Non
     if plan is None:
         plan = Plan(model, program)
         if program.untraceable is not None:
-            say_once(f"{type(model).__name__} is adapted without prefix reuse: {program.untraceable}")
+            say_once(f"{type(model).__name__} is adapted without prefix reuse: {why_opaque(program)}")
         _PLANS.put(program, plan)
     return plan

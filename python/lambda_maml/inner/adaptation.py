@@ -154,9 +154,8 @@ def describe(
     checks.check_norm(norm)
     steps = checks.check_steps(steps)
     checks.check_mode()
+    checks.check_one_input(model)
     plan = plan_of(model, ((xs,), {}))
-    if isinstance(rule, Rule):
-        rule.check_steps(steps)
     chosen, frozen = named(model, plan, pattern, norm)
     second_order = second_order and torch.is_grad_enabled()
     key = chosen, steps, norm, frozen
@@ -172,6 +171,8 @@ def describe(
     found: tuple[Rule, tuple[Stretch, ...]] | None = plan.outlines.get((key, rule)) if fixed else None
     if found is None:
         bound = rule.bind(plan.layers, dict(model.named_parameters())) if isinstance(rule, Rule) else rule
+        if isinstance(bound, Rule):
+            bound.check_steps(steps)
         found = bound, tuple(_stretches(plan, outline, bound, steps))
         if fixed:
             plan.outlines.put((key, rule), found)

@@ -20,8 +20,11 @@ __all__ = ["adapt_and_classify", "stacked", "task"]
 
 def adapt_and_classify(a: Adaptation, xs: Any, ys: Any, xq: Any) -> Any:
     """The query results of T tasks, with T in front of every tensor."""
-    tasks = flatten(xs)[0][0].shape[0]
-    at_once = tasks if not torch.is_grad_enabled() and _is_one_call(a, xs, ys, xq) else _tasks_at_once(task(xs, 0))
+    inputs = flatten(xs)[0]
+    tasks = inputs[0].shape[0]
+    at_once = max(1, tasks * _values_at_once(inputs[0].device) // max(1, sum(t.numel() for t in inputs)))
+    if not torch.is_grad_enabled() and _is_one_call(a, xs, ys, xq):
+        at_once = tasks
     results = []
     for begin in range(0, tasks, at_once):
         some = slice(begin, begin + at_once)
@@ -62,7 +65,7 @@ def _adapt_batch(a: Adaptation, xs: Any, ys: Any, xq: Any) -> Any:
 
 def _is_one_call(a: Adaptation, xs: Any, ys: Any, xq: Any) -> bool:
     """Whether one call of a backend's inner loop adapts and classifies all tasks, spreading them itself."""
-        if not isinstance(xs, Tensor) or not isinstance(xq, Tensor) or len(a.stretches) != 1:
+    if not isinstance(xs, Tensor) or not isinstance(xq, Tensor) or len(a.stretches) != 1:
         return False
     whole = a.stretches[0].part.whole
     support = a.support(xs, ys, xs.shape[0])
@@ -70,18 +73,15 @@ def _is_one_call(a: Adaptation, xs: Any, ys: Any, xq: Any) -> bool:
     return not graph and whole is not None and not chain.refusals(a, a.stretches[0], whole, xs, support)
 
 
-def _tasks_at_once(xs: Any) -> int:
-    """The number of tasks of a batch, by the values of one task's support inputs.
+def _values_at_once(device: torch.device) -> int:
+    """Values of the support inputs of one batch of tasks.
 
     On a CPU, with more of them the activations fall out of the cache. On a GPU, a block of 64 channels makes about 300
     bytes per value of 3-channel images, of which several are held at a time: they shall fit in its memory.
     """
-    tensors = flatten(xs)[0]
-    device = tensors[0].device
-    most = 1 << 16
-    if device.type == "cuda":
-        most = int(torch.cuda.get_device_properties(device).total_memory) // 2048
-    return max(1, most // max(1, sum(t.numel() for t in tensors)))
+    if device.type != "cuda":
+        return 1 << 16
+    return int(torch.cuda.get_device_properties(device).total_memory) // 2048
 
 
 def _each(values: Any, function: Callable[[Tensor], Tensor]) -> Any:

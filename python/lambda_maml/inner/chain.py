@@ -38,6 +38,8 @@ def refusals(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, suppo
         return ["cross-entropy leaves some labels out" if support.ignores else "the labels are no class numbers"]
     if not isinstance(x, Tensor):
         return [f"the chain starts from a {type(x).__name__}, not from one tensor"]
+    if support.labels.shape[1:] != x.shape[1 if support.tasks is not None else 0 :][:1]:
+        return [f"the labels {list(support.labels.shape[1:])} are not one per input"]
     return chain.refusals(x if support.tasks is not None else x.unsqueeze(0), support.labels)
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lambda_kernels.program import flatten
+from lambda_kernels.program import flatten, program_of
 
 from ..plan import Plan
 from ..say import say_once
@@ -22,6 +22,7 @@ __all__ = [
     "check_labels",
     "check_mode",
     "check_norm",
+    "check_one_input",
     "check_query",
     "check_steps",
     "check_support",
@@ -59,11 +60,12 @@ def check_mode() -> None:
         )
 
 
-def check_called_with_one(plan: Plan) -> None:
+def check_one_input(model: nn.Module) -> None:
     """ValueError where a network's forward has several inputs of its own."""
-    if plan.program.inputs != 1:
+    program = program_of(model, called=True)
+    if program.untraceable is None and program.inputs != 1:
         raise ValueError(
-            f"{plan.network}.forward takes {plan.program.inputs} inputs; adapt calls a network with xs alone: let it take "
+            f"{type(model).__name__}.forward takes {program.inputs} inputs; adapt calls a network with xs alone: let it take "
             "them as one tuple or dict, or use LambdaMAML, whose clones are called as the network is"
         )
 

@@ -38,14 +38,14 @@ class Rates:
         self.value = self._checked(value)
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the parameters, once they are known
 
-    def _checked(self, value: Any) -> Any:
+    def _checked(self, value: Any, inside: bool = False) -> Any:
         """The value with numbers as floats, arrays as nested lists, and tensors as they are."""
         if isinstance(value, nn.ParameterDict):
             value = dict(value.items())
         if isinstance(value, Mapping):
             if not value:
                 raise ValueError("lr is an empty mapping: name the layers or parameters that it has rates for")
-            return {str(name): self._checked(v) for name, v in value.items()}
+            return {str(name): self._checked(v, inside=True) for name, v in value.items()}
         if isinstance(value, Tensor):
             if not value.is_floating_point():
                 raise ValueError(f"lr must be a positive number or a tensor of floating point, got {value.dtype}")
@@ -54,7 +54,7 @@ class Rates:
             return value
         if isinstance(value, (list, tuple, np.ndarray)):
             if any(isinstance(v, Tensor) for v in value):
-                return [self._checked(v) for v in value]
+                return [self._checked(v, inside=True) for v in value]
             try:
                 rates = np.asarray(value, dtype=np.float64)
             except (TypeError, ValueError):
@@ -62,7 +62,8 @@ class Rates:
             if rates.size == 0 or not np.isfinite(rates).all() or (rates < 0).any():
                 raise ValueError(f"lr must hold positive numbers, or 0 for what stays frozen, got {value!r}")
             return float(rates) if rates.ndim == 0 else rates.tolist()
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0.0 < value < math.inf:
+        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        if not number or not (0.0 < value < math.inf or (inside and value == 0.0)):
             raise ValueError(f"lr must be a positive number, got {value!r}")
         return float(value)
 

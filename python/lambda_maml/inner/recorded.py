@@ -13,6 +13,7 @@ from torch import Tensor
 from lambda_kernels import cuda_graph
 from lambda_kernels.program import tensors_of
 
+from ..plan import why_opaque
 from ..say import say_once
 from .adaptation import Adaptation, Support
 from .loop import Result, classify, descend
@@ -30,7 +31,7 @@ def refusals(a: Adaptation, support: Support) -> list[str]:
     if any(s.rates is None for s in a.stretches):
         why.append(f"{a.rule!r} is no gradient descent with known rates: what it remembers and learns would be recorded")
     if a.plan.program.untraceable is not None:
-        why.append(f"the network is not looked into: {a.plan.program.untraceable}")
+        why.append(why_opaque(a.plan.program))
     elif a.plan.why_not_batched is not None:
         why.append(a.plan.why_not_batched)
     if getattr(F, getattr(a.loss, "__name__", ""), None) is not a.loss:
