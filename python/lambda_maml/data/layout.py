@@ -1,22 +1,55 @@
-"""Where a set's files lie under the folder that the user names."""
+"""Where a set's files lie under the folder that the user names, and what else lies there that is no part of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
+LEFTOVERS = frozenset(
+    (
+        "__macosx", "icon\r",  # macOS
+        "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information",  # Windows
+        "@eadir", "#recycle", "#snapshot",  # Synology
+        "lost+found", "__pycache__",
+    )
+)  # fmt: skip
+"""Names, in lower case, that systems leave in folders, beside all that begin with a dot."""
 
-def homes(root: Path, folders: Iterable[str]) -> list[Path]:
-    """`root` itself and those of `folders` that exist in it."""
-    return [root, *(root / name for name in folders if (root / name).is_dir())]
+
+def visible(folder: Path) -> list[Path]:
+    """What lies in a folder, by name, without hidden files and what macOS, Windows, Synology and Jupyter leave there.
+
+    >>> visible(Path("Greek"))  # holds .DS_Store, .ipynb_checkpoints/, __MACOSX/, Thumbs.db and two characters
+    [PosixPath('Greek/character01'), PosixPath('Greek/character02')]
+    """
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in LEFTOVERS)
 
 
-def find(root: Path, folders: Iterable[str], names: Sequence[str]) -> Path | None:
+def subfolders(folder: Path) -> list[Path]:
+    """The visible folders in a folder, by name."""
+    return [path for path in visible(folder) if path.is_dir()]
+
+
+def homes(root: Path, names: Sequence[str]) -> list[Path]:
+    """`root` itself and the folders in it that bear one of `names`, whatever their case, dashes and underscores."""
+    if not root.is_dir():
+        return [root]
+    wanted = [_plain(name) for name in names]
+    found = [path for path in subfolders(root) if _plain(path.name) in wanted]
+    return [root, *sorted(found, key=lambda path: wanted.index(_plain(path.name)))]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name.lower())
+
+
+def find(root: Path, folders: Sequence[str], names: Sequence[str]) -> Path | None:
     """The first of the files or folders `names` that exists in a home."""
     return next((home / name for home in homes(root, folders) for name in names if (home / name).exists()), None)
 
 
-def listing(root: Path, folders: Iterable[str]) -> str:
+def listing(root: Path, folders: Sequence[str]) -> str:
     """What lies in `root` and the set's folders in it, for an error message."""
     if not root.exists():
         return f"{root} does not exist"
@@ -24,7 +57,7 @@ def listing(root: Path, folders: Iterable[str]) -> str:
         return f"{root} is not a folder"
     parts = []
     for home in homes(root, folders):
-        names = sorted(path.name + ("/" if path.is_dir() else "") for path in home.iterdir())
+        names = [path.name + ("/" if path.is_dir() else "") for path in visible(home)]
         more = f" and {len(names) - 12} more" if len(names) > 12 else ""
         parts.append(f"{home} holds {', '.join(names[:12]) or 'nothing'}{more}")
     return "; ".join(parts)

@@ -1,0 +1,109 @@
+"""Picture files as 8-bit pixels: any bit depth, upright, transparent parts white."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .mistaken import mistaken
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+    from PIL.ImageFile import ImageFile
+
+_ORIENTATION = 0x0112  # EXIF and TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF; 0: white is zero
+# How a picture that was stored under EXIF's orientation 2..8 gets upright: names of PIL.Image.Transpose.
+_UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
+
+
+def read_picture(source: Path | bytes, mode: Literal["L", "RGB"], size: int | None = None) -> NDArray[np.uint8]:
+    """A picture as uint8 [H, W] (L, grey) or [H, W, 3] (RGB), as a viewer shows it, resized to `size` with Lanczos.
+
+    It is turned upright by its EXIF orientation; transparent parts are white. Palettes, CMYK and the like become grey
+    or RGB. Samples of more than 8 bits are scaled: 16 bits by 255 / 65535, 12 bits by 255 / 4095. 32-bit whole numbers
+    and floats count as 0..1 (floats only), 0..255, 0..65535 or, whole numbers only, 0..2^31 - 1, the smallest of these
+    that holds the picture's largest value.
+
+    >>> read_picture(Path("greek/alpha.png"), "L", 28).shape
+    (28, 28)
+
+    Raises:
+        ValueError: not a readable picture, or samples that are negative, NaN or too large; the text says what the
+            file is if its first bytes tell.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+            opened.load()  # some decoders turn the picture here and then forget its orientation
+            picture = _upright(_eight_bits(opened) if opened.mode[0] in "IF" else opened)
+            picture = _on_white(picture).convert(mode)
+    except Exception as error:  # decoders raise many kinds
+        what = None if isinstance(source, bytes) or not source.is_file() else mistaken(source)
+        what = str(error) if isinstance(error, _Samples) else what
+        name = "" if isinstance(source, bytes) else f"{source}: "
+        raise ValueError(f"{name}not a readable image: {what or f'{error}; copy it again or remove it'}") from error
+    if size is not None:
+        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
+class _Samples(ValueError):
+    """Samples that are no brightness."""
+
+
+def _upright(picture: Picture) -> Picture:
+    from PIL import Image
+
+    try:
+        way = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF: viewers show the picture as it lies
+        way = None
+    return picture if way is None else picture.transpose(Image.Transpose[way])
+
+
+def _on_white(picture: Picture) -> Picture:
+    """The picture without its transparency."""
+    from PIL import Image
+
+    if picture.mode in ("1", "L", "RGB") and "transparency" not in picture.info:
+        return picture
+    flat = picture.convert("RGBA")
+    paper = Image.new("RGBA", flat.size, "white")
+    paper.alpha_composite(flat)
+    return paper
+
+
+def _eight_bits(picture: ImageFile) -> Picture:
+    """A one-channel picture of 16-bit, 32-bit or float samples as 8-bit grey, with alpha where it is transparent."""
+    from PIL import Image, ImageChops
+
+    samples = np.asarray(picture)
+    low, high = (float(samples.min()), float(samples.max())) if samples.size else (0.0, 0.0)
+    whole = samples.dtype.kind != "f"
+    tags = getattr(picture, "tag_v2", {}) if picture.format == "TIFF" else {}
+    if picture.mode.startswith("I;16") or (whole and picture.format in ("PNG", "PPM")):  # these have no 32-bit samples
+        top: float = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
+    else:
+        tops = (255, 65535, 2**31 - 1) if whole else (1, 255, 65535)
+        top = next((t for t in tops if high <= t), 0)
+    if not (low >= 0 and high <= top):  # false for NaN too
+        raise _Samples(
+            f"its samples range from {low:g} to {high:g}; save it with samples of 8 or 16 bits, or floats in 0..1"
+        )
+    grey: Picture = Image.fromarray(np.rint(samples * (255.0 / top)).astype(np.uint8))
+    if picture.mode == "I;16" and tags.get(_PHOTOMETRIC) == 0:  # Pillow does so for fewer bits only
+        grey = ImageChops.invert(grey)
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(samples == clear, 0, 255).astype(np.uint8)))
+    grey.getexif().update(picture.getexif())
+    return grey
