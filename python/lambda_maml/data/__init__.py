@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import glyphs, omniglot, pickled
+from . import glyphs, omniglot, pickled_sets
 from .episodes import Task, sample_tasks
 from .imageset import SPLITS, ImageSet, with_rotations
 
 __all__ = ["NAMES", "ImageSet", "Task", "load", "sample_tasks"]
 
-NAMES = ("glyphs", "omniglot", "cifar_fs", "fc100", "mini_imagenet")
+NAMES = ("glyphs", "omniglot", "cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet")
 
 
 def load(
@@ -24,7 +24,10 @@ def load(
         root: the folder that holds the set, or its parent; for `glyphs` the cache folder (default: the user's).
         split: train, val or test.
         rotations: turn each class by 90, 180 and 270 degrees into three more classes. Default: for Omniglot's train
-            split, as usual in MAML's protocol, and nothing else.
+            split, as usual in MAML's protocol, or as its split file lists them, and for nothing else.
+
+    >>> data.load("omniglot", "DATA", "val").num_classes
+    172
 
     Raises:
         ValueError: unknown name or split, `root` not given, or files of another content than expected.
@@ -36,14 +39,10 @@ def load(
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
     folder = None if root is None else Path(root).expanduser()
-    if key == "glyphs":
-        dataset = glyphs.load(split, folder)
-    elif folder is None:
-        layout = omniglot.LAYOUT if key == "omniglot" else pickled.layout(key)
+    if folder is None and key != "glyphs":
+        layout = omniglot.LAYOUT if key == "omniglot" else pickled_sets.layout(key)
         raise ValueError(f"{key}: root is not given. Expected under it: {layout}")
-    elif key == "omniglot":
-        dataset = omniglot.load(split, folder)
-    else:
-        dataset = pickled.load(key, split, folder)
-    turn = key == "omniglot" and split == "train" if rotations is None else rotations
-    return with_rotations(dataset) if turn else dataset
+    if key == "omniglot" and folder is not None:
+        return omniglot.load(split, folder, rotations)
+    dataset = glyphs.load(split, folder) if folder is None or key == "glyphs" else pickled_sets.load(key, split, folder)
+    return with_rotations(dataset) if rotations else dataset

@@ -30,6 +30,10 @@ def sample_tasks(
     (the order gives the labels 0..ways-1), then `shots + query` distinct images of each, the support images first.
     Images come class-major, so `ys` is `0 .. 0 1 .. 1 ...`. Draws are raw PCG64 words, the same under every NumPy.
 
+    >>> xs, ys, xq, yq = sample_tasks(data.load("glyphs"), 1, ways=5, shots=1)[0]
+    >>> xs.shape, ys.tolist(), xq.shape
+    (torch.Size([5, 1, 28, 28]), [0, 1, 2, 3, 4], torch.Size([75, 1, 28, 28]))
+
     Raises:
         ValueError: a number is out of range, or the set has too few classes or too few images in a class.
     """
@@ -49,7 +53,7 @@ def sample_tasks(
     smallest = int(np.argmin(np.diff(dataset.starts)))
     if shots + query > dataset.counts[smallest]:
         raise ValueError(
-            f"sample_tasks: {shots} shots and {query} query images need {shots + query} images a class, but class "
+            f"sample_tasks: {shots} shots and {query} query images need {shots + query} images per class, but class "
             f"{dataset.class_names[smallest]} of {where} has {dataset.counts[smallest]}"
         )
     labels = torch.arange(ways)

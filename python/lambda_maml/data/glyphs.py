@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 IMAGES = 20  # per class
-SIZE = 28  # pixels a side
+SIZE = 28  # pixels per side
 DIGEST = "f56854910608a4fb07b3a1d68224c59899bf5571ca0f65fa80cc1c3970eaae40"
 FONTS_DIGEST = "a74cae936ec06b6246f2157e0288120ce27054a2ea8bdb0bdd636e7c66a4185f"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ class ImageSet:
         name, split: where the images come from, for messages and reports.
         images: [M, H, W, C] uint8, C = 1 (ink high) or 3 (RGB).
         counts: images of each class, in order; they add up to M.
-        class_names: one name a class.
-        mean, std: a value a channel. A tensor is `(pixel / 255 - mean) / std`; 0 and 1 leave the range 0..1.
+        class_names: one name per class.
+        mean, std: one value per channel. A tensor is `(pixel / 255 - mean) / std`; 0 and 1 leave the range 0..1.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -46,7 +47,7 @@ class ImageSet:
         if len(self.counts) != len(self.class_names) or any(n < 1 for n in self.counts):
             raise ValueError(
                 f"{where}: {len(self.class_names)} class names for counts of {len(self.counts)} classes, the smallest "
-                f"{min(self.counts, default=0)}; expected one name a class and at least one image a class"
+                f"{min(self.counts, default=0)}; expected one name and at least one image per class"
             )
         if sum(self.counts) != len(images):
             raise ValueError(f"{where}: counts add up to {sum(self.counts)}, but there are {len(images)} images")
@@ -70,7 +71,11 @@ class ImageSet:
         return len(self.images)
 
     def tensors(self, index: NDArray[np.integer[Any]]) -> torch.Tensor:
-        """Images `index` [n] as float32 [n, C, H, W], contiguous and normalised."""
+        """Images `index` [n] as float32 [n, C, H, W], contiguous and normalised.
+
+        >>> data.load("glyphs").tensors(np.array([0, 20])).shape
+        torch.Size([2, 1, 28, 28])
+        """
         x = np.ascontiguousarray(self.images[index].transpose(0, 3, 1, 2), dtype=np.float32)
         x /= 255
         if any(self.mean):
@@ -98,4 +103,15 @@ def with_rotations(dataset: ImageSet) -> ImageSet:
         names,
         dataset.mean,
         dataset.std,
+    )
+
+
+def chosen(dataset: ImageSet, classes: Sequence[int]) -> ImageSet:
+    """The set with the classes `classes` alone, in that order."""
+    rows = [np.arange(dataset.starts[k], dataset.starts[k + 1]) for k in classes]
+    return replace(
+        dataset,
+        images=dataset.images[np.concatenate(rows)],
+        counts=tuple(dataset.counts[k] for k in classes),
+        class_names=tuple(dataset.class_names[k] for k in classes),
     )

@@ -1,7 +1,8 @@
 """Read pickles of arrays without trusting them.
 
 A pickle names the callables that rebuild its objects. Here NumPy's names lead to stand-ins that check every field and
-build plain arrays from bytes; nothing of NumPy's own state machinery, and no other callable, is ever reached.
+build plain arrays from bytes; nothing of NumPy's own state machinery, and no callable outside `_ADMITTED`, is ever
+reached.
 """
 
 from __future__ import annotations
@@ -16,24 +17,37 @@ from typing import Any
 
 import numpy as np
 
+from .mistaken import mistaken
+
 
 def load(path: Path) -> Any:
-    """The object in a pickle of arrays (no object arrays), numbers, strings, bytes, lists, tuples, dicts and sets.
+    """The object in a pickle of arrays (no object arrays), numbers, text, bytes, ranges and plain containers.
 
-    Pickles of Python 2 are read too; their byte strings come as latin-1 text.
+    Containers are lists, tuples, dicts and sets; a defaultdict comes as a dict. Pickles of Python 2 are read too; their
+    byte strings come as latin-1 text.
+
+    >>> load(Path("CIFAR_FS_train.pickle")).keys()
+    dict_keys(['data', 'labels'])
 
     Raises:
-        ValueError: the file names another global, holds an object or structured array, or is cut short or damaged.
+        ValueError: the file names another global, holds an object or structured array, is cut short or damaged, or is
+            no pickle at all, such as a web page; the text says what it is if its first bytes tell.
         OSError: the file cannot be opened.
     """
     with path.open("rb") as file:
         try:
             return _finish(_Unpickler(file, encoding="latin1").load())
         except _Refused as error:
-            raise ValueError(f"{path}: refused, {error}; only arrays and plain containers are read") from None
+            raise ValueError(
+                f"{path}: refused, {error}; only arrays and plain containers are read: save the file again as a dict "
+                "of NumPy arrays and lists"
+            ) from None
         except OSError:
             raise
         except Exception as error:  # a damaged stream can fail in any opcode
+            what = mistaken(path)
+            if what is not None:
+                raise ValueError(f"{path}: not a pickle: {what}") from error
             raise ValueError(
                 f"{path}: not a sound pickle ({type(error).__name__}: {error}); it may be cut short: copy it again"
             ) from error
@@ -100,6 +114,33 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _bytes(*parts: Any) -> bytes:
+    """Python 3 calls bytes and bytearray with bytes, or with text and its encoding; never with a size to fill."""
+    if not parts:
+        return b""
+    if isinstance(parts[0], str):
+        return _encode(*parts)
+    if not isinstance(parts[0], (bytes, bytearray)):
+        raise _Refused(f"it makes bytes of a {type(parts[0]).__name__}")
+    return bytes(parts[0])
+
+
+def _bytearray(*parts: Any) -> bytearray:
+    return bytearray(_bytes(*parts))
+
+
+def _dict(*factory: Any) -> dict[Any, Any]:
+    """For collections.defaultdict, whose factory is of no use to a reader."""
+    return {}
+
+
+def _list(*content: Any) -> list[Any]:
+    """For builtins.list, which is named only as a defaultdict's factory."""
+    if content:
+        raise _Refused("it calls builtins.list")
+    return []
+
+
 def _nothing(*_: Any) -> None:
     """For numpy.ndarray, which is named only as an argument of `_reconstruct`."""
 
@@ -109,14 +150,18 @@ _ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _nothing,
     ("_codecs", "encode"): _encode,
     ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): _dict,
+    ("builtins", "range"): range,
+    ("__builtin__", "xrange"): range,
 }
 for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
     _ADMITTED[_core + ".multiarray", "_reconstruct"] = _reconstruct
     _ADMITTED[_core + ".multiarray", "scalar"] = _scalar
     _ADMITTED[_core + ".numeric", "_frombuffer"] = _array
 for _builtins in ("builtins", "__builtin__"):
-    for _type in (set, frozenset, bytes, bytearray):
-        _ADMITTED[_builtins, _type.__name__] = _type
+    _ADMITTED[_builtins, "set"], _ADMITTED[_builtins, "frozenset"] = set, frozenset
+    _ADMITTED[_builtins, "bytes"], _ADMITTED[_builtins, "bytearray"] = _bytes, _bytearray
+    _ADMITTED[_builtins, "list"] = _list
 
 
 class _Unpickler(pickle.Unpickler):
