@@ -13,17 +13,14 @@ _ARCHIVES = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!": "a rar archive",
 }
-_FORMATS = {
-    b"\x93NUMPY": "a NumPy .npy file",
-    b"\x89HDF\r\n": "an HDF5 file",
-    b"\x89PNG": "a PNG picture",
-    b"\xff\xd8\xff": "a JPEG picture",
-    b"MATLAB": "a MATLAB file",
-}
+_FORMATS = {b"\x93NUMPY": "a NumPy .npy file", b"\x89HDF\r\n": "an HDF5 file", b"MATLAB": "a MATLAB file"}
+_PICTURES = {b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture"}
 
 
-def mistaken(path: Path) -> str | None:
+def mistaken(path: Path, picture: bool = False) -> str | None:
     """What the file really is and what to do, as the end of a sentence; None where its first bytes do not tell.
+
+    picture: its name promises a picture, so that PNG and JPEG are no mistake.
 
     >>> mistaken(Path("CIFAR_FS_train.pickle"))
     'it is a pointer of git-lfs, not the file itself: run `git lfs pull` in its repository'
@@ -47,7 +44,7 @@ def mistaken(path: Path) -> str | None:
             return f"it is {what}: unpack it first"
     if head[257:262] == b"ustar":
         return "it is a tar archive: unpack it first"
-    for start, what in _FORMATS.items():
+    for start, what in (_FORMATS if picture else {**_FORMATS, **_PICTURES}).items():
         if head.startswith(start):
             return f"it is {what}: give the file that its name promises"
     return None

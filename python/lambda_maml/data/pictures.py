@@ -42,15 +42,18 @@ def read_picture(source: Path | bytes, mode: Literal["L", "RGB"], size: int | No
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        # Given a path, Pillow maps uncompressed TIFFs and then mixes up their height and width if they lie on a side.
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file, Image.open(file) as opened:
             opened.load()  # some decoders turn the picture here and then forget its orientation
             picture = _upright(_eight_bits(opened) if opened.mode[0] in "IF" else opened)
             picture = _on_white(picture).convert(mode)
     except Exception as error:  # decoders raise many kinds
-        what = None if isinstance(source, bytes) or not source.is_file() else mistaken(source)
-        what = str(error) if isinstance(error, _Samples) else what
-        name = "" if isinstance(source, bytes) else f"{source}: "
-        raise ValueError(f"{name}not a readable image: {what or f'{error}; copy it again or remove it'}") from error
+        name, what = "", f"{error}; copy it again or remove it"
+        if isinstance(source, Path):
+            name, what = f"{source}: ", (mistaken(source, picture=True) if source.is_file() else None) or what
+        if isinstance(error, _Samples):
+            what = str(error)
+        raise ValueError(f"{name}not a readable image: {what}") from error
     if size is not None:
         picture = picture.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(picture)
