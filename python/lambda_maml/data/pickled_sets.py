@@ -42,8 +42,7 @@ _SETS = {
             "miniImageNet_category_split_train_phase_{split}.pickle",  # train; its val and test are of train classes
             "miniImageNet_category_split_{split}.pickle",
         ),
-        "mini-imagenet-cache-{train,val,test}.pkl or "
-        "miniImageNet_category_split_{train_phase_train,val,test}.pickle",
+        "mini-imagenet-cache-{train,val,test}.pkl or miniImageNet_category_split_{train_phase_train,val,test}.pickle",
         *_IMAGENET,
     ),
     "tiered_imagenet": _Set(
