@@ -84,7 +84,9 @@ json_option = click.option(
 device_option = click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:N.")
 data_options = options(
     click.option(
-        "--dataset", help="glyphs (built in), omniglot, cifar_fs, fc100 or mini_imagenet.  [default: the checkpoint's]"
+        "--dataset",
+        help="glyphs (built in), omniglot, cifar_fs, fc100, mini_imagenet or tiered_imagenet.  "
+        "[default: the checkpoint's]",
     ),
     click.option("--root", type=click.Path(path_type=Path), help="Folder in which the set lies (glyphs needs none)."),
 )
@@ -139,7 +141,10 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--dataset", default="glyphs", help="glyphs (built in), omniglot, cifar_fs, fc100 or mini_imagenet.")
+@click.option(
+    "--dataset", default="glyphs",
+    help="glyphs (built in), omniglot, cifar_fs, fc100, mini_imagenet or tiered_imagenet.",
+)  # fmt: skip
 @click.option("--root", type=click.Path(path_type=Path), help="Folder in which the set lies (glyphs needs none).")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the checkpoint and the state.")
 @click.option("--ways", default=5, help="Classes in a task.")
@@ -314,7 +319,7 @@ def adapt(
 
     from . import checkpoint as files
     from .adapt import adapt as adapt_model
-    from .images import class_folders, image_files, read_images
+    from .images import class_folders, query_files, read_images
 
     if out is not None and out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: the name ends in .safetensors")
@@ -333,14 +338,7 @@ def adapt(
 
     labels = [index for index, paths in enumerate(classes.values()) for _ in paths]
     xs, ys = read([path for paths in classes.values() for path in paths]), torch.tensor(labels, device=device)
-    queries: list[Path] = []
-    if query is not None:
-        if not query.is_dir():
-            raise FileNotFoundError(f"{query}: no such folder")
-        folders = sorted(path for path in query.iterdir() if path.is_dir() and not path.name.startswith("."))
-        queries = [path for folder in (query, *folders) for path in image_files(folder)]
-        if not queries:
-            raise ValueError(f"{query}: no image in this folder")
+    queries = [] if query is None else query_files(query)
     xq = read(queries) if queries else None
 
     learner = adapt_model(model, xs, ys, pattern=bits, **inner)
