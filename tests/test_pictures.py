@@ -138,11 +138,14 @@ STORED = {
 }
 
 
+MORE = {"webp": {"lossless": True}, "packed.tif": {"compression": "tiff_lzw"}}
+
+
 @pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize(
     ("kind", "ending"),
     [
-        *(("grey", ending) for ending in ("png", "tif", "webp", "jpg")),
+        *(("grey", ending) for ending in ("png", "tif", "packed.tif", "webp", "jpg")),
         *(("RGB", ending) for ending in ("png", "tif", "webp", "jpg")),
         *(("grey of 16 bits", ending) for ending in ("png", "tif")),
         *(("palette", ending) for ending in ("png", "tif")),
@@ -159,7 +162,7 @@ def test_pictures_are_turned_as_viewers_show_them(tmp_path, kind, ending, orient
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"x.{ending}"
-    picture.save(path, exif=exif, **({"lossless": True} if ending == "webp" else {}))
+    picture.save(path, exif=exif, **MORE.get(ending, {}))
     assert off(path, upright, "RGB" if kind == "RGB" else "L") <= (70 if ending == "jpg" else 0)
 
 
@@ -186,7 +189,7 @@ def test_samples_that_are_no_brightness_are_refused(tmp_path, values, message):
         (b"", "it is empty: copy or download it again"),
         (b"<!DOCTYPE html><title>404", "it is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b"hello world", "cannot identify image file.*copy it again or remove it"),
+        (b"hello world", "its format is unknown; copy it again or remove it"),
     ],
 )
 def test_a_file_that_is_no_picture_is_named_with_the_remedy(tmp_path, content, message):
@@ -254,3 +257,11 @@ def test_folders_without_images_are_named(tmp_path):
     (tmp_path / "alpha" / "1.heic").write_text("")
     with pytest.raises(ValueError, match="alpha: no image in this class folder, but 1.heic .*known endings: .png"):
         class_folders(tmp_path)
+
+
+def test_a_picture_that_cannot_be_opened_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"x.png: not a readable image: .*No such file"):
+        read_picture(tmp_path / "x.png", "L")
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(ValueError, match=r"x.png: not a readable image: .*[Dd]irectory"):
+        read_picture(tmp_path / "x.png", "RGB")

@@ -74,7 +74,7 @@ def read_images(
     channels, size = network["in_channels"], network["image_size"]
     pixels = np.empty((len(files), size, size, channels), np.uint8)
     for index, file in enumerate(files):
-        picture = read_picture(file, "L" if channels == 1 else "RGB", size)
+        picture = read_picture(Path(file), "L" if channels == 1 else "RGB", size)
         pixels[index] = picture.reshape(size, size, channels)
     x = torch.from_numpy(255 - pixels if invert else pixels).permute(0, 3, 1, 2).to(torch.float32) / 255
     mean, std = (torch.tensor(dataset[key], dtype=torch.float32).view(-1, 1, 1) for key in ("mean", "std"))

@@ -39,18 +39,21 @@ def read_picture(source: Path | bytes, mode: Literal["L", "RGB"], size: int | No
         ValueError: not a readable picture, or samples that are negative, NaN or too large; the text says what the
             file is if its first bytes tell.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         # Given a path, Pillow maps uncompressed TIFFs and then mixes up their height and width if they lie on a side.
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file, Image.open(file) as opened:
-            opened.load()  # some decoders turn the picture here and then forget its orientation
-            picture = _upright(_eight_bits(opened) if opened.mode[0] in "IF" else opened)
+            opened.load()
+            picture = _eight_bits(opened) if opened.mode[0] in "IF" else opened
+            picture = picture if opened.format == "TIFF" else _upright(picture)  # Pillow turns TIFFs itself
             picture = _on_white(picture).convert(mode)
     except Exception as error:  # decoders raise many kinds
-        name, what = "", f"{error}; copy it again or remove it"
-        if isinstance(source, Path):
-            name, what = f"{source}: ", (mistaken(source, picture=True) if source.is_file() else None) or what
+        unknown = isinstance(error, UnidentifiedImageError)  # its text names an object of Python
+        name, what = "", f"{'its format is unknown' if unknown else error}; copy it again or remove it"
+        if not isinstance(source, bytes):
+            opens = not (isinstance(error, OSError) and error.errno)
+            name, what = f"{source}: ", (mistaken(source, picture=True) if opens else None) or what
         if isinstance(error, _Samples):
             what = str(error)
         raise ValueError(f"{name}not a readable image: {what}") from error
