@@ -38,7 +38,6 @@ from harness import (
     Skip,
     check_adapt,
     compare,
-    distance,
     each_round,
     fill_rows,
     make_problem,
@@ -51,6 +50,7 @@ from torch._C._autograd import DeviceType
 
 import lambda_kernels as lk
 from lambda_kernels import backends, info
+from lambda_kernels.agreement import distance
 from lambda_maml import Pattern, adapt, adapt_tasks
 
 FULL = Pattern.full(5)

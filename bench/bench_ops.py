@@ -14,12 +14,13 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compare, distance
+from harness import compare
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import lambda_kernels as lk
 from lambda_kernels import backends, info
+from lambda_kernels.agreement import distance
 
 Op = Callable[..., Tensor]
 

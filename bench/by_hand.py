@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import DRAWS, PlainLoop, Problem, Skip, Wrong, compare, distance, updated_children
+from harness import PlainLoop, Problem, Skip, Wrong, compare, updated_children
 from torch import Tensor, nn
 
 import lambda_kernels as lk
 from lambda_kernels import to_torch
+from lambda_kernels.agreement import DRAWS, distance
 from lambda_maml import Pattern
 
 LR, NORM = 0.01, "follow"

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels import backends, to_torch
+from lambda_kernels import agreement, backends, to_torch
+from lambda_kernels.agreement import DRAWS, distance
 from lambda_maml import Pattern, adapt, models
 from lambda_maml.stock import inner_loop
 
@@ -128,28 +129,16 @@ class PlainLoop:
         return [p.detach().clone() for p in self.network.parameters()]
 
 
-# Over the distance of stock PyTorch, in units of the value's own length.
-SLACK = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-# Where rounding turns the choice between two pixels of a pooling window, or the sign before a ReLU, two right results
-# in float32 part by more than their digits, in stock PyTorch too. Such images are rare; a wrong kernel fails on all.
-DRAWS = 3
-
-
-def distance(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Euclidean, over all values of all tensors."""
-    return float(sum((f.double() - t.double()).square().sum() for f, t in zip(found, truth, strict=True))) ** 0.5
-
-
 class Wrong(AssertionError):
     """A result that is not the plain loop's: the red gate."""
 
 
 def compare(what: str, ours: Sequence[Tensor], stock: Sequence[Tensor], truth: Sequence[Tensor], length: float) -> None:
-    """Wrong unless ours is as near to the float64 truth as twice stock PyTorch in its dtype, plus SLACK."""
-    limit = 2 * distance(stock, truth) / length + SLACK[ours[0].dtype]
-    mine = distance(ours, truth) / length
-    if not mine <= limit:  # NaN too
-        raise Wrong(f"{what}: {mine:.3g} away from plain PyTorch in float64, {limit:.3g} allowed: no time taken")
+    """Wrong unless ours is right by the rule of `lambda_kernels.agreement`; distances in units of `length`."""
+    found = agreement.errors(ours, stock, truth, length)
+    if not found.agree:
+        away = f"{found.mine:.3g} away from plain PyTorch in float64, {found.limit:.3g} allowed"
+        raise Wrong(f"{what}: {away}: no time taken")
 
 
 class Gate:

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lambda_kernels.agreement import element_errors, within
 from lambda_kernels.spec import ConvSpec
 
 BACKENDS = ("reference", "native")
-EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}  # float64 against float64
-# Absolute term of the error bound, in roundings of the largest value.
-ROUNDINGS = 8
+# float64 against float64, for torch.testing.assert_close; `within(dtype, what)` gives those of other dtypes.
+EXACT = within(torch.float64, "operation")
+GRADIENT = within(torch.float64, "gradient")  # through batch statistics
+STEPS = within(torch.float64, "steps")  # some steps of an inner loop against the same in another order
 
 
 class ConvCase(NamedTuple):
@@ -176,14 +178,10 @@ def decided(x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, case: BlockC
 
 
 def assert_as_exact(name: str, got: Tensor | None, stock: Tensor | None, truth: Tensor | None, terms: int = 1) -> None:
-    """The error against float64 is at most twice that of stock PyTorch, and a few roundings.
-
-    `terms`: length of a convolution's sums, which ATen takes in another order in channels-last.
-    """
+    """The rule of `lambda_kernels.agreement` for one operation; `terms` as there."""
     assert (got is None) == (truth is None), name
     if got is None or truth is None or stock is None or not truth.numel():
         return
     assert got.shape == truth.shape and got.dtype == stock.dtype, name
-    mine, theirs = ((t.double() - truth).abs().max().item() for t in (got, stock))
-    small = max(ROUNDINGS, terms**0.5) * torch.finfo(got.dtype).eps * max(truth.abs().max().item(), 1e-30)
-    assert mine <= 2 * theirs + small, f"{name}: error {mine:.2e}, stock {theirs:.2e}, allowed beside it {small:.2e}"
+    found = element_errors(got, stock, truth, terms)
+    assert found.agree, f"{name}: error {found.mine:.2e}, stock {found.stock:.2e}, allowed {found.limit:.2e}"

@@ -21,9 +21,10 @@ BELOW = {
     "_C": set(),
     "_build": set(),
     "_torch": set(),
+    "agreement": set(),
     "cache": set(),
     "spec": set(),
-    "backends": {"_C", "_build", "spec"},
+    "backends": {"_C", "_build", "_torch", "agreement", "cache", "spec"},
     "autograd": {"_torch", "backends", "spec"},
     "functional": {"_torch", "autograd", "backends", "spec"},
     "layers": {"functional", "spec"},
@@ -35,7 +36,7 @@ BELOW = {
     "": {"backends", "convert", "functional", "layers"},
 }
 # The modules of lambda_kernels that the adapter may reach, beside the names of its top level.
-OPEN = {"_torch", "cache", "chain", "cuda_graph", "functional", "info", "layers", "program"}
+OPEN = {"_torch", "agreement", "cache", "chain", "cuda_graph", "functional", "info", "layers", "program"}
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..agreement import apart
 from ..spec import ConvSpec
 from .reference import Reference
 
@@ -33,9 +34,6 @@ __all__ = ["Choice", "Measured", "Table", "cache_folder"]
 _log = logging.getLogger("lambda_kernels")
 Run = Callable[[], Any]
 Clock = Callable[[Mapping[str, Run]], dict[str, float]]
-# How far, in Euclidean norm, a backend's result may be from ATen's of the same dtype, relative to its length: above
-# what TF32 and a half-precision sum in another order can do, far below what a wrong kernel does.
-AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 _TRUTH = "reference"
 
 
@@ -379,9 +377,8 @@ def _disagreement(run: Run, want: Any) -> str | None:
     for a, b in zip(_floats(got), _floats(want), strict=True):
         if a.shape != b.shape or a.dtype != b.dtype:
             return f"its result is {a.dtype} {list(a.shape)}, ATen's {b.dtype} {list(b.shape)}"
-        length, apart = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (b, a - b))
-        if not apart <= AGREEMENT[b.dtype] * length + 1e-30 and length == length:
-            return f"its result is {apart / max(length, 1e-30):.2g} of its length away from ATen's"
+        if (off := apart(a, b)) is not None:
+            return f"its result is {off:.2g} of its length away from ATen's"
     return None
 
 

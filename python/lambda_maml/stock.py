@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lambda_kernels import to_torch
+from lambda_kernels import agreement, to_torch
 from lambda_kernels.program import NORMS
 
 from . import models
@@ -56,8 +56,8 @@ def disagreement(
 ) -> str | None:
     """Compare `adapt` with the plain loop under the full pattern: None if they agree, else a sentence with the figures.
 
-    Both are held against the plain loop in float64. Distances are Euclidean over all parameters, in units of how far
-    adaptation moved them. Ours may be twice the plain loop's own in the same dtype, plus 1e-3 (1e-9 in float64).
+    Both are held against the plain loop in float64, by the rule of `lambda_kernels.agreement`. Distances are Euclidean
+    over all parameters, in units of how far adaptation moved them.
     """
     full = Pattern.full(len(models.layer_names(model)))
     truth = dict(
@@ -66,15 +66,12 @@ def disagreement(
     plain = dict(stock_adapt(model, xs, ys, steps=steps, lr=lr, norm=norm).named_parameters())
     ours = {**plain, **adapt(model, xs, ys, pattern=full, steps=steps, lr=lr, norm=norm).parameters_dict()}
 
-    def distance(found: Mapping[str, Tensor]) -> float:
-        return float(sum((found[k].detach().double() - truth[k].detach()).square().sum() for k in truth)) ** 0.5
-
-    moved = distance(dict(model.named_parameters())) or 1.0
-    slack = 1e-9 if xs.dtype == torch.float64 else 1e-3
-    mine, yours = distance(ours) / moved, distance(plain) / moved
-    if mine <= 2 * yours + slack:
+    start = dict(model.named_parameters())
+    began, got, stock, exact = ([named[k] for k in truth] for named in (start, ours, plain, truth))
+    found = agreement.errors(got, stock, exact, length=agreement.distance(began, exact))
+    if found.agree:
         return None
     return (
-        f"adapt() is {mine:.3g} away from the plain float64 loop, plain PyTorch in the same dtype {yours:.3g} "
-        "(in units of the adaptation's own length): no speed-up is reported"
+        f"adapt() is {found.mine:.3g} away from the plain float64 loop, plain PyTorch in the same dtype "
+        f"{found.stock:.3g} (in units of the adaptation's own length): no speed-up is reported"
     )
