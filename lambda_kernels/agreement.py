@@ -111,6 +111,7 @@ def element_errors(found: Tensor, stock: Tensor, truth: Tensor, terms: int = 1) 
 
     `terms`: length of a convolution's sums, which ATen takes in another order in channels-last.
     """
+    truth = truth.detach()
     mine, theirs = (float((_double(t) - truth).abs().max()) for t in (found, stock))
     rounding = torch.finfo(found.dtype).eps * max(float(truth.abs().max()), 1e-30)
     return Errors(mine, theirs, FACTOR * theirs + max(ROUNDINGS, terms**0.5) * rounding)

@@ -178,9 +178,11 @@ def test_every_instruction_set_gives_the_same_to_rounding() -> None:
     results = {isa: run_python(CHECKSUMS, LAMBDA_KERNELS_ISA=isa) for isa in usable}
     for isa, got in results.items():
         assert got["isa"] == isa
+        # sums of many values, less than the values themselves
         torch.testing.assert_close(got["sums"], results["generic"]["sums"], rtol=1e-4, atol=1e-3)
     half = len(results["generic"]["sums"]) // 2  # float64
     for got in results.values():
+        # as above
         torch.testing.assert_close(got["sums"][half:], results["generic"]["sums"][half:], rtol=1e-10, atol=1e-9)
 
 

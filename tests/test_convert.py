@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import EXACT
+from cases import EXACT, GRADIENT
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import lambda_kernels as lk
+from lambda_kernels.agreement import within
 from lambda_kernels.convert import Fused
 from lambda_kernels.program import program_of
 
@@ -147,7 +148,7 @@ def leaves(value: Any) -> list[Tensor]:
 
 
 def assert_same(got: Any, want: Any) -> None:
-    torch.testing.assert_close(leaves(got), leaves(want), rtol=1e-9, atol=1e-8)
+    torch.testing.assert_close(leaves(got), leaves(want), **GRADIENT)
 
 
 @pytest.fixture
@@ -207,6 +208,7 @@ def test_optimizer_made_before_goes_on(x: Tensor) -> None:
         for model, optimizer in zip(models, optimizers):
             outcome(model, x)
             optimizer.step()
+    # Adam divides by the gradient's size: where that is next to nothing, rounding shows
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict(), rtol=1e-6, atol=1e-7)
 
 
@@ -449,7 +451,7 @@ def test_awkward_forwards_do_the_same(kind: type[Base], x: Tensor) -> None:
         assert (getattr(network, "calls", 32), getattr(network, "log", [6])[-1]) == (32, 6)
     for got, want in zip(results[1], results[0]):
         assert got.requires_grad == want.requires_grad and got.dtype == want.dtype
-        torch.testing.assert_close(got, want, **(EXACT if got.dtype == torch.float64 else {"rtol": 3e-2, "atol": 3e-2}))
+        torch.testing.assert_close(got, want, **within(got.dtype))
 
 
 def test_keyword_and_optional_arguments(x: Tensor) -> None:
@@ -564,6 +566,6 @@ def test_a_model_converted_in_evaluation_mode_is_fused_once_it_trains():
     lk.convert(model)
     torch.testing.assert_close(model(x), twin(x))
     assert "0 fused blocks" in lk.report(model)
-    torch.testing.assert_close(model.train()(x), twin.train()(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.train()(x), twin.train()(x), **within(torch.float32))
     assert "1 fused block," in lk.report(model)
     torch.testing.assert_close(model[1].running_mean, twin[1].running_mean)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import setuptools
 import torch
-from cases import BLOCKS, IMAGES, BlockCase, assert_as_exact
+from cases import BLOCKS, EXACT, IMAGES, STEPS, BlockCase, assert_as_exact
 from cuda_emulator import build
 from torch import Tensor
 
@@ -99,6 +99,7 @@ def check(names: str, got: Any, stock: Any, truth: Any, *, terms: int = 1) -> No
     for name, mine, theirs, exact in zip(names.split(), got, stock, truth, strict=True):
         if mine.dtype == torch.float64:  # the truth has roundings too
             scale = max(1.0, exact.abs().max().item())
+            # sums in another order: roundings grow with the root of their number
             torch.testing.assert_close(mine.cpu(), exact, rtol=0, atol=1e-13 * max(terms, 100) ** 0.5 * scale)
         else:
             assert_as_exact(name, mine.cpu(), theirs.cpu(), exact, terms)
@@ -163,11 +164,11 @@ def test_tasks_that_share_their_convolution(runner: Runner) -> None:
     one = channels_last(z[:1])
     got = runner.backend.norm_relu_pool(one.expand(z.shape), gamma, beta, 1e-5, 2)
     want = REFERENCE.norm_relu_pool(one.expand(z.shape), gamma, beta, 1e-5, 2)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, want, **EXACT)
     gy = torch.randn_like(want[0])
     operands = (gy, one.expand(z.shape), gamma, *want[1:], 2, True)
     got, want = (b.norm_relu_pool_grad(*operands) for b in (runner.backend, REFERENCE))
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, want, **EXACT)
 
 
 @pytest.mark.parametrize("width", [1, 64])
@@ -179,7 +180,7 @@ def test_statistics_far_from_zero(runner: Runner, width: int) -> None:
     check("y mean rstd", *(tuple(r[i] for i in (0, 2, 3)) for r in (got, stock, truth)))
     flat = torch.full_like(z, 1100.1)
     y = runner.backend.norm_relu_pool(flat, vectors[0], vectors[0], 1e-5, 2)[0]
-    torch.testing.assert_close(y, torch.ones_like(y), rtol=0, atol=1e-6)
+    torch.testing.assert_close(y, torch.ones_like(y), rtol=0, atol=1e-6)  # roundings of 1
 
 
 @pytest.mark.parametrize("pool", [1, 2])
@@ -213,6 +214,7 @@ def test_image_block(runner: Runner, number: int, dtype: torch.dtype) -> None:
     xd, wd, gd, bd = double(x, weight, gamma, beta)
     moments = backend.image_moments(x if own else like_memory_of_others(x, 2), case.kernel, spec)
     exact_moments = REFERENCE.image_moments(xd, case.kernel, spec)
+    # in float64 whatever the images are: sums of squares beside products that cancel
     torch.testing.assert_close(moments.cpu(), exact_moments, rtol=1e-12, atol=1e-9)
     assert torch.equal(moments, moments.mT)
 
@@ -247,7 +249,7 @@ def test_images_far_from_zero(runner: Runner) -> None:
     operands = [t.to(runner.device) for t in (x, weight, ones, ones)]
     got = runner.backend.image_block(*operands, runner.backend.image_moments(operands[0], (3, 3), spec), spec, 1e-5, 2)
     truth = REFERENCE.image_block(*double(*operands), REFERENCE.image_moments(x.double(), (3, 3), spec), spec, 1e-5, 2)
-    torch.testing.assert_close(got[0].cpu().double(), truth[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(got[0].cpu().double(), truth[0], rtol=0, atol=2e-6)  # roundings of values of a few units
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -313,7 +315,7 @@ def test_an_inner_loop_is_the_references(runner: Runner, bits: str, inputs: int)
 
     got, want = descended(runner.backend, runner.device), descended(REFERENCE, "cpu")
     assert (want[0][-1] < want[0][0]).all()
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(got, want, **STEPS)
 
 
 def test_every_task_sums_alike(runner: Runner) -> None:

@@ -13,7 +13,9 @@ from cases import (
     BLOCKS,
     CONVS,
     EXACT,
+    GRADIENT,
     LINEARS,
+    STEPS,
     THIRDS,
     BlockCase,
     ConvCase,
@@ -28,6 +30,7 @@ from cases import (
 from torch import Tensor
 
 import lambda_kernels as lk
+from lambda_kernels.agreement import within
 from lambda_kernels.backends.reference import Reference
 
 # Called with operands out of lists and tables.
@@ -36,7 +39,6 @@ linear: Any = lk.functional.linear
 conv_block: Any = lk.functional.conv_block
 stock_conv2d: Any = F.conv2d
 T = 3
-HALF: dict[str, Any] = {"rtol": 2e-2, "atol": 2e-2}
 
 
 def ids(cases: Any) -> list[str]:
@@ -110,7 +112,7 @@ def test_conv2d_unbatched_with_own_weights() -> None:
 def test_linear_is_torchs(shapes: Any, with_bias: bool, dtype: torch.dtype) -> None:
     operands = [randn(*shape).to(dtype).requires_grad_() for shape in (*shapes, shapes[1][:1])[: 2 + with_bias]]
     got, want = linear(*operands), F.linear(*operands)
-    tolerance = EXACT if dtype == torch.float64 else HALF
+    tolerance = within(dtype)
     torch.testing.assert_close(got, want, **tolerance)
     gy = torch.randn_like(want)
     torch.testing.assert_close(
@@ -178,7 +180,7 @@ def test_block_in_float64(case: BlockCase, layout: str, backend: str) -> None:
     torch.testing.assert_close(got, want, **EXACT)
     gy = torch.randn_like(want)
     mine_grads, plain_grads = (torch.autograd.grad(y, list(t.values()), gy) for y, t in ((got, mine), (want, plain)))
-    torch.testing.assert_close(mine_grads, plain_grads, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(mine_grads, plain_grads, **GRADIENT)
     assert not mine_grads[2].any()  # the convolution's bias cancels in the norm
 
 
@@ -217,7 +219,7 @@ def test_block_on_constant_images(width: int, backend: str) -> None:
     # The variance is exactly zero, so the result is relu(beta); stock PyTorch is off by 0.01, in channels-last by 1.
     x, beta = torch.full((25, 1, 84, 84), 1000.0), torch.randn(width)
     y = conv_block(x, torch.full((width, 1, 1, 1), 1.1), None, torch.ones(width), beta, padding=0)
-    torch.testing.assert_close(y, F.relu(beta)[:, None, None].expand_as(y), rtol=0, atol=1e-6)
+    torch.testing.assert_close(y, F.relu(beta)[:, None, None].expand_as(y), rtol=0, atol=1e-6)  # roundings of beta
 
 
 def test_block_breaks_ties_as_torch(backend: str) -> None:
@@ -256,7 +258,7 @@ def test_block_with_tasks_is_torchs_task_by_task(own: tuple[str, ...], backend: 
     torch.testing.assert_close(got, want, **EXACT)
     gy = torch.randn_like(want)
     torch.testing.assert_close(
-        torch.autograd.grad(got, tensors, gy), torch.autograd.grad(want, tensors, gy), rtol=1e-8, atol=1e-8
+        torch.autograd.grad(got, tensors, gy), torch.autograd.grad(want, tensors, gy), **GRADIENT
     )
 
 
@@ -278,7 +280,7 @@ def test_block_in_half_precision_takes_float32_parameters() -> None:
         operands[name] = operands[name].bfloat16()
     y = conv_block(**operands)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), want, rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(y.float(), want, **within(y.dtype, "gradient"))  # two operations
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
@@ -296,7 +298,7 @@ def test_what_is_not_finite_reaches_the_result_as_in_torch(value: float, pool: i
     grads = [torch.autograd.grad(y.sum(), tensors) for y in (got, want)]
     for name, mine, stock in zip(operands, *grads):
         if name != "bias":  # exactly zero here
-            torch.testing.assert_close(mine, stock, equal_nan=True, rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(mine, stock, equal_nan=True, **GRADIENT)
     x = torch.full((1, 1, 2, 2), value)
     torch.testing.assert_close(conv2d(x, torch.ones(1, 1, 1, 1)), x, equal_nan=True)
     torch.testing.assert_close(linear(x[0, 0], torch.ones(1, 2)), x[0, 0].sum(1, keepdim=True), equal_nan=True)
@@ -385,6 +387,7 @@ def test_third_derivatives_of_the_block(mask: tuple[str, ...], backend: str) -> 
     for order, (got, want) in enumerate(zip(*results), 1):
         scale = max(float(w.detach().abs().max()) for w in want)
         for g, w in zip(got, want):
+            # relative to the largest value of the order
             assert torch.allclose(g, w, rtol=1e-8, atol=1e-9 * scale), f"order {order}: {(g - w).abs().max()}"
 
 
@@ -523,7 +526,7 @@ def test_vmap_over_the_block_and_its_gradient(mapped: tuple[str, ...], backend: 
     places = (0, 1, 3, 4)
     got = torch.func.vmap(torch.func.grad(energy, places), dims)(*operands)
     alone = [torch.func.grad(stock, places)(*(t[i] if d == 0 else t for t, d in zip(operands, dims))) for i in range(T)]
-    torch.testing.assert_close(got, tuple(torch.stack(g) for g in zip(*alone)), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(got, tuple(torch.stack(g) for g in zip(*alone)), **GRADIENT)
 
 
 def test_second_order_maml_through_grad_vmap_grad(backend: str) -> None:
@@ -550,7 +553,7 @@ def test_second_order_maml_through_grad_vmap_grad(backend: str) -> None:
         dims = (0, 0, None, None, None, None)
         return torch.func.grad(lambda *p: torch.func.vmap(one, dims)(x, y, *p).mean(), (0, 1, 2, 3))(*parameters)
 
-    torch.testing.assert_close(meta(fused), meta(plain), rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(meta(fused), meta(plain), **STEPS)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every Function

@@ -13,7 +13,7 @@ from loops import all_close, close, gradients_of, plain_loop
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_kernels import backends
+from lambda_kernels import agreement, backends
 from lambda_maml import LambdaMAML, adapt, adapt_tasks, models, recorded
 
 ON_GPU = torch.cuda.is_available()
@@ -21,8 +21,9 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BACKENDS = ["auto", "cuda", "triton", "reference"] if ON_GPU else ["triton"]
 STEPS, LR = 2, 0.1
 GROUPS = loops.conv4_groups()
-# In units of how far the adaptation goes: what TF32 and half-precision sums in another order may do.
-NEAR = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.2}
+# In units of how far the adaptation goes, above the table: two steps go a short way, of which the digits of bfloat16
+# are a large part, and TF32 on a device rounds where the plain loop on it need not.
+NEAR = {torch.float32: 2e-3, torch.bfloat16: 0.2}
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
@@ -99,10 +100,9 @@ def test_low_precision_stays_near(dtype: torch.dtype, backend: str) -> None:
     ).parameters
     ours = adapt(model.to(dtype), xs.to(dtype), ys, pattern="11111", steps=STEPS, lr=LR).parameters_dict()
 
-    def distance(found: dict[str, Tensor]) -> float:
-        return float(sum((found[n].detach().double() - truth[n]).square().sum() for n in truth)) ** 0.5
-
-    assert distance(ours) <= 2 * distance(plain) + NEAR[dtype] * distance(start)
+    got, own, began, exact = ([named[n] for n in truth] for named in (ours, plain, start, truth))
+    found = agreement.errors(got, own, exact, agreement.distance(began, exact))
+    assert found.mine <= agreement.FACTOR * found.stock + NEAR[dtype]
 
 
 @pytest.mark.gpu
@@ -133,6 +133,7 @@ def test_compiled_functions_run_on_the_device(backend: str) -> None:
         return lk.functional.conv_block(x, weight, None, gamma, beta).pow(2).sum()
 
     results = [f(*operands) for f in (torch.compile(function, fullgraph=True), function)]
-    torch.testing.assert_close(results[0], results[1], rtol=1e-2, atol=1e-2)
+    pair = agreement.TOLERANCES[torch.float32].pair
+    torch.testing.assert_close(results[0], results[1], rtol=pair, atol=pair)
     for got, want in zip(*(torch.autograd.grad(y, operands) for y in results)):
-        assert float((got - want).norm()) <= 1e-2 * float(want.norm())
+        assert agreement.apart(got, want) is None

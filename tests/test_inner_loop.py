@@ -7,14 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-from cases import assert_as_exact, layouts
+from cases import STEPS, assert_as_exact, layouts
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from lambda_kernels.agreement import errors
 from lambda_kernels.backends import reasons
 from lambda_kernels.backends.native import Native, _constants
 from lambda_kernels.backends.reference import Reference
@@ -28,7 +29,6 @@ pytestmark = [
 
 LR = 0.1
 MOST_KEPT = 256 * 2**20  # kMostKept of csrc/arena.h
-NEAR: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-10}  # a few steps in float64 against the same in another order
 
 
 class Layer(NamedTuple):
@@ -98,7 +98,7 @@ def run(
 
 
 def near(name: str, got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, **NEAR, msg=lambda text: f"{name}: {text}")
+    torch.testing.assert_close(got, want, **STEPS, msg=lambda text: f"{name}: {text}")
 
 
 def check(network: Network, task: Given, updated: list[bool], steps: int, name: str = "") -> None:
@@ -159,10 +159,8 @@ def test_few_pixels_in_float32_are_as_near_to_the_truth_as_the_plain_steps(name:
     truth = run(Reference(), network, wide, updated, 5)[1]
     have, stock = (run(backend, network, single, updated, 5)[1] for backend in (Native(), Reference()))
 
-    def error(found: list[Tensor]) -> float:
-        return sum(float((t.double() - exact).square().sum()) for t, exact in zip(found, truth)) ** 0.5
-
-    assert error(have) <= 2 * error(stock) + 1e-6
+    found = errors(have, stock, truth)
+    assert found.agree and found.mine < 1e-5, found  # the steps are few
 
 
 def recorded(call: Callable[[], object]) -> list[str]:
@@ -352,8 +350,8 @@ def test_threads_change_a_task_by_rounding_alone(threads: int) -> None:
             one_task = task._replace(x=task.x[:1], labels=task.labels[:1])
             alone = run(Native(), network, one_task, network.from_layer(0), 3)
         for whole, one, first in zip(want[1], together[1], alone[1]):
-            torch.testing.assert_close(one, whole, **NEAR)
-            torch.testing.assert_close(first, whole[0], **NEAR)
+            torch.testing.assert_close(one, whole, **STEPS)
+            torch.testing.assert_close(first, whole[0], **STEPS)
 
 
 BIG = Network((3, 40, 41), (Layer(48), Layer(48), Layer(48)), images=8)

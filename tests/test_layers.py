@@ -12,6 +12,7 @@ from cases import EXACT
 from torch import Tensor, nn
 
 import lambda_kernels as lk
+from lambda_kernels.agreement import within
 
 PAIRS: dict[str, tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = {
     "conv2d": (nn.Conv2d, lk.Conv2d, (4, 6, 3), {"padding": 1, "groups": 2}),
@@ -90,6 +91,7 @@ def test_autocast_is_torchs(name: str, dtype: torch.dtype) -> None:
         y.float().square().mean().backward()
         results.append((y, layer.weight.grad))
     assert results[1][0].dtype == results[0][0].dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
+    # a gradient of a mean: values far below 1
     torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=1e-3)
 
 
@@ -99,7 +101,7 @@ def test_autocast_of_a_block_is_torchs() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         got, want = block(x), lk.to_torch(block)(x)
     assert got.dtype == want.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), want.float(), rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(got.float(), want.float(), **within(got.dtype))
 
 
 def test_autocast_still_checks() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import EXACT
 from torch import Tensor
 
 from lambda_kernels import autograd, backends, info
@@ -227,7 +228,7 @@ def test_the_inner_loop_over_measured_operations_is_the_native_one() -> None:
         own = [p.clone() for p in parameters]
         losses = who.inner_loop(x, labels, own, [True] * 8, spec, 3, 0.1)
         results.append([losses.double(), *own])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(results[0], results[1], **EXACT)
 
 
 def test_info_prints_the_choices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

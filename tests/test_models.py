@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import EXACT, STEPS
 from torch import nn
 
 import lambda_kernels as lk
@@ -42,8 +43,8 @@ def test_it_is_the_network_of_the_papers(training: bool) -> None:
     stock = nn.Sequential(*layers, nn.Flatten(), nn.Linear(3, 4)).double().train(training)
     stock.load_state_dict(dict(zip(stock.state_dict(), model.state_dict().values())))
     x = torch.randn(5, 2, 20, 20, dtype=torch.float64)
-    torch.testing.assert_close(model(x), stock(x), rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(lk.to_torch(model)(x), stock(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(x), stock(x), **STEPS)
+    torch.testing.assert_close(lk.to_torch(model)(x), stock(x), **EXACT)
 
 
 def test_settings_and_back() -> None:

@@ -17,7 +17,9 @@ from cases import (
     BLOCKS,
     CONVS,
     EXACT,
+    GRADIENT,
     LINEARS,
+    STEPS,
     THIRDS,
     BlockCase,
     ConvCase,
@@ -211,7 +213,7 @@ def test_block_in_float64(case: BlockCase) -> None:
     torch.testing.assert_close(got, want, **EXACT)
     gy = torch.randn_like(want)
     grads = [torch.autograd.grad(y, list(t.values()), gy) for y, t in ((got, mine), (want, plain))]
-    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(*grads, **GRADIENT)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def test_block_on_constant_images(fused: bool) -> None:
         y = TRITON.conv_block(x, weight, gamma, beta, spec, 1e-5, 2)[1]
     else:
         y = TRITON.norm_relu_pool(REFERENCE.conv2d(x, weight, None, spec), gamma, beta, 1e-5, 2)[0]
-    torch.testing.assert_close(y, F.relu(beta)[:, None, :, None, None].expand_as(y), rtol=0, atol=1e-6)
+    torch.testing.assert_close(y, F.relu(beta)[:, None, :, None, None].expand_as(y), rtol=0, atol=1e-6)  # roundings
 
 
 def test_moments_of_many_tiles_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +331,7 @@ def test_what_is_not_finite_reaches_the_result_as_in_torch(value: float, pool: i
     grads = [torch.autograd.grad(y.sum(), tensors) for y in (got, want)]
     for name, mine, stock in zip(operands, *grads):
         if name != "bias":  # exactly zero here
-            torch.testing.assert_close(mine, stock, equal_nan=True, rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(mine, stock, equal_nan=True, **GRADIENT)
 
 
 def test_block_breaks_ties_as_torch() -> None:
@@ -397,7 +399,7 @@ def test_inner_loop_is_the_references(bits: str) -> None:
         own = [p.clone() for p in parameters]
         losses = backend.inner_loop(x, labels, own, updated, specs, 3, 0.1)
         results.append([losses, *own])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(results[0], results[1], **STEPS)
     moved = [not torch.equal(a, b) for a, b in zip(results[0][1:], parameters)]
     assert moved == updated
 
@@ -447,7 +449,7 @@ def test_vmap_over_tasks() -> None:
 
     got = torch.func.vmap(torch.func.grad(energy, places), dims)(*operands)
     alone = [torch.func.grad(stock, places)(*(t[i] if d == 0 else t for t, d in zip(operands, dims))) for i in range(T)]
-    torch.testing.assert_close(got, tuple(torch.stack(g) for g in zip(*alone)), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(got, tuple(torch.stack(g) for g in zip(*alone)), **GRADIENT)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every Function

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import EXACT, IMAGES, assert_as_exact, layouts
+from cases import EXACT, IMAGES, STEPS, assert_as_exact, layouts
 from loops import conv4_groups, plain_loop, torch_conv4
 from tape import Tape
 from torch import Tensor
 
+from lambda_kernels.agreement import within
 from lambda_kernels.backends import native
 from lambda_kernels.backends.native import Native
 from lambda_kernels.backends.reference import Reference
@@ -374,7 +375,8 @@ def test_constant_images_have_no_variance() -> None:
     _, weight, gamma, beta = frozen_operands(case, torch.float32, 1)
     x = torch.full((1, *case.x), 3.0)
     y, mean, rstd = block(Native(), case, (x, weight, gamma, beta)).values()
-    torch.testing.assert_close(mean, 3.0 * weight.sum((2, 3, 4)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean, 3.0 * weight.sum((2, 3, 4)), **within(torch.float32))
+    # a variance of next to nothing beside eps
     torch.testing.assert_close(rstd, torch.full_like(rstd, EPS**-0.5), rtol=1e-4, atol=0.0)
     assert y.isfinite().all()
 
@@ -396,7 +398,7 @@ def test_threads_change_a_frozen_block_by_rounding_alone() -> None:
                 with on_threads(threads):
                     found.append(block(Native(), case, given))
             for key in found[0]:
-                torch.testing.assert_close(found[0][key], found[1][key], rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(found[0][key], found[1][key], **EXACT)
 
 
 def takes(x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> bool:
@@ -591,9 +593,9 @@ def check_adaptation() -> None:
         want = plain_loop(network, conv4_groups(), pattern, xs, ys, xq, yq, steps=3, lr=0.1)
         adapted = adapt(model, xs, ys, pattern=pattern, steps=3, lr=0.1)
         with torch.no_grad():
-            torch.testing.assert_close(adapted(xq), want.logits, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(adapted(xq), want.logits, **STEPS)
         for name, value in adapted.parameters_dict().items():
-            torch.testing.assert_close(value.detach(), want.parameters[name], rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(value.detach(), want.parameters[name], **STEPS)
 
 
 def check_instruction_set() -> None:
