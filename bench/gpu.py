@@ -49,7 +49,7 @@ def device_of(dry_run: bool) -> dict[str, str]:
         )
     if dry_run:
         return {"name": "cpu", "capability": ""}
-    done = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, text=True, timeout=600, cwd=ROOT)
     if done.returncode:
         raise SystemExit(f"make gpu: torch of {sys.executable} does not import: {done.stderr.strip().splitlines()[-1]}")
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])

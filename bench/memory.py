@@ -29,7 +29,7 @@ SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "M
 def peak(configuration: Configuration, pattern: str, contender: str, threads: int) -> float:
     """MiB, measured in a process of its own."""
     command = [sys.executable, __file__, pattern, contender, *map(str, configuration), f"--threads={threads}"]
-    done = subprocess.run(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=1800)
     if done.returncode:
         raise Skip(f"no peak: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return float(done.stdout)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import BACKENDS, BLOCKS
+from machine import PATIENCE
 from torch import Tensor
 
 import lambda_kernels as lk
@@ -30,7 +31,7 @@ def run_python(code: str, **environment: str) -> Any:
         text=True,
         env=os.environ | environment,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

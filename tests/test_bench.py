@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine import PATIENCE
 
 from lambda_maml import Pattern, data, models, select_pattern
 from lambda_maml.timing import STOCK, read_timings
@@ -28,7 +29,7 @@ def bench(*arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "TRITON_INTERPRET")}
     environment.update(PYTHONPATH=path, OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def configuration(**more: Any) -> dict[str, Any]:

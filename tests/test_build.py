@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machine import PATIENCE
 
 import lambda_kernels
 from lambda_kernels import _build, info
@@ -28,7 +29,7 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> su
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import GRADIENT, STEPS
+from machine import PATIENCE
 from torch import Tensor, nn
 
 import lambda_kernels as lk
@@ -249,5 +250,5 @@ print(torch.get_num_threads())
 @needs_native
 def test_tasks_spread_over_threads_come_back() -> None:
     """oneDNN's primitives for two threads must not be run by one: in a fresh process, whose workers are new."""
-    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout.strip() == "2"

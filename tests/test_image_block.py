@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import EXACT, IMAGES, ImageCase, assert_as_exact
+from machine import PATIENCE
 from torch import Tensor
 
 from lambda_kernels.backends.native import Native
@@ -162,7 +163,7 @@ def test_every_instruction_set_gives_the_same_to_rounding() -> None:
     def run(isa: str) -> dict[str, Any]:
         environment = {**os.environ, "LAMBDA_KERNELS_ISA": isa}
         done = subprocess.run(
-            [sys.executable, "-c", CHECKSUMS, here], env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", CHECKSUMS, here], env=environment, capture_output=True, text=True, timeout=PATIENCE
         )
         if done.returncode != 0 and "this machine runs" in done.stderr:
             pytest.skip(done.stderr.splitlines()[-1])

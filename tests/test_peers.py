@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from benches import module
+from machine import PATIENCE
 from torch.utils.flop_counter import FlopCounterMode
 
 from lambda_maml import Pattern
@@ -100,7 +101,7 @@ def run(what: str, path: Path, *arguments: str) -> subprocess.CompletedProcess[s
     environment.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT / "bench"), *sys.path]))
     options = ["--tiny", "--rounds=2", "--seconds=0", "--compile-backend=aot_eager", f"--json={path}", *arguments]
     command = [sys.executable, "-c", DRIVER, what, *options]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

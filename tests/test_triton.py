@@ -29,6 +29,7 @@ from cases import (
     stock_block,
     subsets,
 )
+from machine import PATIENCE
 from test_functional import BLOCK, as_called, block_operands, check_block_rounding, check_gradients, geometry, tiny
 from torch import Tensor
 
@@ -657,5 +658,5 @@ from lambda_kernels.backends.triton import Triton
 Triton().refusals("conv2d", __import__("torch").device("cpu"), __import__("torch").float32, 1)
 assert not any(name.partition(".")[0] == "triton" for name in sys.modules), "triton was imported"
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from cases import EXACT, IMAGES, STEPS, assert_as_exact, layouts
 from loops import conv4_groups, plain_loop, torch_conv4
+from machine import PATIENCE
 from tape import Tape
 from torch import Tensor
 
@@ -570,8 +571,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 def errors() -> dict[str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process with more of them must not be forked
     done = subprocess.run(
-        [sys.executable, "-c", ATTEMPTS, HERE], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
+        [sys.executable, "-c", ATTEMPTS, HERE], env=environment, capture_output=True, text=True, timeout=PATIENCE,
+        check=True,
+    )  # fmt: skip
     lines = (line.split("\t") for line in done.stdout.splitlines() if "\t" in line)
     return {name: text for name, text in lines}
 
@@ -615,7 +617,7 @@ def test_every_instruction_set_is_exact(isa: str) -> None:
     program = "import sys; sys.path.insert(0, sys.argv[1]); import test_winograd as t; t.check_instruction_set()"
     environment = {**os.environ, "LAMBDA_KERNELS_ISA": isa, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program, HERE], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program, HERE], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     if done.returncode != 0 and "this machine runs" in done.stderr:
         pytest.skip(done.stderr.splitlines()[-1])
