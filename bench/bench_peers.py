@@ -7,13 +7,11 @@ breaks, is a column that says so; whoever gives another result stops the configu
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import floor
@@ -23,7 +21,6 @@ import torch
 from by_hand import LR, NORM, Compiled, LogitsGate, Stock, Tasks, Vmapped, convolutional, residual
 from gpu_report import write as write_text
 from harness import (
-    CONFIGURATIONS,
     Build,
     Column,
     Configuration,
@@ -41,6 +38,7 @@ from harness import (
     write,
 )
 from peers import BY_HAND, FULL, LAST, PACKAGES, Contender, Make, Ours, StockFull, versions
+from peers_options import MANY, QUERY, RESIDUAL_PATTERN, Options, command, options_of, parse
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -50,36 +48,6 @@ from lambda_kernels import info
 from lambda_maml import Pattern, adapt, adapt_tasks
 
 CPU = torch.device("cpu")
-KINDS = ("adapt", "packages", "query", "growth", "tasks", "memory", "general", "odd")
-# Where the rows that are not taken everywhere are taken.
-PLACES = {
-    "growth": ("mini-imagenet-64", "mini-imagenet-5-shot", "mini-imagenet"),
-    "tasks": ("omniglot", "cifar-1-shot", "mini-imagenet"),
-    "memory": ("mini-imagenet-64", "cifar", "omniglot"),
-}
-RESIDUAL = {"residual-84": Configuration(84, 3, 32, 5, 1, 5), "residual-32": Configuration(32, 3, 32, 5, 5, 5)}
-RESIDUAL_PATTERN = "00000111"  # the last block and the head
-# Sizes that fill neither vectors nor tiles; 5 and 75 images.
-ODD = {
-    f"odd-{size}-{width}-{5 * shots}": Configuration(size, 3, width, 5, shots, 5)
-    for size in (7, 21, 33)
-    for width in (1, 5, 48, 100)
-    for shots in (1, 15)
-}
-QUERY, MANY = 15, 16  # query images a class; tasks
-
-
-class Options(NamedTuple):
-    configurations: Mapping[str, Configuration]
-    residual: Mapping[str, Configuration]
-    odd: Mapping[str, Configuration]
-    kinds: Sequence[str]
-    seconds: float
-    rounds: int
-    compile_seconds: float
-    compile_full: bool
-    compile_backend: str
-    places: Mapping[str, Sequence[str]]
 
 
 class Ready(NamedTuple):
@@ -362,67 +330,8 @@ def show(document: Mapping[str, Any], console: Console) -> None:
         console.print(shown)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    add = parser.add_argument
-    known = "; ".join(f"{name}: {CONFIGURATIONS[name]}" for name in peers_report.GOALS)
-    add("--configurations", type=names_of(list(CONFIGURATIONS)), default=list(peers_report.GOALS), metavar="NAMES",
-        help=f"Separated by commas. Default: all of the goals' ({known})")
-    add("--kinds", type=names_of(KINDS), default=list(KINDS), metavar="NAMES",
-        help=f"Kinds of rows, separated by commas, of {','.join(KINDS)}. Default: all")
-    add("--seconds", type=float, default=15.0,
-        help="Of a configuration's main rows; others take a part. Three rounds at least. Default: %(default)s")
-    add("--rounds", type=int, default=200, help="Rounds of a row at most. Default: %(default)s")
-    add("--threads", type=int, help="Threads of torch. Default: torch's own choice")
-    add("--compile-seconds", type=float, default=180.0,
-        help="Once it compiled for that long, torch.compile is left out. Default: %(default)s")
-    add("--compile-full", action="store_true", help="torch.compile under the full pattern too.")
-    add("--compile-backend", default="inductor", help="Of torch.compile. Default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="Results, rewritten after each row.")
-    add("--markdown", type=Path, metavar="FILE", help="The tables.")
-    add("--plot", type=Path, metavar="FILE", help="The picture, .svg or .png.")
-    add("--tiny", action="store_true", help="Tiny shapes, to see that everything runs; nothing of it is a measurement.")
-    return parser.parse_args(arguments)
-
-
-def names_of(known: Sequence[str]) -> Callable[[str], list[str]]:
-    def names(text: str) -> list[str]:
-        found = list(dict.fromkeys(text.split(",")))
-        if unknown := [name for name in found if name not in known]:
-            raise argparse.ArgumentTypeError(f"no {', '.join(unknown)}: choose from {', '.join(known)}")
-        return found
-
-    return names
-
-
-def options_of(given: argparse.Namespace) -> Options:
-    configurations = {name: CONFIGURATIONS[name] for name in given.configurations}
-    blocks, odd, places = RESIDUAL, ODD, PLACES
-    if given.tiny:
-        small = {"image_size": 16, "width": 4, "ways": 3, "shots": 2, "steps": 2}
-        configurations = {name: c._replace(**small) for name, c in configurations.items()}
-        blocks = {name: c._replace(**small) for name, c in blocks.items()}
-        odd = {"odd-7-5-6": Configuration(7, 3, 5, 3, 2, 2)}
-        places = {}
-    return Options(
-        configurations, blocks, odd, given.kinds, given.seconds, given.rounds, given.compile_seconds,
-        given.compile_full, given.compile_backend, places,
-    )  # fmt: skip
-
-
-def command(given: argparse.Namespace) -> str:
-    """The command line, less the files."""
-    usual = vars(parse([]))
-    words = ["python bench/bench_peers.py"]
-    for name, value in vars(given).items():
-        if name not in ("json", "markdown", "plot") and value != usual[name]:
-            text = ",".join(value) if isinstance(value, list) else str(value)
-            words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={text}"))
-    return " ".join(words)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = parse(arguments)
+    given = parse(arguments, (__doc__ or "").partition("\n\n")[0])
     if given.threads:
         torch.set_num_threads(given.threads)
     start = time.perf_counter()

@@ -27,7 +27,7 @@ EVERY = [str(p) for p in Pattern.all(5)]
 def bench(*arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
     # interpreted Triton kernels take minutes here
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "TRITON_INTERPRET")}
-    environment.update(PYTHONPATH=path, OMP_NUM_THREADS="1")
+    environment.update(PYTHONPATH=os.pathsep.join(filter(None, [path, *sys.path])), OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 

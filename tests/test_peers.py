@@ -51,12 +51,12 @@ def test_everybody_gives_the_result_of_the_plain_loop(bits, name):
 
 @pytest.mark.parametrize("prefix", [False, True])
 def test_the_residual_network_is_adapted_by_hand_as_by_us(prefix):
-    bench, pattern = module("bench_peers"), Pattern("00000111")
+    options, pattern = module("peers_options"), Pattern("00000111")
     problem = harness.make_problem(TINY, CPU, by_hand.residual)
     held = harness.Gate(problem, pattern, TINY.steps, by_hand.LR, by_hand.NORM)
     for make in (peers.Ours, functools.partial(by_hand.Stock, prefix=prefix)):
         held(lambda given, make=make: make(given, pattern, TINY.steps).result())
-    assert str(pattern) == bench.RESIDUAL_PATTERN
+    assert str(pattern) == options.RESIDUAL_PATTERN
     with pytest.raises(ValueError, match="updates a part of block3 only"):
         harness.updated_children(problem.model, "00000011")
 
@@ -109,7 +109,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of a run of all kinds of rows but memory, which takes a process for each figure."""
     folder = tmp_path_factory.mktemp("peers")
     files = [f"--markdown={folder / 'peers.md'}", f"--plot={folder / 'peers.svg'}"]
-    kinds = ",".join(kind for kind in module("bench_peers").KINDS if kind != "memory")
+    kinds = ",".join(kind for kind in module("peers_options").KINDS if kind != "memory")
     done = run("right", folder / "peers.json", "--configurations=omniglot", f"--kinds={kinds}", *files)
     assert done.returncode == 0, done.stdout + done.stderr
     document = report.read(folder / "peers.json")
