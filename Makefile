@@ -10,14 +10,14 @@ supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 1
     "lambda-kernels needs Python 3.10 to 3.13, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench peers timings gpu lint wheel tried-wheel clean distclean force
+.PHONY: help demo test bench peers timings gpu format lint wheel tried-wheel clean distclean force
 
 help:
 	@echo "make demo     train on an embedded image set, choose a pattern, draw the picture: runs/demo"
 	@echo "make test     all tests"
 	@echo "make bench    benchmarks: make peers, which writes docs/performance.md, then make timings: bench/results/local.json"
 	@echo "make gpu      build, tests and benchmarks on a GPU machine with $(PYTHON) as it is: bench/results, docs/gpu.md"
-	@echo "make lint     ruff and mypy"
+	@echo "make lint     ruff and mypy, and the forms of ruff format and clang-format; make format writes these"
 	@echo "make wheel    wheels in dist/ (CPU; with a CUDA torch also CUDA), each tried in an environment of its own"
 	@echo "make clean    remove what was built; make distclean: $(VENV) too"
 	@echo "PYTHON=python3.12 names the interpreter of a new $(VENV), CXX=g++-13 the compiler, MAX_JOBS=2 compilers at a time."
@@ -51,8 +51,15 @@ gpu:
 	@$(call supported,$(PYTHON))
 	@$(PYTHON) bench/gpu.py $(GPU_ARGS)
 
+# What make lint asks for: Python by ruff, C++ and CUDA by clang-format.
+format: $(VENV)/.required
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
+
 lint: $(VENV)/.required
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/mypy
 	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs tests
 	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs bench

@@ -119,9 +119,7 @@ class Bench:
 
     def time(self, columns: Mapping[str, Column]) -> dict[str, Any]:
         """Milliseconds an adaptation for every column, and how often slower each is than the column "ours"."""
-        each = each_round(
-            columns, seconds=self.sizes.seconds, rounds=self.sizes.rounds, synchronize=self.synchronize
-        )
+        each = each_round(columns, seconds=self.sizes.seconds, rounds=self.sizes.rounds, synchronize=self.synchronize)
         ratios = {n: [t / own for t, own in zip(v, each["ours"])] for n, v in each.items() if n != "ours"}
         return {
             "columns": {name: spread(values) for name, values in each.items()},

@@ -48,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("lambda kernels").addoption
     known = "; ".join(f"{name}: {c}" for name, c in CONFIGURATIONS.items())
     add("--bench-config", type=configurations, default="omniglot,cifar", metavar="NAMES",
-        help=f"Configurations of bench_adapt, separated by commas, or all ({known}). Default: %(default)s")
+        help=f"Configurations of bench_adapt, separated by commas, or all ({known}). Default: %(default)s")  # fmt: skip
     for name in Configuration._fields:
         words = name.replace("_", " ")
         add(f"--{name.replace('_', '-')}", type=whole, help=f"{words}, in place of the configuration's")

@@ -47,15 +47,15 @@ def parse(arguments: Sequence[str] | None, description: str = "") -> argparse.Na
     add = parser.add_argument
     known = "; ".join(f"{name}: {CONFIGURATIONS[name]}" for name in peers_report.GOALS)
     add("--configurations", type=names_of(list(CONFIGURATIONS)), default=list(peers_report.GOALS), metavar="NAMES",
-        help=f"Separated by commas. Default: all of the goals' ({known})")
+        help=f"Separated by commas. Default: all of the goals' ({known})")  # fmt: skip
     add("--kinds", type=names_of(KINDS), default=list(KINDS), metavar="NAMES",
-        help=f"Kinds of rows, separated by commas, of {','.join(KINDS)}. Default: all")
+        help=f"Kinds of rows, separated by commas, of {','.join(KINDS)}. Default: all")  # fmt: skip
     add("--seconds", type=float, default=15.0,
-        help="Of a configuration's main rows; others take a part. Three rounds at least. Default: %(default)s")
+        help="Of a configuration's main rows; others take a part. Three rounds at least. Default: %(default)s")  # fmt: skip
     add("--rounds", type=int, default=200, help="Rounds of a row at most. Default: %(default)s")
     add("--threads", type=int, help="Threads of torch. Default: torch's own choice")
     add("--compile-seconds", type=float, default=180.0,
-        help="Once it compiled for that long, torch.compile is left out. Default: %(default)s")
+        help="Once it compiled for that long, torch.compile is left out. Default: %(default)s")  # fmt: skip
     add("--compile-full", action="store_true", help="torch.compile under the full pattern too.")
     add("--compile-backend", default="inductor", help="Of torch.compile. Default: %(default)s")
     add("--json", type=Path, metavar="FILE", help="Results, rewritten after each row.")
