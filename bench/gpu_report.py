@@ -335,7 +335,7 @@ def cell(text: str) -> str:
 def read(path: Path) -> dict[str, Any]:
     document = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(document, dict) or document.get("schema") != 1:
-        raise SystemExit(f"{path.name}: not the results of make gpu (no \"schema\": 1)")
+        raise SystemExit(f'{path.name}: not the results of make gpu (no "schema": 1)')
     return document
 
 

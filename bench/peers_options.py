@@ -51,7 +51,8 @@ def parse(arguments: Sequence[str] | None, description: str = "") -> argparse.Na
     add("--kinds", type=names_of(KINDS), default=list(KINDS), metavar="NAMES",
         help=f"Kinds of rows, separated by commas, of {','.join(KINDS)}. Default: all")  # fmt: skip
     add("--seconds", type=float, default=15.0,
-        help="Of a configuration's main rows; others take a part. Three rounds at least. Default: %(default)s")  # fmt: skip
+        help="Of a configuration's main rows; others take a part. At least three rounds. Default: "
+             "%(default)s")  # fmt: skip
     add("--rounds", type=int, default=200, help="Rounds of a row at most. Default: %(default)s")
     add("--threads", type=int, help="Threads of torch. Default: torch's own choice")
     add("--compile-seconds", type=float, default=180.0,

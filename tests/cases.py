@@ -82,6 +82,7 @@ BLOCKS = (
 )
 THIRDS = BlockCase("pool-3", 3, 4, 5, (10, 11), pool=3)  # a window that the native backend has no kernel for
 
+
 class ImageCase(NamedTuple):
     """A first block whose patches have at most 32 numbers."""
 
