@@ -30,7 +30,7 @@ from cases import (
     subsets,
 )
 from machine import PATIENCE
-from test_functional import BLOCK, as_called, block_operands, check_block_rounding, check_gradients, geometry, tiny
+from operations import BLOCK, as_called, block_operands, check_block_rounding, check_gradients, geometry, tiny
 from torch import Tensor
 
 import lambda_kernels as lk

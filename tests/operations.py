@@ -1,0 +1,109 @@
+"""Operands of the operations, and the checks that several backends share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cases import (
+    BlockCase,
+    assert_as_exact,
+    decided,
+    stock_block,
+)
+from torch import Tensor
+
+import lambda_kernels as lk
+
+# Called with operands out of lists and tables.
+conv2d: Any = lk.functional.conv2d
+linear: Any = lk.functional.linear
+conv_block: Any = lk.functional.conv_block
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype)
+
+
+def block_operands(case: BlockCase, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """gamma of both signs; one channel that the ReLU shuts."""
+    width = case.width
+    kernel = 1 if min(case.size) == 1 else 3
+    beta = randn(width)
+    if width > 1:
+        beta[-1] = -20.0
+    x = randn(case.images, case.inputs, *case.size)
+    operands = {
+        "x": x,
+        "weight": randn(width, case.inputs // case.groups, kernel, kernel),
+        "bias": randn(width),
+        "gamma": randn(width) + 0.2,
+        "beta": beta,
+    }
+    return {name: t.to(dtype) for name, t in operands.items()}
+
+
+def geometry(case: BlockCase) -> dict[str, Any]:
+    return {
+        "padding": 0 if min(case.size) == 1 else case.padding,
+        "pool": case.pool,
+        "stride": case.stride,
+        "groups": case.groups,
+    }
+
+
+def as_called(case: BlockCase) -> BlockCase:
+    return case._replace(padding=geometry(case)["padding"])
+
+
+def check_block_rounding(exact: dict[str, Tensor], case: BlockCase) -> None:
+    mine, plain = ({k: v.float().requires_grad_() for k, v in exact.items()} for _ in range(2))
+    exact = {k: v.detach().float().double().requires_grad_() for k, v in exact.items()}
+    called = as_called(case)
+    results = [conv_block(**mine, **geometry(case)), *(stock_block(*t.values(), 1e-5, called) for t in (plain, exact))]
+    assert_as_exact("y", *results)
+    with torch.no_grad():
+        sure = decided(exact["x"], exact["weight"], exact["gamma"], exact["beta"], called, 1e-4)
+        gy = torch.randn_like(results[0]) * sure
+    grads = [torch.autograd.grad(y, list(t.values()), gy.to(y.dtype)) for y, t in zip(results, (mine, plain, exact))]
+    for name, *three in zip(exact, *grads):
+        got, stock, truth = three
+        assert_as_exact(name, got, stock, truth, terms=9 * case.width if name == "x" else 1)
+
+
+# Derivatives by every subset of the operands.
+
+# The bias comes last: its gradient is a constant, and gradgradcheck takes the outputs behind a constant one for others.
+BLOCK = ("x", "weight", "gamma", "beta", "bias")
+TINY = BlockCase("tiny", 2, 1, 2, (4, 5))
+
+
+def tiny(op: str, per_task: bool) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    shapes: dict[str, tuple[int, ...]] = {
+        "conv2d": {"x": (2, 2, 4, 3), "weight": (2, 1, 2, 2), "bias": (2,)},
+        "linear": {"x": (2, 3), "weight": (2, 3), "bias": (2,)},
+        "conv_block": {"x": (2, 1, 4, 5), "weight": (2, 1, 3, 3), "bias": (2,), "gamma": (2,), "beta": (2,)},
+    }[op]
+    lead = (2,) if per_task else ()
+    return {k: torch.randn(*lead, *s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
+
+
+def call(op: str, operands: dict[str, Tensor]) -> Tensor:
+    if op == "conv2d":
+        return conv2d(**operands, stride=(1, 2), padding=1, groups=2)
+    return linear(**operands) if op == "linear" else conv_block(**operands)
+
+
+def check_gradients(op: str, operands: dict[str, Tensor], mask: tuple[str, ...], fast: bool = True) -> None:
+    inputs = tuple(operands[name].clone().requires_grad_() for name in mask)
+
+    def function(*chosen: Tensor) -> Tensor:
+        return call(op, operands | dict(zip(mask, chosen)))
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=fast)
+    if (op, mask) == ("conv_block", ("bias",)):
+        (gradient,) = torch.autograd.grad(function(*inputs).sum(), inputs, create_graph=True)
+        assert not gradient.any()
+    else:
+        assert torch.autograd.gradgradcheck(function, inputs, fast_mode=fast)
