@@ -40,11 +40,6 @@ class Runner(NamedTuple):
     device: str
 
 
-@pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build.library(tmp_path_factory.mktemp("emulator"))
-
-
 @pytest.fixture(params=RUNNERS)
 def runner(request: pytest.FixtureRequest) -> Runner:
     if request.param == "device":
