@@ -69,8 +69,8 @@ def test_all_and_full() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "pattern '' is empty: give one bit a layer, as in '00011'"),
-        ("011,", "pattern '011,' is empty: give one bit a layer"),
+        ("", "pattern '' is empty: give one bit per layer, as in '00011'"),
+        ("011,", "pattern '011,' is empty: give one bit per layer"),
         ("   ", "is empty"),
         ("00000", "pattern '00000' updates no layer: at least one bit of '00000' must be 1"),
         ("111,000", "pattern '111,000' updates no layer: at least one bit of '000' must be 1"),

@@ -529,6 +529,11 @@ def _inner(
     meta: Mapping[str, Any], report: Mapping[str, Any], steps: int | None, lr: float | None, norm: str | None
 ) -> dict[str, Any]:
     """Steps, rate and norm of the inner loop: as asked, else as in the pattern.json, else as in the checkpoint."""
+    if "inner_rule" in report and lr is None:
+        raise ValueError(
+            f"the pattern was chosen for the inner rule {report['inner_rule']}, which the command line does not build: give "
+            "--lr for plain gradient descent, or call lambda_maml.adapt(..., rule=...)"
+        )
     settings = meta["settings"]
     default = {
         "steps": settings["test_steps"] or settings["steps"], "lr": settings["lr"], "norm": settings["norm"],

@@ -321,7 +321,7 @@ _CANDIDATE: dict[str, Any] = {
     "pattern": str, "accuracy": _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER, "drop": _MAYBE, "drop_bound": _MAYBE,
 }  # fmt: skip
 _FORM: dict[str, Any] = {
-    "network": str, "ways": int, "shots": int, "steps": int, "lr": (int, float, list, type(None)), "norm": str,
+    "network": str, "ways": int, "shots": int, "steps": int, "lr": (int, float, list), "norm": str,
     "max_drop": _NUMBER, "rule": str,
     "chosen": _CANDIDATE,
     "full": {"pattern": str, "accuracy": _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER},
@@ -340,7 +340,8 @@ def read_selection(path: str | Path) -> dict[str, Any]:
     schema = value.get("schema") if isinstance(value, dict) else None
     if schema != 1:
         raise ValueError(f"{path}: schema is {schema}, expected 1: not a pattern.json of this version")
-    _check_form(f"{path}: ", value, _FORM)
+    own_rates = {"lr": object} if "inner_rule" in value else {}
+    _check_form(f"{path}: ", value, {**_FORM, **own_rates})
     for index, row in enumerate(value["candidates"]):
         _check_form(f"{path}: candidates[{index}].", row, _CANDIDATE)
         try:
