@@ -2,11 +2,11 @@
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <torch/library.h>
 
 #include <algorithm>
 
-#include "block.h"
-#include "images.h"
+#include "image_block.h"
 #include "tensors.h"
 
 namespace lk {
@@ -18,8 +18,8 @@ Convolution sizes(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef g
               x.sizes(), ", with 2 kernel sizes and 7 numbers, got ", kernel.size(), " and ", geometry.size());
   Convolution c{x.size(1), x.size(3), x.size(4), x.size(2), 0, 0, outputs, {kernel[0], kernel[1]},
                 {geometry[0], geometry[1]}, {geometry[2], geometry[3]}, {geometry[4], geometry[5]}, 1};
-  TORCH_CHECK(Images<float>::takes(c, geometry[6]) && x.numel() > 0, "image_block: a kernel of ", kernel[0], "x", kernel[1],
-              " over images ", x.sizes().slice(1), " with pool ", geometry[6], ": at most ", Images<float>::kMostTaps,
+  TORCH_CHECK(ImageConvolution<float>::takes(c, geometry[6]) && x.numel() > 0, "image_block: a kernel of ", kernel[0], "x", kernel[1],
+              " over images ", x.sizes().slice(1), " with pool ", geometry[6], ": at most ", ImageConvolution<float>::kMostTaps,
               " numbers a patch and a pool of 1 or 2");
   c.size_output();
   return c;
@@ -28,17 +28,15 @@ Convolution sizes(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef g
 at::Tensor of_task(const at::Tensor& t, int64_t task) { return t[t.size(0) == 1 ? 0 : task]; }
 
 template <typename T>
-Images<T> images_of(const Convolution& c, int64_t pool, const at::Tensor& x, int64_t task, Arena& arena) {
+ImageConvolution<T> images_of(const Convolution& c, int64_t pool, const at::Tensor& x, int64_t task, Arena& arena) {
   const at::Tensor own = of_task(x, task);
-  return Images<T>(c, pool, own.const_data_ptr<T>(), own.strides().data(), arena);
+  return ImageConvolution<T>(c, pool, own.const_data_ptr<T>(), own.strides().data(), arena);
 }
 
 template <typename T>
 const T* values(const at::Tensor& t, int64_t task) {
   return t.const_data_ptr<T>() + (t.size(0) == 1 ? 0 : task) * (t.numel() / t.size(0));
 }
-
-}  // namespace
 
 at::Tensor image_moments(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef geometry) {
   const Convolution c = sizes(x, kernel, geometry, 0);
@@ -72,9 +70,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> image_block(const at:
     const Borrowed arena;
     for (int64_t task = 0; task < tasks; ++task) {
       const Arena::Mark mark = (*arena).mark();
-      const Images<scalar_t> images = images_of<scalar_t>(c, pool, x, task, *arena);
+      const ImageConvolution<scalar_t> images = images_of<scalar_t>(c, pool, x, task, *arena);
       const Patches patches(moments.size(1) - 1, values<double>(moments, task));
-      images.forward(values<scalar_t>(weight, task), values<scalar_t>(gamma, task), values<scalar_t>(beta, task), patches,
+      images.block(values<scalar_t>(weight, task), values<scalar_t>(gamma, task), values<scalar_t>(beta, task), patches,
                      eps, y[task].mutable_data_ptr<scalar_t>(), index[task].mutable_data_ptr<uint8_t>(),
                      mean[task].mutable_data_ptr<scalar_t>(), rstd[task].mutable_data_ptr<scalar_t>(), *arena);
       (*arena).rewind(mark);
@@ -100,7 +98,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> image_block_grad(const at::Tensor
       const Arena::Mark mark = (*arena).mark();
       const Patches patches(moments.size(1) - 1, values<double>(moments, task));
       images_of<scalar_t>(c, geometry[6], x, task, *arena)
-          .backward(values<scalar_t>(gy, task), values<scalar_t>(weight, task), values<scalar_t>(gamma, task),
+          .block_grad(values<scalar_t>(gy, task), values<scalar_t>(weight, task), values<scalar_t>(gamma, task),
                     values<uint8_t>(index, task), values<scalar_t>(rstd, task), patches,
                     dweight[task].mutable_data_ptr<scalar_t>(), dgamma[task].mutable_data_ptr<scalar_t>(),
                     dbeta[task].mutable_data_ptr<scalar_t>(), *arena);
@@ -110,4 +108,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> image_block_grad(const at::Tensor
   return {dweight, dgamma, dbeta};
 }
 
+TORCH_LIBRARY_FRAGMENT(lambda_kernels, m) {
+  // x [1 or T, N, C, H, W] -> moments [1 or T, K + 1, K + 1], float64; geometry: stride, padding, dilation (vertical,
+  // horizontal each), pool
+  m.def("image_moments(Tensor x, int[] kernel, int[] geometry) -> Tensor");
+  // -> y, index [T, N, O, H', W'], mean, rstd [T, O]
+  m.def("image_block(Tensor x, Tensor weight, Tensor gamma, Tensor beta, Tensor moments, int[] geometry, float eps) -> "
+        "(Tensor, Tensor, Tensor, Tensor)");
+  // -> dweight [T, O, C, kh, kw], dgamma, dbeta [T, O]
+  m.def("image_block_grad(Tensor gy, Tensor x, Tensor weight, Tensor gamma, Tensor index, Tensor rstd, Tensor moments, "
+        "int[] geometry) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
+  m.impl("image_moments", &image_moments);
+  m.impl("image_block", &image_block);
+  m.impl("image_block_grad", &image_block_grad);
+}
+
+}  // namespace
 }  // namespace lk

@@ -121,7 +121,7 @@ class Chain:
             NaN. The updated parameters' new values by name, [T, ...]; without the axis where T is 1 and they came so.
         """
         with torch.no_grad():
-            rows, new = backend.adapted(x, labels, *self._given(state, updated, x), self.specs, steps, lr)
+            rows, new, _ = backend.inner_loop(x, labels, *self._given(state, updated, x), self.specs, steps, [lr])
         return rows, dict(zip((name for name in self.names if name in updated), new))
 
     def prepare(
@@ -138,7 +138,10 @@ class Chain:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """As `descend`, with the logits [T, Q, ways] of query images [T, Q, ...] in place of the parameters."""
         with torch.no_grad():
-            return backend.classified(x, labels, query, *self._given(state, updated, x), self.specs, steps, lr)
+            given = self._given(state, updated, x)
+            rows, _, logits = backend.inner_loop(x, labels, *given, self.specs, steps, [lr], query)
+        assert logits is not None
+        return rows, logits
 
     def _given(
         self, state: Mapping[str, Tensor], updated: Collection[str], x: Tensor

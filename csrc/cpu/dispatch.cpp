@@ -4,6 +4,7 @@
 #include <string>
 
 #include "image_block.h"
+#include "isa.h"
 #include "norm_relu_pool.h"
 #include "product.h"
 #include "winograd.h"

@@ -5,8 +5,7 @@
 
 namespace lk {
 
-constexpr int64_t kImageTaps = 9;    // taps that a reduction takes at a time: K is rounded up to whole ones
-constexpr int64_t kImageLanes = 16;  // outputs are rounded up to whole ones, which any vector divides
+constexpr int64_t kImageTaps = 9;  // taps that a reduction takes at a time: K is rounded up to whole ones
 
 template <typename T>
 struct ImageBlock {

@@ -27,12 +27,12 @@ struct NormReluPool {
   T* dgamma;       // [tasks, channels]
   T* dbeta;        // [tasks, channels]
   T* dz;           // as z
-  double* partial; // [tasks, images, slabs, 2 (second: 5), channels] scratch of the reductions
+  double* partial; // [tasks, images, slabs, 2 (grad_grad: 5), channels] scratch of the reductions
 };
 
 // The derivative of (dz, dgamma, dbeta) in direction (v, v_gamma, v_beta), taken back to gy, z and gamma.
 template <typename T>
-struct NormReluPoolSecond : NormReluPool<T> {
+struct NormReluPoolGradGrad : NormReluPool<T> {
   const T* v;        // as z, or null for zeros
   const T* v_gamma;  // [tasks, channels]
   const T* v_beta;   // [tasks, channels]
@@ -43,7 +43,7 @@ struct NormReluPoolSecond : NormReluPool<T> {
 };
 
 // Items: (task, image, slab) for the reductions, tasks for the merges, (task, image, row of y) for `apply`,
-// (task, image, row of windows, the last one short where pool does not divide the height) for `dense` and its second.
+// (task, image, row of windows, the last one short where pool does not divide the height) for `dense` and `dense_grad_grad`.
 template <typename T>
 struct NormReluPoolKernels {
   void (*moments)(const NormReluPool<T>&, int64_t begin, int64_t end);        // z -> partial
@@ -54,13 +54,10 @@ struct NormReluPoolKernels {
   void (*reduce)(const NormReluPool<T>&, int64_t begin, int64_t end);         // gy, z, index -> partial
   void (*merge_reduce)(const NormReluPool<T>&, int64_t begin, int64_t end);   // partial -> dgamma, dbeta
   void (*dense)(const NormReluPool<T>&, int64_t begin, int64_t end);          // gy, z, dgamma, dbeta -> dz
-  void (*reduce_second)(const NormReluPoolSecond<T>&, int64_t begin, int64_t end);  // v, gy, z -> partial
-  void (*merge_second)(const NormReluPoolSecond<T>&, int64_t begin, int64_t end);   // partial -> sums, d_gamma
-  void (*dense_second)(const NormReluPoolSecond<T>&, int64_t begin, int64_t end);   // v, gy, z, sums -> d_gy, d_z
+  void (*reduce_grad_grad)(const NormReluPoolGradGrad<T>&, int64_t begin, int64_t end);  // v, gy, z -> partial
+  void (*merge_grad_grad)(const NormReluPoolGradGrad<T>&, int64_t begin, int64_t end);   // partial -> sums, d_gamma
+  void (*dense_grad_grad)(const NormReluPoolGradGrad<T>&, int64_t begin, int64_t end);   // v, gy, z, sums -> d_gy, d_z
 };
-
-// The fastest instruction set of this machine, or the one that LAMBDA_KERNELS_ISA names: "avx512", "avx2", "generic".
-const char* isa();
 
 template <typename T>
 const NormReluPoolKernels<T>& norm_relu_pool_kernels();

@@ -283,7 +283,7 @@ static void dense(const NormReluPool<T>& p, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-static void reduce_second(const NormReluPoolSecond<T>& p, int64_t begin, int64_t end) {
+static void reduce_grad_grad(const NormReluPoolGradGrad<T>& p, int64_t begin, int64_t end) {
   const int64_t C = p.channels, W = p.width, h = p.height / p.pool, w = W / p.pool;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.slabs, slab = item % p.slabs, task = image / p.images;
@@ -340,7 +340,7 @@ static void reduce_second(const NormReluPoolSecond<T>& p, int64_t begin, int64_t
 // The sums become averages with xhat in place of z - mean; the fifth one becomes the average of P(v) g, where
 // P(u) = u - mean(u) - xhat mean(u xhat).
 template <typename T>
-static void merge_second(const NormReluPoolSecond<T>& p, int64_t begin, int64_t end) {
+static void merge_grad_grad(const NormReluPoolGradGrad<T>& p, int64_t begin, int64_t end) {
   const int64_t C = p.channels, parts = p.images * p.slabs;
   const double values = double(p.images * p.height * p.width);
   for (int64_t task = begin; task < end; ++task) {
@@ -363,7 +363,7 @@ static void merge_second(const NormReluPoolSecond<T>& p, int64_t begin, int64_t 
 // u = (v_gamma - gamma rstd mean(v xhat)) g - gamma rstd mean(g xhat) v; d_z = rstd P(u) - gamma rstd^2 mean(P(v) g) xhat;
 // d_gy = gamma rstd P(v) + v_gamma xhat + v_beta at the maxima. Here with xhat = rstd (z - mean).
 template <typename T>
-static void dense_second(const NormReluPoolSecond<T>& p, int64_t begin, int64_t end) {
+static void dense_grad_grad(const NormReluPoolGradGrad<T>& p, int64_t begin, int64_t end) {
   const int64_t C = p.channels, W = p.width, h = p.height / p.pool, w = W / p.pool;
   const int64_t bands = (p.height + p.pool - 1) / p.pool;
   for (int64_t c0 = 0; c0 < C; c0 += kStrip) {
@@ -427,7 +427,7 @@ static void dense_second(const NormReluPoolSecond<T>& p, int64_t begin, int64_t 
 
 template <typename T>
 static constexpr NormReluPoolKernels<T> table{moments<T>, merge_moments<T>, apply<T>, settle<T>, reduce<T>, merge_reduce<T>, dense<T>,
-                                             reduce_second<T>, merge_second<T>, dense_second<T>};
+                                             reduce_grad_grad<T>, merge_grad_grad<T>, dense_grad_grad<T>};
 
 extern const NormReluPoolKernels<float> norm_relu_pool_f32;
 extern const NormReluPoolKernels<double> norm_relu_pool_f64;

@@ -47,7 +47,7 @@ struct WinogradKernels {
   void (*forward)(const Winograd<T>&, int64_t begin, int64_t end, T* scratch);  // groups: x, u -> y, or pooled, partial
   void (*gradient)(const Winograd<T>&, int64_t begin, int64_t end, T* scratch);  // slabs: x, gy -> du
   // inputs: weight += scale times the gradient that du holds
-  void (*descend)(const WinogradWeight<T>&, int64_t begin, int64_t end);
+  void (*add_gradient)(const WinogradWeight<T>&, int64_t begin, int64_t end);
 };
 
 // Elements of scratch that a thread needs.

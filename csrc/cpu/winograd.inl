@@ -257,7 +257,7 @@ static void winograd_weights(const WinogradWeight<T>& p, int64_t begin, int64_t 
 
 // weight += scale G^T du G
 template <typename T>
-static void winograd_descend(const WinogradWeight<T>& p, int64_t begin, int64_t end) {
+static void winograd_add_gradient(const WinogradWeight<T>& p, int64_t begin, int64_t end) {
   using V = Values<T>;
   constexpr int64_t L = Vector<T>::kLanes;
   const int64_t size = p.inputs * p.padded;
@@ -291,9 +291,9 @@ static void winograd_descend(const WinogradWeight<T>& p, int64_t begin, int64_t 
 extern const WinogradKernels<float> winograd_f32;
 extern const WinogradKernels<double> winograd_f64;
 const WinogradKernels<float> winograd_f32{winograd_weights<float>, winograd_forward<float>, winograd_gradient<float>,
-                                          winograd_descend<float>};
+                                          winograd_add_gradient<float>};
 const WinogradKernels<double> winograd_f64{winograd_weights<double>, winograd_forward<double>, winograd_gradient<double>,
-                                           winograd_descend<double>};
+                                           winograd_add_gradient<double>};
 
 }  // namespace LK_ISA
 }  // namespace lk

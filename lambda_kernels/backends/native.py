@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _build
 from ..spec import BlockSpec, ConvSpec
-from .reference import Reference, channels_last
+from .reference import InnerLoop, Reference, channels_last
 
 _WHY = _build.mismatch()
 _extension: Any = None
@@ -104,31 +104,20 @@ class Native(Reference):
 
     def inner_loop(
         self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
-        steps: int, lr: float,
-    ) -> Tensor:  # fmt: skip
-        """As the reference's, by one operator that spreads the tasks over the threads; the result is float64."""
+        steps: int, rates: Sequence[float], query: Tensor | None = None,
+    ) -> InnerLoop:  # fmt: skip
+        """As the reference's, by one operator that spreads the tasks over the threads; the rows are float64."""
         flags, *constants = _constants(updated, blocks)
-        return torch.ops.lambda_kernels.inner_loop(x, labels, parameters, flags, *constants, steps, lr)
-
-    def adapted(
-        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
-        steps: int, lr: float,
-    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        flags, *constants = _constants(updated, blocks)
-        return torch.ops.lambda_kernels.adapted(x, labels, parameters, flags, *constants, steps, lr)
+        rows, new, logits = torch.ops.lambda_kernels.inner_loop(
+            x, labels, parameters, flags, *constants, steps, rates, query
+        )
+        return InnerLoop(rows, new, None if query is None else logits)
 
     def prepared(
         self, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec]
     ) -> Callable[..., list[Tensor] | None]:
-        plan: Callable[..., list[Tensor] | None] = _extension.Plan(parameters, *_constants(updated, blocks))
-        return plan
-
-    def classified(
-        self, x: Tensor, labels: Tensor, query: Tensor, parameters: list[Tensor], updated: list[bool],
-        blocks: list[BlockSpec], steps: int, lr: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        flags, *constants = _constants(updated, blocks)
-        return torch.ops.lambda_kernels.classified(x, labels, query, parameters, flags, *constants, steps, lr)
+        call: Callable[..., list[Tensor] | None] = _extension.PreparedCall(parameters, *_constants(updated, blocks))
+        return call
 
     def norm_relu_pool(
         self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int
@@ -163,7 +152,7 @@ class Native(Reference):
 
 
 def _filters(x: torch.Size, weight: torch.Size, spec: ConvSpec, dtype: torch.dtype) -> bool:
-    """Whether Winograd's algorithm takes a task's convolution: the rule of Filter::takes in csrc/filter.h."""
+    """Whether Winograd's algorithm takes a task's convolution: the rule of WinogradConvolution::takes in csrc/winograd.h."""
     rows, columns = (x[3 + axis] + 2 * spec.padding[axis] - 2 for axis in (0, 1))
     many = min(weight[1:3]) >= 16 and weight[1] * weight[2] >= 1024
     few = min(weight[1:3]) >= 8 and x[1] * rows * columns <= 1024

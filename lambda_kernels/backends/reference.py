@@ -6,7 +6,8 @@ folding the tasks into the batch does the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,14 @@ from torch import Tensor
 
 from ..spec import BlockSpec, ConvSpec, output_size
 from .descent import descend
+
+
+class InnerLoop(NamedTuple):
+    """What K steps of gradient descent give."""
+
+    rows: Tensor  # [steps + 1, T]: the losses, then 0 where a task's updated parameters are finite, else NaN
+    updated: list[Tensor]  # the updated parameters' new values
+    logits: Tensor | None  # of the query images [T, Q, ways]
 
 
 def per_task(op: Callable[..., Tensor], *operands: Tensor) -> Tensor:
@@ -314,21 +323,19 @@ class Reference:
 
     def inner_loop(
         self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
-        steps: int, lr: float,
-    ) -> Tensor:  # fmt: skip
-        """K steps of gradient descent on a chain of blocks and a linear layer; see `descent.descend`."""
-        return descend(self, x, labels, parameters, updated, blocks, steps, lr)
+        steps: int, rates: Sequence[float], query: Tensor | None = None,
+    ) -> InnerLoop:  # fmt: skip
+        """K steps of gradient descent on a chain of blocks and a linear layer, of parameters that are left as they are,
+        each with or without a task axis; see `descent.descend`.
 
-    def adapted(
-        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
-        steps: int, lr: float,
-    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-        """`inner_loop` with parameters left as they are, each with or without a task axis.
+        rates: one number for all, or one per step and updated parameter, step by step.
 
         Returns:
-            What `inner_loop` gives, and the updated parameters' new values, [T, ...], without the axis where T is 1 and
-            the parameter came without.
+            The losses, the updated parameters' new values, [T, ...], without the axis where T is 1 and the parameter
+            came without, and the logits [T, Q, ways] of query images [T, Q, ...].
         """
+        if len(set(rates)) > 1:
+            raise NotImplementedError("the reference takes one rate for all parameters and steps")
         tasks = labels.shape[0]
         axes = [4 + 1, 1 + 1, 1 + 1] * len(blocks) + [2 + 1, 1 + 1]  # with a task axis
         whole = [p if p.dim() == n else p.unsqueeze(0) for p, n in zip(parameters, axes)]
@@ -336,33 +343,25 @@ class Reference:
             p.expand(tasks, *p.shape[1:]).clone(memory_format=torch.contiguous_format) if u else p
             for p, u in zip(whole, updated)
         ]
-        rows = self.inner_loop(x, labels, own, updated, blocks, steps, lr)
+        rows = descend(self, x, labels, own, updated, blocks, steps, rates[0] if rates else 0.0)
         pairs = zip(parameters, own, updated)
-        return rows, [new[0] if tasks == 1 and new.dim() > p.dim() else new for p, new, u in pairs if u]
+        new = [o[0] if tasks == 1 and o.dim() > p.dim() else o for p, o, u in pairs if u]
+        if query is None:
+            return InnerLoop(rows, new, None)
+        a = self.layout(query) if blocks else query
+        for i, (conv, eps, pool) in enumerate(blocks):
+            weight, gamma, beta = own[3 * i : 3 * i + 3]
+            a = self.block(a, weight, gamma, beta, conv, eps, pool)[0]
+        logits = self.linear(a.flatten(2), own[-2], own[-1])
+        return InnerLoop(rows, new, logits)
 
     def prepared(
         self, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec]
     ) -> Callable[..., list[Tensor] | None] | None:
-        """`adapted` of one task for given parameters as a function of (x [N, ...], labels [N], steps, lr), that has
+        """`inner_loop` of one task for given parameters as a function of (x [N, ...], labels [N], steps, rates), that has
         little to do but to compute. It gives the new values, or None where anything is not as it should be: wrong
-        labels, labels of one class, infinite results. None where there is no such function."""
+        labels, infinite results. None where there is no such function."""
         return None
-
-    def classified(
-        self, x: Tensor, labels: Tensor, query: Tensor, parameters: list[Tensor], updated: list[bool],
-        blocks: list[BlockSpec], steps: int, lr: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """As `adapted`, with the logits [T, Q, ways] of query images [T, Q, ...] in place of the parameters."""
-        rows, new = self.adapted(x, labels, parameters, updated, blocks, steps, lr)
-        moved = iter(new)
-        axes = [4, 1, 1] * len(blocks) + [2, 1]
-        final = [next(moved) if u else p for p, u in zip(parameters, updated)]
-        whole = [p if p.dim() > n else p.unsqueeze(0) for p, n in zip(final, axes)]
-        a = self.layout(query) if blocks else query
-        for i, (conv, eps, pool) in enumerate(blocks):
-            weight, gamma, beta = whole[3 * i : 3 * i + 3]
-            a = self.block(a, weight, gamma, beta, conv, eps, pool)[0]
-        return rows, self.linear(a.flatten(2), whole[-2], whole[-1])
 
 
 def _patches(x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:

@@ -1,4 +1,4 @@
-// A fused block that nobody wants a gradient of: convolution, norm, ReLU and max-pool in one pass over the images. The
+// A fused block without a gradient: convolution, norm, ReLU and max-pool in one pass over the images. The
 // norm is monotonous in z, rising or, where gamma is negative, falling: so a window's maximum is known before the
 // statistics are, and z itself is never written.
 #pragma once
@@ -6,14 +6,14 @@
 #include <cstdint>
 
 #include "arena.h"
-#include "filter.h"
-#include "images.h"
-#include "norm.h"
+#include "winograd.h"
+#include "image_block.h"
+#include "norm_relu_pool.h"
 
 namespace lk {
 
-inline bool frozen_takes(const Convolution& c, int64_t pool) {
-  return Images<float>::takes(c, pool) || (Filter<float>::takes(c) && pool == 2);
+inline bool frozen_block_takes(const Convolution& c, int64_t pool) {
+  return ImageConvolution<float>::takes(c, pool) || (WinogradConvolution<float>::takes(c) && pool == 2);
 }
 
 template <typename T>
@@ -21,7 +21,7 @@ struct FrozenBlock {
   Convolution c;
   int64_t pool;
   double eps;
-  const T* x;  // [images, inputs, height, width] with the strides; dense channels-last unless Images takes it
+  const T* x;  // [images, inputs, height, width] with the strides; dense channels-last unless ImageConvolution takes it
   const int64_t* x_strides;
   const T* weight;
   const int64_t* weight_strides;
@@ -31,14 +31,14 @@ struct FrozenBlock {
 };
 
 template <typename T>
-void frozen_forward(const FrozenBlock<T>& b, Arena& arena) {
+void run_frozen_block(const FrozenBlock<T>& b, Arena& arena) {
   const Arena::Mark mark = arena.mark();
   const int64_t outputs = b.c.outputs;
   bool* const negative = arena.take<bool>(outputs);
   double *const mean = arena.take<double>(outputs), *const variance = arena.take<double>(outputs);
   for (int64_t o = 0; o < outputs; ++o) negative[o] = b.gamma[o] < T(0);
   T* const level = arena.take<T>(outputs);  // the mean of what is in y
-  if (Images<T>::takes(b.c, b.pool)) {
+  if (ImageConvolution<T>::takes(b.c, b.pool)) {
     const int64_t taps = b.c.inputs * b.c.kernel[0] * b.c.kernel[1];
     const int64_t* s = b.weight_strides;
     T* const rows = arena.take<T>(outputs * taps);
@@ -47,14 +47,14 @@ void frozen_forward(const FrozenBlock<T>& b, Arena& arena) {
         const int64_t j = k % b.c.kernel[1], i = k / b.c.kernel[1] % b.c.kernel[0], c = k / (b.c.kernel[0] * b.c.kernel[1]);
         rows[o * taps + k] = b.weight[o * s[0] + c * s[1] + i * s[2] + j * s[3]];
       }
-    const Images<T> images(b.c, b.pool, b.x, b.x_strides, arena);
+    const ImageConvolution<T> images(b.c, b.pool, b.x, b.x_strides, arena);
     images.survey(rows, negative, b.y, mean, variance, arena);
     for (int64_t o = 0; o < outputs; ++o) {
       level[o] = T(mean[o]);
       b.mean[o] = T(mean[o] + images.constant(rows + o * taps));
     }
   } else {
-    const Filter<T> filter(b.c, const_cast<T*>(b.weight), b.weight_strides);
+    const WinogradConvolution<T> filter(b.c, const_cast<T*>(b.weight), b.weight_strides);
     filter.survey(b.x, negative, b.y, mean, variance, arena);
     for (int64_t o = 0; o < outputs; ++o) b.mean[o] = level[o] = T(mean[o]);
   }
@@ -62,7 +62,7 @@ void frozen_forward(const FrozenBlock<T>& b, Arena& arena) {
   NormReluPool<T> p{};
   p.tasks = 1, p.images = b.c.images, p.channels = outputs, p.height = b.c.rows, p.width = b.c.columns, p.pool = b.pool;
   p.gamma = b.gamma, p.beta = b.beta, p.mean = level, p.rstd = b.rstd, p.y = b.y;
-  run_norm(norm_relu_pool_kernels<T>().settle, p, p.images * (p.height / p.pool));
+  over_threads(norm_relu_pool_kernels<T>().settle, p, p.images * (p.height / p.pool));
   arena.rewind(mark);
 }
 

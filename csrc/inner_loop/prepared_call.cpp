@@ -1,5 +1,6 @@
 // An adaptation that is called again and again: what stays the same is kept, so that a call of Python's is one of C++.
-#include <ATen/Parallel.h>
+#include "inner_loop/prepared_call.h"
+
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,26 +12,28 @@
 #include <utility>
 #include <vector>
 
-#include "block.h"
+#include "inner_loop/inner_loop.h"
+
+namespace lk {
 
 namespace py = pybind11;
 
 namespace {
 
-class Plan {
+class PreparedCall {
  public:
-  Plan(const py::list& parameters, std::vector<int64_t> updated, std::vector<int64_t> geometry, std::vector<double> eps)
+  PreparedCall(const py::list& parameters, std::vector<int64_t> updated, std::vector<int64_t> geometry, std::vector<double> eps)
       : updated_(std::move(updated)), geometry_(std::move(geometry)), eps_(std::move(eps)) {
     for (py::handle p : parameters) parameters_.push_back(THPVariable_Unpack(p.ptr()));
   }
 
   // xs [N, ...], ys [N] -> a list of the updated parameters' new values; None where something is not as it should be.
-  py::object operator()(py::handle xs, py::handle ys, int64_t steps, double lr) const {
+  py::object operator()(py::handle xs, py::handle ys, int64_t steps, const std::vector<double>& rates) const {
     std::vector<at::Tensor> found;
     {
       const at::Tensor &x = THPVariable_Unpack(xs.ptr()), &y = THPVariable_Unpack(ys.ptr());
       const py::gil_scoped_release others;
-      if (!run(x, y, steps, lr, found)) return py::none();
+      if (!run(x, y, steps, rates, found)) return py::none();
     }
     py::list result;
     for (at::Tensor& t : found) result.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(t))));
@@ -38,7 +41,8 @@ class Plan {
   }
 
  private:
-  bool run(const at::Tensor& x, const at::Tensor& y, int64_t steps, double lr, std::vector<at::Tensor>& found) const {
+  bool run(const at::Tensor& x, const at::Tensor& y, int64_t steps, const std::vector<double>& rates,
+           std::vector<at::Tensor>& found) const {
     const auto here = [](const at::Tensor& t) { return t.device().is_cpu(); };
     if (!std::all_of(parameters_.begin(), parameters_.end(), here) || !here(x) || !here(y) || y.scalar_type() != at::kLong ||
         y.dim() != 1)
@@ -46,9 +50,10 @@ class Plan {
     const at::Tensor labels = y.contiguous();
     const int64_t* label = labels.const_data_ptr<int64_t>();
     const auto [low, high] = std::minmax_element(label, label + labels.numel());
-    if (labels.numel() == 0 || *low == *high || *low < 0 || *high >= parameters_.back().size(-1)) return false;
+    if (labels.numel() == 0 || *low < 0 || *high >= parameters_.back().size(-1)) return false;
     try {
-      auto [rows, updated] = lk::adapted(x.unsqueeze(0), labels.unsqueeze(0), parameters_, updated_, geometry_, eps_, steps, lr);
+      auto [rows, updated, logits] = inner_loop(x.unsqueeze(0), labels.unsqueeze(0), parameters_, updated_, geometry_, eps_,
+                                                steps, rates, std::nullopt);
       const double* values = rows.const_data_ptr<double>();
       found = std::move(updated);
       return std::all_of(values, values + rows.numel(), [](double value) { return std::isfinite(value); });
@@ -64,8 +69,10 @@ class Plan {
 
 }  // namespace
 
-void bind_plan(py::module_& m) {
-  py::class_<Plan>(m, "Plan", "adapted() of one task with parameters, geometry and eps that stay.")
+void bind_prepared_call(py::module_& m) {
+  py::class_<PreparedCall>(m, "PreparedCall", "inner_loop of one task with parameters, geometry and eps that stay.")
       .def(py::init<const py::list&, std::vector<int64_t>, std::vector<int64_t>, std::vector<double>>())
-      .def("__call__", &Plan::operator());
+      .def("__call__", &PreparedCall::operator());
 }
+
+}  // namespace lk

@@ -1,14 +1,14 @@
 // The operators of 3x3 convolutions, of tensors with a task axis.
-#include "filter.h"
+#include "winograd.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
+#include <torch/library.h>
 
 #include <tuple>
 #include <utility>
 
-#include "block.h"
 #include "tensors.h"
 
 namespace lk {
@@ -43,8 +43,6 @@ T* data(const at::Tensor& t) {
 
 int64_t of(const at::Tensor& t, int64_t task) { return t.size(0) == 1 ? 0 : task; }
 
-}  // namespace
-
 at::Tensor winograd(const at::Tensor& x_, const at::Tensor& weight, at::IntArrayRef padding) {
   const bool shared = weight.size(0) == 1;
   Convolution c = sizes(x_.sizes(), weight.sizes(), padding);
@@ -55,7 +53,7 @@ at::Tensor winograd(const at::Tensor& x_, const at::Tensor& weight, at::IntArray
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "winograd", [&] {
     const Borrowed arena;
     for (int64_t task = 0; task < runs; ++task) {
-      const Filter<scalar_t> filter(c, data<scalar_t>(weight[task]), weight.strides().data() + 1);
+      const WinogradConvolution<scalar_t> filter(c, data<scalar_t>(weight[task]), weight.strides().data() + 1);
       filter.forward(x[of(x, task)].const_data_ptr<scalar_t>(), y[task].mutable_data_ptr<scalar_t>(), *arena);
     }
   });
@@ -73,7 +71,7 @@ at::Tensor winograd_input_grad(const at::Tensor& gy_, const at::Tensor& weight, 
   AT_DISPATCH_FLOATING_TYPES(gy.scalar_type(), "winograd_input_grad", [&] {
     const Borrowed arena;
     for (int64_t task = 0; task < runs; ++task) {
-      const Filter<scalar_t> filter(c, data<scalar_t>(weight[task]), weight.strides().data() + 1);
+      const WinogradConvolution<scalar_t> filter(c, data<scalar_t>(weight[task]), weight.strides().data() + 1);
       filter.input_gradient(gy[of(gy, task)].const_data_ptr<scalar_t>(), gx[task].mutable_data_ptr<scalar_t>(), *arena);
     }
   });
@@ -94,12 +92,26 @@ at::Tensor winograd_weight_grad(const at::Tensor& gy_, const at::Tensor& x_, at:
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "winograd_weight_grad", [&] {
     const Borrowed arena;
     for (int64_t task = 0; task < runs; ++task) {
-      const Filter<scalar_t> filter(c, gw[task].mutable_data_ptr<scalar_t>(), gw.strides().data() + 1);
-      filter.descend(x[of(x, task)].const_data_ptr<scalar_t>(), gy[of(gy, task)].const_data_ptr<scalar_t>(), scalar_t(1),
+      const WinogradConvolution<scalar_t> filter(c, gw[task].mutable_data_ptr<scalar_t>(), gw.strides().data() + 1);
+      filter.add_weight_gradient(x[of(x, task)].const_data_ptr<scalar_t>(), gy[of(gy, task)].const_data_ptr<scalar_t>(), scalar_t(1),
                      *arena);
     }
   });
   return gw;
 }
 
+TORCH_LIBRARY_FRAGMENT(lambda_kernels, m) {
+  // Convolutions of 3x3 pixels, stride 1: x [1 or T, N, C, H, W], weight [1 or T, O, C, 3, 3] -> y [T, N, O, H', W']
+  m.def("winograd(Tensor x, Tensor weight, int[] padding) -> Tensor");
+  m.def("winograd_input_grad(Tensor gy, Tensor weight, int[] x, int[] padding) -> Tensor");    // sizes of x
+  m.def("winograd_weight_grad(Tensor gy, Tensor x, int[] weight, int[] padding) -> Tensor");  // sizes of the weight
+}
+
+TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
+  m.impl("winograd", &winograd);
+  m.impl("winograd_input_grad", &winograd_input_grad);
+  m.impl("winograd_weight_grad", &winograd_weight_grad);
+}
+
+}  // namespace
 }  // namespace lk

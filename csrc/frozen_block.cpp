@@ -1,17 +1,18 @@
 // The operator of a block without a gradient, of tensors with a task axis.
-#include "frozen.h"
+#include "frozen_block.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 
-#include "block.h"
 #include "tensors.h"
 
 namespace lk {
+namespace {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_block(const at::Tensor& x_, const at::Tensor& weight,
                                                             const at::Tensor& gamma_, const at::Tensor& beta_,
@@ -30,9 +31,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_block(const at::Tensor& x_
   Convolution c{x_.size(1), x_.size(3), x_.size(4), x_.size(2), 0, 0, weight.size(1), {weight.size(3), weight.size(4)},
                 {geometry[0], geometry[1]}, {geometry[2], geometry[3]}, {geometry[4], geometry[5]}, 1};
   c.size_output();
-  TORCH_CHECK(std::min(c.rows, c.columns) >= pool && frozen_takes(c, pool), "frozen_block: no kernel for a weight ", weight.sizes(), " over images ", x_.sizes(),
+  TORCH_CHECK(std::min(c.rows, c.columns) >= pool && frozen_block_takes(c, pool), "frozen_block: no kernel for a weight ", weight.sizes(), " over images ", x_.sizes(),
               " with pool ", pool);
-  const at::Tensor x = Images<float>::takes(c, pool) ? x_ : channels_last(x_);
+  const at::Tensor x = ImageConvolution<float>::takes(c, pool) ? x_ : channels_last(x_);
   const at::Tensor gamma = gamma_.contiguous(), beta = beta_.contiguous();
   at::Tensor y = empty_images(tasks, c.images, c.outputs, c.rows / pool, c.columns / pool, x.options());
   at::Tensor mean = at::empty({tasks, c.outputs}, x.options()), rstd = at::empty({tasks, c.outputs}, x.options());
@@ -43,7 +44,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_block(const at::Tensor& x_
     const auto one = [&](int64_t begin, int64_t end) {
       const Borrowed arena;
       for (int64_t task = begin; task < end; ++task)
-        frozen_forward<scalar_t>({c, pool, eps, own(x, task), x.strides().data() + 1, own(weight, task),
+        run_frozen_block<scalar_t>({c, pool, eps, own(x, task), x.strides().data() + 1, own(weight, task),
                                   weight.strides().data() + 1, own(gamma, task), own(beta, task), own(y, task),
                                   own(mean, task), own(rstd, task)}, *arena);
     };
@@ -52,4 +53,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_block(const at::Tensor& x_
   return {y, mean, rstd};
 }
 
+TORCH_LIBRARY_FRAGMENT(lambda_kernels, m) {
+  // A block without a gradient: x [1 or T, N, C, H, W], weight [1 or T, O, C, kh, kw] -> y, mean, rstd
+  m.def("frozen_block(Tensor x, Tensor weight, Tensor gamma, Tensor beta, int[] geometry, float eps) -> "
+        "(Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
+  m.impl("frozen_block", &frozen_block);
+}
+
+}  // namespace
 }  // namespace lk

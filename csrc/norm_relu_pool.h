@@ -17,7 +17,7 @@ void set_slabs(NormReluPool<T>& p) {
 }
 
 template <typename P>
-void run_norm(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t items) {
+void over_threads(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t items) {
   constexpr int64_t kGrain = 16384;  // elements a thread must have before splitting pays
   const int64_t elements = p.tasks * p.images * p.channels * p.height * p.width;
   const int64_t grain = std::max<int64_t>(1, kGrain * items / elements);
@@ -26,20 +26,20 @@ void run_norm(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t it
 
 // z, gamma, beta -> y, index, mean, rstd
 template <typename T>
-void norm_forward(const NormReluPool<T>& p) {
+void run_norm_relu_pool(const NormReluPool<T>& p) {
   const auto& kernels = norm_relu_pool_kernels<T>();
-  run_norm(kernels.moments, p, p.tasks * p.images * p.slabs);
-  run_norm(kernels.merge_moments, p, p.tasks);
-  run_norm(kernels.apply, p, p.tasks * p.images * (p.height / p.pool));
+  over_threads(kernels.moments, p, p.tasks * p.images * p.slabs);
+  over_threads(kernels.merge_moments, p, p.tasks);
+  over_threads(kernels.apply, p, p.tasks * p.images * (p.height / p.pool));
 }
 
 // gy and what the forward pass left -> dgamma, dbeta, and dz unless it is null
 template <typename T>
-void norm_backward(const NormReluPool<T>& p) {
+void run_norm_relu_pool_grad(const NormReluPool<T>& p) {
   const auto& kernels = norm_relu_pool_kernels<T>();
-  run_norm(kernels.reduce, p, p.tasks * p.images * p.slabs);
-  run_norm(kernels.merge_reduce, p, p.tasks);
-  if (p.dz != nullptr) run_norm(kernels.dense, p, p.tasks * p.images * ((p.height + p.pool - 1) / p.pool));
+  over_threads(kernels.reduce, p, p.tasks * p.images * p.slabs);
+  over_threads(kernels.merge_reduce, p, p.tasks);
+  if (p.dz != nullptr) over_threads(kernels.dense, p, p.tasks * p.images * ((p.height + p.pool - 1) / p.pool));
 }
 
 }  // namespace lk

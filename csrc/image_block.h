@@ -9,8 +9,9 @@
 #include <vector>
 
 #include "arena.h"
+#include "convolution.h"
 #include "cpu/image_block.h"
-#include "filter.h"
+#include "cpu/product.h"
 
 namespace lk {
 
@@ -37,7 +38,7 @@ struct Patches {
 };
 
 template <typename T>
-class Images {
+class ImageConvolution {
  public:
   static constexpr int64_t kMostTaps = 32;
 
@@ -46,7 +47,7 @@ class Images {
   }
 
   // x [N, C, H, W] with the given strides
-  Images(const Convolution& c, int64_t pool, const T* x, const int64_t* strides, Arena& arena)
+  ImageConvolution(const Convolution& c, int64_t pool, const T* x, const int64_t* strides, Arena& arena)
       : c_(c), pool_(pool), taps_(c.inputs * c.kernel[0] * c.kernel[1]), height_(c.height + 2 * c.padding[0]),
         width_(c.width + 2 * c.padding[1]) {
     const int64_t row = width_ * c.inputs;
@@ -123,7 +124,7 @@ class Images {
   }
 
   // weight [O, K], gamma and beta [O] -> y [N, rows, columns, O] of the pooled size, index as y, mean, rstd [O]
-  void forward(const T* weight, const T* gamma, const T* beta, const Patches& patches, double eps, T* y, uint8_t* index,
+  void block(const T* weight, const T* gamma, const T* beta, const Patches& patches, double eps, T* y, uint8_t* index,
                T* mean, T* rstd, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
     const int64_t outputs = c_.outputs;
@@ -195,7 +196,7 @@ class Images {
   }
 
   // -> dweight [O, K], dgamma, dbeta [O]
-  void backward(const T* gy, const T* weight, const T* gamma, const uint8_t* index, const T* rstd, const Patches& patches,
+  void block_grad(const T* gy, const T* weight, const T* gamma, const uint8_t* index, const T* rstd, const Patches& patches,
                 T* dweight, T* dgamma, T* dbeta, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
     ImageBlock<T> p = describe(c_.outputs);
@@ -242,7 +243,7 @@ class Images {
     p.taps = taps_, p.padded_taps = int64_t(offsets_.size()), p.offsets = offsets_.data();
     p.stride_y = c_.stride[0], p.stride_x = c_.stride[1], p.pool = pool_;
     p.out_rows = c_.rows, p.out_columns = c_.columns, p.rows = c_.rows / pool_, p.columns = c_.columns / pool_;
-    p.outputs = outputs, p.padded_outputs = up(outputs, kImageLanes);
+    p.outputs = outputs, p.padded_outputs = up(outputs, kLanes);
     p.slabs = std::clamp<int64_t>(p.images * p.rows, 1, kSlabs);
     return p;
   }

@@ -6,31 +6,16 @@
 #include <cstdint>
 
 #include "arena.h"
+#include "convolution.h"
 #include "cpu/product.h"
 #include "cpu/winograd.h"
 
 namespace lk {
 
-// Sizes of a convolution of dense channels-last images x [images, height, width, inputs] to [images, rows, columns, outputs].
-struct Convolution {
-  int64_t images, height, width, inputs, rows, columns, outputs;
-  int64_t kernel[2], stride[2], padding[2], dilation[2], groups;
-
-  void size_output() {
-    const auto along = [&](int64_t size, int axis) {
-      return (size + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) / stride[axis] + 1;
-    };
-    rows = along(height, 0), columns = along(width, 1);
-  }
-  int64_t pixels() const { return images * rows * columns; }
-};
-
-inline int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-
 inline int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 template <typename T>
-class Filter {
+class WinogradConvolution {
  public:
   // Where it computes less than the plain sum does, and was measured to be faster than the library: with few channels
   // the transforms cost more than they save, but for so few pixels a call of the library's costs more yet.
@@ -43,7 +28,7 @@ class Filter {
   }
 
   // The weight is [outputs, inputs, 3, 3] with these strides.
-  Filter(const Convolution& c, T* weight, const int64_t* strides) : c_(c), weight_(weight) {
+  WinogradConvolution(const Convolution& c, T* weight, const int64_t* strides) : c_(c), weight_(weight) {
     std::copy(strides, strides + 4, strides_);
   }
 
@@ -98,7 +83,7 @@ class Filter {
   }
 
   // weight += scale times the weight's gradient
-  void descend(const T* x, const T* gy, T scale, Arena& arena) const {
+  void add_weight_gradient(const T* x, const T* gy, T scale, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
     Winograd<T> p = describe(c_);
     const int64_t tiles = p.images * p.tile_rows * p.tile_columns;
@@ -118,7 +103,7 @@ class Filter {
     WinogradWeight<T> w = describe(false);
     w.du = p.du, w.slabs = p.slabs, w.scale = scale;
     at::parallel_for(0, p.inputs, kWeightGrain / p.outputs + 1,
-                     [&](int64_t begin, int64_t end) { kernels.descend(w, begin, end); });
+                     [&](int64_t begin, int64_t end) { kernels.add_gradient(w, begin, end); });
     arena.rewind(mark);
   }
 
