@@ -186,19 +186,25 @@ def test_the_operator_names_what_does_not_fit() -> None:
     x, labels = torch.randn(2, 4, 6), torch.zeros(2, 4, dtype=torch.long)
     weight, bias = torch.randn(2, 3, 6), torch.randn(1, 3)
     run = torch.ops.lambda_kernels.inner_loop
-    assert run(x, labels, [weight, bias], [1, 0], [], [], 3, 0.1).shape == (4, 2)
-    wrong: list[tuple[tuple[Any, ...], str]] = [
-        ((x, labels, [weight], [1], [], [], 1, 0.1), "need 2 parameters"),
-        ((x, labels[:1], [weight, bias], [1, 0], [], [], 1, 0.1), "does not fit labels"),
-        ((x, labels.int(), [weight, bias], [1, 0], [], [], 1, 0.1), "labels must be int64"),
-        ((x, labels, [weight, bias], [1, 1], [], [], 1, 0.1), "parameter 1"),
-        ((x, labels + 3, [weight, bias], [1, 0], [], [], 1, 0.1), "label 3"),
-        ((x[..., :5], labels, [weight, bias], [1, 0], [], [], 1, 0.1), "takes 6 features, gets 5"),
-        ((x, labels, [weight, bias[:, :2]], [1, 0], [], [], 1, 0.1), "layer 0 do not fit"),
+    constants: dict[str, Any] = dict(updated=[1, 0], geometry=[], eps=[], steps=3, rates=[0.1], query=None)
+    good = dict(x=x, labels=labels, parameters=[weight, bias], **constants)
+    rows, new, logits = run(**good)
+    assert rows.shape == (4, 2) and [t.shape for t in new] == [weight.shape] and logits.shape == (0,)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        (dict(parameters=[weight], updated=[1]), "need 2 parameters"),
+        (dict(labels=labels[:1]), "does not fit labels"),
+        (dict(labels=labels.int()), "labels must be int64"),
+        (dict(parameters=[weight, torch.randn(3, 3)]), "parameter 1"),
+        (dict(parameters=[weight, bias.double()]), "parameter 1"),
+        (dict(labels=labels + 3), "label 3"),
+        (dict(x=x[..., :5]), "takes 6 features, gets 5"),
+        (dict(parameters=[weight, bias[:, :2]]), "layer 0 do not fit"),
+        (dict(rates=[0.1] * 4), "3 steps of 1 updated parameters need 1 rate or 3, got 4"),
+        (dict(rates=[]), "need 1 rate or 3, got 0"),
     ]
-    for args, text in wrong:
+    for change, text in wrong:
         with pytest.raises(RuntimeError, match=text):
-            run(*args)
+            run(**{**good, **change})
 
 
 def residual() -> nn.Module:

@@ -7,19 +7,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from typing import NamedTuple
 
 import pytest
 import torch
-from cases import STEPS, assert_as_exact, layouts
+from cases import STEPS, assert_as_exact
+from chains import FEW, MIXED, Given, Layer, Network, given, in_other_memory, near, run
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lambda_kernels.agreement import errors
 from lambda_kernels.backends import reasons
-from lambda_kernels.backends.native import Native, _constants
+from lambda_kernels.backends.native import Native
 from lambda_kernels.backends.reference import Reference
-from lambda_kernels.spec import BlockSpec, ConvSpec
 from lambda_maml import adapt, models
 
 pytestmark = [
@@ -27,107 +26,18 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 
-LR = 0.1
 MOST_KEPT = 256 * 2**20  # kMostKept of csrc/arena.h
 
 
-class Layer(NamedTuple):
-    outputs: int
-    kernel: tuple[int, int] = (3, 3)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    pool: int = 2
-
-    @property
-    def spec(self) -> BlockSpec:
-        return BlockSpec(ConvSpec(self.stride, self.padding, self.dilation, self.groups), 1e-5, self.pool)
-
-
-class Network(NamedTuple):
-    size: tuple[int, ...]  # of an image [C, H, W], or of its features
-    layers: tuple[Layer, ...]
-    images: int = 6
-    ways: int = 3
-
-    @property
-    def specs(self) -> list[BlockSpec]:
-        return [layer.spec for layer in self.layers]
-
-    def from_layer(self, first: int) -> list[bool]:
-        """The flags where everything from that layer on is updated; the linear layer is the last."""
-        return [i >= 3 * first for i in range(3 * len(self.layers) + 2)]
-
-
-class Given(NamedTuple):
-    x: Tensor
-    labels: Tensor
-    query: Tensor
-    parameters: list[Tensor]
-
-
-def given(network: Network, dtype: torch.dtype = torch.float64, tasks: int = 1, own: bool = False) -> Given:
-    """Images, labels and parameters, drawn in float64; parameters with a task axis where they are the tasks' own."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    axis = (tasks,) if own else ()
-    parameters, size = [], list(network.size)
-    for outputs, kernel, stride, padding, dilation, groups, pool in network.layers:
-        taps = size[0] // groups * kernel[0] * kernel[1]
-        parameters.append(draw(*axis, outputs, size[0] // groups, *kernel) / taps**0.5)
-        parameters += [1.0 + 0.2 * draw(*axis, outputs), 0.2 * draw(*axis, outputs)]
-        size[0] = outputs
-        for a in (0, 1):
-            span = size[1 + a] + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1
-            size[1 + a] = (span // stride[a] + 1) // pool
-    features = torch.Size(size).numel()
-    parameters += [draw(*axis, network.ways, features) / features**0.5, 0.2 * draw(*axis, network.ways)]
-    x, query = draw(tasks, network.images, *network.size), draw(tasks, 4, *network.size)
-    labels = torch.arange(network.images).remainder(network.ways).expand(tasks, network.images)
-    return Given(x.to(dtype), labels, query.to(dtype), [p.to(dtype) for p in parameters])
-
-
-def run(
-    backend: Reference, network: Network, task: Given, updated: list[bool], steps: int
-) -> tuple[Tensor, list[Tensor]]:
-    return backend.adapted(task.x, task.labels, task.parameters, updated, network.specs, steps, LR)
-
-
-def near(name: str, got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, **STEPS, msg=lambda text: f"{name}: {text}")
-
-
 def check(network: Network, task: Given, updated: list[bool], steps: int, name: str = "") -> None:
-    want_rows, want = run(Reference(), network, task, updated, steps)
+    want_rows, want, _ = run(Reference(), network, task, updated, steps)
     before = [p.clone() for p in task.parameters]
-    rows, have = run(Native(), network, task, updated, steps)
+    rows, have, _ = run(Native(), network, task, updated, steps)
     near(f"{name} losses", rows, want_rows)
     assert len(have) == len(want) == sum(updated)
     for i, (mine, theirs) in enumerate(zip(have, want)):
         near(f"{name} parameter {i}", mine, theirs)
     assert all(torch.equal(p, old) for p, old in zip(task.parameters, before)), name
-
-
-# The first updated layer has few pixels: all steps run on those where that takes fewer multiply-adds, which it never
-# does for one step. Sizes are such that it does for two and more.
-FEW: dict[str, tuple[Network, int]] = {
-    "winograd": (Network((2, 9, 9), (Layer(32), Layer(64, pool=1)), images=2), 1),
-    "winograd-then-more": (Network((2, 9, 9), (Layer(16), Layer(32), Layer(24, padding=(1, 2))), images=1), 1),
-    "first": (Network((8, 4, 4), (Layer(32), Layer(8)), images=1), 0),
-    "stride": (Network((16, 9, 8), (Layer(48, stride=(2, 2), pool=1), Layer(16, pool=1)), images=2), 0),
-    "stride-pair": (Network((3, 16, 18), (Layer(16), Layer(32, stride=(3, 2), padding=(0, 1))), images=2), 1),
-    "5x5": (Network((8, 4, 4), (Layer(32, (5, 5), padding=(2, 2)),), images=2), 0),
-    "5x5-frozen-below": (Network((1, 8, 9), (Layer(16), Layer(32, (5, 5), padding=(2, 2))), images=2), 1),
-    "1x3-dilation": (
-        Network((32, 4, 5), (Layer(64, (1, 3), padding=(0, 2), dilation=(1, 2)), Layer(8, pool=1)), images=2), 0
-    ),
-    "2x2": (Network((32, 4, 4), (Layer(48, (2, 2), padding=(0, 0), pool=1),), images=3), 0),
-    "1x1": (Network((100, 3, 3), (Layer(112, (1, 1), padding=(0, 0), pool=1),), images=2), 0),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
@@ -217,29 +127,6 @@ def test_labels_that_do_not_fit_are_errors() -> None:
             run(Native(), network, task._replace(labels=labels), network.from_layer(0), 1)
 
 
-MIXED = {
-    "images-winograd-library": Network(
-        (3, 18, 19), (Layer(16), Layer(64), Layer(16, (3, 2), padding=(1, 0)), Layer(8, pool=1))
-    ),
-    "library-groups": Network((40, 7, 7), (Layer(12, groups=4, stride=(2, 1), pool=1), Layer(10, groups=2))),
-    "winograd-first": Network((16, 9, 7), (Layer(64, pool=1), Layer(32), Layer(16, pool=1)), images=4),
-    "few-pixels": FEW["winograd-then-more"][0],
-    "linear": Network((33,), ()),
-}  # fmt: skip
-
-
-def in_other_memory(task: Given) -> Given:
-    """The same values: weights of convolutions channels-last, the linear layer's transposed, images cut out."""
-
-    def moved(p: Tensor) -> Tensor:
-        kernels, matrix = p.dim() >= 4, p.dim() == 2
-        return layouts(p)["channels-last"] if kernels else p.mT.contiguous().mT if matrix else p
-
-    x = task.x if task.x.dim() == 3 else layouts(task.x)["sliced"]
-    query = layouts(task.query)["strided"] if task.x.dim() == 3 else layouts(task.query)["channels-last"]
-    return Given(x, task.labels, query, [moved(p) for p in task.parameters])
-
-
 @pytest.mark.parametrize("name", MIXED)
 def test_memory_layouts(name: str) -> None:
     network = MIXED[name]
@@ -249,33 +136,14 @@ def test_memory_layouts(name: str) -> None:
         check(network, task, network.from_layer(first), 2, f"{name} {first}")
 
 
-@pytest.mark.parametrize("name", MIXED)
-def test_parameters_in_place_stay_in_their_memory(name: str) -> None:
-    network = MIXED[name]
-    for first in range(len(network.layers) + 1):
-        updated = network.from_layer(first)
-        task = given(network, tasks=2, own=True)
-        want = [p.clone() for p in task.parameters]
-        Reference().inner_loop(task.x, task.labels, want, updated, network.specs, 3, LR)
-        have = [layouts(p)["channels-last"] if p.dim() == 5 else p for p in task.parameters]
-        have[-2] = have[-2].mT.contiguous().mT
-        strides, places = ([method(p) for p in have] for method in (Tensor.stride, Tensor.data_ptr))
-        Native().inner_loop(task.x, task.labels, have, updated, network.specs, 3, LR)
-        assert [p.stride() for p in have] == strides and [p.data_ptr() for p in have] == places
-        for i, (mine, theirs) in enumerate(zip(have, want)):
-            near(f"{name} {first} parameter {i}", mine, theirs)
-
-
-def test_frozen_vectors_may_be_strided_and_updated_ones_not() -> None:
+def test_vectors_may_be_strided() -> None:
     network = MIXED["images-winograd-library"]
     task = given(network, tasks=2, own=True)
     wide = [torch.stack([p, p], -1)[..., 0] if p.dim() == 2 else p for p in task.parameters]
-    frozen = network.from_layer(4)
-    want = run(Native(), network, task, frozen, 2)[0]
-    assert torch.equal(run(Native(), network, task._replace(parameters=wide), frozen, 2)[0], want)
-    flags, *constants = _constants(network.from_layer(0), network.specs)
-    with pytest.raises(RuntimeError, match="parameter 1 is updated in place and must be dense"):
-        torch.ops.lambda_kernels.inner_loop(task.x, task.labels, wide, flags, *constants, 1, LR)
+    for first in range(5):
+        want = run(Native(), network, task, network.from_layer(first), 2)
+        have = run(Native(), network, task._replace(parameters=wide), network.from_layer(first), 2)
+        assert torch.equal(have.rows, want.rows) and equal(have.updated, want.updated)
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -285,7 +153,7 @@ def test_new_values_share_no_memory_with_what_was_given(name: str) -> None:
         task = given(network, tasks=tasks, own=own)
         before = [p.clone() for p in task.parameters]
         for steps in (0, 2):
-            rows, new = run(Native(), network, task, network.from_layer(0), steps)
+            rows, new, _ = run(Native(), network, task, network.from_layer(0), steps)
             assert rows.shape == (steps + 1, tasks)
             for old, given_one, mine in zip(before, task.parameters, new):
                 assert torch.equal(given_one, old) and mine.data_ptr() != given_one.data_ptr()
@@ -313,22 +181,25 @@ def forward(network: Network, parameters: list[Tensor], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("tasks", [1, 2, 5])
 @pytest.mark.parametrize("name", MIXED)
-def test_classified_is_adapted_and_a_forward_pass(name: str, tasks: int, threads: int) -> None:
+def test_logits_are_a_forward_pass_by_the_new_values(name: str, tasks: int, threads: int) -> None:
     network = MIXED[name]
     for own, first in product((False, True), {0, len(network.layers) // 2, len(network.layers)}):
         task, updated = given(network, tasks=tasks, own=own), network.from_layer(first)
         before = [p.clone() for p in task.parameters]
-        rows, new = run(Native(), network, task, updated, 3)
+        rows, new, none = run(Native(), network, task, updated, 3)
+        assert none is None
         moved = iter(new)
         final = [next(moved) if flag else p for p, flag in zip(task.parameters, updated)]
         ranks = [4, 1, 1] * len(network.layers) + [2, 1]
         want = forward(network, [p if p.dim() > n else p[None] for p, n in zip(final, ranks)], task.query)
-        for x, labels, query, parameters in (task, in_other_memory(task))[: 2 if threads == 1 else 1]:
+        for memory in (task, in_other_memory(task))[: 2 if threads == 1 else 1]:
             with on_threads(threads):
-                found = Native().classified(x, labels, query, parameters, updated, network.specs, 3, LR)
-            assert found[1].shape == (tasks, 4, network.ways)
-            near(f"{name} {first} losses", found[0], rows)
-            near(f"{name} {first} logits", found[1], want.expand_as(found[1]))
+                found = run(Native(), network, memory, updated, 3, query=True)
+            assert found.logits is not None and found.logits.shape == (tasks, 4, network.ways)
+            near(f"{name} {first} losses", found.rows, rows)
+            near(f"{name} {first} logits", found.logits, want.expand_as(found.logits))
+            for mine, theirs in zip(found.updated, new):
+                near(f"{name} {first} new value", mine, theirs)
         assert all(torch.equal(p, old) for p, old in zip(task.parameters, before))
 
 
@@ -336,8 +207,8 @@ def test_query_images_that_do_not_fit_are_errors_that_name_the_sizes() -> None:
     network = MIXED["winograd-first"]
     task, updated = given(network, tasks=2), network.from_layer(0)
     for query in (task.query[:1], task.query[..., :5], task.query[:, :0], task.query.float(), task.query[0]):
-        with pytest.raises(RuntimeError, match=r"classified: query images \[.*\[2, 4, 16, 9, 7\]"):
-            Native().classified(task.x, task.labels, query, task.parameters, updated, network.specs, 1, LR)
+        with pytest.raises(RuntimeError, match=r"inner_loop: query images \[.*\[2, 4, 16, 9, 7\]"):
+            run(Native(), network, task._replace(query=query), updated, 1, query=True)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -358,13 +229,14 @@ BIG = Network((3, 40, 41), (Layer(48), Layer(48), Layer(48)), images=8)
 
 
 def results(network: Network, task: Given, steps: int = 3) -> list[Tensor]:
-    """All that both operators give, from every first layer."""
+    """All that the operator gives, with and without a query, from every first layer."""
     found = []
     for first in range(len(network.layers) + 1):
         updated = network.from_layer(first)
-        rows, new = run(Native(), network, task, updated, steps)
-        x, labels, query, parameters = task
-        found += [rows, *new, *Native().classified(x, labels, query, parameters, updated, network.specs, steps, LR)]
+        rows, new, _ = run(Native(), network, task, updated, steps)
+        again = run(Native(), network, task, updated, steps, query=True)
+        assert again.logits is not None
+        found += [rows, *new, again.rows, *again.updated, again.logits]
     return found
 
 
@@ -473,7 +345,9 @@ def test_float32_losses_and_logits_are_as_near_as_torchs() -> None:
         updated = network.from_layer(0)
 
         def both(backend: Reference, task: Given) -> tuple[Tensor, Tensor]:
-            return backend.classified(*task, updated, network.specs, 2, LR)  # noqa: B023
+            rows, _, logits = run(backend, network, task, updated, 2, query=True)  # noqa: B023
+            assert logits is not None
+            return rows, logits
 
         truth, have, stock = both(Reference(), wide), both(Native(), single), both(Reference(), single)
         for what, mine, theirs, exact in zip(("losses", "logits"), have, stock, truth):

@@ -152,7 +152,7 @@ class Native(Reference):
 
 
 def _filters(x: torch.Size, weight: torch.Size, spec: ConvSpec, dtype: torch.dtype) -> bool:
-    """Whether Winograd's algorithm takes a task's convolution: the rule of WinogradConvolution::takes in csrc/winograd.h."""
+    """Whether Winograd's algorithm takes a task's convolution: as WinogradConvolution::takes in csrc/winograd.h."""
     rows, columns = (x[3 + axis] + 2 * spec.padding[axis] - 2 for axis in (0, 1))
     many = min(weight[1:3]) >= 16 and weight[1] * weight[2] >= 1024
     few = min(weight[1:3]) >= 8 and x[1] * rows * columns <= 1024
@@ -220,14 +220,47 @@ if not _WHY:
     def _(
         x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, geometry: list[int], eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        stride, padding, dilation, pool = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
-        height, width = (
-            ((x.shape[3 + a] + 2 * padding[a] - dilation[a] * (weight.shape[3 + a] - 1) - 1) // stride[a] + 1) // pool
-            for a in (0, 1)
-        )
+        height, width = _pooled(x, weight.shape[3:], geometry)
         tasks = max(t.shape[0] for t in (x, weight, gamma, beta))
         y = _images(x, height, width, x.dtype, tasks=tasks, channels=weight.shape[1])
         return y, x.new_empty(tasks, weight.shape[1]), x.new_empty(tasks, weight.shape[1])
+
+    @torch.library.register_fake("lambda_kernels::image_moments")
+    def _(x: Tensor, kernel: list[int], geometry: list[int]) -> Tensor:
+        side = x.shape[2] * kernel[0] * kernel[1] + 1
+        return x.new_empty(x.shape[0], side, side, dtype=torch.float64)
+
+    @torch.library.register_fake("lambda_kernels::image_block")
+    def _(
+        x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, geometry: list[int], eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        height, width = _pooled(x, weight.shape[3:], geometry)
+        tasks, outputs = max(t.shape[0] for t in (x, weight, gamma, beta)), weight.shape[1]
+        y = _images(x, height, width, x.dtype, tasks=tasks, channels=outputs)
+        index = _images(x, height, width, torch.uint8, tasks=tasks, channels=outputs)
+        return y, index, x.new_empty(tasks, outputs), x.new_empty(tasks, outputs)
+
+    @torch.library.register_fake("lambda_kernels::image_block_grad")
+    def _(
+        gy: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, index: Tensor, rstd: Tensor, moments: Tensor,
+        geometry: list[int],
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        tasks, outputs = gy.shape[0], weight.shape[1]
+        return x.new_empty(tasks, *weight.shape[1:]), x.new_empty(tasks, outputs), x.new_empty(tasks, outputs)
+
+    @torch.library.register_fake("lambda_kernels::inner_loop")
+    def _(
+        x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[int], geometry: list[int], eps: list[float],
+        steps: int, rates: list[float], query: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+        tasks, axes = labels.shape[0], [4, 1, 1] * len(eps) + [2, 1]  # without a task axis
+        new = [
+            p.new_empty(p.shape if tasks == 1 else (tasks, *p.shape[p.dim() - n :]))
+            for p, n, flag in zip(parameters, axes, updated)
+            if flag
+        ]
+        logits = x.new_empty(0 if query is None else (tasks, query.shape[1], parameters[-1].shape[-1]))
+        return x.new_empty(steps + 1, tasks, dtype=torch.float64), new, logits
 
     @torch.library.register_fake("lambda_kernels::winograd")
     def _(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
@@ -242,6 +275,14 @@ if not _WHY:
     @torch.library.register_fake("lambda_kernels::winograd_weight_grad")
     def _(gy: Tensor, x: Tensor, weight: list[int], padding: list[int]) -> Tensor:
         return gy.new_empty(1 if weight[0] == 1 else max(gy.shape[0], x.shape[0]), *weight[1:])
+
+    def _pooled(x: Tensor, kernel: Sequence[int], geometry: list[int]) -> list[int]:
+        """Height and width of a block's result."""
+        stride, padding, dilation, pool = geometry[:2], geometry[2:4], geometry[4:6], geometry[6]
+        return [
+            ((x.shape[3 + a] + 2 * padding[a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1) // pool
+            for a in (0, 1)
+        ]
 
     def _images(
         z: Tensor, height: int, width: int, dtype: torch.dtype, *, tasks: int | None = None, channels: int | None = None

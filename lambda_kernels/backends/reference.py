@@ -358,8 +358,8 @@ class Reference:
     def prepared(
         self, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec]
     ) -> Callable[..., list[Tensor] | None] | None:
-        """`inner_loop` of one task for given parameters as a function of (x [N, ...], labels [N], steps, rates), that has
-        little to do but to compute. It gives the new values, or None where anything is not as it should be: wrong
+        """`inner_loop` of one task for given parameters as a function of (x [N, ...], labels [N], steps, rates), which
+        has little to do but to compute. It gives the new values, or None where anything is not as it should be: wrong
         labels, infinite results. None where there is no such function."""
         return None
 
