@@ -28,9 +28,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_block(const at::Tensor& x_
   for (const at::Tensor* t : {&x_, &weight, &gamma_, &beta_})
     TORCH_CHECK(t->size(0) == 1 || t->size(0) == tasks, "frozen_block: x ", x_.sizes(), ", weight ", weight.sizes(),
                 ", gamma ", gamma_.sizes(), " and beta ", beta_.sizes(), " are of different numbers of tasks");
-  Convolution c{x_.size(1), x_.size(3), x_.size(4), x_.size(2), 0, 0, weight.size(1), {weight.size(3), weight.size(4)},
-                {geometry[0], geometry[1]}, {geometry[2], geometry[3]}, {geometry[4], geometry[5]}, 1};
-  c.size_output();
+  const Convolution c = Convolution::of(x_.size(1), x_.size(2), x_.size(3), x_.size(4), weight.size(1),
+                                        {weight.size(3), weight.size(4)}, geometry.data());
   TORCH_CHECK(std::min(c.rows, c.columns) >= pool && frozen_block_takes(c, pool), "frozen_block: no kernel for a weight ", weight.sizes(), " over images ", x_.sizes(),
               " with pool ", pool);
   const at::Tensor x = ImageConvolution<float>::takes(c, pool) ? x_ : channels_last(x_);

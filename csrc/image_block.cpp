@@ -16,12 +16,12 @@ namespace {
 Convolution sizes(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef geometry, int64_t outputs) {
   TORCH_CHECK(x.dim() == 5 && kernel.size() == 2 && geometry.size() == 7, "image_block: x must be [tasks, images, C, H, W], got ",
               x.sizes(), ", with 2 kernel sizes and 7 numbers, got ", kernel.size(), " and ", geometry.size());
-  Convolution c{x.size(1), x.size(3), x.size(4), x.size(2), 0, 0, outputs, {kernel[0], kernel[1]},
-                {geometry[0], geometry[1]}, {geometry[2], geometry[3]}, {geometry[4], geometry[5]}, 1};
+  TORCH_CHECK(geometry[0] > 0 && geometry[1] > 0, "image_block: stride ", geometry[0], ", ", geometry[1], " must be positive");
+  const Convolution c =
+      Convolution::of(x.size(1), x.size(2), x.size(3), x.size(4), outputs, {kernel[0], kernel[1]}, geometry.data());
   TORCH_CHECK(ImageConvolution<float>::takes(c, geometry[6]) && x.numel() > 0, "image_block: a kernel of ", kernel[0], "x", kernel[1],
               " over images ", x.sizes().slice(1), " with pool ", geometry[6], ": at most ", ImageConvolution<float>::kMostTaps,
               " numbers a patch and a pool of 1 or 2");
-  c.size_output();
   return c;
 }
 

@@ -20,9 +20,8 @@ Convolution sizes(at::IntArrayRef x, at::IntArrayRef weight, at::IntArrayRef pad
   TORCH_CHECK(x.size() == 5 && weight.size() == 5 && weight[2] == x[2] && weight[3] == 3 && weight[4] == 3 &&
                   padding.size() == 2 && fits(0) && fits(1) && x[0] * x[1] * x[2] * weight[0] * weight[1] > 0,
               "winograd: a weight ", weight, " with padding ", padding, " does not fit images ", x);
-  Convolution c{x[1], x[3], x[4], x[2], 0, 0, weight[1], {3, 3}, {1, 1}, {padding[0], padding[1]}, {1, 1}, 1};
-  c.size_output();
-  return c;
+  const int64_t geometry[] = {1, 1, padding[0], padding[1], 1, 1};
+  return Convolution::of(x[1], x[2], x[3], x[4], weight[1], {3, 3}, geometry);
 }
 
 // The number of tasks of two operands, one of which may be shared.

@@ -132,8 +132,10 @@ class WinogradConvolution {
   }
 
   WinogradWeight<T> describe(bool turned) const {
-    return {c_.outputs, c_.inputs, weight_, {strides_[0], strides_[1], strides_[2], strides_[3]}, turned,
-            up(turned ? c_.inputs : c_.outputs, kLanes), nullptr, nullptr, 0, T(0)};
+    WinogradWeight<T> w{c_.outputs, c_.inputs, weight_};
+    std::copy(strides_, strides_ + 4, w.strides);
+    w.turned = turned, w.padded = up(turned ? c_.inputs : c_.outputs, kLanes);
+    return w;
   }
 
   T* transform(bool turned, Arena& arena) const {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from cases import IMAGES, ImageCase
@@ -21,28 +23,46 @@ def test_every_operator_knows_its_shapes_without_data() -> None:
     assert [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "Meta")] == []
 
 
-@pytest.mark.parametrize("tasks", [1, 2])
-@pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.name)
-def test_the_first_blocks_operators_keep_torchs_rules(case: ImageCase, tasks: int) -> None:
+SHAPES = ("test_schema", "test_faketensor")
+TRACED = (*SHAPES, "test_autograd_registration", "test_aot_dispatch_dynamic")  # the last one takes seconds
+
+
+def check_first_block(case: ImageCase, tasks: int, tests: tuple[str, ...]) -> None:
     x = torch.randn(tasks, case.images, case.inputs, *case.size)
     weight = torch.randn(1, case.width, case.inputs, *case.kernel)
     gamma, beta = torch.randn(tasks, case.width), torch.randn(1, case.width)
     geometry = native._geometry(case.spec, case.pool)
-    torch.library.opcheck(OPS.image_moments.default, (x, case.kernel, geometry))
     moments = OPS.image_moments(x, case.kernel, geometry)
-    torch.library.opcheck(OPS.image_block.default, (x, weight, gamma, beta, moments, geometry, 1e-5))
     y, index, _, rstd = OPS.image_block(x, weight, gamma, beta, moments, geometry, 1e-5)
     saved = (torch.randn_like(y), x, weight, gamma, index, rstd, moments, geometry)
-    torch.library.opcheck(OPS.image_block_grad.default, saved)
+    torch.library.opcheck(OPS.image_moments.default, (x, case.kernel, geometry), test_utils=tests)
+    given = (x, weight, gamma, beta, moments, geometry, 1e-5)
+    torch.library.opcheck(OPS.image_block.default, given, test_utils=tests)
+    torch.library.opcheck(OPS.image_block_grad.default, saved, test_utils=tests)
 
 
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("tasks", [1, 2])
+@pytest.mark.parametrize("case", IMAGES, ids=lambda case: case.name)
+def test_the_first_blocks_operators_keep_torchs_rules(case: ImageCase) -> None:
+    for tasks in (1, 2):
+        check_first_block(case, tasks, SHAPES)
+
+
+def check_inner_loop(network: Network, tasks: int, own: bool, first: int, tests: tuple[str, ...]) -> None:
+    task, updated = given(network, torch.float32, tasks=tasks, own=own), network.from_layer(first)
+    constants = (*native._constants(updated, network.specs), 2, [LR] * (2 * sum(updated)))
+    for x, labels, query, parameters in (task, in_other_memory(task)):
+        for images in (None, query):
+            arguments = (x, labels, parameters, *constants, images)
+            torch.library.opcheck(OPS.inner_loop.default, arguments, test_utils=tests)
+
+
 @pytest.mark.parametrize("network", [*MIXED.values(), FEW["5x5"][0]], ids=[*MIXED, "5x5"])
-def test_the_inner_loop_keeps_torchs_rules(network: Network, tasks: int, own: bool) -> None:
-    for first in {0, len(network.layers)}:
-        task, updated = given(network, torch.float32, tasks=tasks, own=own), network.from_layer(first)
-        for x, labels, query, parameters in (task, in_other_memory(task)):
-            constants = (*native._constants(updated, network.specs), 2, [LR] * (2 * sum(updated)))
-            for images in (None, query):
-                torch.library.opcheck(OPS.inner_loop.default, (x, labels, parameters, *constants, images))
+def test_the_inner_loop_keeps_torchs_rules(network: Network) -> None:
+    for tasks, own, first in product((1, 2), (False, True), {0, len(network.layers)}):
+        check_inner_loop(network, tasks, own, first, SHAPES)
+
+
+def test_operators_are_traced() -> None:
+    check_first_block(IMAGES[0], 2, TRACED)
+    check_inner_loop(MIXED["linear"], 2, False, 0, TRACED)
+    check_inner_loop(MIXED["library-groups"], 1, False, 1, TRACED)

@@ -195,7 +195,8 @@ def test_a_prepared_call_takes_labels_of_one_class() -> None:
     updated = network.from_layer(1)
     one_class = task._replace(labels=torch.ones_like(task.labels))
     found = Native().prepared(task.parameters, updated, network.specs)(task.x[0], one_class.labels[0], STEPS, [LR])
-    want = plain(network, one_class, 0, updated, torch.full((STEPS, sum(updated)), LR)).updated
+    rates = torch.full((STEPS, sum(updated)), LR, dtype=torch.float64)
+    want = plain(network, one_class, 0, updated, rates).updated
     assert found is not None
     for i, (mine, theirs) in enumerate(zip(found, want, strict=True)):
         near(f"value {i}", mine, theirs)

@@ -80,6 +80,9 @@ void check_layers(const at::Tensor& x, const std::vector<at::Tensor>& own, at::I
     const int64_t outputs = weight.size(1);
     bool fits = at[1].size(1) == outputs;
     if (b < blocks) {
+      const at::IntArrayRef g = geometry.slice(b * kGeometry, kGeometry);
+      TORCH_CHECK(std::min({g[0], g[1], g[4], g[5], g[6], g[7]}) > 0 && std::min(g[2], g[3]) >= 0,
+                  "inner_loop: the numbers of block ", b, " are wrong: ", g);
       fits = fits && at[2].size(1) == outputs && weight.size(2) * geometry[b * kGeometry + 6] == inputs;
       inputs = outputs;
     }
@@ -115,9 +118,8 @@ struct Chains {
       const int64_t at = b * kPerBlock;
       Block<T> block{};
       block.weight = tensor(at, task), block.gamma = data(at + 1, task), block.beta = data(at + 2, task);
-      block.c = {x.size(1), height, width, channels, 0, 0, block.weight.size(0),
-                 {block.weight.size(2), block.weight.size(3)}, {g[0], g[1]}, {g[2], g[3]}, {g[4], g[5]}, g[6]};
-      block.c.size_output();
+      block.c = Convolution::of(x.size(1), channels, height, width, block.weight.size(0),
+                                {block.weight.size(2), block.weight.size(3)}, g.data(), g[6]);
       block.pool = g[7], block.eps = eps[b], block.below = below;
       block.update_weight = moves[at], block.update_gamma = moves[at + 1], block.update_beta = moves[at + 2];
       below = below || block.updated();
