@@ -95,7 +95,7 @@ HOW = """
 - The frozen prefix once, and each of its blocks in one pass without a convolution output: what is left of it is its
   convolutions.
 - Winograd's F(2x2, 3x3) in float32 and float64, forward and both gradients: 16 products in place of 36. It is taken by
-  the rule in `csrc/filter.h`; with few channels ATen's direct convolution is faster and is called.
+  the rule in `csrc/winograd.h`; with few channels ATen's direct convolution is faster and is called.
 - The first block's statistics from the moments of its patches; the last block's steps in the space of its few pixels.
 - No step allocates, and the second adaptation of a network is one call from Python: the plan is kept with the network.
 - At 28x28 the scratch of Winograd's algorithm, which does not shrink with the images, is most of the memory in use.
