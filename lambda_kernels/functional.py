@@ -15,7 +15,17 @@ from torch import Tensor
 
 from . import autograd
 from .backends import choose
-from .spec import ConvSpec, check_affine, check_conv2d, check_conv_block, check_linear, check_same, pair, same_padding
+from .spec import (
+    BlockSpec,
+    ConvSpec,
+    check_affine,
+    check_conv2d,
+    check_conv_block,
+    check_linear,
+    check_same,
+    pair,
+    same_padding,
+)
 
 __all__ = ["conv2d", "conv_block", "linear"]
 
@@ -59,7 +69,7 @@ def conv2d(
         x = F.pad(x, same_padding(weight.shape, spec.stride, spec.dilation))
     check_conv2d("conv2d", x.shape, weight.shape, None if bias is None else bias.shape, spec)
     tasks = x.dim() == 5 or weight.dim() == 5 or (bias is not None and bias.dim() == 2)
-    y = autograd.Conv2d.apply(_lift(x, 4), _lift(weight, 4), _lift_if(bias, 1), spec, choose("conv2d", x))
+    y = autograd.Conv2d.apply(_lift(x, 4), _lift(weight, 4), _lift_if(bias, 1), spec, choose("conv2d", x, weight, spec))
     return y if tasks else y.squeeze(0)
 
 
@@ -80,7 +90,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, weight, bias = _autocast("linear", x, weight, bias)
     check_linear(x.shape, weight.shape, None if bias is None else bias.shape)
     per_task = weight.dim() == 3 or (bias is not None and bias.dim() == 2)
-    backend = choose("linear", x)
+    backend = choose("linear", x, weight)
     if not (per_task or torch._C._are_functorch_transforms_active()) and backend.linear_is_torchs:
         return F.linear(x, weight, bias)
     rows = x if x.dim() > 1 else x.unsqueeze(0)
@@ -149,7 +159,8 @@ def block_and_statistics(
     spec = _conv_spec("conv_block", stride, padding, dilation, groups)
     shapes = (None if t is None else t.shape for t in (bias, gamma, beta))
     count = check_conv_block(x.shape, weight.shape, *shapes, spec, pool)
-    backend = choose("conv_block", x, pool)
+    block = BlockSpec(spec, eps, pool)
+    backend = choose("conv_block", x, weight, spec, pool)
     ranks = ((x, 4), (weight, 4), (bias, 1), (gamma, 1), (beta, 1))
     tasks = any(t is not None and t.dim() > rank for t, rank in ranks)
     gamma = x.new_ones(weight.shape[-4]) if gamma is None else gamma
@@ -158,9 +169,9 @@ def block_and_statistics(
     if _wants_gradient(*operands, bias) or torch.compiler.is_compiling():
         z = autograd.Conv2d.apply(*operands[:2], None, spec, backend)
         z = z.expand(max(z.shape[0], count), *z.shape[1:])
-        y, _, mean, rstd = autograd.NormReluPool.apply(z, *operands[2:], _lift_if(bias, 1), eps, pool, backend)
+        y, _, mean, rstd = autograd.NormReluPool.apply(z, *operands[2:], _lift_if(bias, 1), block, backend)
     else:
-        y, mean, rstd = autograd.Block.apply(*operands, spec, eps, pool, backend)
+        y, mean, rstd = autograd.Block.apply(*operands, block, backend)
 
     def statistics() -> tuple[Tensor, Tensor]:
         shifted = mean if bias is None else mean + bias.detach()

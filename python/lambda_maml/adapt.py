@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambda_kernels import capture
-from lambda_kernels.chain import Backend, Chain
+from lambda_kernels.chain import Chain
 
 from . import ready
 from .outcome import Outcome, tied
@@ -210,11 +210,13 @@ def _classify_together(loop: Loop, loss: Loss, xs: Tensor, ys: Tensor, xq: Tenso
     if capture.refusal(xs.device) is None or len(loop.parts) != 1 or xq.shape[2:] != xs.shape[2:] or not xq.numel():
         return None
     part, steps = loop.parts[0]
-    backend = loop.runner(part.whole, loss, xs, ys)
-    if part.whole is None or backend is None:
+    if part.whole is None or not loop.takes(part.whole, loss, xs, ys):
         return None
     loop.check_labels(ys)
-    rows, logits = part.whole.classify(backend, loop.meta, part.updated, xs, ys, xq, steps=steps, lr=loop.lr)
+    rows, _, logits = part.whole.inner_loop(
+        loop.meta, part.updated, xs, ys, steps=steps, rates=[loop.lr], query=xq
+    )
+    assert logits is not None
     loop.check_finite(rows.tolist(), xs)
     return logits
 
@@ -421,22 +423,18 @@ class Loop:
         """
         x = x if per_task else x.unsqueeze(0)
         labels = labels if per_task else labels.unsqueeze(0)
-        backend = self.runner(chain, loss, x, labels)
-        if chain is None or backend is None:
+        if chain is None or not self.takes(chain, loss, x, labels):
             return None
-        return chain.descend(backend, state, part.updated, x, labels, steps=steps, lr=self.lr)
+        return chain.inner_loop(state, part.updated, x, labels, steps=steps, rates=[self.lr])[:2]
 
     def layout(self, x: Tensor) -> Tensor:
         """Images in the memory layout in which a CPU's convolutions are fastest; what follows keeps it."""
         known = all(step.not_reusable is None for step in self.plan.program.steps)
         return x.contiguous(memory_format=torch.channels_last) if known and x.dim() == 4 and not x.is_cuda else x
 
-    def runner(self, chain: Chain | None, loss: Loss, x: Tensor, labels: Tensor) -> Backend | None:
-        """The backend whose inner loop takes the chain, x [T, N, ...], labels [T, N] and the loss; None for others."""
-        if chain is None or self.second_order or loss is not F.cross_entropy:
-            return None
-        backend = chain.backend(x, labels)
-        return None if isinstance(backend, str) else backend
+    def takes(self, chain: Chain, loss: Loss, x: Tensor, labels: Tensor) -> bool:
+        """Whether a backend's inner loop takes the chain, x [T, N, ...], labels [T, N] and the loss."""
+        return not self.second_order and loss is F.cross_entropy and not chain.refusals(x, labels)
 
     def update(self, state: dict[str, Tensor], part: Part, value: Tensor) -> None:
         """One gradient step on the part's updated parameters."""

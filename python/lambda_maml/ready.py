@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambda_kernels import capture
@@ -43,7 +42,7 @@ def again(
     found: _Ready | None = memo.get(_key(xs, ys, pattern, steps, norm)) if memo else None
     if found is None or _watched(xs.device):
         return None
-    new = found.run(xs, ys, steps, lr)
+    new = found.run(xs, ys, steps, [lr])
     if new is None:
         return None
     return Outcome(found.meta, dict(zip(found.moved, new)), found.updated, {})
@@ -55,16 +54,15 @@ def keep(loop: Loop, model: nn.Module, xs: Tensor, ys: Tensor, pattern: str | Pa
     if memo is None or len(loop.parts) != 1 or type(xs) is not Tensor or type(ys) is not Tensor or _watched(xs.device):
         return
     part = loop.parts[0][0]
-    backend = loop.runner(part.whole, F.cross_entropy, xs.unsqueeze(0), ys.unsqueeze(0))
     buffers = next(model.buffers(), None) is not None  # each learner has copies of its own
-    if part.whole is None or backend is None or buffers:
+    if part.whole is None or buffers or loop.second_order:
         return
-    run = part.whole.prepare(backend, loop.meta, part.updated)
+    run = part.whole.prepare(loop.meta, part.updated, xs.unsqueeze(0), ys.unsqueeze(0))
     if run is None:
         return
     if len(memo) >= _MOST:
         memo.clear()
-    moved = tuple(name for name in part.whole.names if name in part.updated)
+    moved = tuple(part.whole.order(part.updated))
     memo[_key(xs, ys, pattern, loop.steps, norm)] = _Ready(run, loop.meta, moved, loop.updated)
 
 
