@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lambda_kernels.spec import ConvSpec
+from lambda_kernels.spec import BlockSpec, ConvSpec
 
 BACKENDS = ("reference", "native")
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}  # float64 against float64
@@ -187,3 +187,8 @@ def assert_as_exact(name: str, got: Tensor | None, stock: Tensor | None, truth: 
     mine, theirs = ((t.double() - truth).abs().max().item() for t in (got, stock))
     small = max(ROUNDINGS, terms**0.5) * torch.finfo(got.dtype).eps * max(truth.abs().max().item(), 1e-30)
     assert mine <= 2 * theirs + small, f"{name}: error {mine:.2e}, stock {theirs:.2e}, allowed beside it {small:.2e}"
+
+
+def norm_block(pool: int) -> BlockSpec:
+    """A block for its norm, ReLU and pooling alone."""
+    return BlockSpec(ConvSpec((1, 1), (1, 1), (1, 1), 1), 1e-5, pool)

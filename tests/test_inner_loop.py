@@ -94,7 +94,17 @@ def given(network: Network, dtype: torch.dtype = torch.float64, tasks: int = 1, 
 def run(
     backend: Reference, network: Network, task: Given, updated: list[bool], steps: int
 ) -> tuple[Tensor, list[Tensor]]:
-    return backend.adapted(task.x, task.labels, task.parameters, updated, network.specs, steps, LR)
+    found = backend.inner_loop(task.x, task.labels, task.parameters, updated, network.specs, steps, [LR])
+    return found.rows, found.updated
+
+
+def classified(
+    backend: Reference, network: Network, task: Given, updated: list[bool], steps: int
+) -> tuple[Tensor, Tensor]:
+    x, labels, query, parameters = task
+    found = backend.inner_loop(x, labels, parameters, updated, network.specs, steps, [LR], query)
+    assert found.logits is not None
+    return found.rows, found.logits
 
 
 def near(name: str, got: Tensor, want: Tensor) -> None:
@@ -258,11 +268,13 @@ def test_parameters_in_place_stay_in_their_memory(name: str) -> None:
         updated = network.from_layer(first)
         task = given(network, tasks=2, own=True)
         want = [p.clone() for p in task.parameters]
-        Reference().inner_loop(task.x, task.labels, want, updated, network.specs, 3, LR)
+        new = iter(run(Reference(), network, task, updated, 3)[1])
+        want = [next(new) if flag else p for p, flag in zip(want, updated)]
         have = [layouts(p)["channels-last"] if p.dim() == 5 else p for p in task.parameters]
         have[-2] = have[-2].mT.contiguous().mT
         strides, places = ([method(p) for p in have] for method in (Tensor.stride, Tensor.data_ptr))
-        Native().inner_loop(task.x, task.labels, have, updated, network.specs, 3, LR)
+        flags, *constants = _constants(updated, network.specs)
+        torch.ops.lambda_kernels.inner_loop(task.x, task.labels, have, flags, *constants, 3, LR)
         assert [p.stride() for p in have] == strides and [p.data_ptr() for p in have] == places
         for i, (mine, theirs) in enumerate(zip(have, want)):
             near(f"{name} {first} parameter {i}", mine, theirs)
@@ -306,9 +318,9 @@ def on_threads(count: int) -> Iterator[None]:
 
 def forward(network: Network, parameters: list[Tensor], x: Tensor) -> Tensor:
     """Logits by the reference, of parameters that all have a task axis."""
-    for i, (conv, eps, pool) in enumerate(network.specs):
+    for i, block in enumerate(network.specs):
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
-        x = Reference().block(x, weight, gamma, beta, conv, eps, pool)[0]
+        x = Reference().block(x, weight, gamma, beta, block)[0]
     return Reference().linear(x.flatten(2), *parameters[-2:])
 
 
@@ -325,9 +337,9 @@ def test_classified_is_adapted_and_a_forward_pass(name: str, tasks: int, threads
         final = [next(moved) if flag else p for p, flag in zip(task.parameters, updated)]
         ranks = [4, 1, 1] * len(network.layers) + [2, 1]
         want = forward(network, [p if p.dim() > n else p[None] for p, n in zip(final, ranks)], task.query)
-        for x, labels, query, parameters in (task, in_other_memory(task))[: 2 if threads == 1 else 1]:
+        for one in (task, in_other_memory(task))[: 2 if threads == 1 else 1]:
             with on_threads(threads):
-                found = Native().classified(x, labels, query, parameters, updated, network.specs, 3, LR)
+                found = classified(Native(), network, one, updated, 3)
             assert found[1].shape == (tasks, 4, network.ways)
             near(f"{name} {first} losses", found[0], rows)
             near(f"{name} {first} logits", found[1], want.expand_as(found[1]))
@@ -339,7 +351,7 @@ def test_query_images_that_do_not_fit_are_errors_that_name_the_sizes() -> None:
     task, updated = given(network, tasks=2), network.from_layer(0)
     for query in (task.query[:1], task.query[..., :5], task.query[:, :0], task.query.float(), task.query[0]):
         with pytest.raises(RuntimeError, match=r"classified: query images \[.*\[2, 4, 16, 9, 7\]"):
-            Native().classified(task.x, task.labels, query, task.parameters, updated, network.specs, 1, LR)
+            classified(Native(), network, task._replace(query=query), updated, 1)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -365,8 +377,7 @@ def results(network: Network, task: Given, steps: int = 3) -> list[Tensor]:
     for first in range(len(network.layers) + 1):
         updated = network.from_layer(first)
         rows, new = run(Native(), network, task, updated, steps)
-        x, labels, query, parameters = task
-        found += [rows, *new, *Native().classified(x, labels, query, parameters, updated, network.specs, steps, LR)]
+        found += [rows, *new, *classified(Native(), network, task, updated, steps)]
     return found
 
 
@@ -475,7 +486,7 @@ def test_float32_losses_and_logits_are_as_near_as_torchs() -> None:
         updated = network.from_layer(0)
 
         def both(backend: Reference, task: Given) -> tuple[Tensor, Tensor]:
-            return backend.classified(*task, updated, network.specs, 2, LR)  # noqa: B023
+            return classified(backend, network, task, updated, 2)  # noqa: B023
 
         truth, have, stock = both(Reference(), wide), both(Native(), single), both(Reference(), single)
         for what, mine, theirs, exact in zip(("losses", "logits"), have, stock, truth):

@@ -100,7 +100,7 @@ class Native(Reference):
         steps: int, rates: Sequence[float], query: Tensor | None = None,
     ) -> InnerLoop:  # fmt: skip
         """As the reference's, by one operator that spreads the tasks over the threads; the rows are float64."""
-        if len(rates) != 1:
+        if len(set(rates)) > 1:
             return super().inner_loop(x, labels, parameters, updated, blocks, steps, rates, query)
         flags, *constants = _constants(updated, blocks)
         rows, new = torch.ops.lambda_kernels.adapted(x, labels, parameters, flags, *constants, steps, rates[0])
@@ -115,7 +115,7 @@ class Native(Reference):
         self, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec]
     ) -> Callable[..., list[Tensor] | None]:
         plan: Callable[..., list[Tensor] | None] = _extension.Plan(parameters, *_constants(updated, blocks))
-        return lambda x, labels, steps, rates: plan(x, labels, steps, rates[0]) if len(rates) == 1 else None
+        return lambda x, labels, steps, rates: plan(x, labels, steps, rates[0]) if len(set(rates)) == 1 else None
 
     def norm_relu_pool(
         self, z: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
