@@ -41,7 +41,7 @@ def asked(ctx: Any) -> tuple[bool, ...]:
     """
     if torch.compiler.is_compiling():
         return ctx.needs_input_grad
-    edges = iter(ctx.next_functions)  # one a tensor input, none for None
+    edges = iter(ctx.next_functions)  # one per tensor input, none for None
     nodes = [next(edges)[0] if present else None for present in ctx.present]
     return tuple(needed and _will_run(node) for needed, node in zip(ctx.needs_input_grad, nodes))
 

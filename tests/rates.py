@@ -65,7 +65,7 @@ def plain(task: Given, updated: Sequence[bool], rates: Sequence[float], steps: i
             row = rates if len(rates) == 1 else rates[step * len(at) : (step + 1) * len(at)]
             for n, (i, gradient) in enumerate(zip(at, torch.autograd.grad(loss, leaves))):
                 own[i] = own[i].detach() - row[n if len(row) > 1 else 0] * gradient
-        rows.append(torch.stack([*losses, torch.zeros_like(losses[0])]))
+        rows.append(torch.stack([*losses, task.x.new_zeros(())]))
         new.append([own[i].detach() for i in at])
         logits.append(network(task.query[t], own).detach())
     return InnerLoop(torch.stack(rows, 1), [torch.stack(p) for p in zip(*new)], torch.stack(logits))
