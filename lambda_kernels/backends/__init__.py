@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ _REFERENCE = Reference()
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Native(), Cuda(), Triton(), _REFERENCE)}
 _wanted: ContextVar[str | None] = ContextVar("lambda_kernels_backend", default=None)
 _MOST_CHOSEN = 4096
-_chosen: dict[tuple[str, Call], Backend] = {}
+_PLAIN = "batch", 0.0  # norm and slope of a call that names none
+_chosen: dict[tuple[Any, ...], Backend] = {}  # by the wanted name and the fields of a call
 _said: set[str] = set()  # what the log holds already
 _autotune: Autotune | None = None
 
@@ -116,17 +118,22 @@ def choose(
     if torch.compiler.is_compiling():
         return _BACKENDS[_compiled(wanted, op, x.device, x.dtype, spec, pool)]
     shapes = () if weight is None else (x.shape, weight.shape)
-    return choose_for(Call(op, x.device, x.dtype, shapes, spec, pool), wanted)
+    key = (wanted, op, x.device, x.dtype, shapes, spec, pool, *_PLAIN)
+    return _chosen.get(key) or _first_choice(key)
 
 
-def choose_for(call: Call, wanted: str | None = None) -> Backend:
-    """The backend for a call, with the name that is `wanted` in place of the current one."""
-    key = wanted or current(), call
-    backend = _chosen.get(key)
-    if backend is None:
-        if len(_chosen) >= _MOST_CHOSEN:
-            _chosen.clear()
-        backend = _chosen[key] = _autotuned(_search(*key), *key)
+def choose_for(call: Call) -> Backend:
+    """The backend for a call; BackendError where a named one cannot run it."""
+    key = current(), *call
+    return _chosen.get(key) or _first_choice(key)
+
+
+def _first_choice(key: tuple[Any, ...]) -> Backend:
+    """The backend for a key of `_chosen`: the wanted name, and the fields of a call."""
+    wanted, call = key[0], Call(*key[1:])
+    if len(_chosen) >= _MOST_CHOSEN:
+        _chosen.clear()
+    backend = _chosen[key] = _autotuned(_search(wanted, call), wanted, call)
     return backend
 
 

@@ -38,14 +38,7 @@ class Native(Reference):
         return [_WHY] if _WHY else []
 
     def refusals(self, call: Call) -> list[str]:
-        why = super().refusals(call)
-        if call.device.type != "cpu":
-            why.append(f"it runs on the CPU, the tensors are on {call.device}")
-        if call.op in ("conv_block", "inner_loop") and call.dtype not in (torch.float32, torch.float64):
-            why.append(f"it is built for float32 and float64, not {call.dtype}")
-        if call.op == "conv_block" and call.pool not in (1, 2):
-            why.append(f"it pools by 1 or 2, not {call.pool}")
-        return why
+        return super().refusals(call) + _refusals(call.op, call.device, call.dtype, call.pool)
 
     def layout(self, x: Tensor) -> Tensor:
         return channels_last(x)
@@ -76,7 +69,7 @@ class Native(Reference):
         return torch.ops.lambda_kernels.frozen_block(x, weight, gamma, beta, _geometry(block), block.eps)
 
     def image_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
-        why = self.refusals(Call("conv_block", x.device, x.dtype, (x.shape, weight.shape), block.conv, block.pool))
+        why = _refusals("conv_block", x.device, x.dtype, block.pool)
         if block.conv.groups != 1 or weight[0, 0].numel() > MOST_TAPS:
             why.append(f"its patches have at most {MOST_TAPS} numbers, of one group, not {weight[0, 0].numel()}")
         return why
@@ -137,6 +130,17 @@ class Native(Reference):
         op = torch.ops.lambda_kernels.norm_relu_pool_grad_grad
         d_gy, d_z, d_gamma = op(gy, z, gamma, index, mean, rstd, block.pool, v, v_gamma, v_beta, need_z)
         return d_gy, d_z if need_z else None, d_gamma
+
+
+def _refusals(op: str, device: torch.device, dtype: torch.dtype, pool: int) -> list[str]:
+    why = []
+    if device.type != "cpu":
+        why.append(f"it runs on the CPU, the tensors are on {device}")
+    if op in ("conv_block", "inner_loop") and dtype not in (torch.float32, torch.float64):
+        why.append(f"it is built for float32 and float64, not {dtype}")
+    if op == "conv_block" and pool not in (1, 2):
+        why.append(f"it pools by 1 or 2, not {pool}")
+    return why
 
 
 def _filters(x: torch.Size, weight: torch.Size, spec: ConvSpec, dtype: torch.dtype) -> bool:
