@@ -169,20 +169,20 @@ class Cuda(Reference):
             return super().norm_relu_pool_grad(gy, z, gamma, index, mean, rstd, block, need_z)
         z, z_task = self._shared(z)
         gy, index = self.layout(gy.expand(index.shape)), self.layout(index)
-        (wanted,), dtype = affine(z, gamma), gamma.dtype
+        (vector,), dtype = affine(z, gamma), gamma.dtype
         mean, rstd = mean.contiguous(), rstd.contiguous()
         dz = images_like(z, (tasks, images, channels, height, width), z.dtype) if need_z else None
-        dgamma, dbeta = (torch.empty(tasks, channels, dtype=wanted.dtype, device=z.device) for _ in range(2))
+        dgamma, dbeta = (torch.empty(tasks, channels, dtype=vector.dtype, device=z.device) for _ in range(2))
         parts = parts_of(tasks, index.numel() // (tasks * channels), 2 * z.element_size() * channels)
         partial = torch.empty(tasks, parts, 2, channels, dtype=torch.float64, device=z.device)
         sums = torch.empty(tasks, 2, channels, dtype=torch.float64, device=z.device)
         parameters = NormReluPool(
-            **addresses(z=z, gamma=wanted, mean=mean, rstd=rstd, index=index, gy=gy, dgamma=dgamma, dbeta=dbeta, dz=dz,
+            **addresses(z=z, gamma=vector, mean=mean, rstd=rstd, index=index, gy=gy, dgamma=dgamma, dbeta=dbeta, dz=dz,
                          partial=partial, sums=sums),
             tasks=tasks, images=images, channels=channels, height=height, width=width, pool=pool, parts=parts,
-            z_task=z_task, gamma_task=stride(wanted), wide_parameters=wanted.dtype == wide(z),
+            z_task=z_task, gamma_task=stride(vector), wide_parameters=vector.dtype == wide(z),
         )  # fmt: skip
-        self._launch("norm_relu_pool_grad", parameters, z, named(gy=gy, z=z, gamma=wanted))
+        self._launch("norm_relu_pool_grad", parameters, z, named(gy=gy, z=z, gamma=vector))
         return dz, dgamma.to(dtype), dbeta.to(dtype)
 
     def image_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
@@ -237,20 +237,20 @@ class Cuda(Reference):
         tasks, outputs, taps = index.shape[0], weight.shape[1], weight[0, 0].numel()
         gy, index = self.layout(gy.expand(index.shape)), self.layout(index)
         x, weight, moments = self.layout(x), weight.contiguous(), moments.contiguous()
-        (wanted,), dtype = affine(x, gamma), gamma.dtype
+        (vector,), dtype = affine(x, gamma), gamma.dtype
         mean, rstd = (t.expand(tasks, outputs).contiguous() for t in (mean, rstd))
         parameters = geometry(x, weight.shape, spec, pool)
-        share(parameters, x=x, weight=weight, gamma=wanted, moments=moments)
+        share(parameters, x=x, weight=weight, gamma=vector, moments=moments)
         windows = index.numel() // (tasks * outputs)
         parameters.tasks = tasks
         parameters.parts = min(-(-windows // PART_PATCHES), -(-BLOCKS // tasks))
-        parameters.wide_parameters = wanted.dtype == wide(x)
+        parameters.wide_parameters = vector.dtype == wide(x)
         dweight = torch.empty(tasks, *weight.shape[1:], dtype=x.dtype, device=x.device)
-        dgamma, dbeta = (torch.empty(tasks, outputs, dtype=wanted.dtype, device=x.device) for _ in range(2))
+        dgamma, dbeta = (torch.empty(tasks, outputs, dtype=vector.dtype, device=x.device) for _ in range(2))
         partial = torch.empty(tasks, parameters.parts, outputs, taps + 1, dtype=torch.float64, device=x.device)
-        fill(parameters, gy=gy, x=x, weight=weight, gamma=wanted, index=index, mean=mean, rstd=rstd, moments=moments,
+        fill(parameters, gy=gy, x=x, weight=weight, gamma=vector, index=index, mean=mean, rstd=rstd, moments=moments,
               dweight=dweight, dgamma=dgamma, dbeta=dbeta, partial=partial)  # fmt: skip
-        self._launch("image_block_grad", parameters, x, named(gy=gy, x=x, weight=weight, gamma=wanted))
+        self._launch("image_block_grad", parameters, x, named(gy=gy, x=x, weight=weight, gamma=vector))
         return dweight, dgamma.to(dtype), dbeta.to(dtype)
 
     def cross_entropy_grad(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
