@@ -1,11 +1,11 @@
 """Kernels for adapting networks under layer masks: fused, masked-backward convolution and linear ops for PyTorch.
 
 `functional` holds the operations, `layers` the drop-in modules, `convert` puts them into a model, `use_backend` chooses
-who computes. Importing this package touches no GPU and no network.
+who computes, `register_backend` adds a backend of your own. Importing this package touches no GPU and no network.
 """
 
 from . import functional
-from .backends import BackendError, use_backend
+from .backends import BackendError, register_backend, use_backend
 from .convert import convert, report, to_torch
 from .layers import Conv2d, ConvBlock, Linear
 
@@ -16,6 +16,7 @@ __all__ = [
     "Linear",
     "convert",
     "functional",
+    "register_backend",
     "report",
     "to_torch",
     "use_backend",

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import custom_function_call
 
-from .backends import Backend
-from .backends.reference import Reference
-from .spec import ConvSpec
+from .backends import Backend, Reference
+from .spec import BlockSpec, ConvSpec
 
 _REFERENCE = Reference()
 
@@ -35,14 +34,14 @@ class Function(torch.autograd.Function):
 
 
 def asked(ctx: Any) -> tuple[bool, ...]:
-    """For each tensor input: does the backward pass that is running now want its gradient?
+    """For each tensor input: does the backward pass that is running now need its gradient?
 
     `needs_input_grad` was fixed in the forward pass. In second-order MAML a frozen weight needs a gradient in the
     outer pass but not in the inner one, so the engine is asked whether it will go on to that input's node.
     """
     if torch.compiler.is_compiling():
         return ctx.needs_input_grad
-    edges = iter(ctx.next_functions)  # one a tensor input, none for None
+    edges = iter(ctx.next_functions)  # one per tensor input, none for None
     nodes = [next(edges)[0] if present else None for present in ctx.present]
     return tuple(needed and _will_run(node) for needed, node in zip(ctx.needs_input_grad, nodes))
 
@@ -100,7 +99,7 @@ def _merge(batch: int, dims: tuple[int | None, ...], tensors: tuple[Tensor | Non
 
 
 class Conv2d(Function):
-    """y = convolution(x, weight) + bias; x is kept only if weight wants a gradient, weight only if x does."""
+    """y = convolution(x, weight) + bias; x is kept only for a gradient of weight, weight only for one of x."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, backend: Backend) -> Tensor:
@@ -232,9 +231,9 @@ class Block(Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int, backend: Backend
+        x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec, backend: Backend
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, mean, rstd = backend.block(x, weight, gamma, beta, spec, eps, pool)
+        y, mean, rstd = backend.block(x, weight, gamma, beta, block)
         return _own(y), mean, rstd
 
     @staticmethod
@@ -255,14 +254,14 @@ class NormReluPool(Function):
 
     @staticmethod
     def forward(
-        z: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None, eps: float, pool: int, backend: Backend
+        z: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None, block: BlockSpec, backend: Backend
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, index, mean, rstd = backend.norm_relu_pool(z, gamma, beta, eps, pool)
+        y, index, mean, rstd = backend.norm_relu_pool(z, gamma, beta, block)
         return _own(y), index, mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        z, gamma, beta, bias, ctx.eps, ctx.pool, ctx.backend = inputs
+        z, gamma, beta, bias, ctx.block, ctx.backend = inputs
         _, index, mean, rstd = output
         ctx.mark_non_differentiable(index, mean, rstd)
         ctx.set_materialize_grads(False)
@@ -275,17 +274,15 @@ class NormReluPool(Function):
     @staticmethod
     def backward(ctx: Any, gy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if gy is None:
-            return (None,) * 7
+            return (None,) * 6
         need_z, need_gamma, need_beta, need_bias = asked(ctx)[:4]
         d_z = d_gamma = d_beta = None
         if need_z or need_gamma or need_beta:
-            d_z, d_gamma, d_beta = NormReluPoolGrad.apply(
-                gy, *ctx.saved_tensors, ctx.eps, ctx.pool, need_z, ctx.backend
-            )
+            d_z, d_gamma, d_beta = NormReluPoolGrad.apply(gy, *ctx.saved_tensors, ctx.block, need_z, ctx.backend)
             d_z = d_z if need_z else None
             d_gamma = _sum_to(d_gamma, ctx.affine_tasks[0]) if need_gamma else None
             d_beta = _sum_to(d_beta, ctx.affine_tasks[1]) if need_beta else None
-        return d_z, d_gamma, d_beta, gy.new_zeros(ctx.bias_shape) if need_bias else None, None, None, None
+        return d_z, d_gamma, d_beta, gy.new_zeros(ctx.bias_shape) if need_bias else None, None, None
 
     @staticmethod
     def vmap(
@@ -312,17 +309,16 @@ class NormReluPoolGrad(Function):
         index: Tensor,
         mean: Tensor,
         rstd: Tensor,
-        eps: float,
-        pool: int,
+        block: BlockSpec,
         need_z: bool,
         backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dz, dgamma, dbeta = backend.norm_relu_pool_grad(gy, z, gamma, index, mean, rstd, pool, need_z)
+        dz, dgamma, dbeta = backend.norm_relu_pool_grad(gy, z, gamma, index, mean, rstd, block, need_z)
         return z.new_empty(z.shape[0], 0) if dz is None else dz, dgamma, dbeta
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.eps, ctx.pool, ctx.need_z, ctx.backend = inputs
+        *tensors, ctx.block, ctx.need_z, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         _note_inputs(ctx, *tensors)
         if any(ctx.needs_input_grad[:3]):
@@ -336,16 +332,16 @@ class NormReluPoolGrad(Function):
         _, need_z, need_gamma = asked(ctx)[:3]
         v = v if ctx.need_z else None
         if v is None and v_gamma is None and v_beta is None:
-            return (None,) * 10
+            return (None,) * 9
         v_gamma = torch.zeros_like(mean) if v_gamma is None else v_gamma
         v_beta = torch.zeros_like(mean) if v_beta is None else v_beta
         # Only the reference can be differentiated once more: it takes the statistics from z.
         again = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
         d_gy, d_z, d_gamma = (_REFERENCE if again else ctx.backend).norm_relu_pool_grad_grad(
-            gy, z, gamma, index, mean, rstd, ctx.eps, ctx.pool, v, v_gamma, v_beta, need_z
+            gy, z, gamma, index, mean, rstd, ctx.block, v, v_gamma, v_beta, need_z
         )
         d_gamma = _sum_to(d_gamma, gamma.shape[0]) if need_gamma else None
-        return d_gy, d_z, d_gamma, None, None, None, None, None, None, None
+        return d_gy, d_z, d_gamma, None, None, None, None, None, None
 
     @staticmethod
     def vmap(

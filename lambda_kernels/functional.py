@@ -1,8 +1,8 @@
 """Everything the kernels do, as functions: check the call, choose a backend, apply.
 
 All three take an optional leading task axis T: x [T, N, ...], and each parameter either shared by the tasks (torch's
-own shape) or one value a task ([T, ...]). Gradients of every order flow to every operand that wants one, and only those
-are computed. The backend is that of `use_backend`.
+own shape) or one value per task ([T, ...]). Gradients of every order flow to every operand that requires one, and only
+those are computed. The backend is that of `use_backend`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from torch import Tensor
 
 from . import autograd
 from .backends import choose
-from .spec import ConvSpec, check_affine, check_conv2d, check_conv_block, check_linear, check_same, pair, same_padding
+from .spec import (
+    BlockSpec,
+    ConvSpec,
+    check_affine,
+    check_conv2d,
+    check_conv_block,
+    check_linear,
+    check_same,
+    pair,
+    same_padding,
+)
 
 __all__ = ["conv2d", "conv_block", "linear"]
 
@@ -32,6 +42,10 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """2-D convolution with torch's arguments.
+
+    >>> x, weights = torch.randn(2, 8, 3, 32, 32), torch.randn(2, 16, 3, 3, 3)  # two tasks, each with its own weight
+    >>> conv2d(x, weights, padding=1).shape
+    torch.Size([2, 8, 16, 32, 32])
 
     Args:
         x: [N, C, H, W], [C, H, W], or [T, N, C, H, W] with a task axis.
@@ -59,12 +73,16 @@ def conv2d(
         x = F.pad(x, same_padding(weight.shape, spec.stride, spec.dilation))
     check_conv2d("conv2d", x.shape, weight.shape, None if bias is None else bias.shape, spec)
     tasks = x.dim() == 5 or weight.dim() == 5 or (bias is not None and bias.dim() == 2)
-    y = autograd.Conv2d.apply(_lift(x, 4), _lift(weight, 4), _lift_if(bias, 1), spec, choose("conv2d", x))
+    y = autograd.Conv2d.apply(_lift(x, 4), _lift(weight, 4), _lift_if(bias, 1), spec, choose("conv2d", x, weight, spec))
     return y if tasks else y.squeeze(0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x weight^T + bias.
+
+    >>> x, weights = torch.randn(2, 25, 64), torch.randn(2, 5, 64)  # two tasks, each with its own weight
+    >>> linear(x, weights).shape
+    torch.Size([2, 25, 5])
 
     Args:
         x: [..., in]; with per-task parameters its first axis is the task axis.
@@ -80,7 +98,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, weight, bias = _autocast("linear", x, weight, bias)
     check_linear(x.shape, weight.shape, None if bias is None else bias.shape)
     per_task = weight.dim() == 3 or (bias is not None and bias.dim() == 2)
-    backend = choose("linear", x)
+    backend = choose("linear", x, weight)
     if not (per_task or torch._C._are_functorch_transforms_active()) and backend.linear_is_torchs:
         return F.linear(x, weight, bias)
     rows = x if x.dim() > 1 else x.unsqueeze(0)
@@ -110,8 +128,20 @@ def conv_block(
 ) -> Tensor:
     """Convolution, batch norm with the batch's own statistics, ReLU and max-pool (window and stride `pool`) as one.
 
+    For one task, with shared parameters that are all there, this is by definition
+
+        z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        variance, mean = torch.var_mean(z, (0, 2, 3), correction=0, keepdim=True)
+        normal = (z - mean) / torch.sqrt(variance + eps)
+        y = F.relu(normal * gamma[:, None, None] + beta[:, None, None])
+        y = F.max_pool2d(y, pool)
+
     The statistics are each task's own, over its N images; gradients flow through them. `bias` cancels in the norm: it
     changes nothing and its gradient is exactly zero (Ioffe & Szegedy 2015, section 3.2).
+
+    >>> x, weight, ones = torch.randn(8, 3, 32, 32), torch.randn(16, 3, 3, 3), torch.ones(16)
+    >>> conv_block(x, weight, None, ones, torch.zeros(16)).shape
+    torch.Size([8, 16, 16, 16])
 
     Args:
         x: [N, C, H, W] or [T, N, C, H, W].
@@ -125,7 +155,7 @@ def conv_block(
         [N, O, H', W'] or [T, N, O, H', W'], in channels-last memory on the native backend.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices do not fit, or there is but one value a channel.
+        ValueError, TypeError: shapes, dtypes or devices do not fit, or there is one value per channel only.
     """
     return block_and_statistics(x, weight, bias, gamma, beta, padding, eps, pool, stride, dilation, groups)[0]
 
@@ -149,18 +179,19 @@ def block_and_statistics(
     spec = _conv_spec("conv_block", stride, padding, dilation, groups)
     shapes = (None if t is None else t.shape for t in (bias, gamma, beta))
     count = check_conv_block(x.shape, weight.shape, *shapes, spec, pool)
-    backend = choose("conv_block", x, pool)
+    block = BlockSpec(spec, eps, pool)
+    backend = choose("conv_block", x, weight, spec, pool)
     ranks = ((x, 4), (weight, 4), (bias, 1), (gamma, 1), (beta, 1))
     tasks = any(t is not None and t.dim() > rank for t, rank in ranks)
     gamma = x.new_ones(weight.shape[-4]) if gamma is None else gamma
     beta = x.new_zeros(weight.shape[-4]) if beta is None else beta
     operands = backend.layout(_lift(x, 4)), _lift(weight, 4), _lift(gamma, 1), _lift(beta, 1)
-    if _wants_gradient(*operands, bias) or torch.compiler.is_compiling():
+    if _asks_for_a_gradient(*operands, bias) or torch.compiler.is_compiling():
         z = autograd.Conv2d.apply(*operands[:2], None, spec, backend)
         z = z.expand(max(z.shape[0], count), *z.shape[1:])
-        y, _, mean, rstd = autograd.NormReluPool.apply(z, *operands[2:], _lift_if(bias, 1), eps, pool, backend)
+        y, _, mean, rstd = autograd.NormReluPool.apply(z, *operands[2:], _lift_if(bias, 1), block, backend)
     else:
-        y, mean, rstd = autograd.Block.apply(*operands, spec, eps, pool, backend)
+        y, mean, rstd = autograd.Block.apply(*operands, block, backend)
 
     def statistics() -> tuple[Tensor, Tensor]:
         shifted = mean if bias is None else mean + bias.detach()
@@ -170,10 +201,10 @@ def block_and_statistics(
     return y if tasks else y.squeeze(0), statistics
 
 
-def _wants_gradient(*tensors: Tensor | None) -> bool:
+def _asks_for_a_gradient(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
-    hidden = torch._C._are_functorch_transforms_active()  # a mapped tensor does not say what its gradient is wanted for
+    hidden = torch._C._are_functorch_transforms_active()  # a mapped tensor does not say whether it requires one
     return hidden or any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -83,7 +83,7 @@ def text(report: dict[str, Any]) -> str:
         rows.append(("CUDA devices", "none"))
     for name, backend in report["backends"].items():
         rows.append((f"backend {name}", "; ".join(backend["reasons"]) or "can run"))
-    rows.append(("backend wanted", report["backend_wanted"]))
+    rows.append(("backend asked for", report["backend_wanted"]))
     width = max(len(key) for key, _ in rows) + 2
     return "\n".join(f"{key:<{width}}{value}" for key, value in rows)
 

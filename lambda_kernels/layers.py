@@ -16,14 +16,24 @@ Update = Callable[[], None]
 
 
 class Conv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` on `functional.conv2d`: the input of a frozen layer is not kept for the backward pass."""
+    """`torch.nn.Conv2d` on `functional.conv2d`: the input of a frozen layer is not kept for the backward pass.
+
+    >>> layer = Conv2d(3, 16, 3, padding=1)
+    >>> layer(torch.randn(8, 3, 32, 32)).shape
+    torch.Size([8, 16, 32, 32])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return convolve(self, input, self.weight, self.bias)
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` on `functional.linear`."""
+    """`torch.nn.Linear` on `functional.linear`.
+
+    >>> layer = Linear(64, 5)
+    >>> layer(torch.randn(25, 64)).shape
+    torch.Size([25, 5])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias)
@@ -34,6 +44,10 @@ class ConvBlock(nn.Module):
 
     Its children are `conv` (Conv2d), `norm` (BatchNorm2d), `relu` and `pool`, with the state_dict keys that these four
     layers have by themselves.
+
+    >>> block = ConvBlock(3, 16)
+    >>> block(torch.randn(8, 3, 32, 32)).shape
+    torch.Size([8, 16, 16, 16])
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias: of the convolution, as in `torch.nn.Conv2d`.
@@ -177,7 +191,7 @@ def running_update(
     variance: Tensor,
     count: int,
 ) -> Update:
-    """The update of the running statistics by a batch of `count` values a channel; it may be made K times."""
+    """The update of the running statistics by a batch of `count` values per channel; it may be made K times."""
     unbiased = variance.detach() * (count / (count - 1))
 
     def update() -> None:

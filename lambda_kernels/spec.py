@@ -1,6 +1,6 @@
 """What a call is: frozen specs, and the checks of shapes, dtypes and devices with every error text.
 
-Inside the package every operand carries a task axis of size 1 (shared by all tasks) or T (one value a task):
+Inside the package every operand carries a task axis of size 1 (shared by all tasks) or T (one value per task):
 x [1|T, N, C, H, W], weight [1|T, O, C/groups, kh, kw], bias, gamma and beta [1|T, O].
 """
 
@@ -111,7 +111,7 @@ def check_conv2d(op: str, x: torch.Size, weight: torch.Size, bias: torch.Size | 
             f"{op}: weight has {per_group} channels per group, expected {x[-3]}/{spec.groups} "
             f"(x {_list(x)}, weight {_list(weight)}, groups={spec.groups})"
         )
-    _vector(op, "bias", bias, out, "one value an output channel")
+    _vector(op, "bias", bias, out, "one value per output channel")
     for axis in (0, 1):
         padded = x[-2 + axis] + 2 * spec.padding[axis]
         reach = spec.dilation[axis] * (kernel[axis] - 1) + 1
@@ -133,17 +133,17 @@ def check_conv_block(
     spec: ConvSpec,
     pool: int,
 ) -> int:
-    """Number of tasks of a fused block; ValueError where the shapes do not fit or a channel has but one value."""
+    """Number of tasks of a fused block; ValueError where the shapes do not fit or a channel has one value only."""
     op = "conv_block"
     tasks = check_conv2d(op, x, weight, bias, spec)
     for name, shape in (("gamma", gamma), ("beta", beta)):
-        _vector(op, name, shape, weight[-4], "one value an output channel")
+        _vector(op, name, shape, weight[-4], "one value per output channel")
     if not isinstance(pool, int) or pool < 1:
         raise ValueError(f"{op}: pool must be a whole number of at least 1 (1 = no pooling), got {pool!r}")
     size = output_size(x, weight, spec)
     if x[-4] * size[0] * size[1] < 2:
         raise ValueError(
-            f"{op}: batch statistics need more than one value a channel, got N={x[-4]} images of "
+            f"{op}: batch statistics need more than one value per channel, got N={x[-4]} images of "
             f"{size[0]}x{size[1]} (x {_list(x)})"
         )
     if min(size) < pool:
@@ -166,7 +166,7 @@ def check_linear(x: torch.Size, weight: torch.Size, bias: torch.Size | None) -> 
             f"{op}: x has {x[-1] if len(x) else 'no'} features, weight takes {weight[-1]} "
             f"(x {_list(x)}, weight {_list(weight)})"
         )
-    _vector(op, "bias", bias, weight[-2], "one value an output feature")
+    _vector(op, "bias", bias, weight[-2], "one value per output feature")
     tasks = _tasks(op, (("weight", weight, 2), ("bias", bias, 1)))
     per_task = len(weight) == 3 or (bias is not None and len(bias) == 2)
     if per_task and (len(x) < 2 or x[0] != tasks):

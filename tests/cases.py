@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lambda_kernels.agreement import element_errors, within
-from lambda_kernels.spec import ConvSpec
+from lambda_kernels.spec import BlockSpec, ConvSpec
 
 BACKENDS = ("reference", "native")
 # float64 against float64, for torch.testing.assert_close; `within(dtype, what)` gives those of other dtypes.
@@ -186,3 +186,8 @@ def assert_as_exact(name: str, got: Tensor | None, stock: Tensor | None, truth: 
     assert got.shape == truth.shape and got.dtype == stock.dtype, name
     found = element_errors(got, stock, truth, terms)
     assert found.agree, f"{name}: error {found.mine:.2e}, stock {found.stock:.2e}, allowed {found.limit:.2e}"
+
+
+def norm_block(pool: int) -> BlockSpec:
+    """A block for its norm, ReLU and pooling alone."""
+    return BlockSpec(ConvSpec((1, 1), (1, 1), (1, 1), 1), 1e-5, pool)

@@ -9,7 +9,8 @@ import torch
 from cases import STEPS, layouts
 from torch import Tensor
 
-from lambda_kernels.backends.reference import InnerLoop, Reference
+from lambda_kernels.backends.base import InnerLoop
+from lambda_kernels.backends.reference import Reference
 from lambda_kernels.spec import BlockSpec, ConvSpec
 
 LR = 0.1

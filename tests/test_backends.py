@@ -38,7 +38,7 @@ def run_python(code: str, **environment: str) -> Any:
 
 
 def chosen(dtype: torch.dtype = torch.float32, pool: int = 2, device: str = "cpu") -> str:
-    return backends.choose("conv_block", torch.empty(1, dtype=dtype, device=device), pool).name
+    return backends.choose("conv_block", torch.empty(1, dtype=dtype, device=device), pool=pool).name
 
 
 def test_registry() -> None:
@@ -101,6 +101,7 @@ def test_what_native_refuses(dtype: torch.dtype, pool: int, device: str, words: 
 
 def test_a_reason_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_said", set())
     with caplog.at_level(logging.INFO, "lambda_kernels"):
         for _ in range(3):
             chosen(pool=3)
@@ -120,7 +121,7 @@ import torch, lambda_kernels as lk
 from lambda_kernels import backends
 def call():
     x = torch.empty(1)
-    try: return backends.choose("conv_block", x, 2).name
+    try: return backends.choose("conv_block", x, pool=2).name
     except lk.BackendError as error: return str(error)
 names = [call(), call()]
 with lk.use_backend("reference"): names.append(call())

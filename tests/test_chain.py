@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import lambda_kernels as lk
 from lambda_kernels.agreement import errors
 from lambda_kernels.backends import reasons
 from lambda_kernels.chain import Chain
+from lambda_kernels.graph import program_of
 from lambda_maml import Pattern, adapt, adapt_tasks, models
 from lambda_maml.plan import plan_of
 
@@ -121,14 +123,14 @@ def test_schedules_and_first_order_gradients_are_the_same(pattern: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_one_operator_runs_all_steps(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
-    descend = Chain.descend
+    inner_loop = Chain.inner_loop
 
-    def counted(self: Chain, *args: object, **kwargs: object) -> tuple[Tensor, dict[str, Tensor]]:
-        rows, new = descend(self, *args, **kwargs)  # type: ignore[arg-type]
-        calls.append((rows.shape[0] - 1, rows.shape[1]))
-        return rows, new
+    def counted(self: Chain, *args: Any, **kwargs: Any) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        found = inner_loop(self, *args, **kwargs)
+        calls.append((found[0].shape[0] - 1, found[0].shape[1]))
+        return found
 
-    monkeypatch.setattr(Chain, "descend", counted)
+    monkeypatch.setattr(Chain, "inner_loop", counted)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -229,6 +231,120 @@ def tracking() -> nn.Module:
 def shared_block() -> nn.Module:
     block = lk.ConvBlock(2, 2, pool=1)
     return nn.Sequential(block, block, nn.Flatten(), nn.Linear(2 * 5 * 5, WAYS))
+
+
+class Sized(nn.Module):
+    """A convolution, a norm, some function, and a linear layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], flatten: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        self.norm = nn.BatchNorm2d(2, track_running_stats=False)
+        self.head = nn.Linear(2 * 5 * 5 if flatten else 5, WAYS)
+        self.function, self.flatten = function, flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.function(self.norm(self.conv(x)))
+        return self.head(x.flatten(1) if self.flatten else x)
+
+
+NO_CHAIN: dict[str, tuple[nn.Module, str]] = {
+    "residual": (residual(), "the step add stands behind block 1: a chain is fused blocks, a flattening and a linear"),
+    "tracking": (tracking(), r"block 1 \(0.conv\) updates running statistics"),
+    "twice": (shared_block(), r"two layers share a parameter \(0.conv.weight is 1.conv.weight too\)"),
+    "sigmoid": (Sized(torch.sigmoid), r"block 1 \(conv\) is not fused: no ReLU alone follows its norm"),
+    "not-flattened": (Sized(torch.relu, flatten=False), "nothing flattens the images between the last block and the"),
+    "head": (nn.Sequential(lk.ConvBlock(2, 2), nn.Flatten()), "the network ends with 1, not with a linear layer"),
+    "two-heads": (
+        nn.Sequential(nn.Flatten(), nn.Linear(50, 4), nn.Linear(4, WAYS)),
+        "layer 0 stands ahead of any block: a chain is fused blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_CHAIN)
+def test_why_a_network_is_no_chain(name: str) -> None:
+    model, words = NO_CHAIN[name]
+    program = program_of(model)
+    assert Chain.find(program, program.steps) is None
+    assert re.search(words, Chain.why_not(program, program.steps)), Chain.why_not(program, program.steps)
+
+
+def test_why_a_shared_parameter_and_an_untraceable_network_are_no_chain() -> None:
+    first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    second.weight = first.weight
+    program = program_of(nn.Sequential(first, second))
+    assert Chain.why_not(program, program.steps).startswith("two layers share a parameter (")
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) if x.sum() > 0 else x
+
+    program = program_of(Odd())
+    assert Chain.why_not(program, program.steps).startswith("torch.fx cannot trace the network (")
+    program = program_of(conv4())
+    assert Chain.why_not(program, program.steps) == "" and Chain.find(program, program.steps) is not None
+    assert Chain.why_not(program, ()) == "no layer depends on an updated parameter"
+
+
+@needs_native
+def test_why_a_backend_takes_no_call() -> None:
+    program = program_of(conv4())
+    chain = Chain.find(program, program.steps)
+    assert chain is not None
+    xs, ys, _ = tasks(2, 2, 17, torch.float32)
+    assert chain.refusals(xs, ys) == [] and chain.backend(xs, ys).name == "native"
+    wrong: list[tuple[Tensor, Tensor, str]] = [
+        (xs, ys.float(), "the labels are float32, not class numbers (int64)"),
+        (xs, ys[0], "the labels are [6], not one class number per image"),
+        (xs[:, :, :1], ys, "block 1 (block1.conv) takes 2 channels, it gets 1"),
+        (xs[..., :9, :9], ys, "block 4 (block4.conv) pools by 2, its convolution gives 1x1 pixels"),
+        (torch.cat([xs, xs], 4), ys, "the linear layer"),
+        (xs[0], ys, "the layers take images [C, H, W], the inputs are [17, 17]"),
+        (xs.bfloat16(), ys, "backend reference does not run the inner loop: "),
+    ]
+    for x, y, words in wrong:
+        (why,) = chain.refusals(x, y)
+        assert why.startswith(words), why
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert chain.refusals(xs, ys) == ["autocast is on"]
+    with lk.use_backend("reference"):
+        (why,) = chain.refusals(xs, ys)
+    assert "the reference adapts through autograd" in why
+
+    def mapped(x: Tensor) -> Tensor:
+        assert chain.refusals(x, ys) == ["a transform of torch.func is active"]
+        return x
+
+    torch.func.vmap(mapped)(xs.unsqueeze(0))
+
+
+@needs_native
+def test_an_inner_loop_by_names() -> None:
+    program = program_of(conv4())
+    chain = Chain.find(program, program.steps)
+    assert chain is not None
+    model = conv4()
+    state = {n: p.detach() for n, p in model.named_parameters()}
+    updated = {n for n in state if n.startswith(("head", "block4"))} & set(chain.names)
+    xs, ys, xq = tasks(2, 2, 17, torch.float32)
+    rows, new, logits = chain.inner_loop(state, updated, xs, ys, steps=2, rates=[0.1], query=xq)
+    assert rows.shape == (3, 2) and list(new) == chain.order(updated) and logits is not None
+    assert logits.shape == (2, 4, WAYS) and all(p.shape == (2, *state[n].shape) for n, p in new.items())
+    frozen = [0.0 if n.startswith("block") else 0.1 for n in chain.order(updated)] * 2
+    _, some, _ = chain.inner_loop(state, updated, xs, ys, steps=2, rates=frozen)
+    assert all(torch.equal(some[n], state[n].expand_as(some[n])) == n.startswith("block") for n in some)
+    run = chain.prepare(state, updated, xs[:1], ys[:1])
+    assert run is not None
+    alone, (_, one, _) = run(xs[0], ys[0], 2, [0.1]), chain.inner_loop(
+        state, updated, xs[:1], ys[:1], steps=2, rates=[0.1]
+    )
+    assert all(map(torch.equal, alone, one.values()))
+    assert chain.prepare(state, updated, xs[:1], ys[:1].float()) is None
 
 
 @pytest.mark.parametrize("build", [residual, tracking, shared_block])

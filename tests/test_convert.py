@@ -242,7 +242,7 @@ def test_errors_are_those_of_the_layers(x: Tensor) -> None:
     model = lk.convert(Residual())
     with pytest.raises(TypeError, match="weight is torch.float32, x is torch.float64"):
         model(x)
-    with pytest.raises(ValueError, match="more than one value a channel, got N=1"):
+    with pytest.raises(ValueError, match="more than one value per channel, got N=1"):
         lk.convert(run())(torch.zeros(1, 3, 1, 1))
 
 

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import rates
 import setuptools
 import torch
-from cases import BLOCKS, EXACT, IMAGES, STEPS, BlockCase, assert_as_exact
+from cases import BLOCKS, EXACT, IMAGES, STEPS, BlockCase, assert_as_exact, norm_block
 from cuda_emulator import build
 from torch import Tensor
 
 from lambda_kernels.backends import cuda
+from lambda_kernels.backends.base import Call
 from lambda_kernels.backends.cuda import Cuda, Library
 from lambda_kernels.backends.reference import Reference, windows
 from lambda_kernels.spec import BlockSpec, ConvSpec
@@ -112,10 +114,10 @@ def test_norm_relu_pool(runner: Runner, number: int, dtype: torch.dtype) -> None
     case = BLOCKS[number]
     tasks, per_task = [(1, False), (T, False), (T, True)][(number + DTYPES.index(dtype)) % 3]
     z, gamma, beta = operands_of_a_norm(case, dtype, tasks, per_task, runner.device)
-    truth = REFERENCE.norm_relu_pool(*double(z, gamma, beta), 1e-5, case.pool)
-    stock = REFERENCE.norm_relu_pool(z, gamma, beta, 1e-5, case.pool)
+    truth = REFERENCE.norm_relu_pool(*double(z, gamma, beta), norm_block(case.pool))
+    stock = REFERENCE.norm_relu_pool(z, gamma, beta, norm_block(case.pool))
     how = (len(case.name) + tasks) % 3
-    got = runner.backend.norm_relu_pool(like_memory_of_others(z, how), gamma, beta, 1e-5, case.pool)
+    got = runner.backend.norm_relu_pool(like_memory_of_others(z, how), gamma, beta, norm_block(case.pool))
     y, index, mean, rstd = got
     assert y.dtype == dtype and index.dtype == torch.uint8 and mean.dtype == rstd.dtype == stock[2].dtype
     assert y.permute(0, 1, 3, 4, 2).is_contiguous() and index.permute(0, 1, 3, 4, 2).is_contiguous()
@@ -128,12 +130,13 @@ def test_norm_relu_pool(runner: Runner, number: int, dtype: torch.dtype) -> None
 
     gy = torch.randn(y.shape, device=runner.device).to(dtype)
     saved = (truth[1].to(runner.device), stock[2], stock[3])
-    exact = REFERENCE.norm_relu_pool_grad(*double(gy, z, gamma), *truth[1:], case.pool, True)
-    beside = REFERENCE.norm_relu_pool_grad(gy, z, gamma, *saved, case.pool, True)
+    exact = REFERENCE.norm_relu_pool_grad(*double(gy, z, gamma), *truth[1:], norm_block(case.pool), True)
+    beside = REFERENCE.norm_relu_pool_grad(gy, z, gamma, *saved, norm_block(case.pool), True)
     for need_z in (True, False):
         gradients = runner.backend.norm_relu_pool_grad(
-            like_memory_of_others(gy, (how + 1) % 3), like_memory_of_others(z, how), gamma, *saved, case.pool, need_z
-        )
+            like_memory_of_others(gy, (how + 1) % 3), like_memory_of_others(z, how), gamma, *saved,
+            norm_block(case.pool), need_z,
+        )  # fmt: skip
         assert gradients[1].dtype == gradients[2].dtype == gamma.dtype
         names = "dz dgamma dbeta" if need_z else "dgamma dbeta"
         first = 0 if need_z else 1
@@ -145,11 +148,11 @@ def test_norm_relu_pool(runner: Runner, number: int, dtype: torch.dtype) -> None
 def test_half_precision_beside_wide_parameters(runner: Runner, dtype: torch.dtype) -> None:
     z, gamma, beta = operands_of_a_norm(BLOCKS[0], torch.float32, T, True, runner.device)
     z, beta = z.to(dtype), beta.to(dtype)
-    y, index, mean, rstd = runner.backend.norm_relu_pool(z, gamma, beta, 1e-5, 2)
-    want = REFERENCE.norm_relu_pool(z, gamma, beta, 1e-5, 2)
+    y, index, mean, rstd = runner.backend.norm_relu_pool(z, gamma, beta, norm_block(2))
+    want = REFERENCE.norm_relu_pool(z, gamma, beta, norm_block(2))
     check("y mean rstd", (y, mean, rstd), (want[0], *want[2:]), double(*(want[i] for i in (0, 2, 3))))
-    got = runner.backend.norm_relu_pool_grad(y, z, gamma, index, mean, rstd, 2, True)
-    beside = REFERENCE.norm_relu_pool_grad(y, z, gamma, index, mean, rstd, 2, True)
+    got = runner.backend.norm_relu_pool_grad(y, z, gamma, index, mean, rstd, norm_block(2), True)
+    beside = REFERENCE.norm_relu_pool_grad(y, z, gamma, index, mean, rstd, norm_block(2), True)
     assert [t.dtype for t in got if t is not None] == [dtype, torch.float32, torch.float32]
     check("dz dgamma dbeta", got, beside, double(*beside))
 
@@ -157,11 +160,11 @@ def test_half_precision_beside_wide_parameters(runner: Runner, dtype: torch.dtyp
 def test_tasks_that_share_their_convolution(runner: Runner) -> None:
     z, gamma, beta = operands_of_a_norm(BLOCKS[0], torch.float64, T, True, runner.device)
     one = channels_last(z[:1])
-    got = runner.backend.norm_relu_pool(one.expand(z.shape), gamma, beta, 1e-5, 2)
-    want = REFERENCE.norm_relu_pool(one.expand(z.shape), gamma, beta, 1e-5, 2)
+    got = runner.backend.norm_relu_pool(one.expand(z.shape), gamma, beta, norm_block(2))
+    want = REFERENCE.norm_relu_pool(one.expand(z.shape), gamma, beta, norm_block(2))
     torch.testing.assert_close(got, want, **EXACT)
     gy = torch.randn_like(want[0])
-    operands = (gy, one.expand(z.shape), gamma, *want[1:], 2, True)
+    operands = (gy, one.expand(z.shape), gamma, *want[1:], norm_block(2), True)
     got, want = (b.norm_relu_pool_grad(*operands) for b in (runner.backend, REFERENCE))
     torch.testing.assert_close(got, want, **EXACT)
 
@@ -170,11 +173,11 @@ def test_tasks_that_share_their_convolution(runner: Runner) -> None:
 def test_statistics_far_from_zero(runner: Runner, width: int) -> None:
     z = 1000 + torch.randn(1, 25, width, 21, 21, device=runner.device)
     vectors = (torch.ones(1, width, device=runner.device), torch.zeros(1, width, device=runner.device))
-    got, stock = (b.norm_relu_pool(z, *vectors, 1e-5, 2) for b in (runner.backend, REFERENCE))
-    truth = REFERENCE.norm_relu_pool(*double(z, *vectors), 1e-5, 2)
+    got, stock = (b.norm_relu_pool(z, *vectors, norm_block(2)) for b in (runner.backend, REFERENCE))
+    truth = REFERENCE.norm_relu_pool(*double(z, *vectors), norm_block(2))
     check("y mean rstd", *(tuple(r[i] for i in (0, 2, 3)) for r in (got, stock, truth)))
     flat = torch.full_like(z, 1100.1)
-    y = runner.backend.norm_relu_pool(flat, vectors[0], vectors[0], 1e-5, 2)[0]
+    y = runner.backend.norm_relu_pool(flat, vectors[0], vectors[0], norm_block(2))[0]
     torch.testing.assert_close(y, torch.ones_like(y), rtol=0, atol=1e-6)  # roundings of 1
 
 
@@ -185,7 +188,7 @@ def test_what_is_not_finite_and_ties(runner: Runner, pool: int, width: int) -> N
     gamma, beta = torch.randn(2, width, device=runner.device), torch.zeros(1, width, device=runner.device)
     gamma[0, 0] = 0
     z[1, 1, 2, 1, 3] = float("nan")
-    got, want = (b.norm_relu_pool(z, gamma, beta, 1e-5, pool) for b in (runner.backend, REFERENCE))
+    got, want = (b.norm_relu_pool(z, gamma, beta, norm_block(pool)) for b in (runner.backend, REFERENCE))
     assert torch.equal(got[1], want[1]) and bool(got[0][1, :, 2].isnan().all()) and not got[0][0].isnan().any()
     torch.testing.assert_close(got, want, equal_nan=True)
 
@@ -205,7 +208,8 @@ def test_image_block(runner: Runner, number: int, dtype: torch.dtype) -> None:
     weight = made("weight", case.width, case.inputs, *case.kernel) * 0.3
     gamma, beta = made("gamma", case.width), made("beta", case.width)
     backend, spec, pool = runner.backend, case.spec, case.pool
-    assert backend.image_refusals(x, weight, spec, pool) == []
+    block = BlockSpec(spec, 1e-5, pool)
+    assert backend.image_refusals(x, weight, block) == []
     xd, wd, gd, bd = double(x, weight, gamma, beta)
     moments = backend.image_moments(x if own else like_memory_of_others(x, 2), case.kernel, spec)
     exact_moments = REFERENCE.image_moments(xd, case.kernel, spec)
@@ -213,9 +217,9 @@ def test_image_block(runner: Runner, number: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(moments.cpu(), exact_moments, rtol=1e-12, atol=1e-9)
     assert torch.equal(moments, moments.mT)
 
-    got = backend.image_block(x, weight, gamma, beta, moments, spec, 1e-5, pool)
-    stock = REFERENCE.image_block(x, weight, gamma, beta, moments, spec, 1e-5, pool)
-    truth = REFERENCE.image_block(xd, wd, gd, bd, exact_moments, spec, 1e-5, pool)
+    got = backend.image_block(x, weight, gamma, beta, moments, block)
+    stock = REFERENCE.image_block(x, weight, gamma, beta, moments, block)
+    truth = REFERENCE.image_block(xd, wd, gd, bd, exact_moments, block)
     taps = weight[0, 0].numel()
     assert [t.dtype for t in got] == [t.dtype for t in stock] and [t.shape for t in got] == [t.shape for t in truth]
     check("y mean rstd", *(tuple(r[i] for i in (0, 2, 3)) for r in (got, stock, truth)), terms=taps)
@@ -228,10 +232,10 @@ def test_image_block(runner: Runner, number: int, dtype: torch.dtype) -> None:
 
     gy = torch.randn(truth[0].shape).to(device=runner.device, dtype=dtype)
     saved = (truth[1].to(runner.device), stock[2], stock[3])
-    gradients = backend.image_block_grad(gy, x, weight, gamma, *saved, moments, spec, pool)
-    exact = REFERENCE.image_block_grad(gy.cpu().double(), xd, wd, gd, *truth[1:], exact_moments, spec, pool)
+    gradients = backend.image_block_grad(gy, x, weight, gamma, *saved, moments, block)
+    exact = REFERENCE.image_block_grad(gy.cpu().double(), xd, wd, gd, *truth[1:], exact_moments, block)
     z = REFERENCE.conv2d(x, weight, None, spec).expand(tasks, case.images, case.width, *a.shape[-2:])
-    dz, dgamma, dbeta = REFERENCE.norm_relu_pool_grad(gy, z, gamma, *saved, pool, True)
+    dz, dgamma, dbeta = REFERENCE.norm_relu_pool_grad(gy, z, gamma, *saved, norm_block(pool), True)
     assert dz is not None
     dw = REFERENCE.conv2d_weight_grad(dz, x, torch.Size((tasks, *weight.shape[1:])), spec)
     check("dw dgamma dbeta", gradients, (dw, dgamma, dbeta), exact, terms=dz[0, :, 0].numel())
@@ -242,8 +246,9 @@ def test_images_far_from_zero(runner: Runner) -> None:
     x, weight = 1000 + torch.randn(1, 9, 1, 20, 21), torch.rand(1, 5, 1, 3, 3)
     ones = torch.ones(1, 5)
     operands = [t.to(runner.device) for t in (x, weight, ones, ones)]
-    got = runner.backend.image_block(*operands, runner.backend.image_moments(operands[0], (3, 3), spec), spec, 1e-5, 2)
-    truth = REFERENCE.image_block(*double(*operands), REFERENCE.image_moments(x.double(), (3, 3), spec), spec, 1e-5, 2)
+    block = BlockSpec(spec, 1e-5, 2)
+    got = runner.backend.image_block(*operands, runner.backend.image_moments(operands[0], (3, 3), spec), block)
+    truth = REFERENCE.image_block(*double(*operands), REFERENCE.image_moments(x.double(), (3, 3), spec), block)
     torch.testing.assert_close(got[0].cpu().double(), truth[0], rtol=0, atol=2e-6)  # roundings of values of a few units
 
 
@@ -281,11 +286,20 @@ def test_sgd(runner: Runner, dtype: torch.dtype) -> None:
     truth = [p - 0.37 * g for p, g in zip(before, slopes)]
     stock = [p.to(dtype) for p in before]
     torch._foreach_add_(stock, [g.to(dtype) for g in slopes], alpha=-0.37)
-    runner.backend.sgd_(parameters, gradients, 0.37)
+    runner.backend.sgd_(parameters, gradients, [0.37])
     for i, (got, beside, exact) in enumerate(zip(parameters, stock, truth)):
         assert_as_exact(str(i), got.cpu(), beside, exact)
     assert torch.equal(larger[[0, 67, 69]], outside)
-    runner.backend.sgd_([], [], 1.0)
+    runner.backend.sgd_([], [], [1.0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_sgd_takes_a_rate_per_parameter(runner: Runner, dtype: torch.dtype) -> None:
+    rates.check_sgd(runner.backend, runner.device, dtype)
+
+
+def test_rates_are_those_of_a_plain_loop(runner: Runner) -> None:
+    rates.check(runner.backend, runner.device)
 
 
 @pytest.mark.parametrize("bits", ["11111111", "00011111", "11100000"])
@@ -304,9 +318,8 @@ def test_an_inner_loop_is_the_references(runner: Runner, bits: str, inputs: int)
         first = [made(1, *s) * 0.3 + (len(s) == 1) for s in shapes]
         own = [p.expand(T, *p.shape[1:]).clone() if u else p for p, u in zip(first, updated)]
         x, labels, *own = (t.to(device) for t in (x, labels, *own))
-        blocks = [BlockSpec(ConvSpec((1, 1), (1, 1), (1, 1), 1), 1e-5, 2)] * 2
-        losses = backend.inner_loop(x, labels, own, updated, blocks, 3, 0.01)
-        return [t.cpu() for t in (losses, *own)]
+        found = backend.inner_loop(x, labels, own, updated, [norm_block(2)] * 2, 3, [0.01])
+        return [t.cpu() for t in (found.rows, *found.updated)]
 
     got, want = descended(runner.backend, runner.device), descended(REFERENCE, "cpu")
     assert (want[0][-1] < want[0][0]).all()
@@ -321,11 +334,11 @@ def test_every_task_sums_alike(runner: Runner) -> None:
 
     def results() -> list[Tensor]:
         moments = backend.image_moments(x, (3, 3), spec)
-        block = backend.image_block(x, weight, gamma, gamma, moments, spec, 1e-5, 2)
+        block = backend.image_block(x, weight, gamma, gamma, moments, BlockSpec(spec, 1e-5, 2))
         z = backend.conv2d(x, weight, None, spec)
-        norm = backend.norm_relu_pool(z, gamma, gamma, 1e-5, 2)
-        gradients = backend.norm_relu_pool_grad(norm[0], z, gamma, *norm[1:], 2, True)
-        more = backend.image_block_grad(block[0], x, weight, gamma, *block[1:], moments, spec, 2)
+        norm = backend.norm_relu_pool(z, gamma, gamma, norm_block(2))
+        gradients = backend.norm_relu_pool_grad(norm[0], z, gamma, *norm[1:], norm_block(2), True)
+        more = backend.image_block_grad(block[0], x, weight, gamma, *block[1:], moments, BlockSpec(spec, 1e-5, 2))
         return [moments, *block, *norm, *(g for g in gradients if g is not None), *more]
 
     assert all(torch.equal(a, b) for a, b in zip(results(), results(), strict=True))
@@ -347,7 +360,7 @@ def test_what_the_image_block_refuses(
 ) -> None:
     x = torch.zeros(1, 2, inputs * spec.groups, 5, 5, device=runner.device, dtype=dtype)
     weight = torch.zeros(1, 4, inputs, *kernel, device=runner.device, dtype=dtype)
-    (why,) = runner.backend.image_refusals(x, weight, spec, pool)
+    (why,) = runner.backend.image_refusals(x, weight, BlockSpec(spec, 1e-5, pool))
     assert re.search(words, why)
 
 
@@ -363,8 +376,8 @@ def test_compiled_on_a_device() -> None:
     z, gamma, beta = operands_of_a_norm(BLOCKS[0], torch.float32, 1, False, "cuda")
 
     def both(z: Tensor, gamma: Tensor, beta: Tensor) -> Any:
-        y, *saved = backend.norm_relu_pool(z, gamma, beta, 1e-5, 2)
-        return y, backend.norm_relu_pool_grad(y, z, gamma, *saved, 2, True)
+        y, *saved = backend.norm_relu_pool(z, gamma, beta, norm_block(2))
+        return y, backend.norm_relu_pool_grad(y, z, gamma, *saved, norm_block(2), True)
 
     torch.testing.assert_close(torch.compile(both, fullgraph=True)(z, gamma, beta), both(z, gamma, beta))
 
@@ -376,20 +389,17 @@ def test_a_graph_holds_an_inner_step() -> None:
     shapes = [(8, 3, 3, 3), (8,), (8,), (5, 8 * 36), (5,)]
     first = [0.3 * torch.randn(T, *s, device="cuda") for s in shapes]
     blocks = [BlockSpec(ConvSpec((1, 1), (1, 1), (1, 1), 1), 1e-5, 2)]
-    own, replayed = ([p.clone() for p in first] for _ in range(2))
-    want = backend.inner_loop(x, labels, own, [True] * 5, blocks, 2, 0.1)
+    want = backend.inner_loop(x, labels, first, [True] * 5, blocks, 2, [0.1])
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        backend.inner_loop(x, labels, replayed, [True] * 5, blocks, 2, 0.1)
+        backend.inner_loop(x, labels, first, [True] * 5, blocks, 2, [0.1])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = backend.inner_loop(x, labels, replayed, [True] * 5, blocks, 2, 0.1)
-    for parameter, value in zip(replayed, first):
-        parameter.copy_(value)
+        got = backend.inner_loop(x, labels, first, [True] * 5, blocks, 2, [0.1])
     graph.replay()
     torch.cuda.synchronize()
-    torch.testing.assert_close((got, *replayed), (want, *own))
+    torch.testing.assert_close((got.rows, *got.updated), (want.rows, *want.updated))
 
 
 # The emulator itself: what it must not let pass.
@@ -597,7 +607,7 @@ def test_the_built_library_loads_and_names_cudas_errors(built: Built) -> None:
     backend = Cuda(built.library, "cpu")
     words = r"lk_norm_relu_pool failed with CUDA error \d+ \(.+\) for z \[1, 2, 3, 4, 5\]"
     with pytest.raises(RuntimeError, match=words):
-        backend.norm_relu_pool(torch.randn(1, 2, 3, 4, 5), torch.ones(1, 3), torch.ones(1, 3), 1e-5, 2)
+        backend.norm_relu_pool(torch.randn(1, 2, 3, 4, 5), torch.ones(1, 3), torch.ones(1, 3), norm_block(2))
     (why,) = Cuda(built.library).reasons()
     assert "torch.cuda.is_available() is False" in why
 
@@ -620,7 +630,7 @@ def test_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulated_libra
         "emulated.so is built for 8.0 9.0: cuda:0 (T4) has compute capability 7.5, build lambda-kernels again with "
         "TORCH_CUDA_ARCH_LIST=7.5"
     )
-    (why,) = Cuda(emulated_library).refusals("conv_block", torch.device("cuda:0"), torch.float32, 2)
+    (why,) = Cuda(emulated_library).refusals(Call("conv_block", torch.device("cuda:0"), torch.float32, pool=2))
     assert "capability 7.5" in why
 
     class Other(ctypes.Structure):
@@ -650,10 +660,10 @@ def test_what_code_covers_which_device(architectures: str, capability: tuple[int
 
 def test_refusals() -> None:
     backend = Cuda()
-    assert backend.refusals("linear", torch.device("cpu"), torch.float32, 1) == [
+    assert backend.refusals(Call("linear", torch.device("cpu"), torch.float32)) == [
         "it runs on CUDA devices, the tensors are on cpu"
     ]
-    why = backend.refusals("conv_block", torch.device("cpu"), torch.int64, 3)
+    why = backend.refusals(Call("conv_block", torch.device("cpu"), torch.int64, pool=3))
     assert len(why) == 3 and "not torch.int64" in why[1] and "pools by 1 or 2, not 3" in why[2]
 
 

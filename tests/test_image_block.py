@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lambda_kernels.backends.native import Native
 from lambda_kernels.backends.reference import Reference
-from lambda_kernels.spec import ConvSpec
+from lambda_kernels.spec import BlockSpec, ConvSpec
 
 EPS = 1e-5
 
@@ -58,11 +58,12 @@ def results(
     """All that the three operations give; the gradients by the given choice of maxima."""
     x, weight, gamma, beta = given.values()
     moments = backend.image_moments(x, case.kernel, case.spec)
-    y, own, mean, rstd = backend.image_block(x, weight, gamma, beta, moments, case.spec, EPS, case.pool)
+    y, own, mean, rstd = backend.image_block(x, weight, gamma, beta, moments, BlockSpec(case.spec, EPS, case.pool))
     index = own if index is None else index
     gy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
     saved = index, mean, rstd, moments
-    dweight, dgamma, dbeta = backend.image_block_grad(gy, x, weight, gamma, *saved, case.spec, case.pool)
+    block = BlockSpec(case.spec, EPS, case.pool)
+    dweight, dgamma, dbeta = backend.image_block_grad(gy, x, weight, gamma, *saved, block)
     found = {"y": y, "mean": mean, "rstd": rstd, "dweight": dweight, "dgamma": dgamma, "dbeta": dbeta}
     return {"moments": moments, "index": own, **found}
 
@@ -75,7 +76,7 @@ def test_as_the_reference(name: str, dtype: torch.dtype, tasks: int, shared: boo
     case = CASES[name]
     truth = results(Reference(), case, operands(case, torch.float64, tasks, shared))
     given = operands(case, dtype, tasks, shared)
-    assert Native().image_refusals(given["x"], given["weight"], case.spec, case.pool) == []
+    assert Native().image_refusals(given["x"], given["weight"], BlockSpec(case.spec, 1e-5, case.pool)) == []
     stock = results(Reference(), case, given, truth["index"])
     got = results(Native(), case, given, truth["index"])
     if dtype == torch.float64:
@@ -96,7 +97,7 @@ def test_images_far_from_zero_lose_no_more_than_in_torch() -> None:
     truth = results(Reference(), case, given)
     single = {n: t.float() for n, t in given.items()}
     x, weight, gamma, beta = single.values()
-    stock = Reference().conv_block(x, weight, gamma, beta, case.spec, EPS, case.pool)
+    stock = Reference().conv_block(x, weight, gamma, beta, BlockSpec(case.spec, EPS, case.pool))
     got = results(Native(), case, single, truth["index"])
     for name, theirs in zip(("y", "mean", "rstd"), (stock[1], *stock[3:])):
         assert_as_exact(name, got[name], theirs, truth[name])
@@ -133,10 +134,10 @@ def test_every_element_is_written() -> None:
 def test_what_it_does_not_take() -> None:
     x, weight = torch.randn(1, 2, 4, 6, 6), torch.randn(1, 3, 4, 3, 3)
     spec = ConvSpec((1, 1), (1, 1), (1, 1), 1)
-    assert "not 36" in "".join(Native().image_refusals(x, weight, spec, 2))
+    assert "not 36" in "".join(Native().image_refusals(x, weight, BlockSpec(spec, 1e-5, 2)))
     with pytest.raises(RuntimeError, match="at most 32 numbers a patch"):
         Native().image_moments(x, (3, 3), spec)
-    assert "pools by 1 or 2" in "".join(Native().image_refusals(x, weight[:, :, :3], spec, 3))
+    assert "pools by 1 or 2" in "".join(Native().image_refusals(x, weight[:, :, :3], BlockSpec(spec, 1e-5, 3)))
 
 
 CHECKSUMS = """

@@ -35,6 +35,18 @@ BELOW = {
     "info": {"", "_C", "_build", "backends"},
     "": {"backends", "convert", "functional", "layers"},
 }
+# The same inside lambda_kernels.backends; a folder is one module.
+BACKENDS_BELOW = {
+    "base": set(),
+    "inner_loop": {"base"},
+    "reference": {"base", "inner_loop"},
+    "native": {"base", "reference"},
+    "cuda": {"base", "native", "reference"},
+    "triton": {"base", "reference"},
+    "table": set(),
+    "autotune": {"base", "reference", "table"},
+    "": {"autotune", "base", "cuda", "native", "reference", "table", "triton"},
+}
 # The modules of lambda_kernels that the adapter may reach, beside the names of its top level.
 OPEN = {"_torch", "agreement", "cache", "chain", "cuda_graph", "functional", "info", "layers", "program"}
 
@@ -113,6 +125,46 @@ def test_the_table_has_no_circle():
         ready = [m for m in BELOW if m not in order and BELOW[m] <= set(order)]
         assert ready, f"circular: {sorted(BELOW.keys() - set(order))}"
         order += ready
+
+
+def beside(source: str, module: str, is_package: bool) -> set[str]:
+    """The modules of lambda_kernels.backends that one of them imports, itself aside."""
+    found = set()
+    for _, name in imports(source, module, is_package):
+        if name.startswith("lambda_kernels.backends."):
+            part = name.split(".")[2]
+            found.add(part if part in BACKENDS_BELOW else "")
+    return found - {(module.split(".") + [""])[2]}
+
+
+def test_backends_import_downwards() -> None:
+    seen = set()
+    for module, path in modules(KERNELS / "backends", "lambda_kernels.backends"):
+        part = (module.split(".") + [""])[2]
+        assert part in BACKENDS_BELOW, f"add {module} to BACKENDS_BELOW, above what it imports"
+        source = path.read_text(encoding="utf-8")
+        assert "TYPE_CHECKING" not in source, f"{module}: a circle for type checkers is one too"
+        assert beside(source, module, path.name == "__init__.py") <= BACKENDS_BELOW[part], module
+        seen.add(part)
+    assert seen == BACKENDS_BELOW.keys()
+    order: list[str] = []
+    while len(order) < len(BACKENDS_BELOW):
+        ready = [m for m in BACKENDS_BELOW if m not in order and BACKENDS_BELOW[m] <= set(order)]
+        assert ready, f"circular: {sorted(BACKENDS_BELOW.keys() - set(order))}"
+        order += ready
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("lambda_kernels.backends.base", "from .reference import Reference", {"reference"}),
+        ("lambda_kernels.backends.native", "from . import choose", {""}),
+        ("lambda_kernels.backends.cuda.operands", "from ..native import Native", {"native"}),
+        ("lambda_kernels.backends.cuda.operands", "from .library import DTYPES\nfrom ...spec import pair", set()),
+    ],
+)
+def test_an_import_among_backends_is_found(module: str, source: str, found: set[str]) -> None:
+    assert beside(source, module, False) == found
 
 
 @pytest.mark.parametrize("folder", [KERNELS, MAML], ids=lambda folder: folder.name)

@@ -172,9 +172,9 @@ def on_threads(count: int) -> Iterator[None]:
 
 def forward(network: Network, parameters: list[Tensor], x: Tensor) -> Tensor:
     """Logits by the reference, of parameters that all have a task axis."""
-    for i, (conv, eps, pool) in enumerate(network.specs):
+    for i, block in enumerate(network.specs):
         weight, gamma, beta = parameters[3 * i : 3 * i + 3]
-        x = Reference().block(x, weight, gamma, beta, conv, eps, pool)[0]
+        x = Reference().block(x, weight, gamma, beta, block)[0]
     return Reference().linear(x.flatten(2), *parameters[-2:])
 
 

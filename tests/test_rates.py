@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lambda_kernels.backends import reasons
 from lambda_kernels.backends.native import Native
-from lambda_kernels.backends.reference import InnerLoop
+from lambda_kernels.backends.base import InnerLoop
 
 pytestmark = [
     pytest.mark.skipif(bool(reasons("native")), reason="; ".join(reasons("native"))),

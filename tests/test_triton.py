@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import rates
 import torch
 import torch.nn.functional as F
 from cases import (
@@ -26,6 +27,7 @@ from cases import (
     assert_as_exact,
     by_task,
     layouts,
+    norm_block,
     stock_block,
     subsets,
 )
@@ -35,6 +37,7 @@ from torch import Tensor
 
 import lambda_kernels as lk
 from lambda_kernels import functional
+from lambda_kernels.backends.base import Call
 from lambda_kernels.backends.reference import Reference
 from lambda_kernels.backends.triton import Triton
 from lambda_kernels.spec import BlockSpec, ConvSpec, output_size
@@ -69,7 +72,7 @@ def device() -> Any:
 @pytest.fixture(autouse=True)
 def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every call goes to the Triton backend."""
-    monkeypatch.setattr(functional, "choose", lambda op, x, pool=1: TRITON)
+    monkeypatch.setattr(functional, "choose", lambda *call: TRITON)
     with device():
         yield
 
@@ -240,9 +243,9 @@ def test_block_on_constant_images(fused: bool) -> None:
     spec = ConvSpec((1, 1), (0, 0), (1, 1), 1)
     weight = torch.full((1, 5, 1, 1, 1), 1.1)
     if fused:
-        y = TRITON.conv_block(x, weight, gamma, beta, spec, 1e-5, 2)[1]
+        y = TRITON.conv_block(x, weight, gamma, beta, BlockSpec(spec, 1e-5, 2))[1]
     else:
-        y = TRITON.norm_relu_pool(REFERENCE.conv2d(x, weight, None, spec), gamma, beta, 1e-5, 2)[0]
+        y = TRITON.norm_relu_pool(REFERENCE.conv2d(x, weight, None, spec), gamma, beta, norm_block(2))[0]
     torch.testing.assert_close(y, F.relu(beta)[:, None, :, None, None].expand_as(y), rtol=0, atol=1e-6)  # roundings
 
 
@@ -253,7 +256,7 @@ def test_moments_of_many_tiles_are_merged(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(norm, "MOMENT_PIXELS", 16)
     z = randn(2, 3, 5, 11, 12) + torch.linspace(-9, 30, 132, dtype=DOUBLE).reshape(11, 12)
     gamma, beta = affine((1, 1), 5, DOUBLE)
-    got, want = (b.norm_relu_pool(z, gamma, beta, 1e-5, 2) for b in (TRITON, REFERENCE))
+    got, want = (b.norm_relu_pool(z, gamma, beta, norm_block(2)) for b in (TRITON, REFERENCE))
     torch.testing.assert_close(got, want, **EXACT)
 
 
@@ -280,22 +283,22 @@ def test_norm_relu_pool_and_its_gradient(shape: tuple[int, ...], dtype: torch.dt
     z = randn(*shape, dtype=dtype)
     wide = torch.promote_types(dtype, SINGLE)
     gamma, beta = affine((1, shape[0]), shape[2], wide if pool > 1 else dtype)
-    stock = REFERENCE.norm_relu_pool(z, gamma, beta, 1e-5, pool)
-    want = REFERENCE.norm_relu_pool(z.double(), gamma.double(), beta.double(), 1e-5, pool)
+    stock = REFERENCE.norm_relu_pool(z, gamma, beta, norm_block(pool))
+    want = REFERENCE.norm_relu_pool(z.double(), gamma.double(), beta.double(), norm_block(pool))
     for layout in ("channels-last", "contiguous", "sliced"):
         operand = layouts(z)[layout]
-        y, index, mean, rstd = TRITON.norm_relu_pool(operand, gamma, beta, 1e-5, pool)
+        y, index, mean, rstd = TRITON.norm_relu_pool(operand, gamma, beta, norm_block(pool))
         assert mean.dtype == rstd.dtype == wide and index.dtype == torch.uint8
         assert_as_exact("y", y, stock[0], want[0])
         assert_moments(z, mean, rstd, stock, want)
         turned = index != want[1]
         assert not turned.any() if dtype == DOUBLE else turned.float().mean() < 0.02
         gy = layouts(randn(*y.shape, dtype=dtype))[layout]
-        saved = index, mean, rstd, pool
+        saved = index, mean, rstd, norm_block(pool)
         for need_z in (True, False):
             mine = TRITON.norm_relu_pool_grad(gy, operand, gamma, *saved, need_z)
             plain = REFERENCE.norm_relu_pool_grad(gy, z, gamma, *saved, need_z)
-            exact = index, want[2], want[3], pool
+            exact = index, want[2], want[3], norm_block(pool)
             truth = REFERENCE.norm_relu_pool_grad(gy.double(), z.double(), gamma.double(), *exact, need_z)
             for name, ours, theirs, true in zip(("z", "gamma", "beta"), mine, plain, truth):
                 assert_as_exact(name, ours, theirs, true)
@@ -306,11 +309,11 @@ def test_norm_relu_pool_and_its_gradient(shape: tuple[int, ...], dtype: torch.dt
 def test_conv_block_is_its_convolution_and_norm(dtype: torch.dtype, own: tuple[str, ...]) -> None:
     shapes = {"x": (4, 3, 9, 8), "weight": (10, 3, 3, 3), "gamma": (10,), "beta": (10,)}
     x, weight, gamma, beta = (randn(T if n in own else 1, *shape, dtype=dtype) for n, shape in shapes.items())
-    z, y, index, mean, rstd = TRITON.conv_block(x, weight, gamma, beta, PLAIN, 1e-5, 2)
+    z, y, index, mean, rstd = TRITON.conv_block(x, weight, gamma, beta, BlockSpec(PLAIN, 1e-5, 2))
     plain, exact = (REFERENCE.conv2d(a, b, None, PLAIN) for a, b in ((x, weight), (x.double(), weight.double())))
     assert_as_exact("z", z, plain.expand(z.shape), exact.expand(z.shape))
-    stock = REFERENCE.norm_relu_pool(z, gamma, beta, 1e-5, 2)
-    truth = REFERENCE.norm_relu_pool(z.double(), gamma.double(), beta.double(), 1e-5, 2)
+    stock = REFERENCE.norm_relu_pool(z, gamma, beta, norm_block(2))
+    truth = REFERENCE.norm_relu_pool(z.double(), gamma.double(), beta.double(), norm_block(2))
     assert_as_exact("y", y, stock[0], truth[0])
     assert_moments(z, mean, rstd, stock, truth)
     assert dtype != DOUBLE or torch.equal(index, truth[1])
@@ -366,20 +369,29 @@ def test_cross_entropy_and_its_gradient(shape: tuple[int, ...], dtype: torch.dty
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE, torch.float16, torch.bfloat16], ids=name_of)
-def test_descent_in_place_is_torchs(dtype: torch.dtype) -> None:
+def test_sgd_in_place_is_torchs(dtype: torch.dtype) -> None:
     shapes = [(7,), (1025,), (3, 4, 5), (1,), (0,), (2048,), *[(n,) for n in range(9, 40)]]  # for two launches
     exact = [randn(2, *shape) for shape in shapes]
     truth = [p - 0.03 * g for p, g in exact]
     stock, got, gradients = ([t[i].to(dtype).clone() for t in exact] for i in (0, 0, 1))
-    TRITON.sgd_(got, gradients, 0.03)
+    TRITON.sgd_(got, gradients, [0.03])
     torch._foreach_add_(stock, gradients, alpha=-0.03)
     for mine, theirs, want in zip(got, stock, truth):
         assert_as_exact("parameter", mine, theirs, want)
     strided, every_other = torch.zeros(4, 4, dtype=dtype, device=DEVICE), torch.ones(4, 8, dtype=dtype, device=DEVICE)
-    TRITON.sgd_([strided.T[:, :2]], [every_other[:, ::4]], 1.0)  # not dense: torch's
-    TRITON.sgd_([strided[2:]], [every_other[2:, ::2]], 1.0)
+    TRITON.sgd_([strided.T[:, :2]], [every_other[:, ::4]], [1.0])  # not dense: torch's
+    TRITON.sgd_([strided[2:]], [every_other[2:, ::2]], [1.0])
     assert strided.sum() == -8 - 8 and strided[2].eq(-1).all()
-    TRITON.sgd_([], [], 0.1)
+    TRITON.sgd_([], [], [0.1])
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, SINGLE], ids=name_of)
+def test_sgd_takes_a_rate_per_parameter(dtype: torch.dtype) -> None:
+    rates.check_sgd(TRITON, DEVICE, dtype)
+
+
+def test_rates_are_those_of_a_plain_loop() -> None:
+    rates.check(TRITON, DEVICE)
 
 
 def chain(dtype: torch.dtype, updated: list[bool], tasks: int = 2) -> tuple[Any, ...]:
@@ -397,25 +409,19 @@ def test_inner_loop_is_the_references(bits: str) -> None:
     x, labels, parameters, updated, specs = chain(DOUBLE, updated)
     results = []
     for backend in (TRITON, REFERENCE):
-        own = [p.clone() for p in parameters]
-        losses = backend.inner_loop(x, labels, own, updated, specs, 3, 0.1)
-        results.append([losses, *own])
+        found = backend.inner_loop(x, labels, parameters, updated, specs, 3, [0.1])
+        results.append([found.rows, *found.updated])
     torch.testing.assert_close(results[0], results[1], **STEPS)
-    moved = [not torch.equal(a, b) for a, b in zip(results[0][1:], parameters)]
-    assert moved == updated
+    assert len(results[0]) == 1 + sum(updated)
 
 
 @pytest.mark.gpu
 def test_a_cuda_graph_holds_the_inner_loop() -> None:
     x, labels, parameters, updated, specs = chain(SINGLE, [True] * 8)
-    want = [p.clone() for p in parameters]
-    TRITON.inner_loop(x, labels, want, updated, specs, 3, 0.1)
-    own = [p.clone() for p in parameters]
+    want = TRITON.inner_loop(x, labels, parameters, updated, specs, 3, [0.1]).updated
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        TRITON.inner_loop(x, labels, own, updated, specs, 3, 0.1)
-    for p, start in zip(own, parameters):
-        p.copy_(start)
+        own = TRITON.inner_loop(x, labels, parameters, updated, specs, 3, [0.1]).updated
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(own, want))
 
@@ -478,7 +484,7 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
         x, weight = layouts(randn(2, 3, 2, 7, 6))[layout], randn(1, 4, 2, 3, 3)
         bias, gy, z = randn(2, 4), layouts(randn(2, 3, 4, 4, 6))[layout], layouts(randn(2, 3, 4, 7, 6))[layout]
         gamma, beta = affine((1, 2), 4, DOUBLE)
-        y, index, mean, rstd = TRITON.norm_relu_pool(z, gamma, beta, 1e-5, 2)
+        y, index, mean, rstd = TRITON.norm_relu_pool(z, gamma, beta, norm_block(2))
         calls += [
             ("conv2d", (x, weight, bias, flat)),
             ("conv2d_input_grad", (gy, weight, list(x.shape), flat)),
@@ -556,21 +562,21 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_how_many_launches_a_method_takes(launched: list[str]) -> None:
     x, weight, bias = randn(T, 4, 2, 7, 6), randn(T, 4, 2, 3, 3), randn(1, 4)
-    z, y, index, mean, rstd = TRITON.conv_block(x, weight, bias, bias, PLAIN, 1e-5, 2)
+    z, y, index, mean, rstd = TRITON.conv_block(x, weight, bias, bias, BlockSpec(PLAIN, 1e-5, 2))
     assert launched == ["convolve", "merge", "normalise"]
     wanted: list[tuple[Any, list[str]]] = [
-        (lambda: TRITON.sgd_([weight.clone() for _ in range(10)], [weight] * 10, 0.1), ["descend"]),
+        (lambda: TRITON.sgd_([weight.clone() for _ in range(10)], [weight] * 10, [0.1]), ["sgd"]),
         (lambda: TRITON.conv2d(x, weight, bias, PLAIN), ["convolve"]),
         (lambda: TRITON.conv2d(x, weight[:1], bias, PLAIN), ["convolve"]),
         (lambda: TRITON.conv2d_input_grad(z, weight, x.shape, PLAIN), ["convolve"]),
         (lambda: TRITON.conv2d_weight_grad(z, x, weight.shape, PLAIN), ["weight_gradient"]),
-        (lambda: TRITON.norm_relu_pool(z, bias, bias, 1e-5, 2), ["moments", "merge", "normalise"]),
+        (lambda: TRITON.norm_relu_pool(z, bias, bias, norm_block(2)), ["moments", "merge", "normalise"]),
         (
-            lambda: TRITON.norm_relu_pool_grad(y, z, bias, index, mean, rstd, 2, True),
+            lambda: TRITON.norm_relu_pool_grad(y, z, bias, index, mean, rstd, norm_block(2), True),
             ["gradient_sums", "finish_sums", "dense_gradient"],
         ),
         (
-            lambda: TRITON.norm_relu_pool_grad(y, z, bias, index, mean, rstd, 2, False),
+            lambda: TRITON.norm_relu_pool_grad(y, z, bias, index, mean, rstd, norm_block(2), False),
             ["gradient_sums", "finish_sums"],
         ),
         (lambda: TRITON.linear(x.flatten(2), z.flatten(2)[:, :, :84], None), ["matrix_product"]),
@@ -626,10 +632,10 @@ def test_what_it_refuses() -> None:
     assert TRITON.reasons() == []
     for op in ("conv2d", "linear", "conv_block"):
         for dtype in DTYPES:
-            assert TRITON.refusals(op, device, dtype, 2) == []
-        assert f"the tensors are on {other}" in TRITON.refusals(op, other, SINGLE, 2)[0]
-        assert "not torch.complex64" in TRITON.refusals(op, device, torch.complex64, 2)[0]
-    assert "pools by at most 8, not 9" in TRITON.refusals("conv_block", device, SINGLE, 9)[0]
+            assert TRITON.refusals(Call(op, device, dtype, pool=2)) == []
+        assert f"the tensors are on {other}" in TRITON.refusals(Call(op, other, SINGLE, pool=2))[0]
+        assert "not torch.complex64" in TRITON.refusals(Call(op, device, torch.complex64, pool=2))[0]
+    assert "pools by at most 8, not 9" in TRITON.refusals(Call("conv_block", device, SINGLE, pool=9))[0]
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -655,7 +661,9 @@ def test_importing_it_imports_no_triton() -> None:
     code = """
 import sys
 from lambda_kernels.backends.triton import Triton
-Triton().refusals("conv2d", __import__("torch").device("cpu"), __import__("torch").float32, 1)
+import torch
+from lambda_kernels.backends.base import Call
+Triton().refusals(Call("conv2d", torch.device("cpu"), torch.float32))
 assert not any(name.partition(".")[0] == "triton" for name in sys.modules), "triton was imported"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE)

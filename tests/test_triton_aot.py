@@ -30,7 +30,7 @@ KERNELS = {
     "finish_sums",
     "dense_gradient",
     "cross_entropy",
-    "descend",
+    "sgd",
 }
 
 

@@ -26,7 +26,7 @@ from lambda_kernels.agreement import within
 from lambda_kernels.backends import native
 from lambda_kernels.backends.native import Native
 from lambda_kernels.backends.reference import Reference
-from lambda_kernels.spec import ConvSpec
+from lambda_kernels.spec import BlockSpec, ConvSpec
 from lambda_maml import adapt, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,7 +208,7 @@ def test_tracing_sees_the_shapes_and_the_memory_layout() -> None:
         sized = (gy, x, list(weight.shape), case.padding)
         torch.library.opcheck(OPS.winograd_weight_grad.default, sized, test_utils=tests)
     for frozen in (FROZEN["33x47"], FROZEN["rgb-48"], FROZEN["stride"], FROZEN["dilation-pair"]):
-        geometry = native._geometry(frozen.spec, frozen.pool)
+        geometry = native._geometry(BlockSpec(frozen.spec, EPS, frozen.pool))
         given = frozen_operands(frozen, torch.float32, 2, shared=True)
         torch.library.opcheck(OPS.frozen_block.default, (*given, geometry, EPS), test_utils=tests)
 
@@ -265,7 +265,7 @@ def frozen_operands(
 
 def block(backend: Reference, case: Frozen, given: Sequence[Tensor]) -> dict[str, Tensor]:
     x, weight, gamma, beta = given
-    y, mean, rstd = backend.block(x, weight, gamma, beta, case.spec, EPS, case.pool)
+    y, mean, rstd = backend.block(x, weight, gamma, beta, BlockSpec(case.spec, EPS, case.pool))
     tasks = max(t.shape[0] for t in given)  # the reference has one result where tasks share it
     return {key: t.expand(tasks, *t.shape[1:]) for key, t in (("y", y), ("mean", mean), ("rstd", rstd))}
 
@@ -317,7 +317,7 @@ def test_operands_of_a_frozen_block_are_shared_one_by_one(name: str) -> None:
     for own in product((True, False), repeat=4):
         some = tuple(t if wanted else t[:1] for t, wanted in zip(given, own))
         truth = block(Reference(), case, some)
-        got = OPS.frozen_block(*some, native._geometry(case.spec, case.pool), EPS)
+        got = OPS.frozen_block(*some, native._geometry(BlockSpec(case.spec, EPS, case.pool)), EPS)
         for value, want in zip(got, truth.values()):
             torch.testing.assert_close(value, want, **EXACT)
         assert got[0].shape[0] == (3 if any(own) else 1)
@@ -327,7 +327,7 @@ def test_operands_of_a_frozen_block_are_shared_one_by_one(name: str) -> None:
 def test_memory_layouts_of_a_frozen_block(name: str) -> None:
     case = FROZEN[name]
     x, weight, gamma, beta = frozen_operands(case, torch.float32, 2)
-    geometry = native._geometry(case.spec, case.pool)
+    geometry = native._geometry(BlockSpec(case.spec, EPS, case.pool))
     want = OPS.frozen_block(x, weight, gamma, beta, geometry, EPS)
     weights = {**layouts(weight), "transposed": weight.transpose(1, 2).contiguous().transpose(1, 2)}
     for images, other in product(layouts(x).values(), weights.values()):
@@ -406,7 +406,7 @@ def takes(x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> bool:
     """Whether the frozen block has a kernel: an error says that it has none, any other error is one."""
     ones = x.new_ones(1, weight.shape[1])
     try:
-        OPS.frozen_block(x, weight, ones, ones, native._geometry(spec, pool), EPS)
+        OPS.frozen_block(x, weight, ones, ones, native._geometry(BlockSpec(spec, EPS, pool)), EPS)
     except RuntimeError as error:
         assert "no kernel for a weight" in str(error), error
         return False
@@ -429,7 +429,7 @@ def test_the_rule_is_the_same_in_python_and_in_the_kernels() -> None:
             continue
         x, weight = torch.zeros(1, images, inputs, *size), torch.zeros(1, outputs, inputs, *kernel)
         filters = pool == 2 and native._filters(x.shape, weight.shape, spec, x.dtype)
-        expected = filters or not Native().image_refusals(x, weight, spec, pool)
+        expected = filters or not Native().image_refusals(x, weight, BlockSpec(spec, 1e-5, pool))
         assert takes(x, weight, spec, pool) == expected, (inputs, outputs, kernel, spec, images, size, pool)
         agreed.add((filters, expected))
     assert agreed == {(True, True), (False, True), (False, False)}
@@ -461,12 +461,12 @@ def test_what_it_does_not_take_is_atens(name: str) -> None:
         have = Native().conv2d(x, weight, bias, spec)
         gx = Native().conv2d_input_grad(gy, weight, x.shape, spec)
         gw = Native().conv2d_weight_grad(gy, x, weight.shape, spec)
-        blocks = Native().block(x, weight, gamma, beta, spec, EPS, 2) if pooled else ()
+        blocks = Native().block(x, weight, gamma, beta, BlockSpec(spec, EPS, 2)) if pooled else ()
     torch.testing.assert_close(have, y, **EXACT)
     torch.testing.assert_close(gx, Reference().conv2d_input_grad(gy, weight, x.shape, spec), **EXACT)
     torch.testing.assert_close(gw, Reference().conv2d_weight_grad(gy, x, weight.shape, spec), **EXACT)
     if pooled:
-        for value, want in zip(blocks, Reference().block(x, weight, gamma, beta, spec, EPS, 2)):
+        for value, want in zip(blocks, Reference().block(x, weight, gamma, beta, BlockSpec(spec, EPS, 2))):
             torch.testing.assert_close(value, want, **EXACT)
 
 

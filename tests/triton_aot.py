@@ -114,7 +114,7 @@ def launches(dtype: str, every_tile: bool) -> list[Launch]:
         g = products.linear(features, head, gamma[:, :ways])
         products.linear(g.mT, features.mT, None)
         products.linear(g, head.mT, None)
-        update.sgd_([gamma, head], [gamma, head], 0.01)
+        update.sgd_([gamma, head], [gamma, head], [0.01, 0.02])
         loss.cross_entropy_grad(g, torch.zeros(1, images, dtype=torch.int64))
     return found
 

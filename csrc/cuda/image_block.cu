@@ -1,129 +1,10 @@
 // The first block: convolution, norm, ReLU and max-pool of images, without a stored convolution output. The statistics
-// come from the second moments of the patches (K = inputs kernel_height kernel_width <= 32 numbers each), which are
-// taken once for all steps; forward and backward gather a tile's patches into shared memory and multiply there.
-#include "common.cuh"
+// come from the patches' second moments (image_moments.cu); forward and backward gather a tile's patches into shared
+// memory and multiply there.
+#include "patches.cuh"
 
 namespace lk {
 namespace {
-
-constexpr int kMostTaps = 32;  // K, and the lanes of a warp
-
-struct Tap {
-  int y, x;       // from the top left pixel of a patch
-  int64_t input;  // channel
-};
-
-// What a patch is, the same for all kernels.
-struct Patches {
-  int taps;  // K
-  int kernel_height, kernel_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, height, width;
-  int64_t inputs, x_task;
-
-  explicit Patches(const ImageBlock& p)
-      : taps(int(p.inputs * p.kernel_height * p.kernel_width)), kernel_height(int(p.kernel_height)),
-        kernel_width(int(p.kernel_width)), stride_y(int(p.stride_y)), stride_x(int(p.stride_x)),
-        padding_y(int(p.padding_y)), padding_x(int(p.padding_x)), dilation_y(int(p.dilation_y)),
-        dilation_x(int(p.dilation_x)), height(int(p.height)), width(int(p.width)), inputs(p.inputs), x_task(p.x_task) {}
-
-  __device__ Tap tap(int k) const {
-    const int rest = k % (kernel_height * kernel_width);
-    return {rest / kernel_width * dilation_y, rest % kernel_width * dilation_x, k / (kernel_height * kernel_width)};
-  }
-};
-
-// The top left pixel of a patch, which may lie in the padding; image < 0 where there is no patch.
-struct Corner {
-  int64_t image;
-  int y, x;
-};
-
-__device__ inline Corner corner(const Patches& patches, int64_t image, int row, int column) {
-  return {image, row * patches.stride_y - patches.padding_y, column * patches.stride_x - patches.padding_x};
-}
-
-// x of a task [images, height, width, inputs] at one tap of a patch, 0 in the padding.
-template <typename T>
-__device__ inline Wide<T> pixel(const T* x, const Patches& patches, const Corner& from, const Tap& tap) {
-  const int y = from.y + tap.y, column = from.x + tap.x;
-  const bool inside = unsigned(y) < unsigned(patches.height) && unsigned(column) < unsigned(patches.width);
-  if (from.image < 0 || !inside) return 0;
-  return wide(x[((from.image * patches.height + y) * patches.width + column) * patches.inputs + tap.input]);
-}
-
-constexpr int kMomentPixels = 64, kMomentStride = kMostTaps + 2;
-
-// x -> partial: the second moments of a part's patches with a 1 behind them. A thread has 2 x 2 of them, in doubles,
-// for one pixel in `groups`.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) image_moments(const ImageBlock p, const Patches patches, const Grid grid) {
-  __shared__ __align__(16) double values[kMomentPixels][kMomentStride];  // a patch, 1, 0
-  __shared__ double shares[kThreads][4];
-  __shared__ Corner corners[kMomentPixels];
-  __shared__ Tap taps[kMostTaps];
-  const int me = threadIdx.x, K = patches.taps, side = K + 1, twos = (side + 1) / 2, pairs = twos * (twos + 1) / 2;
-  const int64_t task = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
-  const int64_t count = p.images * grid.places;
-  const int64_t begin = part_begin(count, part, p.parts), end = part_begin(count, part + 1, p.parts);
-  const T* x = static_cast<const T*>(p.x) + task * patches.x_task;
-  const Places places(grid, begin);
-  const int groups = kThreads / pairs, group = me / pairs;
-  int row = 0, column = me % pairs;  // of the 2 x 2 moments: row <= column < twos
-  while (column >= twos - row) column -= twos - row, ++row;
-  column += row;
-  double sums[2][2] = {};
-  if (me < K) taps[me] = patches.tap(me);
-  for (int64_t tile = begin; tile < end; tile += kMomentPixels) {
-    __syncthreads();
-    if (me < kMomentPixels) {
-      corners[me] = {-1, 0, 0};
-      if (tile + me < end) {
-        const Place at = places[tile + me];
-        corners[me] = corner(patches, at.image, int(at.row), int(at.column));
-      }
-    }
-    __syncthreads();
-    for (int e = me; e < kMomentPixels * 2 * twos; e += kThreads) {
-      const int k = e / kMomentPixels, at = e % kMomentPixels;
-      if (k < K)
-        values[at][k] = double(pixel(x, patches, corners[at], taps[k]));
-      else
-        values[at][k] = k == K && corners[at].image >= 0 ? 1.0 : 0.0;
-    }
-    __syncthreads();
-    if (group < groups) {
-      for (int at = group; at < kMomentPixels; at += groups) {
-        const Pack<double, 2> a = load<2>(&values[at][2 * row]), b = load<2>(&values[at][2 * column]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) sums[i][j] += a.at[i] * b.at[j];
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) shares[me][i] = sums[i / 2][i % 2];
-  __syncthreads();
-  if (me >= pairs) return;
-  double* partial = p.partial + (task * p.parts + part) * side * side;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    double sum = shares[me][i];
-    for (int other = 1; other < groups; ++other) sum += shares[other * pairs + me][i];
-    const int r = 2 * row + i / 2, c = 2 * column + i % 2;
-    if (r < side && c < side && r <= c) partial[r * side + c] = partial[c * side + r] = sum;
-  }
-}
-
-// partial -> moments, a thread a number.
-__global__ void __launch_bounds__(kThreads) merge_image_moments(const ImageBlock p, int64_t numbers, int64_t tasks) {
-  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= tasks * numbers) return;
-  const double* partial = p.partial + at / numbers * p.parts * numbers + at % numbers;
-  double sum = 0;
-#pragma unroll 8
-  for (int64_t part = 0; part < p.parts; ++part) sum += partial[part * numbers];
-  p.moments[at] = sum;
-}
 
 // The covariance of the patches, row k with lane k (zeros beyond K).
 struct Covariance {
@@ -147,7 +28,7 @@ struct Covariance {
   }
 };
 
-// moments, weight -> mean, rstd; a warp a (task, output).
+// moments, weight -> mean, rstd; one warp per (task, output).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) image_statistics(const ImageBlock p, int taps) {
   const int64_t item = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
@@ -392,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2)
   }
 }
 
-// partial -> dweight, dgamma, dbeta; a block a (task, output), lane k having tap k. With A = sum g (p - mean p):
+// partial -> dweight, dgamma, dbeta; one block per (task, output), lane k having tap k. With A = sum g (p - mean p):
 // dgamma = rstd <w, A>, dw = gamma rstd (A - dgamma rstd cov(p) w).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) merge_image_reduce(const ImageBlock p, int taps) {
@@ -427,24 +308,6 @@ __global__ void __launch_bounds__(kThreads) merge_image_reduce(const ImageBlock 
   }
 }
 
-bool fits(const ImageBlock& p) {
-  const int64_t taps = p.inputs * p.kernel_height * p.kernel_width;
-  return p.tasks >= 0 && p.images > 0 && taps > 0 && taps <= kMostTaps && p.outputs > 0 && p.parts > 0 &&
-         (p.pool == 1 || p.pool == 2) && p.out_height >= p.pool && p.out_width >= p.pool &&
-         p.out_height * p.out_width < kMostRelative && p.height * p.width < kMostRelative &&
-         p.images * p.out_height * p.out_width / p.parts < kMostRelative;
-}
-
-template <typename T>
-cudaError_t moments(const ImageBlock& p, void* stream) {
-  const Patches patches(p);
-  const Grid grid(p.out_height, p.out_width);
-  const int64_t numbers = int64_t(patches.taps + 1) * (patches.taps + 1);
-  LK_RETURN_IF_FAILED(launch(image_moments<T>, p.tasks * p.parts, dim3(kThreads), stream, p, patches, grid));
-  const int64_t blocks = (p.tasks * numbers + kThreads - 1) / kThreads;
-  return launch(merge_image_moments, blocks, dim3(kThreads), stream, p, numbers, p.tasks);
-}
-
 template <typename T, int P>
 cudaError_t forward(const ImageBlock& p, void* stream) {
   constexpr int Q = kQuads<Wide<T>>, kTiles = 8;
@@ -475,12 +338,6 @@ cudaError_t backward(const ImageBlock& p, void* stream) {
 
 }  // namespace
 }  // namespace lk
-
-// Reads x; writes moments [tasks, K + 1, K + 1]; scratch: partial. outputs, pool and what belongs to them are not read.
-LK_EXPORT int lk_image_moments(const lk::ImageBlock* p, int dtype, void* stream) {
-  if (!lk::fits(*p)) return cudaErrorInvalidConfiguration;
-  return lk::with_dtype(dtype, [&]<typename T>() { return lk::moments<T>(*p, stream); });
-}
 
 // Reads x, weight, gamma, beta, moments, eps; writes mean, rstd, y, index.
 LK_EXPORT int lk_image_block(const lk::ImageBlock* p, int dtype, void* stream) {

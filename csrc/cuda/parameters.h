@@ -1,6 +1,7 @@
-// What the launchers of the CUDA library take: plain structs of 8-byte fields, as lambda_kernels/backends/cuda.py has
-// them too. Torch-free. Each launcher queues its kernels on `stream` (a cudaStream_t) and returns the launch's
-// cudaError_t; it allocates nothing and waits for nothing, so that a CUDA graph can hold it.
+// What the launchers of the CUDA library take: plain structs of 8-byte fields, as
+// lambda_kernels/backends/cuda/library.py has them too. Torch-free. Each launcher queues its kernels on `stream` (a
+// cudaStream_t) and returns the launch's cudaError_t; it allocates nothing and waits for nothing, so that a CUDA graph
+// can hold it.
 #pragma once
 #include <cstdint>
 
@@ -75,13 +76,13 @@ struct CrossEntropy {
 
 constexpr int kSgdTensors = 96;  // the kernel's parameters stay below 4 KiB
 
-// parameter <- parameter - lr gradient, for `count` pairs of dense tensors of one dtype.
+// parameter <- parameter - rate gradient, for `count` pairs of dense tensors of one dtype.
 struct Sgd {
   void* parameters[kSgdTensors];
   const void* gradients[kSgdTensors];
   int64_t sizes[kSgdTensors];  // elements
+  double rates[kSgdTensors];
   int64_t count;
-  double lr;
 };
 
 }  // namespace lk

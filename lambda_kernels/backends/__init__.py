@@ -3,7 +3,7 @@
 `use_backend(name)` (or the environment variable LAMBDA_KERNELS_BACKEND) names one: it is used or an error says why not.
 "auto", the default, takes the first backend of the tensors' device that can run the call and logs once why an earlier
 one could not; on a CUDA device, where several can, it takes the one that was measured fastest for the call's shapes
-(`measured`).
+(`autotune`). `register_backend` adds one of your own; README.md beside this file says how to write it.
 """
 
 from __future__ import annotations
@@ -13,25 +13,33 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..spec import ConvSpec
+from .autotune import Autotune, Table
+from .base import Backend, Call, InnerLoop
 from .cuda import Cuda
-from .measured import Measured, Table
 from .native import Native
 from .reference import Reference
 from .triton import Triton
 
-__all__ = ["Backend", "BackendError", "choices", "choose", "current", "names", "reasons", "use_backend"]
+__all__ = [
+    "Backend", "BackendError", "Call", "Cuda", "InnerLoop", "Native", "Reference", "Triton", "choices", "choose",
+    "current", "names", "reasons", "register_backend", "use_backend",
+]  # fmt: skip
 
-Backend = Reference
 _log = logging.getLogger("lambda_kernels")
 _REFERENCE = Reference()
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Native(), Cuda(), Triton(), _REFERENCE)}
 _wanted: ContextVar[str | None] = ContextVar("lambda_kernels_backend", default=None)
-_Call = tuple[str, str, torch.device, torch.dtype, int]
-_chosen: dict[_Call, Backend] = {}
-_measured: Measured | None = None
+_MOST_CHOSEN = 4096
+_PLAIN = "batch", 0.0  # norm and slope of a call that names none
+_chosen: dict[tuple[Any, ...], Backend] = {}  # by the wanted name and the fields of a call
+_said: set[str] = set()  # what the log holds already
+_autotune: Autotune | None = None
 
 
 class BackendError(RuntimeError):
@@ -61,6 +69,10 @@ current._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def use_backend(name: str) -> Iterator[None]:
     """Run the calls inside on the named backend, or "auto".
 
+    >>> with use_backend("reference"):
+    ...     print(current())
+    reference
+
     Raises:
         BackendError: there is no such backend, or it cannot run on this machine.
     """
@@ -73,20 +85,61 @@ def use_backend(name: str) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def choose(op: str, x: torch.Tensor, pool: int = 1) -> Backend:
-    """The backend for one call of `op` on x; BackendError where a named one cannot run it."""
-    call = (current(), op, x.device, x.dtype, pool)
+def register_backend(backend: Backend) -> None:
+    """Make a backend of your own known, under its `name`, to `use_backend`. "auto" never takes it.
+
+    >>> class Mine(Reference):
+    ...     name = "mine"
+    >>> register_backend(Mine())
+
+    Raises:
+        TypeError: it is no instance of a class that derives from Backend.
+        ValueError: its class has no name, or there is a backend of that name already.
+    """
+    given: object = backend
+    if not isinstance(given, Backend):
+        got = f"the class {given.__name__}: call it" if isinstance(given, type) else type(given).__name__
+        raise TypeError(f"register_backend takes an instance of a class that derives from Backend, got {got}")
+    name, kind = backend.name, type(backend).__name__
+    if not name or not isinstance(name, str):
+        raise ValueError(f"{kind} has no name: give the class one, such as name = {kind.lower()!r}")
+    if name == "auto" or name in _BACKENDS:
+        inherited = "name" not in vars(type(backend)) and "name" not in vars(backend)
+        of = f", which {kind} has from its parent class" if inherited else ""
+        raise ValueError(f"there is a backend {name!r} already{of}: give {kind} a name of its own")
+    _BACKENDS[name] = backend
+
+
+def choose(
+    op: str, x: Tensor, weight: Tensor | None = None, spec: ConvSpec | None = None, pool: int = 1
+) -> Backend:
+    """The backend for one call of `op` (see `Call`) on x; BackendError where a named one cannot run it."""
+    wanted = current()
     if torch.compiler.is_compiling():
-        return _BACKENDS[_search(*call)]
-    backend = _chosen.get(call)
-    if backend is None:
-        backend = _chosen[call] = _measuring(_search(*call), *call)
+        return _BACKENDS[_compiled(wanted, op, x.device, x.dtype, spec, pool)]
+    shapes = () if weight is None else (x.shape, weight.shape)
+    key = (wanted, op, x.device, x.dtype, shapes, spec, pool, *_PLAIN)
+    return _chosen.get(key) or _first_choice(key)
+
+
+def choose_for(call: Call) -> Backend:
+    """The backend for a call; BackendError where a named one cannot run it."""
+    key = current(), *call
+    return _chosen.get(key) or _first_choice(key)
+
+
+def _first_choice(key: tuple[Any, ...]) -> Backend:
+    """The backend for a key of `_chosen`: the wanted name, and the fields of a call."""
+    wanted, call = key[0], Call(*key[1:])
+    if len(_chosen) >= _MOST_CHOSEN:
+        _chosen.clear()
+    backend = _chosen[key] = _autotuned(_search(wanted, call), wanted, call)
     return backend
 
 
 def choices(device: torch.device) -> Table:
     """What was measured on a CUDA device, in this process and in earlier ones."""
-    return _all_measured().table(device)
+    return _the_autotune().table(device)
 
 
 def _get(name: str) -> Backend:
@@ -95,16 +148,26 @@ def _get(name: str) -> Backend:
     return _BACKENDS[name]
 
 
-def _search(wanted: str, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> str:
+def _search(wanted: str, call: Call) -> str:
     """The name of the first backend that runs a call."""
-    for backend in _candidates(device) if wanted == "auto" else [_get(wanted)]:
-        why = backend.refusals(op, device, dtype, pool) or backend.reasons()  # the latter may look for a device
+    whys = {}
+    for backend in _candidates(call.device) if wanted == "auto" else [_get(wanted)]:
+        why = backend.refusals(call) or backend.reasons()  # the latter may look for a device
         if not why:
             return backend.name
-        if wanted != "auto":
-            raise BackendError(f"backend {wanted!r} cannot run {op} on {device} in {dtype}: {'; '.join(why)}")
-        _log.info("backend %s does not run %s on %s in %s: %s", backend.name, op, device, dtype, "; ".join(why))
-    raise BackendError(f"no backend runs {op} on {device} in {dtype}")
+        whys[backend.name] = "; ".join(why)
+        if wanted == "auto":
+            _say_once(f"{backend.name} does not run {call.op} on {call.device} in {call.dtype}: {whys[backend.name]}")
+    if wanted != "auto":
+        raise BackendError(f"backend {wanted!r} cannot run {call}: {whys[wanted]}")
+    listed = "".join(f"\n  {name}: {why}" for name, why in whys.items())
+    raise BackendError(f"no backend runs {call}:{listed}")
+
+
+def _say_once(what: str) -> None:
+    if what not in _said:
+        _said.add(what)
+        _log.info("backend %s", what)
 
 
 def _candidates(device: torch.device) -> list[Backend]:
@@ -112,19 +175,26 @@ def _candidates(device: torch.device) -> list[Backend]:
     return [_BACKENDS[name] for name in (("cuda", "triton") if device.type == "cuda" else ("native",))] + [_REFERENCE]
 
 
+def _compiled(
+    wanted: str, op: str, device: torch.device, dtype: torch.dtype, spec: ConvSpec | None, pool: int
+) -> str:
+    """The backend's name for a call in a graph of torch.compile, whose shapes may be symbols."""
+    return _search(wanted, Call(op, device, dtype, (), spec, pool))
+
+
 # A graph of torch.compile keeps the backend that its first trace found: nothing is measured in it.
-_search._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _measuring(first: str, wanted: str, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> Backend:
+def _autotuned(first: str, wanted: str, call: Call) -> Backend:
     """Where "auto" has a choice on a CUDA device, the backend that measures; else `first`."""
-    if wanted != "auto" or device.type != "cuda" or first == "reference":
+    if wanted != "auto" or call.device.type != "cuda" or first == "reference":
         return _BACKENDS[first]
-    return _all_measured()
+    return _the_autotune()
 
 
-def _all_measured() -> Measured:
-    global _measured
-    if _measured is None:
-        _measured = Measured([b for b in _candidates(torch.device("cuda")) if not b.reasons()])
-    return _measured
+def _the_autotune() -> Autotune:
+    global _autotune
+    if _autotune is None:
+        _autotune = Autotune([b for b in _candidates(torch.device("cuda")) if not b.reasons()])
+    return _autotune

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import _build
 from ..spec import BlockSpec, ConvSpec
-from .reference import InnerLoop, Reference, channels_last
+from .base import Call, InnerLoop
+from .reference import Reference, channels_last
 
 _WHY = _build.mismatch()
 _extension: Any = None
@@ -36,15 +37,8 @@ class Native(Reference):
     def reasons(self) -> list[str]:
         return [_WHY] if _WHY else []
 
-    def refusals(self, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> list[str]:
-        why = []
-        if device.type != "cpu":
-            why.append(f"it runs on the CPU, the tensors are on {device}")
-        if op == "conv_block" and dtype not in (torch.float32, torch.float64):
-            why.append(f"it is built for float32 and float64, not {dtype}")
-        if op == "conv_block" and pool not in (1, 2):
-            why.append(f"it pools by 1 or 2, not {pool}")
-        return why
+    def refusals(self, call: Call) -> list[str]:
+        return super().refusals(call) + _refusals(call.op, call.device, call.dtype, call.pool)
 
     def layout(self, x: Tensor) -> Tensor:
         return channels_last(x)
@@ -67,40 +61,32 @@ class Native(Reference):
         return torch.ops.lambda_kernels.winograd_weight_grad(gy, x, weight_shape, spec.padding)
 
     def block(
-        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor]:
-        filters = pool == 2 and _filters(x.shape, weight.shape, spec, x.dtype)
-        if not filters and self.image_refusals(x, weight, spec, pool):
-            return super().block(x, weight, gamma, beta, spec, eps, pool)
-        return torch.ops.lambda_kernels.frozen_block(x, weight, gamma, beta, _geometry(spec, pool), eps)
+        filters = block.pool == 2 and _filters(x.shape, weight.shape, block.conv, x.dtype)
+        if not filters and self.image_refusals(x, weight, block):
+            return super().block(x, weight, gamma, beta, block)
+        return torch.ops.lambda_kernels.frozen_block(x, weight, gamma, beta, _geometry(block), block.eps)
 
-    def image_refusals(self, x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> list[str]:
-        why = self.refusals("conv_block", x.device, x.dtype, pool)
-        if spec.groups != 1 or weight[0, 0].numel() > MOST_TAPS:
+    def image_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
+        why = _refusals("conv_block", x.device, x.dtype, block.pool)
+        if block.conv.groups != 1 or weight[0, 0].numel() > MOST_TAPS:
             why.append(f"its patches have at most {MOST_TAPS} numbers, of one group, not {weight[0, 0].numel()}")
         return why
 
     def image_moments(self, x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:
-        return torch.ops.lambda_kernels.image_moments(x, kernel, _geometry(spec, 1))
+        return torch.ops.lambda_kernels.image_moments(x, kernel, [*spec.stride, *spec.padding, *spec.dilation, 1])
 
     def image_block(
-        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, spec: ConvSpec, eps: float,
-        pool: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        geometry = _geometry(spec, pool)
-        return torch.ops.lambda_kernels.image_block(x, weight, gamma, beta, moments, geometry, eps)
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, block: BlockSpec
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.lambda_kernels.image_block(x, weight, gamma, beta, moments, _geometry(block), block.eps)
 
     def image_block_grad(
         self, gy: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor,
-        moments: Tensor, spec: ConvSpec, pool: int,
+        moments: Tensor, block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return torch.ops.lambda_kernels.image_block_grad(
-            gy, x, weight, gamma, index, rstd, moments, _geometry(spec, pool)
-        )
-
-    def inner_loop_refusals(self, dtype: torch.dtype) -> list[str]:
-        built = dtype in (torch.float32, torch.float64)
-        return [] if built else [f"it is built for float32 and float64, not {dtype}"]
+        return torch.ops.lambda_kernels.image_block_grad(gy, x, weight, gamma, index, rstd, moments, _geometry(block))
 
     def inner_loop(
         self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
@@ -120,35 +106,36 @@ class Native(Reference):
         return call
 
     def norm_relu_pool(
-        self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int
+        self, z: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.lambda_kernels.norm_relu_pool(z, gamma, beta, eps, pool)
+        return torch.ops.lambda_kernels.norm_relu_pool(z, gamma, beta, block.eps, block.pool)
 
     def norm_relu_pool_grad(
-        self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, pool: int, need_z: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        dz, dgamma, dbeta = torch.ops.lambda_kernels.norm_relu_pool_grad(gy, z, gamma, index, mean, rstd, pool, need_z)
+        self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, block: BlockSpec,
+        need_z: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+        op = torch.ops.lambda_kernels.norm_relu_pool_grad
+        dz, dgamma, dbeta = op(gy, z, gamma, index, mean, rstd, block.pool, need_z)
         return dz if need_z else None, dgamma, dbeta
 
     def norm_relu_pool_grad_grad(
-        self,
-        gy: Tensor,
-        z: Tensor,
-        gamma: Tensor,
-        index: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        eps: float,
-        pool: int,
-        v: Tensor | None,
-        v_gamma: Tensor,
-        v_beta: Tensor,
-        need_z: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        d_gy, d_z, d_gamma = torch.ops.lambda_kernels.norm_relu_pool_grad_grad(
-            gy, z, gamma, index, mean, rstd, pool, v, v_gamma, v_beta, need_z
-        )
+        self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, block: BlockSpec,
+        v: Tensor | None, v_gamma: Tensor, v_beta: Tensor, need_z: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+        op = torch.ops.lambda_kernels.norm_relu_pool_grad_grad
+        d_gy, d_z, d_gamma = op(gy, z, gamma, index, mean, rstd, block.pool, v, v_gamma, v_beta, need_z)
         return d_gy, d_z if need_z else None, d_gamma
+
+
+def _refusals(op: str, device: torch.device, dtype: torch.dtype, pool: int) -> list[str]:
+    why = []
+    if device.type != "cpu":
+        why.append(f"it runs on the CPU, the tensors are on {device}")
+    if op in ("conv_block", "inner_loop") and dtype not in (torch.float32, torch.float64):
+        why.append(f"it is built for float32 and float64, not {dtype}")
+    if op == "conv_block" and pool not in (1, 2):
+        why.append(f"it pools by 1 or 2, not {pool}")
+    return why
 
 
 def _filters(x: torch.Size, weight: torch.Size, spec: ConvSpec, dtype: torch.dtype) -> bool:
@@ -179,8 +166,9 @@ def _constants(updated: list[bool], blocks: list[BlockSpec]) -> tuple[list[int],
     return list(map(int, updated)), geometry, [b.eps for b in blocks]
 
 
-def _geometry(spec: ConvSpec, pool: int) -> list[int]:
-    return [*spec.stride, *spec.padding, *spec.dilation, pool]
+def _geometry(block: BlockSpec) -> list[int]:
+    (stride, padding, dilation, _), _, pool = block
+    return [*stride, *padding, *dilation, pool]
 
 
 if not _WHY:

@@ -113,8 +113,9 @@ void ends_of_a_step(int dtype) {
   p.loss = bytes(tasks, kWideSizes[dtype]), p.gradient = bytes(tasks * images * ways, kSizes[dtype]);
   expect(lk_cross_entropy_grad(&p, dtype, nullptr), "cross_entropy_grad");
   lk::Sgd sgd{};
-  sgd.count = lk::kSgdTensors, sgd.lr = 0.1;
+  sgd.count = lk::kSgdTensors;
   for (int i = 0; i < lk::kSgdTensors; ++i) {
+    sgd.rates[i] = 0.1 * (i + 1);
     sgd.sizes[i] = i == 3 ? 8201 : i + 1;
     sgd.parameters[i] = odd(numbers(sgd.sizes[i] + i % 2, dtype), i % 2 * kSizes[dtype]);
     sgd.gradients[i] = numbers(sgd.sizes[i], dtype);

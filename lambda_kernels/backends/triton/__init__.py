@@ -10,13 +10,15 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from ...spec import ConvSpec
-from ..reference import Reference, channels_last
+from ...spec import BlockSpec, ConvSpec
+from ..base import Call
+from ..reference import Reference, channels_last, each_rate
 from .operators import call, kernel
 
 __all__ = ["Triton"]
@@ -59,16 +61,16 @@ class Triton(Reference):
     def reasons(self) -> list[str]:
         return list(_reasons(interpreting()))
 
-    def refusals(self, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> list[str]:
-        why = []
+    def refusals(self, call: Call) -> list[str]:
+        why, device = super().refusals(call), call.device
         if interpreting() and device.type != "cpu":
             why.append(f"TRITON_INTERPRET is set, so it runs on the CPU, the tensors are on {device}")
         if not interpreting() and device.type != "cuda":
             why.append(f"it runs on CUDA devices, the tensors are on {device}")
-        if dtype not in DTYPES:
-            why.append(f"it is built for {', '.join(map(str, DTYPES))}, not {dtype}")
-        if op == "conv_block" and pool > LARGEST_POOL:
-            why.append(f"it pools by at most {LARGEST_POOL}, not {pool}")
+        if call.dtype not in DTYPES:
+            why.append(f"it is built for {', '.join(map(str, DTYPES))}, not {call.dtype}")
+        if call.op == "conv_block" and call.pool > LARGEST_POOL:
+            why.append(f"it pools by at most {LARGEST_POOL}, not {call.pool}")
         return why
 
     def layout(self, x: Tensor) -> Tensor:
@@ -87,27 +89,32 @@ class Triton(Reference):
         return call("linear", x, weight, bias)
 
     def norm_relu_pool(
-        self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int
+        self, z: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return call("norm_relu_pool", z, gamma, beta, eps, pool)
+        return call("norm_relu_pool", z, gamma, beta, block.eps, block.pool)
 
     def conv_block(
-        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return call("conv_block", x, weight, gamma, beta, spec, eps, pool)
+        return call("conv_block", x, weight, gamma, beta, *block)
 
     def norm_relu_pool_grad(
-        self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, pool: int, need_z: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        dz, dgamma, dbeta = call("norm_relu_pool_grad", gy, z, gamma, index, mean, rstd, pool, need_z)
+        self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, block: BlockSpec,
+        need_z: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+        dz, dgamma, dbeta = call("norm_relu_pool_grad", gy, z, gamma, index, mean, rstd, block.pool, need_z)
         return dz if need_z else None, dgamma, dbeta
 
     def cross_entropy_grad(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return call("cross_entropy_grad", logits, labels)
 
-    def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], lr: float) -> None:
+    def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
         kinds = {(p.dtype, p.device) for p in parameters}
         if len(kinds) == 1 and all(p.is_contiguous() for p in parameters):
-            kernel("sgd_")(parameters, [g.contiguous() for g in gradients], lr)
+            moving = [
+                (p, g.contiguous(), r) for p, g, r in zip(parameters, gradients, each_rate(parameters, rates)) if r != 0
+            ]
+            if moving:
+                kernel("sgd_")(*zip(*moving))
         else:
-            super().sgd_(parameters, gradients, lr)
+            super().sgd_(parameters, gradients, rates)

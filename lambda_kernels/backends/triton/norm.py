@@ -141,7 +141,7 @@ def normalise(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """y and index [T, N, height, width, C], channels innermost: `pixels` windows a task."""
+    """y and index [T, N, height, width, C], channels innermost: `pixels` windows per task."""
     pid = tl.program_id(0)
     channel_tiles = tl.cdiv(channels, CHANNELS)
     channel = (pid % channel_tiles).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)

@@ -35,7 +35,7 @@ def input_grad_output(gy: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor
 
 
 def weight_grad_output(gy: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
-    """An empty, contiguous gradient of weight; one a task unless the tasks share it."""
+    """An empty, contiguous gradient of weight; one per task unless the tasks share it."""
     tasks = max(gy.shape[0], x.shape[0]) if weight_shape[0] != 1 else 1
     return gy.new_empty((tasks, *weight_shape[1:]))
 

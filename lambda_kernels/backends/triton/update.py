@@ -7,6 +7,8 @@ Their addresses are arguments of the launch: nothing is copied to the device, so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -19,22 +21,22 @@ BLOCK = 1024
 
 
 @triton.jit
-def descend(
+def sgd(
     parameters,
     gradients,
     sizes,
-    rate_high,
-    rate_low,
+    rates_high,
+    rates_low,
     COUNT: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """parameter <- parameter - rate gradient for COUNT dense tensors; the rate is the sum of two float32."""
-    rate = tl.cast(rate_high, SUM) + tl.cast(rate_low, SUM)
+    """parameter <- parameter - rate gradient for COUNT dense tensors; each rate is the sum of two float32."""
     block = tl.program_id(0)
     for i in tl.static_range(COUNT):
         own = tl.cdiv(sizes[i], BLOCK)
         if (block >= 0) & (block < own):
+            rate = tl.cast(rates_high[i], SUM) + tl.cast(rates_low[i], SUM)
             at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             inside = at < sizes[i]
             p = tl.load(parameters[i] + at, inside, other=0.0).to(SUM)
@@ -43,13 +45,16 @@ def descend(
         block -= own
 
 
-def sgd_(parameters: list[Tensor], gradients: list[Tensor], lr: float) -> None:
-    """As `Reference.sgd_`, for dense tensors of one dtype on one device."""
-    high = torch.tensor(lr, dtype=torch.float32).item()
+def sgd_(parameters: Sequence[Tensor], gradients: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """As `Backend.sgd_`, for dense tensors of one dtype on one device, with one rate per tensor."""
+    high = torch.tensor(rates, dtype=torch.float32).tolist()
+    low = [rate - h for rate, h in zip(rates, high)]
     for first in range(0, len(parameters), TENSORS):
-        mine, theirs = (tuple(tensors[first : first + TENSORS]) for tensors in (parameters, gradients))
+        some = slice(first, first + TENSORS)
+        mine, theirs = tuple(parameters[some]), tuple(gradients[some])
         sizes = tuple(p.numel() for p in mine)
         programs = sum(blocks(size, BLOCK) for size in sizes)
         if programs:
-            wide = tl.float64 if mine[0].dtype == torch.float64 else tl.float32
-            launch(descend, programs, mine[0], mine, theirs, sizes, high, lr - high, len(mine), wide, BLOCK)
+            sums = tl.float64 if mine[0].dtype == torch.float64 else tl.float32
+            split = tuple(high[some]), tuple(low[some])
+            launch(sgd, programs, mine[0], mine, theirs, sizes, *split, len(mine), sums, BLOCK)

@@ -1,7 +1,7 @@
 """Choice by measurement: for every operation and shape, the backend that was fastest on this device.
 
 The first call of a shape runs every backend that takes it, compares the results with ATen's, times those that agree and
-keeps the fastest. What was found is written to a file a device and set of versions, so that the next process starts
+keeps the fastest. What was found is written to one file per device and set of versions, so that the next process starts
 from it; `python -m lambda_kernels.info --choices` prints it.
 
 Environment: LAMBDA_KERNELS_MEASURE=0 takes the first backend that can run the call instead; LAMBDA_KERNELS_CACHE names
@@ -10,105 +10,28 @@ the folder of the files (default: lambda-kernels in the user's cache folder).
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import statistics
-import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..agreement import apart
-from ..spec import ConvSpec
-from .reference import Reference
+from ..spec import BlockSpec, ConvSpec
+from .base import Backend, Call
+from .reference import Reference, each_rate
+from .table import Choice, Table, table_of
 
-__all__ = ["Choice", "Measured", "Table", "cache_folder"]
+__all__ = ["Autotune", "Choice", "Table"]
 
 _log = logging.getLogger("lambda_kernels")
 Run = Callable[[], Any]
 Clock = Callable[[Mapping[str, Run]], dict[str, float]]
 _TRUTH = "reference"
-
-
-class Choice(NamedTuple):
-    """Who runs a call, and why: median milliseconds of those that were timed, and what the others said."""
-
-    chosen: str
-    milliseconds: dict[str, float]
-    excluded: dict[str, str]
-
-    @property
-    def reason(self) -> str:
-        """One line for people."""
-        times = ", ".join(f"{n} {t:.4f} ms" for n, t in sorted(self.milliseconds.items(), key=lambda item: item[1]))
-        others = "; ".join(f"{name}: {why}" for name, why in self.excluded.items())
-        return f"{times or 'not measured'}{'; ' if others else ''}{others}"
-
-
-class Table:
-    """The choices of one device, kept in a file; one that cannot be read or written is said once and done without."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.choices: dict[str, Choice] = {}
-        self._lock = threading.Lock()
-        if path is not None:
-            self.choices.update(self._read())
-
-    def _read(self) -> dict[str, Choice]:
-        assert self.path is not None
-        try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            return {key: Choice(**value) for key, value in stored["choices"].items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            _log.warning("the choices in %s cannot be read (%s): they are measured again", self.path.name, error)
-            return {}
-
-    def add(self, key: str, choice: Choice) -> None:
-        """Keep a choice, in the file too; other processes' choices that came there in the meantime are kept."""
-        with self._lock:
-            self.choices[key] = choice
-            if self.path is None:
-                return
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                both = {**self._read(), **self.choices}
-                with tempfile.NamedTemporaryFile(
-                    "w", dir=self.path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-                ) as file:
-                    json.dump({"choices": {k: c._asdict() for k, c in sorted(both.items())}}, file, indent=1)
-                os.replace(file.name, self.path)
-            except OSError as error:
-                _log.warning("the choices are kept in this process only: %s", error)
-                self.path = None
-
-
-def cache_folder() -> Path:
-    """Where the tables lie."""
-    if named := os.environ.get("LAMBDA_KERNELS_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lambda-kernels"
-
-
-def table_of(device: torch.device) -> Table:
-    """The table of a CUDA device in these versions of torch, triton and this package."""
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "none"
-    from .. import __version__  # at the top it would be a circle
-
-    parts = (torch.cuda.get_device_name(device), "torch", torch.__version__, "triton", triton, "lk", __version__)
-    return Table(cache_folder() / f"choices-{re.sub(r'[^A-Za-z0-9.]+', '-', '-'.join(parts))}.json")
 
 
 def cuda_clock(runs: Mapping[str, Run], budget: float = 100.0) -> dict[str, float]:
@@ -136,21 +59,21 @@ def cuda_clock(runs: Mapping[str, Run], budget: float = 100.0) -> dict[str, floa
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-class Measured(Reference):
+class Autotune(Reference):
     """Each call by the candidate that was measured fastest for its operation, shapes, dtypes and layouts."""
 
-    name = "measured"
+    name = "autotune"
 
     def __init__(
         self,
-        candidates: Sequence[Reference],
+        candidates: Sequence[Backend],
         tables: Callable[[torch.device], Table] = table_of,
         clock: Clock = cuda_clock,
     ) -> None:
         self.candidates = {backend.name: backend for backend in candidates}
         self._tables, self._clock = tables, clock
         self._by_device: dict[torch.device, Table] = {}
-        self._settled: dict[Any, Reference] = {}  # the table's entries by what a call shows without spelling it
+        self._settled: dict[Any, Backend] = {}  # the table's entries by what a call shows without spelling it
         self._lock = threading.Lock()
 
     def table(self, device: torch.device) -> Table:
@@ -160,23 +83,23 @@ class Measured(Reference):
                 self._by_device[device] = self._tables(device)
             return self._by_device[device]
 
-    def _pick(self, op: str, group: str, x: Tensor, pool: int, signature: tuple[Any, ...]) -> Reference:
-        """The candidate for a call of the method `op` with the operands `signature`; `group` is what refusals name."""
-        short = (op, x.device, *((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in signature))
+    def _pick(self, op: str, call: Call, operands: tuple[Any, ...], spelled: tuple[Any, ...] | None = None) -> Backend:
+        """The candidate for a call of the method `op`. `spelled` are the operands that its time depends on."""
+        short = (op, call.device, *((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in operands))
         if short in self._settled:
             return self._settled[short]
-        able: dict[str, Reference] = {}
+        able: dict[str, Backend] = {}
         excluded: dict[str, str] = {}
         for name, backend in self.candidates.items():
-            why = backend.refusals(group, x.device, x.dtype, pool)
+            why = backend.refusals(call)
             if why:
                 excluded[name] = "; ".join(why)
             else:
                 able[name] = backend
-        runs = {name: lambda b=backend: getattr(b, op)(*signature) for name, backend in able.items()}
-        key = f"{op} {_spelled(signature)}"
-        backend = able[self._fastest(key, x.device, runs, excluded)]
-        if len(able) == 1 or key in self.table(x.device).choices:
+        runs = {name: lambda b=backend: getattr(b, op)(*operands) for name, backend in able.items()}
+        key = f"{op} {_spelled(operands if spelled is None else spelled)}"
+        backend = able[self._fastest(key, call.device, runs, excluded)]
+        if len(able) == 1 or key in self.table(call.device).choices:
             self._settled[short] = backend
         return backend
 
@@ -225,119 +148,137 @@ class Measured(Reference):
 
     def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
         operands = x, weight, bias, spec
-        return self._pick("conv2d", "conv2d", x, 1, operands).conv2d(*operands)
+        return self._pick("conv2d", _convolution(x, x.shape, weight.shape, spec), operands).conv2d(*operands)
 
     def conv2d_input_grad(self, gy: Tensor, weight: Tensor, x_shape: torch.Size, spec: ConvSpec) -> Tensor:
         operands = gy, weight, x_shape, spec
-        return self._pick("conv2d_input_grad", "conv2d", gy, 1, operands).conv2d_input_grad(*operands)
+        call = _convolution(gy, x_shape, weight.shape, spec)
+        return self._pick("conv2d_input_grad", call, operands).conv2d_input_grad(*operands)
 
     def conv2d_weight_grad(self, gy: Tensor, x: Tensor, weight_shape: torch.Size, spec: ConvSpec) -> Tensor:
         operands = gy, x, weight_shape, spec
-        return self._pick("conv2d_weight_grad", "conv2d", gy, 1, operands).conv2d_weight_grad(*operands)
+        call = _convolution(gy, x.shape, weight_shape, spec)
+        return self._pick("conv2d_weight_grad", call, operands).conv2d_weight_grad(*operands)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         operands = x, weight, bias
-        return self._pick("linear", "linear", x, 1, operands).linear(*operands)
+        call = Call("linear", x.device, x.dtype, (x.shape, weight.shape))
+        return self._pick("linear", call, operands).linear(*operands)
 
     def norm_relu_pool(
-        self, z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int
+        self, z: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        operands = z, gamma, beta, eps, pool
-        return self._pick("norm_relu_pool", "conv_block", z, pool, operands).norm_relu_pool(*operands)
+        operands, spelled = (z, gamma, beta, block), (z, gamma, beta, block.eps, block.pool)
+        return self._pick("norm_relu_pool", _block(z, block), operands, spelled).norm_relu_pool(*operands)
 
     def norm_relu_pool_grad(
-        self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, pool: int, need_z: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        operands = gy, z, gamma, index, mean, rstd, pool, need_z
-        return self._pick("norm_relu_pool_grad", "conv_block", z, pool, operands).norm_relu_pool_grad(*operands)
+        self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, block: BlockSpec,
+        need_z: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+        tensors = gy, z, gamma, index, mean, rstd
+        operands, spelled = (*tensors, block, need_z), (*tensors, block.pool, need_z)
+        return self._pick("norm_relu_pool_grad", _block(z, block), operands, spelled).norm_relu_pool_grad(*operands)
 
     def conv_block(
-        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The fastest of each candidate's own block and of its parts, each by the fastest candidate."""
-        operands = x, weight, gamma, beta, spec, eps, pool
-        apart = super().conv_block
+        operands = x, weight, gamma, beta, block
+        apart, call = super().conv_block, _block(x, block, weight)
         whole = {
             name: lambda b=backend: b.conv_block(*operands)
             for name, backend in self.candidates.items()
-            if name != _TRUTH and not backend.refusals("conv_block", x.device, x.dtype, pool)
+            if name != _TRUTH and not backend.refusals(call)
         }
         runs: dict[str, Run] = {**whole, "parts": lambda: apart(*operands)}
         return runs[self._fastest(f"conv_block {_spelled(operands)}", x.device, runs, {})]()
 
-    def image_refusals(self, x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> list[str]:
+    def image_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
         """Empty where a candidate has kernels for the first block, and these were measured faster than going over z."""
-        backend = self._image(x, weight, spec, pool)
+        backend = self._image(x, weight, block)
         if backend is None:
-            return [f"{b.name}: {'; '.join(b.image_refusals(x, weight, spec, pool))}" for b in self.candidates.values()]
+            return [f"{b.name}: {'; '.join(b.image_refusals(x, weight, block))}" for b in self.candidates.values()]
         gamma, beta = (weight.new_full((1, weight.shape[1]), value) for value in (1.0, 0.1))
-        moments = backend.image_moments(x, (weight.shape[-2], weight.shape[-1]), spec)
-        eps = 1e-5
+        moments = backend.image_moments(x, (weight.shape[-2], weight.shape[-1]), block.conv)
+        block = block._replace(eps=1e-5)
 
         def over_moments() -> tuple[Tensor, Tensor]:
-            y, index, mean, rstd = backend.image_block(x, weight, gamma, beta, moments, spec, eps, pool)
-            saved = index, mean, rstd, moments
-            return y, backend.image_block_grad(y, x, weight, gamma, *saved, spec, pool)[0]
+            y, index, mean, rstd = backend.image_block(x, weight, gamma, beta, moments, block)
+            return y, backend.image_block_grad(y, x, weight, gamma, index, mean, rstd, moments, block)[0]
 
         def over_z() -> tuple[Tensor, Tensor]:
-            z, y, index, mean, rstd = self.conv_block(x, weight, gamma, beta, spec, eps, pool)
-            dz, _, _ = self.norm_relu_pool_grad(y, z, gamma, index, mean, rstd, pool, True)
+            z, y, index, mean, rstd = self.conv_block(x, weight, gamma, beta, block)
+            dz, _, _ = self.norm_relu_pool_grad(y, z, gamma, index, mean, rstd, block, True)
             assert dz is not None
             own = torch.Size((dz.shape[0], *weight.shape[1:]))
-            return y, self.conv2d_weight_grad(dz, x, own, spec)
+            return y, self.conv2d_weight_grad(dz, x, own, block.conv)
 
-        key = f"first block {_spelled((x, weight, spec, pool))}"
+        key = f"first block {_spelled((x, weight, block.conv, block.pool))}"
         chosen = self._fastest(key, x.device, {backend.name: over_moments, "over z": over_z}, {})
         return [] if chosen == backend.name else [f"{backend.name}: {self.table(x.device).choices[key].reason}"]
 
-    def _image(self, x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> Reference | None:
-        able = (b for b in self.candidates.values() if not b.image_refusals(x, weight, spec, pool))
-        return next(able, None)
+    def _image(self, x: Tensor, weight: Tensor, block: BlockSpec) -> Backend | None:
+        return next((b for b in self.candidates.values() if not b.image_refusals(x, weight, block)), None)
 
-    def _with_kernels(self, x: Tensor, kernel: tuple[int, int], spec: ConvSpec, pool: int) -> Reference:
-        backend = self._image(x, x.new_empty(1, 1, x.shape[2], *kernel), spec, pool)
+    def _with_kernels(self, x: Tensor, kernel: tuple[int, int], block: BlockSpec) -> Backend:
+        backend = self._image(x, x.new_empty(1, 1, x.shape[2], *kernel), block)
         assert backend is not None, "image_refusals was not asked"
         return backend
 
     def image_moments(self, x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:
-        return self._with_kernels(x, kernel, spec, 1).image_moments(x, kernel, spec)
+        return self._with_kernels(x, kernel, BlockSpec(spec, 0.0, 1)).image_moments(x, kernel, spec)
 
     def image_block(
-        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, spec: ConvSpec, eps: float,
-        pool: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        backend = self._with_kernels(x, (weight.shape[-2], weight.shape[-1]), spec, pool)
-        return backend.image_block(x, weight, gamma, beta, moments, spec, eps, pool)
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, block: BlockSpec
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        backend = self._with_kernels(x, (weight.shape[-2], weight.shape[-1]), block)
+        return backend.image_block(x, weight, gamma, beta, moments, block)
 
     def image_block_grad(
         self, gy: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor,
-        moments: Tensor, spec: ConvSpec, pool: int,
+        moments: Tensor, block: BlockSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        backend = self._with_kernels(x, (weight.shape[-2], weight.shape[-1]), spec, pool)
-        return backend.image_block_grad(gy, x, weight, gamma, index, mean, rstd, moments, spec, pool)
+        backend = self._with_kernels(x, (weight.shape[-2], weight.shape[-1]), block)
+        return backend.image_block_grad(gy, x, weight, gamma, index, mean, rstd, moments, block)
 
     def cross_entropy_grad(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        operands = logits, labels
-        return self._pick("cross_entropy_grad", "linear", logits, 1, operands).cross_entropy_grad(*operands)
+        call = Call("linear", logits.device, logits.dtype)
+        return self._pick("cross_entropy_grad", call, (logits, labels)).cross_entropy_grad(logits, labels)
 
-    def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], lr: float) -> None:
-        if parameters:
-            self._updater(parameters, gradients, lr).sgd_(parameters, gradients, lr)
+    def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
+        moving = [i for i, rate in enumerate(each_rate(parameters, rates)) if rate != 0.0]
+        if moving:
+            parameters, gradients = [parameters[i] for i in moving], [gradients[i] for i in moving]
+            rates = rates if len(rates) == 1 else [rates[i] for i in moving]
+            self._updater(parameters, gradients, rates).sgd_(parameters, gradients, rates)
 
-    def _updater(self, parameters: list[Tensor], gradients: list[Tensor], lr: float) -> Reference:
+    def _updater(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> Backend:
         """The candidate for an update, which is in place: it is measured on copies, and compared by what it changes."""
         first = parameters[0]
-        able = {n: b for n, b in self.candidates.items() if not b.refusals("linear", first.device, first.dtype, 1)}
+        call = Call("linear", first.device, first.dtype)
+        able = {n: b for n, b in self.candidates.items() if not b.refusals(call)}
         copies = [p.clone() for p in parameters] if len(able) > 1 else []
 
-        def change(backend: Reference) -> list[Tensor]:
+        def change(backend: Backend) -> list[Tensor]:
             own = [p.clone() for p in parameters]
-            backend.sgd_(own, gradients, lr)
+            backend.sgd_(own, gradients, rates)
             return [a - p for a, p in zip(own, parameters)]
 
-        runs = {name: lambda b=backend: b.sgd_(copies, gradients, lr) for name, backend in able.items()}
+        runs = {name: lambda b=backend: b.sgd_(copies, gradients, rates) for name, backend in able.items()}
         checks = {name: lambda b=backend: change(b) for name, backend in able.items()}
-        return able[self._fastest(f"sgd_ {_spelled(tuple(parameters))}", first.device, runs, {}, checks)]
+        several = " of several rates" * (len(set(rates)) > 1)
+        key = f"sgd_ {_spelled(tuple(parameters))}{several}"
+        return able[self._fastest(key, first.device, runs, {}, checks)]
+
+
+def _convolution(like: Tensor, x: torch.Size, weight: torch.Size, spec: ConvSpec) -> Call:
+    return Call("conv2d", like.device, like.dtype, (x, weight), spec)
+
+
+def _block(like: Tensor, block: BlockSpec, weight: Tensor | None = None) -> Call:
+    """A block's call; for one of its parts, without a weight, the shapes of both are not known."""
+    shapes = () if weight is None else (like.shape, weight.shape)
+    return Call("conv_block", like.device, like.dtype, shapes, block.conv, block.pool)
 
 
 def _is_recording(device: torch.device) -> bool:
@@ -354,6 +295,8 @@ def _word(value: Any) -> str:
         return "x".join(map(str, value))
     if isinstance(value, ConvSpec):
         return "s{}.{}p{}.{}d{}.{}g{}".format(*value.stride, *value.padding, *value.dilation, value.groups)
+    if isinstance(value, BlockSpec):
+        return _spelled(tuple(value))
     if not isinstance(value, Tensor):
         return str(value)
     if value.is_contiguous():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from cases import EXACT
 from torch import Tensor
 
 from lambda_kernels import autograd, backends, info
-from lambda_kernels.backends.measured import Measured, Table
+from lambda_kernels.backends.autotune import Autotune, Table
+from lambda_kernels.backends.base import Call
 from lambda_kernels.backends.native import Native
 from lambda_kernels.backends.reference import Reference
 from lambda_kernels.spec import BlockSpec, ConvSpec
@@ -32,7 +33,7 @@ class Fast(Reference):
         self.wrong, self.fails, self.refuses = wrong, fails, refuses
         self.calls: list[str] = []
 
-    def refusals(self, op: str, device: torch.device, dtype: torch.dtype, pool: int) -> list[str]:
+    def refusals(self, call: Call) -> list[str]:
         return [self.refuses] if self.refuses else []
 
     def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
@@ -41,11 +42,11 @@ class Fast(Reference):
             raise RuntimeError("no kernel image\nand more")
         return super().conv2d(x, weight, bias, spec) * (1 + self.wrong)
 
-    def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], lr: float) -> None:
+    def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
         self.calls.append("sgd_")
-        super().sgd_(parameters, gradients, lr * (1 + self.wrong))
+        super().sgd_(parameters, gradients, [rate * (1 + self.wrong) for rate in rates])
 
-    def image_refusals(self, x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> list[str]:
+    def image_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
         return []
 
 
@@ -62,9 +63,9 @@ class Clock:
         return {name: 1.0 + self.order.index(name) if name in self.order else 99.0 for name in runs}
 
 
-def measured(fast: Fast, *order: str, table: Table | None = None) -> tuple[Measured, Clock, Table]:
+def tuned(fast: Fast, *order: str, table: Table | None = None) -> tuple[Autotune, Clock, Table]:
     clock, table = Clock(*order), table or Table(None)
-    return Measured([fast, Reference()], lambda device: table, clock), clock, table
+    return Autotune([fast, Reference()], lambda device: table, clock), clock, table
 
 
 def operands(size: int = 6) -> tuple[Tensor, Tensor, None, ConvSpec]:
@@ -74,7 +75,7 @@ def operands(size: int = 6) -> tuple[Tensor, Tensor, None, ConvSpec]:
 @pytest.mark.parametrize("order", [("fast", "reference"), ("reference", "fast")])
 def test_the_fastest_is_taken_and_measured_once_a_shape(order: tuple[str, str]) -> None:
     fast = Fast()
-    backend, clock, table = measured(fast, *order)
+    backend, clock, table = tuned(fast, *order)
     for size in (6, 6, 7, 6):
         call = operands(size)
         torch.testing.assert_close(backend.conv2d(*call), Reference().conv2d(*call))
@@ -86,7 +87,7 @@ def test_the_fastest_is_taken_and_measured_once_a_shape(order: tuple[str, str]) 
 
 
 def test_layouts_and_dtypes_are_measured_apart() -> None:
-    backend, clock, _ = measured(Fast(), "fast")
+    backend, clock, _ = tuned(Fast(), "fast")
     x, weight, _, _ = operands()
     for variant in (x, x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3), x.double()):
         backend.conv2d(variant, weight.to(variant.dtype), None, SPEC)
@@ -100,7 +101,7 @@ def test_layouts_and_dtypes_are_measured_apart() -> None:
     ids=["wrong", "fails", "nan"],
 )
 def test_a_backend_that_is_not_right_is_not_used(fast: Fast, words: str, caplog: pytest.LogCaptureFixture) -> None:
-    backend, _, table = measured(fast, "fast", "reference")
+    backend, _, table = tuned(fast, "fast", "reference")
     call = operands()
     with caplog.at_level(logging.WARNING):
         torch.testing.assert_close(backend.conv2d(*call), Reference().conv2d(*call))
@@ -113,7 +114,7 @@ def test_a_backend_that_is_not_right_is_not_used(fast: Fast, words: str, caplog:
 def test_where_memory_does_not_suffice_the_first_one_runs(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    backend, clock, table = measured(Fast(), "reference", "fast")
+    backend, clock, table = tuned(Fast(), "reference", "fast")
 
     def full(runs: Mapping[str, Any]) -> dict[str, float]:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.9 GiB.\nand more")
@@ -133,14 +134,14 @@ def test_where_memory_does_not_suffice_the_first_one_runs(
 def test_rounding_is_no_disagreement(dtype: torch.dtype) -> None:
     near, far = Fast(wrong=float(torch.finfo(dtype).eps)), Fast(wrong=0.2)
     for fast, chosen in ((near, "fast"), (far, "reference")):
-        backend, _, table = measured(fast, "fast")
+        backend, _, table = tuned(fast, "fast")
         x, weight, _, spec = operands()
         backend.conv2d(x.to(dtype), weight.to(dtype), None, spec)
         assert [c.chosen for c in table.choices.values()] == [chosen]
 
 
 def test_a_backend_that_refuses_is_named_with_its_reason() -> None:
-    backend, clock, _ = measured(Fast(refuses="not today"), "fast")
+    backend, clock, _ = tuned(Fast(refuses="not today"), "fast")
     backend.conv2d(*operands())
     assert clock.asked == 0  # one is left: there is nothing to choose
 
@@ -148,14 +149,14 @@ def test_a_backend_that_refuses_is_named_with_its_reason() -> None:
 def test_without_measuring_the_first_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAMBDA_KERNELS_MEASURE", "0")
     fast = Fast()
-    backend, clock, table = measured(fast, "reference", "fast")
+    backend, clock, table = tuned(fast, "reference", "fast")
     backend.conv2d(*operands())
     assert fast.calls == ["conv2d"] and clock.asked == 0 and not table.choices
 
 
 def test_the_table_is_kept_and_other_processes_entries_too(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "choices.json"
-    first, clock, table = measured(Fast(), "fast", "reference", table=Table(path))
+    first, clock, table = tuned(Fast(), "fast", "reference", table=Table(path))
     first.conv2d(*operands())
     stored = json.loads(path.read_text())["choices"]
     ((key, choice),) = stored.items()
@@ -165,7 +166,7 @@ def test_the_table_is_kept_and_other_processes_entries_too(tmp_path: Path) -> No
     other = Table(path)
     assert other.choices == table.choices
     assert other.choices[key].reason == "fast 1.0000 ms, reference 2.0000 ms"
-    second, clock, _ = measured(Fast(), "reference", table=other)
+    second, clock, _ = tuned(Fast(), "reference", table=other)
     second.conv2d(*operands())
     assert clock.asked == 0
     first.conv2d(*operands(7))
@@ -187,7 +188,7 @@ def test_a_damaged_table_is_said_and_measured_again(
 
 def test_a_table_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("")
-    backend, _, table = measured(Fast(), "fast", table=Table(tmp_path / "file" / "choices.json"))
+    backend, _, table = tuned(Fast(), "fast", table=Table(tmp_path / "file" / "choices.json"))
     with caplog.at_level(logging.WARNING):
         for size in (6, 7):
             backend.conv2d(*operands(size))
@@ -197,37 +198,36 @@ def test_a_table_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: 
 
 def test_an_update_is_measured_on_copies() -> None:
     for fast, chosen in ((Fast(), "fast"), (Fast(wrong=0.1), "reference")):
-        backend, _, table = measured(fast, "fast", "reference")
+        backend, _, table = tuned(fast, "fast", "reference")
         parameters = [torch.randn(3, 4), torch.randn(5)]
         gradients = [torch.randn(3, 4), torch.randn(5)]
         want = [p - 0.5 * g for p, g in zip(parameters, gradients)]
-        backend.sgd_(parameters, gradients, 0.5)
+        backend.sgd_(parameters, gradients, [0.5])
         torch.testing.assert_close(parameters, want)
         assert [c.chosen for c in table.choices.values()] == [chosen]
-    backend.sgd_([], [], 0.5)
+    backend.sgd_([], [], [0.5])
 
 
 @pytest.mark.parametrize("order", [("fast", "over z"), ("over z", "fast")])
 def test_the_first_block_is_chosen_as_a_whole(order: tuple[str, str]) -> None:
-    backend, _, table = measured(Fast(), *order)
+    backend, _, table = tuned(Fast(), *order)
     x, weight, _, spec = operands()
-    refused = backend.image_refusals(x, weight, spec, 2)
+    refused = backend.image_refusals(x, weight, BlockSpec(spec, 1e-5, 2))
     assert bool(refused) == (order[0] == "over z")
     key = next(key for key in table.choices if key.startswith("first block"))
     assert table.choices[key].chosen == order[0]
 
 
-def test_the_inner_loop_over_measured_operations_is_the_native_one() -> None:
-    backend, _, _ = measured(Fast(), "fast", "over z", "parts")
+def test_the_inner_loop_over_tuned_operations_is_the_native_one() -> None:
+    backend, _, _ = tuned(Fast(), "fast", "over z", "parts")
     spec = [BlockSpec(SPEC, 1e-5, 2)] * 2
     shapes = [(6, 2, 3, 3), (6,), (6,), (6, 6, 3, 3), (6,), (6,), (3, 24), (3,)]
     parameters = [torch.randn(2, *s, dtype=torch.float64) / 4 for s in shapes]
     x, labels = torch.randn(2, 6, 2, 9, 8, dtype=torch.float64), torch.arange(3).repeat(2, 2)
     results = []
     for who in (backend, Native()):
-        own = [p.clone() for p in parameters]
-        losses = who.inner_loop(x, labels, own, [True] * 8, spec, 3, 0.1)
-        results.append([losses.double(), *own])
+        found = who.inner_loop(x, labels, parameters, [True] * 8, spec, 3, [0.1])
+        results.append([found.rows.double(), *found.updated])
     torch.testing.assert_close(results[0], results[1], **EXACT)
 
 
@@ -235,7 +235,7 @@ def test_info_prints_the_choices(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     info.main(["--choices"])
     if not torch.cuda.is_available():
         assert "no CUDA device" in capsys.readouterr().out
-    backend, _, table = measured(Fast(), "fast", "reference")
+    backend, _, table = tuned(Fast(), "fast", "reference")
     backend.conv2d(*operands())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(backends, "choices", lambda device: table)
@@ -247,6 +247,6 @@ def test_info_prints_the_choices(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_autograd_functions_run_over_it() -> None:
-    backend, _, _ = measured(Fast(), "fast", "reference")
+    backend, _, _ = tuned(Fast(), "fast", "reference")
     x, weight = (t.double().requires_grad_() for t in operands()[:2])
     torch.autograd.gradcheck(lambda x, w: autograd.Conv2d.apply(x, w, None, SPEC, backend), (x, weight))

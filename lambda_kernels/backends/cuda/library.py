@@ -1,0 +1,125 @@
+"""The library of CUDA kernels as ctypes sees it: the structures that its launchers take, and how it is loaded."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = [
+    "DTYPES", "LIBRARY", "SGD_TENSORS", "STRUCTURES", "CrossEntropy", "ImageBlock", "Library", "NormReluPool", "Sgd",
+    "covers",
+]  # fmt: skip
+
+LIBRARY = Path(__file__).parents[2] / "_cuda.so"
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # lk::Dtype
+SGD_TENSORS = 96  # of one launch
+
+
+def _fields(pointers: str, sizes: str, doubles: str = "") -> list[tuple[str, Any]]:
+    kinds = ((pointers, ctypes.c_void_p), (sizes, ctypes.c_int64), (doubles, ctypes.c_double))
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
+# As csrc/cuda/parameters.h has them.
+
+
+class NormReluPool(ctypes.Structure):
+    _fields_ = _fields(
+        "z gamma beta mean rstd y index gy dgamma dbeta dz partial sums",
+        "tasks images channels height width pool parts z_task gamma_task beta_task wide_parameters",
+        "eps",
+    )
+
+
+class ImageBlock(ctypes.Structure):
+    _fields_ = _fields(
+        "x weight gamma beta moments mean rstd y index gy dweight dgamma dbeta partial",
+        "tasks images inputs height width outputs kernel_height kernel_width stride_y stride_x padding_y padding_x "
+        "dilation_y dilation_x out_height out_width pool parts x_task weight_task gamma_task beta_task moments_task "
+        "wide_parameters",
+        "eps",
+    )
+
+
+class CrossEntropy(ctypes.Structure):
+    _fields_ = _fields("logits labels loss gradient", "tasks images ways logits_task labels_task")
+
+
+class Sgd(ctypes.Structure):
+    _fields_ = [
+        ("parameters", ctypes.c_void_p * SGD_TENSORS),
+        ("gradients", ctypes.c_void_p * SGD_TENSORS),
+        ("sizes", ctypes.c_int64 * SGD_TENSORS),
+        ("rates", ctypes.c_double * SGD_TENSORS),
+        ("count", ctypes.c_int64),
+    ]
+
+
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    "norm_relu_pool": NormReluPool, "image_block": ImageBlock, "cross_entropy": CrossEntropy, "sgd": Sgd,
+}  # fmt: skip
+LAUNCHERS = (
+    "norm_relu_pool", "norm_relu_pool_grad", "image_moments", "image_block", "image_block_grad", "cross_entropy_grad",
+    "sgd",
+)  # fmt: skip
+
+
+class Library:
+    """The loaded library.
+
+    Raises:
+        OSError: it is not there, does not load, or was built from other sources; the message says what to do.
+    """
+
+    def __init__(self, path: Path):
+        if not path.exists():
+            raise OSError(
+                f"the CUDA kernels are not built (there is no {path.name}): install lambda-kernels again with nvcc on "
+                "the PATH, or CUDA_HOME set, and LAMBDA_KERNELS_CUDA=1"
+            )
+        try:
+            self._code = ctypes.CDLL(str(path))
+            for name, structure in STRUCTURES.items():
+                there, here = self._call(f"lk_sizeof_{name}", ctypes.c_int64)(), ctypes.sizeof(structure)
+                if there != here:
+                    raise OSError(f"{structure.__name__} has {there} bytes there, {here} here")
+            self._call("lk_error_string", ctypes.c_char_p, ctypes.c_int)
+            self._call("lk_set_device", ctypes.c_int, ctypes.c_int)
+            for name in LAUNCHERS:
+                self._call(f"lk_{name}", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+            self.architectures: str = self._call("lk_architectures", ctypes.c_char_p)().decode()
+        except (OSError, AttributeError) as error:
+            raise OSError(f"{path.name} is of no use ({error}): build lambda-kernels again") from None
+
+    def _call(self, name: str, result: Any, *arguments: Any) -> Any:
+        function = getattr(self._code, name)
+        function.restype, function.argtypes = result, list(arguments)
+        return function
+
+    def set_device(self, index: int) -> None:
+        self._check("lk_set_device", self._code.lk_set_device(index), f"device {index}")
+
+    def launch(self, name: str, parameters: ctypes.Structure, dtype: torch.dtype, stream: int, what: str) -> None:
+        """RuntimeError, with CUDA's words and `what`, where the launch fails."""
+        function = getattr(self._code, f"lk_{name}")
+        self._check(f"lk_{name}", function(ctypes.byref(parameters), DTYPES[dtype], stream), what)
+
+    def _check(self, name: str, status: int, what: str) -> None:
+        if status:
+            words = self._code.lk_error_string(status).decode()
+            raise RuntimeError(f"{name} failed with CUDA error {status} ({words}) for {what}")
+
+
+def covers(architectures: str, capability: tuple[int, int]) -> bool:
+    """Can code built for `architectures`, such as "8.0 9.0a 10.0+PTX", run on a device of this compute capability?"""
+    for item in architectures.split():
+        number, _, ptx = item.partition("+")
+        own = number.endswith(("a", "f"))
+        major, minor = (int(n) for n in number.rstrip("af").split("."))
+        same = capability == (major, minor) if own else capability[0] == major and capability[1] >= minor
+        if same or (ptx and not own and capability >= (major, minor)):
+            return True
+    return False
