@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import custom_function_call
 
+from ._torch import custom_function_call, transforms_active, will_engine_run
 from .backends import Backend, Reference
 from .spec import BlockSpec, ConvSpec
 
@@ -26,7 +26,7 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().apply(*args)
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             return custom_function_call(cls, *args)
         if not torch.is_grad_enabled():
             return cls.forward(*args)
@@ -48,7 +48,7 @@ def asked(ctx: Any) -> tuple[bool, ...]:
 
 def _will_run(node: Any) -> bool:
     try:
-        return torch._C._will_engine_execute_node(node)
+        return bool(will_engine_run(node))
     except RuntimeError:  # the engine's answer for a leaf that torch.autograd.grad was asked for
         return True
 
@@ -336,7 +336,7 @@ class NormReluPoolGrad(Function):
         v_gamma = torch.zeros_like(mean) if v_gamma is None else v_gamma
         v_beta = torch.zeros_like(mean) if v_beta is None else v_beta
         # Only the reference can be differentiated once more: it takes the statistics from z.
-        again = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        again = torch.is_grad_enabled() or transforms_active()
         d_gy, d_z, d_gamma = (_REFERENCE if again else ctx.backend).norm_relu_pool_grad_grad(
             gy, z, gamma, index, mean, rstd, ctx.block, v, v_gamma, v_beta, need_z
         )

@@ -47,6 +47,21 @@ BACKENDS_BELOW = {
     "autotune": {"base", "reference", "table"},
     "": {"autotune", "base", "cuda", "native", "reference", "table", "triton"},
 }
+# The same inside a package of lambda_kernels; its __init__.py may import all of them.
+INSIDE = {
+    "program": {
+        "structure": set(),
+        "snapshot": set(),
+        "shadow": {"snapshot", "structure"},
+        "steps": {"structure"},
+        "calls": {"shadow", "steps"},
+        "purity": {"calls"},
+        "fuse": {"steps"},
+        "trace": {"snapshot", "steps", "structure"},
+        "build": {"calls", "fuse", "purity", "steps", "structure", "trace"},
+        "lookup": {"build", "snapshot", "steps"},
+    },
+}
 # The modules of lambda_kernels that the adapter may reach, beside the names of its top level.
 OPEN = {"_torch", "agreement", "cache", "chain", "cuda_graph", "functional", "info", "layers", "program"}
 
@@ -119,11 +134,12 @@ def test_every_module_of_the_kernels_has_its_place():
     assert parts == BELOW.keys() - {"", "_C"}, "add a new module of lambda_kernels to BELOW, above what it imports"
 
 
-def test_the_table_has_no_circle():
+@pytest.mark.parametrize("table", [BELOW, *INSIDE.values()], ids=["lambda_kernels", *INSIDE])
+def test_the_table_has_no_circle(table):
     order: list[str] = []
-    while len(order) < len(BELOW):
-        ready = [m for m in BELOW if m not in order and BELOW[m] <= set(order)]
-        assert ready, f"circular: {sorted(BELOW.keys() - set(order))}"
+    while len(order) < len(table):
+        ready = [m for m in table if m not in order and table[m] <= set(order)]
+        assert ready, f"circular: {sorted(table.keys() - set(order))}"
         order += ready
 
 
@@ -165,6 +181,17 @@ def test_backends_import_downwards() -> None:
 )
 def test_an_import_among_backends_is_found(module: str, source: str, found: set[str]) -> None:
     assert beside(source, module, False) == found
+
+
+@pytest.mark.parametrize("package", INSIDE)
+def test_imports_inside_a_package_point_downwards(package):
+    table, home = INSIDE[package], f"lambda_kernels.{package}"
+    found = {name.removeprefix(f"{home}."): path for name, path in modules(KERNELS / package, home) if name != home}
+    assert found.keys() == table.keys(), f"add a new module of {package} to INSIDE, above what it imports"
+    for mine, path in found.items():
+        for line, name in imports(path.read_text(encoding="utf-8"), f"{home}.{mine}"):
+            part = name.removeprefix(f"{home}.").partition(".")[0] if name.startswith(home) else mine
+            assert part in table[mine] | {mine}, f"{home}.{mine}:{line} imports {name}"
 
 
 @pytest.mark.parametrize("folder", [KERNELS, MAML], ids=lambda folder: folder.name)
