@@ -45,7 +45,7 @@ class Named(NamedTuple):
     hidden: Any
 
 
-Plain = namedtuple("Plain", "logits hidden")  # noqa: PYI024
+Plain = namedtuple("Plain", "logits hidden")
 
 
 class Marked(Plain):

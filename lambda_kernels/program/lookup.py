@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -26,7 +25,6 @@ class _Known(NamedTuple):
 
 _PROGRAMS: Bounded[Program] = Bounded(128)  # by structure
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-_LOCK = threading.Lock()  # held for _KNOWN
 
 
 def program_of(root: nn.Module, called: bool = False) -> Program:
@@ -46,8 +44,7 @@ def program_of(root: nn.Module, called: bool = False) -> Program:
     if program is None:
         program = _PROGRAMS.setdefault(key, opaque(root, "it has hooks of its own") if hooked else build(root))
     if snapshot.complete:  # else it is never found to hold, and what it keeps may lead back to the root
-        with _LOCK:
-            _KNOWN[root] = _Known(snapshot, program, {})
+        _KNOWN[root] = _Known(snapshot, program, {})
     return program
 
 
@@ -101,6 +98,5 @@ def tensors_of(root: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def _known(root: nn.Module) -> _Known | None:
     """What is known of a module, where it still is what it was."""
-    with _LOCK:
-        known = _KNOWN.get(root)
-        return known if known is not None and known.snapshot.holds(root) else None
+    known = _KNOWN.get(root)
+    return known if known is not None and known.snapshot.holds(root) else None

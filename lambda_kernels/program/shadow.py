@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .snapshot import BASE, SCALARS
-from .structure import attributes, opened
+from .structure import attributes, opened, slots_of
 
 __all__ = ["shadow", "shallow"]
 
 _DEPTH = 4  # of containers and objects that an attribute is looked into
 _CLOSED = (*SCALARS, Tensor, type, types.ModuleType, types.BuiltinFunctionType, torch.Generator, bytes, complex)
+_TENSORS = ("_parameters", "_buffers", "_modules")
+_OWN = tuple(n for n, held in nn.Module().__dict__.items() if isinstance(held, (dict, set)) and n not in _TENSORS)
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
 
 
@@ -63,6 +65,7 @@ class _Copies:
     def __init__(self, tensors: Mapping[str, Tensor], modes: Mapping[str, bool]) -> None:
         self.given, self.modes = tensors, modes
         self.tensors: dict[int, Tensor] = {}  # by the identity of what they stand for
+        self.kept: set[int] = set()  # identities of the module's own that were given
         self.copies: dict[int, Any] = {}
 
     def tree(self, root: nn.Module, path: str | None) -> nn.Module:
@@ -79,20 +82,17 @@ class _Copies:
 
     def _walk(self, module: nn.Module, path: str | None, found: list[tuple[str | None, nn.Module]]) -> None:
         """Make the shadows of all modules, still empty, and note which tensors stand for which."""
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"{path or type(module).__name__} is a module of torch.jit: its tensors cannot be replaced")
         prefix = f"{path}." if path else ""
-        if path is not None:
+        if path is not None and self.given:
             for group in (module._parameters, module._buffers):
                 for name, tensor in group.items():
                     given = None if tensor is None else self.given.get(prefix + name)
-                    if given is not None and given is not tensor:
+                    if given is tensor:
+                        self.kept.add(id(tensor))
+                    elif given is not None:
                         self.tensors.setdefault(id(tensor), given)
         if id(module) not in self.copies:
-            try:
-                self.copies[id(module)] = object.__new__(type(module))
-            except TypeError as error:
-                raise TypeError(f"{path or 'a module'}, a {type(module).__name__}, cannot be copied: {error}") from None
+            self.copies[id(module)] = _empty(module, path)
             found.append((path, module))
         elif path is None:
             return
@@ -102,40 +102,42 @@ class _Copies:
 
     def _tensors(self, path: str | None, module: nn.Module) -> None:
         state = self.copies[id(module)].__dict__
-        prefix = f"{path}." if path else ""
-        for kind in ("_parameters", "_buffers"):
-            own: dict[str, Tensor | None] = {}
-            for name, tensor in module.__dict__[kind].items():
+        state.update(module.__dict__)
+        parameters, buffers, prefix = module._parameters, module._buffers, f"{path}." if path else ""
+        for tensor in buffers.values():
+            if tensor is not None and id(tensor) not in self.tensors and id(tensor) not in self.kept:
+                self.tensors[id(tensor)] = tensor.detach().clone()
+        for kind, group in (("_parameters", parameters), ("_buffers", buffers)):
+            own: dict[str, Tensor | None] = dict(group)
+            for name, tensor in group.items():
                 given = None if tensor is None or path is None else self.given.get(prefix + name)
-                if tensor is None or given is not None:
-                    own[name] = given
-                    continue
-                if kind == "_buffers" and id(tensor) not in self.tensors:
-                    self.tensors[id(tensor)] = tensor.detach().clone()
-                own[name] = self.tensors.get(id(tensor), tensor)
+                own[name] = given if given is not None else self.tensors.get(id(tensor), tensor)
             state[kind] = own
         state["_modules"] = {
             name: None if child is None else self.copies[id(child)] for name, child in module._modules.items()
         }
+        for name in _OWN:  # so that a hook that is set on the shadow is not set on the module
+            state[name] = state[name].copy()
+        if path is not None:
+            state["training"] = self.modes.get(path, module.training)
 
     def _attributes(self, path: str | None, module: nn.Module) -> None:
         twin = self.copies[id(module)]
-        state = twin.__dict__
-        for name, value in attributes(module).items():
-            if name in state:  # its tensors and children
-                continue
-            if not _is_plain(value):
-                if not (name in BASE and not value) and self._leads(value, _DEPTH):
-                    try:
-                        value = self._copy(value, _DEPTH)
-                    except TypeError as error:
-                        where = f"{path or type(module).__name__}.{name}"
-                        raise TypeError(f"{where} leads to a module and cannot be copied: {error}") from error
-                elif name in BASE:  # of its own, so that a hook that is set on the shadow is not set on the module
-                    value = value.copy()
-            object.__setattr__(twin, name, value)
-        if path is not None:
-            state["training"] = self.modes.get(path, module.training)
+        state = module.__dict__
+        for name in (*(state.keys() - BASE), *(name for name in _OWN if state[name])):
+            value = state[name]
+            if type(value) not in SCALARS and not _is_plain(value) and self._leads(value, _DEPTH):
+                twin.__dict__[name] = self._moved(path, module, name, value)
+        for name in slots_of(type(module)):
+            if hasattr(module, name):
+                object.__setattr__(twin, name, self._moved(path, module, name, getattr(module, name)))
+
+    def _moved(self, path: str | None, module: nn.Module, name: str, value: Any) -> Any:
+        try:
+            return self._copy(value, _DEPTH)
+        except TypeError as error:
+            where = f"{path or type(module).__name__}.{name}"
+            raise TypeError(f"{where} leads to a module and cannot be copied: {error}") from error
 
     def _leads(self, value: Any, depth: int) -> bool:
         """Whether a module, or a tensor that another stands for, is in the value."""
@@ -206,6 +208,15 @@ class _Copies:
         made.__kwdefaults__ = self._copy(function.__kwdefaults__, depth - 1)
         made.__dict__.update({name: self._copy(v, depth - 1) for name, v in function.__dict__.items()})
         return made
+
+
+def _empty(module: nn.Module, path: str | None) -> Any:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(f"{path or type(module).__name__} is a module of torch.jit: its tensors cannot be replaced")
+    try:
+        return object.__new__(type(module))
+    except TypeError as error:
+        raise TypeError(f"{path or 'a module'}, a {type(module).__name__}, cannot be copied: {error}") from None
 
 
 def _held(value: Any) -> Any:

@@ -8,24 +8,31 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Frame", "attributes", "flatten", "opened"]
+__all__ = ["Frame", "attributes", "flatten", "opened", "slots_of"]
 
 
 def attributes(value: Any) -> dict[str, Any]:
     """What an object holds by name, in its `__dict__` and in its slots."""
     held = dict(getattr(value, "__dict__", ()))
-    for cls in type(value).__mro__:
-        names = cls.__dict__.get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else names:
-            if name.startswith("__") and not name.endswith("__"):
-                name = f"_{cls.__name__.lstrip('_')}{name}"
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                held[name] = getattr(value, name)
+    held.update((name, getattr(value, name)) for name in slots_of(type(value)) if hasattr(value, name))
     return held
+
+
+@lru_cache(maxsize=1024)
+def slots_of(cls: type) -> tuple[str, ...]:
+    """The names of the attributes that the objects of a class hold in slots."""
+    found = []
+    for base in cls.__mro__:
+        names = base.__dict__.get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            private = name.startswith("__") and not name.endswith("__")
+            found.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
+    return tuple(name for name in found if name not in ("__dict__", "__weakref__"))
 
 
 class Frame:
