@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from cases import EXACT
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_kernels.program import Fusion, program_of
+from lambda_kernels.program import Arguments, Fusion, program_for, program_of
 
 
 class Net(nn.Module):
@@ -141,3 +142,117 @@ def test_looking_leaves_the_module_as_it_was() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.__dict__ == attributes
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Called(nn.Module):
+    """Takes whatever it is given; not traceable, since it asks for a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, *images: Tensor, state: Tensor | None = None, modules: Any = None) -> Any:
+        x = sum(images, torch.zeros(1, 3)) + (0 if state is None else state)
+        return (self.head(x), modules) if bool((x < 1e9).all()) else None
+
+
+CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "nothing": ((), {}),
+    "one": ((torch.ones(2, 3),), {}),
+    "two": ((torch.ones(2, 3), torch.ones(1, 3)), {}),
+    "keywords": ((torch.ones(2, 3),), {"state": torch.ones(2, 3), "modules": {"a": 1}}),
+    "keywords alone": ((), {"state": torch.ones(2, 3)}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_opaque_program_takes_any_call(call: str) -> None:
+    model, (args, kwargs) = Called(), CALLS[call]
+    program = program_for(model, args, kwargs)
+    assert program.untraceable is not None and program.inputs == 1 and program is program_of(model)
+    assert program.pack(args, kwargs) == (Arguments(args, kwargs),)
+    state = {name: p * 2 for name, p in model.named_parameters()}
+    for given in (state, dict(model.named_parameters())):
+        want = torch.func.functional_call(model, given, args, kwargs)
+        got = program.evaluate(program.bind(model), given, *args, **kwargs)
+        assert torch.equal(got[0], want[0]) and got[1] == want[1]
+    own = program(model, *args, **kwargs)
+    assert torch.equal(own[0], model(*args, **kwargs)[0])
+
+
+def test_the_program_of_a_call_is_the_trace_where_it_stands_for_that_call() -> None:
+    model, x = Net(), example()
+    traced = program_of(model)
+    assert program_for(model, (x,), {}) is traced and traced.pack((x,), {}) == (x,)
+    others = {
+        "it is called with the keyword 'x'": ((), {"x": x}),
+        "it is called with 2 arguments, its trace has 1": ((x, x), {}),
+        "it is called with 0 arguments, its trace has 1": ((), {}),
+        "it is called with a dict, where its trace has a tensor": (({"x": x},), {}),
+    }
+    for why, (args, kwargs) in others.items():
+        opaque = program_for(model, args, kwargs)
+        assert opaque.untraceable == why and len(opaque.steps) == 1
+        assert program_for(model, args, kwargs) is opaque
+    model.eval()
+    assert program_for(model, (), {"x": x}) is not program_for(Net(), (), {"x": x})
+    torch.testing.assert_close(
+        program_for(model.double(), (), {"x": x}).evaluate({"": model}, dict(model.state_dict()), x=x), model(x)
+    )
+
+
+def test_other_programs_of_a_network_that_cannot_be_told_unchanged_are_one_too() -> None:
+    model = Net()
+    model.conv1.register_forward_hook(lambda *_: None)
+    opaque = program_for(model, (), {"x": example()})
+    assert opaque.untraceable and program_for(model, (), {"x": example()}) is opaque
+
+
+def test_a_call_with_hooks_of_its_own_is_opaque_and_a_forward_is_not() -> None:
+    model = Net()
+    model.register_forward_hook(lambda *_: None)
+    assert program_for(model, (example(),), {}).untraceable == "it has hooks of its own"
+    assert program_for(model, (example(),), {}, called=False).untraceable is None
+
+
+def test_a_call_that_a_trace_does_not_stand_for_is_said() -> None:
+    program = program_of(Net())
+    with pytest.raises(TypeError, match="takes 1 positional inputs, got 2 and 1 by keyword: program_for"):
+        program.pack((1, 2), {"a": 3})
+
+
+def test_inputs_of_a_traced_program_are_its_first_slots() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+            return {"sum": self.head(a + b), "a": a}
+
+    model, a, b = Two(), torch.randn(2, 3), torch.randn(2, 3)
+    program = program_for(model, (a, b), {})
+    assert program.untraceable is None and program.inputs == 2
+    assert program.pack((a, b), {}) == (a, b)
+    got = program(model, a, b)
+    assert torch.equal(got["sum"], model(a, b)["sum"]) and got["a"] is a
+
+
+def test_a_layer_whose_reparametrisation_has_code_or_state_may_not_be_left_out() -> None:
+    class Noise(nn.Module):
+        def forward(self, w: Tensor) -> Tensor:
+            return w + torch.randn_like(w)
+
+    def reason(change: Any) -> str | None:
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+        change(model[0])
+        return program_of(model).steps[0].not_reusable
+
+    from torch.nn.utils import parametrizations, parametrize
+
+    assert reason(lambda m: parametrize.register_parametrization(m, "weight", Noise())) == (
+        "Noise is a module that the program knows nothing of"
+    )
+    assert "spectral_norm" in str(reason(parametrizations.spectral_norm))
+    assert reason(lambda m: parametrizations.spectral_norm(m).eval()) is None
+    assert reason(parametrizations.weight_norm) is None

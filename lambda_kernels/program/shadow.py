@@ -128,7 +128,8 @@ class _Copies:
             value = state[name]
             if type(value) not in SCALARS and not _is_plain(value) and self._leads(value, _DEPTH):
                 twin.__dict__[name] = self._moved(path, module, name, value)
-        for name in slots_of(type(module)):
+        cls: Any = type(module)
+        for name in slots_of(cls):
             if hasattr(module, name):
                 object.__setattr__(twin, name, self._moved(path, module, name, getattr(module, name)))
 

@@ -19,12 +19,13 @@ __all__ = ["Frame", "attributes", "flatten", "opened", "slots_of"]
 def attributes(value: Any) -> dict[str, Any]:
     """What an object holds by name, in its `__dict__` and in its slots."""
     held = dict(getattr(value, "__dict__", ()))
-    held.update((name, getattr(value, name)) for name in slots_of(type(value)) if hasattr(value, name))
+    cls: Any = type(value)
+    held.update((name, getattr(value, name)) for name in slots_of(cls) if hasattr(value, name))
     return held
 
 
 @lru_cache(maxsize=1024)
-def slots_of(cls: type) -> tuple[str, ...]:
+def slots_of(cls: Any) -> tuple[str, ...]:
     """The names of the attributes that the objects of a class hold in slots."""
     found = []
     for base in cls.__mro__:
