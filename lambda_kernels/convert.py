@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import TORCH_CLASS, Conv2d, Linear
-from .program import EVALUATION, NORMS, Program, program_of
+from .program import EVALUATION, NORMS, Program, flatten, program_of
 
 __all__ = ["convert", "report", "to_torch"]
 
@@ -30,11 +30,20 @@ class Fused:
             if program.untraceable is None and program.inputs == 1:
                 y = program(self, *inputs)  # type: ignore[arg-type]
                 # A fused block's result may be channels-last, where the caller's view() refuses what it did before.
-                return y.contiguous() if isinstance(y, Tensor) and inputs[0].is_contiguous() else y
+                return _in_order(y) if inputs[0].is_contiguous() else y
         return self.unfused_forward(*inputs, **named)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _revive, (self.fuses,), super().__reduce_ex__(2)[2]
+
+
+def _in_order(result: Any) -> Any:
+    """A result of any structure with contiguous tensors."""
+    if isinstance(result, Tensor):
+        return result.contiguous() if result.layout is torch.strided else result
+    tensors, rebuild = flatten(result)
+    ordered = [_in_order(t) for t in tensors]
+    return result if all(a is b for a, b in zip(ordered, tensors)) else rebuild(ordered)
 
 
 @cache

@@ -211,3 +211,11 @@ def test_a_structure_goes_to_a_module_that_is_not_traced_as_it_is() -> None:
     program = program_of(model)
     assert program.untraceable is None
     assert torch.equal(program(model, x), torch.full((2,), 5.0))
+
+
+@KIND
+def test_tensors_of_a_converted_models_result_can_be_viewed_as_before(kind: str) -> None:
+    x, _ = task()
+    for model in (network(kind), lk.convert(network(kind))):
+        tensors, _ = flatten(model(x.contiguous()))
+        assert [t.view(6, -1).shape[0] for t in tensors] == [6] * len(tensors)

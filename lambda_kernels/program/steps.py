@@ -116,7 +116,11 @@ class Program:
         return self.evaluate(self.bind(root), OwnState(root), *args, **kwargs)
 
     def evaluate(self, modules: Mapping[str, nn.Module], state: State, /, *args: Any, **kwargs: Any) -> Any:
-        """The module's result with the given parameters and buffers."""
+        """The module's result with the given parameters and buffers.
+
+        Buffers are updated in `state`: in place, as the module's own would be; one that a forward replaces is replaced,
+        where `state` is a dict.
+        """
         env = dict(enumerate(self.pack(args, kwargs)))
         self.run(self.whole, modules, state, env)
         return self.take(env)
