@@ -39,7 +39,7 @@ from harness import (
     write,
 )
 from torch import Tensor
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from lambda_kernels import info
 from lambda_kernels.agreement import distance
