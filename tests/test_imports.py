@@ -35,21 +35,20 @@ BELOW = {
     "info": {"", "_C", "_build", "backends"},
     "": {"backends", "convert", "functional", "layers"},
 }
-# The same inside lambda_kernels.backends; a folder is one module.
-BACKENDS_BELOW = {
-    "base": set(),
-    "inner_loop": {"base"},
-    "reference": {"base", "inner_loop"},
-    "native": {"base", "reference"},
-    "cuda": {"base", "native", "reference"},
-    "triton": {"base", "reference"},
-    "table": set(),
-    "autotune": {"base", "reference", "table"},
-    "": {"autotune", "base", "cuda", "native", "reference", "table", "triton"},
-}
-# The same inside a package of lambda_kernels; its __init__.py may import all of them.
+# The same inside packages; "" is the package's own __init__.py, a folder is one module.
 INSIDE = {
-    "program": {
+    "lambda_kernels.backends": {
+        "base": set(),
+        "inner_loop": {"base"},
+        "reference": {"base", "inner_loop"},
+        "native": {"base", "reference"},
+        "cuda": {"base", "native", "reference"},
+        "triton": {"base", "reference"},
+        "table": set(),
+        "autotune": {"base", "reference", "table"},
+        "": {"autotune", "base", "cuda", "native", "reference", "table", "triton"},
+    },
+    "lambda_kernels.program": {
         "structure": set(),
         "snapshot": set(),
         "shadow": {"snapshot", "structure"},
@@ -60,8 +59,51 @@ INSIDE = {
         "trace": {"snapshot", "steps", "structure"},
         "build": {"calls", "fuse", "purity", "steps", "structure", "trace"},
         "lookup": {"build", "snapshot", "steps"},
+        "": {"calls", "fuse", "lookup", "shadow", "steps", "structure"},
     },
-}
+    "lambda_maml": {
+        "data": set(),
+        "files": set(),
+        "say": set(),
+        "stats": set(),
+        "images": {"data"},
+        "network": set(),
+        "models": {"network"},
+        "plan": {"network", "say"},
+        "patterns": {"network", "plan"},
+        "inner": {"network", "patterns", "plan", "say"},
+        "learner": {"inner", "plan"},
+        "adapt": {"inner", "learner", "patterns", "say"},
+        "explain": {"inner", "learner", "patterns"},
+        "maml": {"inner", "learner", "patterns", "plan"},
+        "checkpoint": {"files", "models"},
+        "evaluate": {"adapt", "data", "inner", "patterns", "stats"},
+        "stock": {"adapt", "models", "patterns"},
+        "timing": {"adapt", "evaluate", "files", "inner", "models", "patterns", "stock"},
+        "train": {"adapt", "checkpoint", "data", "evaluate", "inner", "models", "patterns"},
+        "select": {"data", "evaluate", "files", "inner", "models", "patterns", "stats", "stock", "timing"},
+        "report": {"files", "patterns"},
+        "": {"adapt", "data", "explain", "inner", "learner", "maml", "models", "patterns", "select", "timing"},
+        "cli": {
+            "adapt", "checkpoint", "data", "evaluate", "explain", "files", "images", "models", "patterns", "report", "select",
+            "train",
+        },
+    },
+    "lambda_maml.inner": {
+        "state": set(),
+        "checks": set(),
+        "rates": set(),
+        "rules": {"rates"},
+        "adaptation": {"checks", "rules", "state"},
+        "chain": {"adaptation"},
+        "autograd": {"adaptation", "checks", "rules"},
+        "loop": {"adaptation", "autograd", "chain", "state"},
+        "recorded": {"adaptation", "loop"},
+        "remembered": {"adaptation", "state"},
+        "batch": {"adaptation", "chain", "loop", "recorded"},
+        "": set(),
+    },
+}  # fmt: skip
 # The modules of lambda_kernels that the adapter may reach, beside the names of its top level.
 OPEN = {"_torch", "agreement", "cache", "chain", "cuda_graph", "functional", "info", "layers", "program"}
 
@@ -143,31 +185,29 @@ def test_the_table_has_no_circle(table):
         order += ready
 
 
-def beside(source: str, module: str, is_package: bool) -> set[str]:
-    """The modules of lambda_kernels.backends that one of them imports, itself aside."""
-    found = set()
+def beside(source: str, module: str, is_package: bool, package: str) -> set[str]:
+    """The modules of a package that one of them imports, also for type checkers alone; itself aside."""
+    table, mine = INSIDE[package], module.removeprefix(package).lstrip(".").partition(".")[0]
+    parts = set()
     for _, name in imports(source, module, is_package):
-        if name.startswith("lambda_kernels.backends."):
-            part = name.split(".")[2]
-            found.add(part if part in BACKENDS_BELOW else "")
-    return found - {(module.split(".") + [""])[2]}
+        if name == package or name.startswith(f"{package}."):
+            part = name.removeprefix(package).lstrip(".").partition(".")[0]
+            parts.add(part if part in table else "")
+    return parts - {mine}
 
 
-def test_backends_import_downwards() -> None:
+@pytest.mark.parametrize("package", INSIDE)
+def test_imports_inside_a_package_point_downwards(package):
+    table = INSIDE[package]
+    folder = ROOT / ("python" if package.startswith("lambda_maml") else "") / package.replace(".", "/")
     seen = set()
-    for module, path in modules(KERNELS / "backends", "lambda_kernels.backends"):
-        part = (module.split(".") + [""])[2]
-        assert part in BACKENDS_BELOW, f"add {module} to BACKENDS_BELOW, above what it imports"
-        source = path.read_text(encoding="utf-8")
-        assert "TYPE_CHECKING" not in source, f"{module}: a circle for type checkers is one too"
-        assert beside(source, module, path.name == "__init__.py") <= BACKENDS_BELOW[part], module
-        seen.add(part)
-    assert seen == BACKENDS_BELOW.keys()
-    order: list[str] = []
-    while len(order) < len(BACKENDS_BELOW):
-        ready = [m for m in BACKENDS_BELOW if m not in order and BACKENDS_BELOW[m] <= set(order)]
-        assert ready, f"circular: {sorted(BACKENDS_BELOW.keys() - set(order))}"
-        order += ready
+    for module, path in modules(folder, package):
+        mine = module.removeprefix(package).lstrip(".").partition(".")[0]
+        assert mine in table, f"add {module} to INSIDE, above what it imports"
+        found = beside(path.read_text(encoding="utf-8"), module, path.name == "__init__.py", package)
+        assert found <= table[mine], f"{module} imports {found - table[mine]}"
+        seen.add(mine)
+    assert seen == table.keys()
 
 
 @pytest.mark.parametrize(
@@ -177,21 +217,16 @@ def test_backends_import_downwards() -> None:
         ("lambda_kernels.backends.native", "from . import choose", {""}),
         ("lambda_kernels.backends.cuda.operands", "from ..native import Native", {"native"}),
         ("lambda_kernels.backends.cuda.operands", "from .library import DTYPES\nfrom ...spec import pair", set()),
+        ("lambda_maml.inner.state", "if TYPE_CHECKING:\n    from .loop import Result", {"loop"}),
+        ("lambda_maml.plan", "def late():\n    from .adapt import adapt", {"adapt"}),
+        ("lambda_maml.inner.rules", "from ..maml import LambdaMAML\nfrom .rates import Rates", {"maml"}),
     ],
 )
-def test_an_import_among_backends_is_found(module: str, source: str, found: set[str]) -> None:
-    assert beside(source, module, False) == found
-
-
-@pytest.mark.parametrize("package", INSIDE)
-def test_imports_inside_a_package_point_downwards(package):
-    table, home = INSIDE[package], f"lambda_kernels.{package}"
-    found = {name.removeprefix(f"{home}."): path for name, path in modules(KERNELS / package, home) if name != home}
-    assert found.keys() == table.keys(), f"add a new module of {package} to INSIDE, above what it imports"
-    for mine, path in found.items():
-        for line, name in imports(path.read_text(encoding="utf-8"), f"{home}.{mine}"):
-            part = name.removeprefix(f"{home}.").partition(".")[0] if name.startswith(home) else mine
-            assert part in table[mine] | {mine}, f"{home}.{mine}:{line} imports {name}"
+def test_an_import_beside_is_found(module: str, source: str, found: set[str]) -> None:
+    package = max((p for p in INSIDE if module.startswith(p)), key=len)
+    if found == {"maml"}:  # from inner to the package around it
+        package = "lambda_maml"
+    assert beside(source, module, False, package) == found
 
 
 @pytest.mark.parametrize("folder", [KERNELS, MAML], ids=lambda folder: folder.name)
