@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import lambda_kernels as lk
 from lambda_kernels import agreement, backends
-from lambda_maml import LambdaMAML, adapt, adapt_tasks, models, recorded
+from lambda_maml import LambdaMAML, adapt, adapt_tasks, models
+from lambda_maml.inner import recorded
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
