@@ -8,10 +8,10 @@ import torch
 # `apply` repeats in each call.
 from torch._functorch.autograd_function import custom_function_call
 
-__all__ = ["custom_function_call", "mode_active", "transform_active", "transforms_active", "will_engine_run"]
+__all__ = ["custom_function_call", "functorch_active", "mode_active", "transform_active", "will_engine_run"]
 
 # Whether grad, vmap or jvp of torch.func is on. torch.func has no such question.
-transforms_active = torch._C._are_functorch_transforms_active
+functorch_active = torch._C._are_functorch_transforms_active
 # Whether the backward pass that runs now will come to a node: without it, a gradient is computed that nobody uses.
 will_engine_run = torch._C._will_engine_execute_node
 # How many modes see every operator, or every function of torch, that is called. There is no public count.
@@ -21,7 +21,7 @@ _watching_functions = torch._C._len_torch_function_stack
 
 def transform_active(device_type: str) -> str | None:
     """What makes torch's operators compute something else than their names say on such a device; None without it."""
-    if torch.compiler.is_compiling() or transforms_active():
+    if torch.compiler.is_compiling() or functorch_active():
         return "a transform is active"
     return "autocast is on" if torch.is_autocast_enabled(device_type) else None
 

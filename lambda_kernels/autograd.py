@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._torch import custom_function_call, transforms_active, will_engine_run
+from ._torch import custom_function_call, functorch_active, will_engine_run
 from .backends import Backend, Reference
 from .spec import BlockSpec, ConvSpec
 
@@ -26,7 +26,7 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().apply(*args)
-        if transforms_active():
+        if functorch_active():
             return custom_function_call(cls, *args)
         if not torch.is_grad_enabled():
             return cls.forward(*args)
@@ -336,7 +336,7 @@ class NormReluPoolGrad(Function):
         v_gamma = torch.zeros_like(mean) if v_gamma is None else v_gamma
         v_beta = torch.zeros_like(mean) if v_beta is None else v_beta
         # Only the reference can be differentiated once more: it takes the statistics from z.
-        again = torch.is_grad_enabled() or transforms_active()
+        again = torch.is_grad_enabled() or functorch_active()
         d_gy, d_z, d_gamma = (_REFERENCE if again else ctx.backend).norm_relu_pool_grad_grad(
             gy, z, gamma, index, mean, rstd, ctx.block, v, v_gamma, v_beta, need_z
         )

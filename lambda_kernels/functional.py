@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd
-from ._torch import transforms_active
+from ._torch import functorch_active
 from .backends import choose
 from .spec import (
     BlockSpec,
@@ -100,7 +100,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     check_linear(x.shape, weight.shape, None if bias is None else bias.shape)
     per_task = weight.dim() == 3 or (bias is not None and bias.dim() == 2)
     backend = choose("linear", x, weight)
-    if not (per_task or transforms_active()) and backend.linear_is_torchs:
+    if not (per_task or functorch_active()) and backend.linear_is_torchs:
         return F.linear(x, weight, bias)
     rows = x if x.dim() > 1 else x.unsqueeze(0)
     if not per_task:
@@ -205,7 +205,7 @@ def block_and_statistics(
 def _asks_for_a_gradient(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False
-    hidden = transforms_active()  # a mapped tensor does not say whether it requires one
+    hidden = functorch_active()  # a mapped tensor does not say whether it requires one
     return hidden or any(t is not None and t.requires_grad for t in tensors)
 
 

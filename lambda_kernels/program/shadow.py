@@ -87,7 +87,7 @@ class _Copies:
             for group in (module._parameters, module._buffers):
                 for name, tensor in group.items():
                     given = None if tensor is None else self.given.get(prefix + name)
-                    if given is tensor:
+                    if given is tensor and tensor is not None:
                         self.kept.add(id(tensor))
                     elif given is not None:
                         self.tensors.setdefault(id(tensor), given)
