@@ -33,7 +33,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 COMPILE_FLAGS = [
-    "-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-fvisibility=hidden",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
 ]
 COMPILERS = ("g++", "c++", "clang++")
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static"]

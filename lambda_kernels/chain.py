@@ -8,21 +8,21 @@ GPU a sequence of kernels that a CUDA graph can hold. What is no chain, and what
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ._torch import transform_active
 from .backends import Backend, Call, choose_for
 from .backends import current as backend_in_force
+from .cache import Bounded
 from .program import BlockCall, LinearCall, Program, Slot, Step
 from .spec import BlockSpec, output_size
 
 __all__ = ["Backend", "Chain", "backend_in_force"]
-
-_MOST_ANSWERS = 256
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Chain:
     blocks: tuple[BlockCall, ...]
     linear: LinearCall
     # The backend of a shape, dtype and device, or why there is none.
-    answers: dict[Hashable, Backend | list[str]] = field(default_factory=dict, compare=False, repr=False)
+    answers: Bounded[Backend | list[str]] = field(default_factory=lambda: Bounded(256), compare=False, repr=False)
 
     @classmethod
     def find(cls, program: Program, steps: Sequence[Step]) -> Chain | None:
@@ -109,12 +109,8 @@ class Chain:
             why.append(f"the labels are {_word(labels.dtype)}, not class numbers (int64)")
         if labels.dim() != 2:
             why.append(f"the labels are {list(labels.shape)}, not one class number per image")
-        if torch.is_autocast_enabled(x.device.type):
-            why.append("autocast is on")
-        if torch.compiler.is_compiling():
-            why.append("torch.compile is tracing the call")
-        elif torch._C._are_functorch_transforms_active():
-            why.append("a transform of torch.func is active")
+        if (mode := transform_active(x.device.type)) is not None:
+            why.append(mode)
         if why:
             return why
         answer = self._answer(x)
@@ -130,9 +126,8 @@ class Chain:
         key = x.shape, x.dtype, x.device, backend_in_force()
         answer = self.answers.get(key)
         if answer is None:
-            if len(self.answers) >= _MOST_ANSWERS:
-                self.answers.clear()
-            answer = self.answers[key] = self._choose(x)
+            answer = self._choose(x)
+            self.answers.put(key, answer)
         return answer
 
     def _choose(self, x: Tensor) -> Backend | list[str]:

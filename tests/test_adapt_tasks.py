@@ -76,8 +76,6 @@ def test_networks_of_all_kinds(name: str, second_order: bool) -> None:
 
 @pytest.mark.parametrize("pixels", [1, 4 * 256, 2 * 4 * 256, 5 * 4 * 256])
 def test_several_batches_of_tasks(pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setattr(batch_module, "_values_at_once", lambda device: pixels)
     for second_order in (False, True):
         compare(CONV4, copy.deepcopy(CONV4.network), "00111", tasks=5, second_order=second_order)

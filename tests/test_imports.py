@@ -85,8 +85,8 @@ INSIDE = {
         "report": {"files", "patterns"},
         "": {"adapt", "data", "explain", "inner", "learner", "maml", "models", "patterns", "select", "timing"},
         "cli": {
-            "adapt", "checkpoint", "data", "evaluate", "explain", "files", "images", "models", "patterns", "report", "select",
-            "train",
+            "adapt", "checkpoint", "data", "evaluate", "explain", "files", "images", "models", "patterns", "report",
+            "select", "train",
         },
     },
     "lambda_maml.inner": {

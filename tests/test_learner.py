@@ -291,16 +291,17 @@ OLD_STYLE: dict[str, Callable[[nn.Module], Any]] = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("name", OLD_STYLE)
 def test_layers_whose_hooks_make_their_weights(name: str) -> None:
-    model = mlp()
-    OLD_STYLE[name](model[0])
-    if name == "spectral_norm":
-        model.eval()  # in training each forward moves the estimate of the norm
-    want = plain(copy.deepcopy(model), ce, 3)
+    def made() -> nn.Module:
+        model = mlp()
+        OLD_STYLE[name](model[0])
+        return model.eval() if name == "spectral_norm" else model  # in training each forward moves its estimate
+
+    model, want = made(), plain(made(), ce, 3)
     learner = adapt(model, X, Y, pattern="11", steps=3, lr=0.1)
     assert far(learner(Q), want(Q)) < 1e-12
-    module = learner.to_module()
-    assert far(module(Q), want(Q)) < 1e-12
-    copy.deepcopy(model)  # nothing of the adaptation stays in the model
+    assert far(learner.to_module()(Q), want(Q)) < 1e-12
+    if name in ("spectral_norm", "parametrised"):  # torch cannot copy a model with the others at any time
+        copy.deepcopy(model)  # nothing of the adaptation stays in the model
     task = by_verbs(model, 3)
     assert far(task(Q), want(Q)) < 1e-12
 
@@ -331,7 +332,9 @@ def test_query_sets_of_inference_mode(way: Any) -> None:
     """As Lightning's validation steps load and run them."""
     for pattern in ("11", "01"):
         model = mlp()
-        learner = way(model, pattern=pattern) if way is by_verbs else adapt(model, X, Y, pattern=pattern, steps=1, lr=0.1)
+        learner = (
+            way(model, pattern=pattern) if way is by_verbs else adapt(model, X, Y, pattern=pattern, steps=1, lr=0.1)
+        )
         want = learner(Q).detach()
         with torch.inference_mode():
             query = Q.clone()
@@ -374,6 +377,8 @@ def test_the_prefix_is_not_held_across_modes_of_the_network() -> None:
     model = normed(0.0)
     task = LambdaMAML(model, 0.1, pattern="01").clone()
     task(X)
-    assert far(task.eval()(X), model.eval()(X)) > 1e-6  # the first call has moved the clone's statistics, not the model's
+    assert (
+        far(task.eval()(X), model.eval()(X)) > 1e-6
+    )  # the first call has moved the clone's statistics, not the model's
     twin = task.to_module()
     assert torch.equal(task(X), twin.eval()(X))

@@ -264,7 +264,9 @@ def test_a_loss_that_does_not_depend_on_what_is_updated() -> None:
         "without a graph": F.cross_entropy(task(xs).detach(), ys),
     }
     for loss in losses.values():
-        with pytest.raises(ValueError, match="pattern '00011': the loss does not depend on the parameters that it updates"):
+        with pytest.raises(
+            ValueError, match="pattern '00011': the loss does not depend on the parameters that it updates"
+        ):
             task.adapt(loss)
     with torch.no_grad(), pytest.raises(ValueError, match="does not depend"):
         task.adapt(F.cross_entropy(task(xs), ys))

@@ -10,6 +10,7 @@ from cases import IMAGES, ImageCase
 from chains import FEW, LR, MIXED, Network, given, in_other_memory
 
 from lambda_kernels.backends import native, reasons
+from lambda_kernels.spec import BlockSpec
 
 pytestmark = pytest.mark.skipif(bool(reasons("native")), reason="; ".join(reasons("native")))
 
@@ -31,7 +32,7 @@ def check_first_block(case: ImageCase, tasks: int, tests: tuple[str, ...]) -> No
     x = torch.randn(tasks, case.images, case.inputs, *case.size)
     weight = torch.randn(1, case.width, case.inputs, *case.kernel)
     gamma, beta = torch.randn(tasks, case.width), torch.randn(1, case.width)
-    geometry = native._geometry(case.spec, case.pool)
+    geometry = native._geometry(BlockSpec(case.spec, 1e-5, case.pool))
     moments = OPS.image_moments(x, case.kernel, geometry)
     y, index, _, rstd = OPS.image_block(x, weight, gamma, beta, moments, geometry, 1e-5)
     saved = (torch.randn_like(y), x, weight, gamma, index, rstd, moments, geometry)

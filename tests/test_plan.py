@@ -78,7 +78,9 @@ def test_the_value_of_the_prefix_is_not_changed_by_the_rest() -> None:
         want = case.network(xs.clone())
         for pattern in Pattern.all(len(case.groups)):
             with torch.no_grad():
-                frozen = plan.part(plan.updated(str(pattern), "follow")).freeze(modules, state, plan.program.pack((xs,), {}))
+                frozen = plan.part(plan.updated(str(pattern), "follow")).freeze(
+                    modules, state, plan.program.pack((xs,), {})
+                )
                 before = [v.clone() if isinstance(v, Tensor) else v for v in frozen.boundary]
                 for _ in range(3):
                     loops.close(frozen(modules, state), want, f"{name} under {pattern}")

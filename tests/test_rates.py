@@ -11,8 +11,8 @@ from chains import FEW, LR, MIXED, Given, Network, given, near, run
 from torch import Tensor
 
 from lambda_kernels.backends import reasons
-from lambda_kernels.backends.native import Native
 from lambda_kernels.backends.base import InnerLoop
+from lambda_kernels.backends.native import Native
 
 pytestmark = [
     pytest.mark.skipif(bool(reasons("native")), reason="; ".join(reasons("native"))),

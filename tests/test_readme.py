@@ -38,9 +38,7 @@ def test_the_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = lambda_maml.data.sample_tasks
     monkeypatch.setattr(lambda_maml.data, "sample_tasks", lambda dataset, n, **more: sample(dataset, min(n, 2), **more))
     some = ["00001", "00011", "10000"]
-    monkeypatch.setattr(
-        lambda_maml, "select_pattern", fewer(lambda_maml.select_pattern, patterns=some, seconds=0.0)
-    )
+    monkeypatch.setattr(lambda_maml, "select_pattern", fewer(lambda_maml.select_pattern, patterns=some, seconds=0.0))
     found = blocks(README, "python")
     assert found
     names: dict[str, Any] = {}

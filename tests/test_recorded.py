@@ -95,9 +95,7 @@ def test_replayed_adaptation_equals_the_eager_one(
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_replayed_tasks_equal_eager_ones(
-    device: str, eager: Any, backend: str, pattern: str, gradients: bool
-) -> None:
+def test_replayed_tasks_equal_eager_ones(device: str, eager: Any, backend: str, pattern: str, gradients: bool) -> None:
     model = conv4(device)
     twin = copy.deepcopy(model)
     given: dict[str, Any] = {"pattern": pattern, "steps": STEPS, "lr": LR}

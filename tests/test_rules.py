@@ -199,14 +199,22 @@ def test_known_rates_stay_on_the_chain_and_a_rate_of_0_freezes() -> None:
 def test_other_rules_take_autograd_and_explain_says_so() -> None:
     xs, ys, _, _ = CONV4.task()
     learned = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
-    for rule, words in ((rules.adam(0.1), "no gradient descent with one known rate"), (rules.sgd(learned), "are learned")):
+    for rule, words in (
+        (rules.adam(0.1), "no gradient descent with one known rate"),
+        (rules.sgd(learned), "are learned"),
+    ):
         said = explain(CONV4.network, xs, ys, pattern="00011", steps=2, rule=rule)
         assert "steps 1 to 2: autograd" in said and words in said
     with torch.no_grad():  # the rates are known here
-        assert "a chain" in explain(CONV4.network, xs, ys, pattern="00011", steps=2, rule=rules.sgd(learned)).splitlines()[1]
+        assert (
+            "a chain"
+            in explain(CONV4.network, xs, ys, pattern="00011", steps=2, rule=rules.sgd(learned)).splitlines()[1]
+        )
 
 
-LEARNED: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Any], Callable[[Tensor], Callable[[str, int], Tensor]]]] = {
+LEARNED: dict[
+    str, tuple[tuple[int, ...], Callable[[Tensor], Any], Callable[[Tensor], Callable[[str, int], Tensor]]]
+] = {
     "one": ((), lambda t: t, lambda t: lambda n, k: t),
     "per layer": ((5,), lambda t: t, lambda t: lambda n, k: t[layer_of(n)]),
     "per layer and step": ((STEPS, 5), lambda t: t, lambda t: lambda n, k: t[k, layer_of(n)]),

@@ -110,9 +110,7 @@ def register_backend(backend: Backend) -> None:
     _BACKENDS[name] = backend
 
 
-def choose(
-    op: str, x: Tensor, weight: Tensor | None = None, spec: ConvSpec | None = None, pool: int = 1
-) -> Backend:
+def choose(op: str, x: Tensor, weight: Tensor | None = None, spec: ConvSpec | None = None, pool: int = 1) -> Backend:
     """The backend for one call of `op` (see `Call`) on x; BackendError where a named one cannot run it."""
     wanted = current()
     if torch.compiler.is_compiling():
@@ -175,9 +173,7 @@ def _candidates(device: torch.device) -> list[Backend]:
     return [_BACKENDS[name] for name in (("cuda", "triton") if device.type == "cuda" else ("native",))] + [_REFERENCE]
 
 
-def _compiled(
-    wanted: str, op: str, device: torch.device, dtype: torch.dtype, spec: ConvSpec | None, pool: int
-) -> str:
+def _compiled(wanted: str, op: str, device: torch.device, dtype: torch.dtype, spec: ConvSpec | None, pool: int) -> str:
     """The backend's name for a call in a graph of torch.compile, whose shapes may be symbols."""
     return _search(wanted, Call(op, device, dtype, (), spec, pool))
 

@@ -152,18 +152,14 @@ class _Chain:
         gx = gw = gy
         if z is None:
             assert self.moments is not None
-            gw, dgamma, dbeta = self.backend.image_block_grad(
-                gy, x, weight, gamma, at, mean, rstd, self.moments, spec
-            )
+            gw, dgamma, dbeta = self.backend.image_block_grad(gy, x, weight, gamma, at, mean, rstd, self.moments, spec)
         else:
             need_z = first in rates or below
             dz, dgamma, dbeta = self.backend.norm_relu_pool_grad(gy, z, gamma, at, mean, rstd, spec, need_z)
             if dz is not None and first in rates:
                 gw = self.backend.conv2d_weight_grad(dz, x, weight.shape, spec.conv)
             if dz is not None and below:
-                gx = self.backend.conv2d_input_grad(
-                    dz, weight, torch.Size((dz.shape[0], *x.shape[1:])), spec.conv
-                )
+                gx = self.backend.conv2d_input_grad(dz, weight, torch.Size((dz.shape[0], *x.shape[1:])), spec.conv)
         for i, gradient in zip(range(first, first + PER_BLOCK), (gw, dgamma, dbeta)):
             if i in rates:
                 moved[i] = gradient

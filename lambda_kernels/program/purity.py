@@ -88,9 +88,7 @@ def is_fresh_module(module: nn.Module) -> bool:
 
 def function_impurity(node: fx.Node, name: str) -> str | None:
     """Why a function may not be left out a second time."""
-    drops = node.kwargs.get(
-        "dropout_p", node.args[4] if name.startswith("scaled_dot") and len(node.args) > 4 else 0.0
-    )
+    drops = node.kwargs.get("dropout_p", node.args[4] if name.startswith("scaled_dot") and len(node.args) > 4 else 0.0)
     if any(word in name for word in _RANDOM) or drops != 0.0:
         return f"{name} draws random numbers"
     if name in ("batch_norm", "instance_norm"):

@@ -18,7 +18,7 @@ from .learner import Learner, network_of
 from .patterns import Pattern
 from .say import say_once
 
-__all__ = ["DEFAULTDEFAULT_LR", "adapt", "adapt_tasks"]
+__all__ = ["adapt", "adapt_tasks"]
 
 
 def adapt(
@@ -37,8 +37,8 @@ def adapt(
     """Adapt a network to one task: theta <- theta - lr grad loss(f_theta(xs), ys), `steps` times, under a pattern.
 
     Computed is what a plain loop with `torch.autograd.grad` over the updated parameters gives; what no updated
-    parameter reaches is run once. The model is left as it was. Buffers (running statistics) are updated in the learner's
-    own copies.
+    parameter reaches is run once. The model is left as it was. Buffers (running statistics) are updated in the
+    learner's own copies.
 
         learner = adapt(model, xs, ys, pattern="00011", steps=5, lr=0.03)
         logits = learner(xq)

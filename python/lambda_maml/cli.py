@@ -531,8 +531,8 @@ def _inner(
     """Steps, rate and norm of the inner loop: as asked, else as in the pattern.json, else as in the checkpoint."""
     if "inner_rule" in report and lr is None:
         raise ValueError(
-            f"the pattern was chosen for the inner rule {report['inner_rule']}, which the command line does not build: give "
-            "--lr for plain gradient descent, or call lambda_maml.adapt(..., rule=...)"
+            f"the pattern was chosen for the inner rule {report['inner_rule']}, which the command line does not build: "
+            "give --lr for plain gradient descent, or call lambda_maml.adapt(..., rule=...)"
         )
     settings = meta["settings"]
     default = {

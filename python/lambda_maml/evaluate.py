@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapt import DEFAULT_LR, adapt_tasks
+from .adapt import adapt_tasks
 from .data.episodes import Task
-from .inner.rates import Rate
+from .inner.rates import DEFAULT_LR, Rate
 from .inner.rules import Rule
 from .patterns import Pattern
 from .stats import mean_ci95
@@ -50,8 +50,8 @@ def evaluate(
     """Adapt to each task's support set and classify its query set.
 
     The accuracies (fractions, float64, [len(tasks)]) stay in the order of `tasks`, so that two patterns can be compared
-    task by task. At most `batch` tasks of equal shapes are adapted together. `lr` and `rule` are those of `adapt`. Raises
-    ValueError without tasks.
+    task by task. At most `batch` tasks of equal shapes are adapted together. `lr` and `rule` are those of `adapt`.
+    Raises ValueError without tasks.
     """
     if not tasks:
         raise ValueError("evaluate: there are no tasks")

@@ -79,12 +79,18 @@ def _around(a: Adaptation, support: Support) -> list[str]:
     lines = []
     device = next(a.model.parameters()).device
     why = [no] if (no := cuda_graph.refusal(device)) is not None else recorded.refusals(a, support)
-    lines.append(f"  no CUDA graph: {'; '.join(why)}" if why else "the whole of it as one CUDA graph, from the second call on")
+    lines.append(
+        f"  no CUDA graph: {'; '.join(why)}" if why else "the whole of it as one CUDA graph, from the second call on"
+    )
     if device.type == "cpu" and isinstance(support.xs, Tensor):
         again = remembered.refusals(a, support)
         lines.append(
-            f"  no prepared call: {'; '.join(again)}" if again else "from the second call of these shapes on: one prepared call"
+            f"  no prepared call: {'; '.join(again)}"
+            if again
+            else "from the second call of these shapes on: one prepared call"
         )
     why_alone = a.plan.why_not_batched or a.plan.unmapped.get(a.loss)
-    lines.append(f"  adapt_tasks goes task by task: {why_alone}" if why_alone else "adapt_tasks runs the tasks as batches")
+    lines.append(
+        f"  adapt_tasks goes task by task: {why_alone}" if why_alone else "adapt_tasks runs the tasks as batches"
+    )
     return lines

@@ -35,14 +35,14 @@ def _opened(name: str) -> property:
 class AdaptedNetwork(nn.Module):
     """A model's twin with other parameters; the model is left as it is.
 
-    It is a module as the model is: `parameters()`, `state_dict()`, `eval()`, `to()`, layers and methods are those of the
-    twin, under the model's own names. The twin (`module`) is made when it is first asked for; until then a call runs the
-    model's program with the adapted parameters. Modes are those of the model at the time of adapting.
+    It is a module as the model is: `parameters()`, `state_dict()`, `eval()`, `to()`, layers and methods are those of
+    the twin, under the model's own names. The twin (`module`) is made when it is first asked for; until then a call
+    runs the model's program with the adapted parameters. Modes are those of the model at the time of adapting.
     """
 
-    _parameters = _opened("_parameters")  # type: ignore[assignment]
-    _buffers = _opened("_buffers")  # type: ignore[assignment]
-    _modules = _opened("_modules")  # type: ignore[assignment]
+    _parameters = _opened("_parameters")
+    _buffers = _opened("_buffers")
+    _modules = _opened("_modules")
 
     def __init__(self, model: nn.Module, plan: Plan, outcome: Outcome) -> None:
         super().__init__()
@@ -96,18 +96,20 @@ class AdaptedNetwork(nn.Module):
 
     def to_module(self) -> nn.Module:
         """A copy of the network with the adapted parameters and buffers as its own; no graph leads out of it."""
-        model = self.__dict__["_held"][0]
-        learned = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-        network, memo = self.module, {}
-        for path, part in network.named_modules():
-            for name, tensor in part._parameters.items():
-                if tensor is not None and id(tensor) not in memo:
-                    flag = learned.get(f"{path}.{name}" if path else name, tensor.requires_grad)
-                    memo[id(tensor)] = nn.Parameter(tensor.detach().clone(), requires_grad=flag)
-            for value in (*part._buffers.values(), *part.__dict__.values()):
-                if isinstance(value, Tensor):
-                    memo.setdefault(id(value), value.detach().clone())
-        return copy.deepcopy(network, memo)
+        learned = {n: p.requires_grad for n, p in self.__dict__["_held"][0].named_parameters(remove_duplicate=False)}
+        parameters, buffers = tensors_of(self.module)
+        own: dict[int, Tensor] = {}  # shared tensors stay shared
+        for name, p in parameters.items():
+            flag = learned.get(name, p.requires_grad)
+            own.setdefault(id(p), nn.Parameter(p.detach().clone(), requires_grad=flag))
+        own.update({id(b): b.detach().clone() for b in buffers.values()})
+        twin = shadow(self.module, {n: own[id(t)] for n, t in (*parameters.items(), *buffers.items())})
+        for (
+            part
+        ) in twin.modules():  # what old-style hooks keep, such as the weight of weight_norm, is made anew by them
+            kept = {n: t.detach() for n, t in part.__dict__.items() if isinstance(t, Tensor) and t.grad_fn is not None}
+            part.__dict__.update(kept)
+        return twin
 
     # What nn.Module would do in place, on tensors that are part of a graph or the model's own.
 
@@ -123,7 +125,8 @@ class AdaptedNetwork(nn.Module):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Cuts all parameters off from the graph that they are part of (False), or makes leaves of those without one."""
+        """Cuts all parameters off from the graph that they are part of (False), or makes leaves of those without
+        one."""
         on = (lambda t: t if t.requires_grad else t.detach().requires_grad_()) if requires_grad else Tensor.detach
         buffers = {id(b) for b in self.module.buffers()}
         return self._apply(lambda t: t if id(t) in buffers else on(t))
@@ -184,4 +187,3 @@ def _restored(kind: type[AdaptedNetwork], network: nn.Module) -> AdaptedNetwork:
 def network_of(model: nn.Module) -> nn.Module:
     """The network to adapt: a learner's adapted one, or the model itself."""
     return model.module if isinstance(model, AdaptedNetwork) else model
-

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lambda_kernels.chain import backend_in_force
-from lambda_kernels.program import flatten, tensors_of
+from lambda_kernels.program import flatten
 
 from .inner import autograd, checks
 from .inner.adaptation import named
@@ -63,8 +63,8 @@ class LambdaMAML(nn.Module):
         super().__init__()
         if not isinstance(first_order, bool):
             raise ValueError(
-                f"first_order must be True or False, got {first_order!r}: the third argument is learn2learn's; name the "
-                'pattern, as in LambdaMAML(model, lr=0.03, pattern="00011")'
+                f"first_order must be True or False, got {first_order!r}: the third argument is learn2learn's; name "
+                'the pattern, as in LambdaMAML(model, lr=0.03, pattern="00011")'
             )
         checks.check_norm(norm)
         self.rule = rule_of(lr, rule)
@@ -72,7 +72,12 @@ class LambdaMAML(nn.Module):
         plan = plan_of(self.module)
         self.pattern, _ = named(self.module, plan, pattern, norm)
         self.every_layer = pattern is None
-        self.first_order, self.allow_unused, self.allow_nograd, self.norm = first_order, allow_unused, allow_nograd, norm
+        self.first_order, self.allow_unused, self.allow_nograd, self.norm = (
+            first_order,
+            allow_unused,
+            allow_nograd,
+            norm,
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "lr":  # the rates belong to the rule, which registers those that are learned
@@ -151,12 +156,14 @@ class _Held(NamedTuple):
 class TaskLearner(AdaptedNetwork):
     """A model on its way through a task's inner loop: call it, give the loss to `adapt`, and so on."""
 
-    def __init__(self, model: nn.Module, plan: Plan, state: dict[str, Tensor], settings: _Settings, step: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, plan: Plan, state: dict[str, Tensor], settings: _Settings, step: int = 0
+    ) -> None:
         super().__init__(model, plan, Outcome(state, {}, (), plan.program.aliases, in_graph=True))
         self.__dict__.update(_settings=settings, _step=step, _memory=None, _prefix=None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's result with the parameters adapted so far; for the same input the frozen prefix is not run again."""
+        """The model's result with the parameters adapted so far; for the same input the frozen prefix runs once."""
         plan, network, state = self._call(args, kwargs)
         part = plan.part(self._settings.names(self._step))
         modules = plan.program.bind(network)
@@ -234,8 +241,8 @@ class TaskLearner(AdaptedNetwork):
         unused = [n for n in now if n not in grads]
         if unused and (settings.allow_unused if allow_unused is None else allow_unused) is False:
             raise ValueError(
-                f"adapt: the loss does not depend on {', '.join(unused)}, and allow_unused is False: leave them as they "
-                "are with allow_unused=True, or give their layers the bit 0"
+                f"adapt: the loss does not depend on {', '.join(unused)}, and allow_unused is False: leave them as "
+                "they are with allow_unused=True, or give their layers the bit 0"
             )
         return grads
 

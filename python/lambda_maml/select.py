@@ -269,9 +269,7 @@ def _disagreement(model: nn.Module, tasks: Sequence[Task], *, steps: int, lr: fl
     return fault
 
 
-def _on_test(
-    model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, **inner: Any
-) -> dict[str, Any]:
+def _on_test(model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, **inner: Any) -> dict[str, Any]:
     """The choice and the full pattern on `tasks`; the drop (a difference of accuracies) with its two-sided interval."""
     if not tasks:
         return {"tasks": 0, "full_accuracy": None, "chosen_accuracy": None, "drop": None, "drop_ci95": None}
@@ -292,7 +290,9 @@ def rates_in_json(lr: Rate, rule: Rule | None) -> Any:
     if rule is not None:
         return None
     values: Any = Rates(lr).value
-    return values.tolist() if isinstance(values, Tensor) else values if isinstance(values, (float, list)) else repr(values)
+    return (
+        values.tolist() if isinstance(values, Tensor) else values if isinstance(values, (float, list)) else repr(values)
+    )
 
 
 def _network(model: nn.Module) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from lambda_kernels import info, to_torch
 
 from . import models
-from .adapt import DEFAULT_LR, adapt
+from .adapt import adapt
 from .evaluate import Progress
 from .files import read_json
-from .inner.rates import Rate
+from .inner.rates import DEFAULT_LR, Rate
 from .inner.rules import Rule
 from .patterns import Pattern
 from .stock import inner_loop, inner_parameters
@@ -117,8 +117,8 @@ def measure_times(
     texts.
 
     With `stock`, also that of the full pattern in plain PyTorch, under the name `STOCK`: its parameters are copied
-    before the clock starts, while `adapt` pays for its own copies; it is plain gradient descent with one rate, so that it
-    is left out for other rules. With `xq`, the times include classifying `xq`.
+    before the clock starts, while `adapt` pays for its own copies; it is plain gradient descent with one rate, so that
+    it is left out for other rules. With `xq`, the times include classifying `xq`.
     """
 
     def ours(pattern: Pattern) -> Callable[[], object]:

@@ -128,8 +128,8 @@ def train(
 ) -> Result:  # fmt: skip
     """Meta-train `model` in place until `iterations` are done, `minutes` of this run are over, or Ctrl-C.
 
-    `rule` takes the place of the settings' inner rate; its parameters (learned rates) are meta-trained with the model's,
-    and both checkpoints hold them: `checkpoint.load_rule`.
+    `rule` takes the place of the settings' inner rate; its parameters (learned rates) are meta-trained with the
+    model's, and both checkpoints hold them: `checkpoint.load_rule`.
 
     In `out`: best.safetensors and best.json (the checkpoint of the best validation accuracy), and last.safetensors (the
     state to resume from). The tasks depend on the seed and the iteration alone, so that a run that is interrupted and
@@ -236,7 +236,8 @@ def _interruptible() -> Iterator[threading.Event]:
 def _save_state(
     path: Path, model: nn.Module, rule: Rule | None, optimizer: torch.optim.Adam, run: dict[str, Any], result: Result
 ) -> None:
-    """Parameters as model.NAME, a rule's as rule:NAME, Adam's state as adam.INDEX.NAME, torch's CPU random state; the rest in the header."""
+    """Parameters as model.NAME, a rule's as rule:NAME, Adam's state as adam.INDEX.NAME, torch's CPU random state;
+    the rest in the header."""
     tensors: dict[str, Tensor] = {f"model.{key}": value for key, value in model.state_dict().items()}
     tensors |= checkpoint.tensors_of_rule(rule)
     for index, state in optimizer.state_dict()["state"].items():

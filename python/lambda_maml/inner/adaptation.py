@@ -180,9 +180,7 @@ def describe(
     return Adaptation(model, plan, chosen, bound, steps, norm, loss, second_order, stretches, outline.updated)
 
 
-def named(
-    model: nn.Module, plan: Plan, pattern: str | Pattern | None, norm: str
-) -> tuple[Pattern, frozenset[str]]:
+def named(model: nn.Module, plan: Plan, pattern: str | Pattern | None, norm: str) -> tuple[Pattern, frozenset[str]]:
     """The pattern, all ones for None, and the parameters that stay frozen whatever it says.
 
     Without a pattern, what does not require a gradient is not updated. A pattern that names such a parameter updates
@@ -203,8 +201,8 @@ def named(
         return chosen, frozenset()
     if all(n in fixed for bits in chosen.stages for n in plan.updated(bits, norm)):
         raise ValueError(
-            f"no parameter of {plan.network} requires a gradient, so nothing is adapted: name the layers to update by a "
-            "pattern, or call requires_grad_() on their parameters"
+            f"no parameter of {plan.network} requires a gradient, so nothing is adapted: name the layers to update by "
+            "a pattern, or call requires_grad_() on their parameters"
         )
     return chosen, fixed
 

@@ -172,4 +172,3 @@ def _per_task(function: Any, *values: Any) -> Any:
 
     results = torch.func.vmap(one, randomness="error")(*(tensors for tensors, _ in parts))
     return built[0](results)
-

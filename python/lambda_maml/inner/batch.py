@@ -27,13 +27,12 @@ def adapt_and_classify(a: Adaptation, xs: Any, ys: Any, xq: Any) -> Any:
         at_once = tasks
     results = []
     for begin in range(0, tasks, at_once):
-        some = slice(begin, begin + at_once)
-        results.append(_adapt_batch(a, *(_each(value, lambda t: t[some]) for value in (xs, ys, xq))))
+        results.append(_adapt_batch(a, *(task(value, slice(begin, begin + at_once)) for value in (xs, ys, xq))))
     return results[0] if len(results) == 1 else _together(torch.cat, results)
 
 
-def task(values: Any, which: int) -> Any:
-    """One task's values out of those of many."""
+def task(values: Any, which: int | slice) -> Any:
+    """One task's values out of those of many, or some tasks'."""
     return _each(values, lambda t: t[which])
 
 

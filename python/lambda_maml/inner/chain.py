@@ -1,5 +1,6 @@
-"""Steps without autograd: a part of the network that is a chain (fused blocks, then a linear layer) under cross-entropy,
-by gradient descent with rates known beforehand, in first order, is one call of a backend's inner loop."""
+"""Steps without autograd: a part of the network that is a chain (fused blocks, then a linear layer) under
+cross-entropy, by gradient descent with rates known beforehand, in first order, is one call of a backend's inner
+loop."""
 
 from __future__ import annotations
 

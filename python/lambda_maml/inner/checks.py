@@ -65,8 +65,8 @@ def check_one_input(model: nn.Module) -> None:
     program = program_of(model, called=True)
     if program.untraceable is None and program.inputs != 1:
         raise ValueError(
-            f"{type(model).__name__}.forward takes {program.inputs} inputs; adapt calls a network with xs alone: let it take "
-            "them as one tuple or dict, or use LambdaMAML, whose clones are called as the network is"
+            f"{type(model).__name__}.forward takes {program.inputs} inputs; adapt calls a network with xs alone: let it "
+            "take them as one tuple or dict, or use LambdaMAML, whose clones are called as the network is"
         )
 
 
@@ -87,13 +87,13 @@ def check_support(model: nn.Module, xs: Any, ys: Any) -> None:
     places = {str(t.device) for t in (*inputs, *targets)} | {str(first.device)}
     if len(places) > 1:
         where = ", ".join(f"{n} on {t.device}" for n, ts in (("xs", inputs), ("ys", targets)) for t in ts[:1])
-        raise ValueError(
-            f"support set: {where}, the network on {first.device}: move them together with .to(device)"
-        )
+        raise ValueError(f"support set: {where}, the network on {first.device}: move them together with .to(device)")
     if isinstance(xs, Tensor) and xs.is_floating_point() and not torch.is_autocast_enabled(xs.device.type):
         known = {p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()}
         if xs.dtype not in known and not any(dtype.is_complex for dtype in known):
-            raise TypeError(f"support set: xs is {xs.dtype}, the network {first.dtype}: convert xs with .to({first.dtype})")
+            raise TypeError(
+                f"support set: xs is {xs.dtype}, the network {first.dtype}: convert xs with .to({first.dtype})"
+            )
 
 
 def check_query(xs: Any, xq: Any) -> None:
@@ -160,14 +160,16 @@ def check_labels(
     Raises:
         ValueError: a class number lies beyond the network's outputs.
     """
-    ignored, some = ignored_label(loss), 0
+    outputs, some = plan.outputs, 0
+    ignored = ignored_label(loss)
     if lowest is None or highest is None:
         rows = labels.flatten(1)
-        left_out = rows == ignored
-        limits = torch.iinfo(rows.dtype)
-        low_high = [torch.where(left_out, limits.max, rows).amin(1), torch.where(left_out, limits.min, rows).amax(1)]
-        lowest, highest, (some, *_) = torch.stack([*low_high, left_out.sum().expand(len(rows))]).tolist()
-    outputs = plan.outputs
+        lowest, highest = torch.stack(torch.aminmax(rows, dim=1)).tolist()
+        if ignored is not None and (min(lowest) < 0 or (outputs is not None and max(highest) >= outputs)):
+            # What the loss leaves out does not count.
+            left_out, limits = rows.eq(ignored), torch.iinfo(rows.dtype)
+            low, high = rows.masked_fill(left_out, limits.max).amin(1), rows.masked_fill(left_out, limits.min).amax(1)
+            lowest, highest, (some, *_) = torch.stack([low, high, left_out.sum().expand(len(rows))]).tolist()
     for low, high in zip(lowest, highest):
         if low > high:
             continue  # all are left out
@@ -177,7 +179,9 @@ def check_labels(
                 f"{'ways-1' if outputs is None else outputs - 1}: renumber them or build it with more ways"
             )
         if low == high:
-            say_once("a support set is of one class only: adapting to it makes the network predict this class more often")
+            say_once(
+                "a support set is of one class only: adapting to it makes the network predict this class more often"
+            )
     return some > 0
 
 
@@ -189,8 +193,8 @@ def check_gradients(pattern: object, names: tuple[str, ...], losses: Tensor, fou
     if not losses.requires_grad:
         why = " (it has no graph: it was detached, or computed under torch.no_grad() or torch.inference_mode())"
     raise ValueError(
-        f"pattern {str(pattern)!r}: the loss does not depend on the parameters that it updates ({', '.join(names)}), so "
-        f"there is no gradient{why}: compute the loss from this network's result, with gradients on"
+        f"pattern {str(pattern)!r}: the loss does not depend on the parameters that it updates ({', '.join(names)}), "
+        f"so there is no gradient{why}: compute the loss from this network's result, with gradients on"
     )
 
 
@@ -206,7 +210,7 @@ def scalar(value: Any) -> Tensor:
 
 
 def diverged(pattern: object, rule: Any, rows: list[list[float]], xs: Any) -> str | None:
-    """What is to be said of a verdict (see `state.verdict`) that holds an infinite number or NaN; None for a sound one."""
+    """What to say of a verdict (see `state.verdict`) that holds an infinite number or NaN; None for a sound one."""
     if all(math.isfinite(value) for row in rows for value in row):
         return None
     *losses, _ = rows
@@ -218,6 +222,5 @@ def diverged(pattern: object, rule: Any, rows: list[list[float]], xs: Any) -> st
         if images
         else "lower lr or look at the images' scale"
     )
-    return (
-        f"adaptation under {pattern} with {rule!r} diverged in step {step + 1} of {len(losses)}, support loss {value}: {why}"
-    )
+    where = f"in step {step + 1} of {len(losses)}, support loss {value}"
+    return f"adaptation under {pattern} with {rule!r} diverged {where}: {why}"

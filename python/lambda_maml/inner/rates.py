@@ -1,11 +1,12 @@
-"""Inner learning rates: one for all, or one per layer, per tensor, per step, in numbers or in tensors that are learned."""
+"""Inner learning rates: one for all, or one per layer, per tensor, per step, in numbers or in tensors that are
+learned."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,9 +18,9 @@ __all__ = ["DEFAULT_LR", "Rate", "Rates"]
 
 DEFAULT_LR = 0.01
 
-Rate = Union[float, Tensor, Sequence[Any], np.ndarray, Mapping[str, Any]]
-"""A number; an array or tensor that broadcasts to [steps, layers] ([layers] is one per layer, [steps, 1] one per step); or
-a mapping from layer or parameter names to a number, [steps], or a tensor of the parameter's shape (Meta-SGD)."""
+Rate: TypeAlias = "float | Tensor | Sequence[Any] | np.ndarray | Mapping[str, Any]"
+"""A number; an array or tensor that broadcasts to [steps, layers] ([layers] is one per layer, [steps, 1] one per step);
+or a mapping from layer or parameter names to a number, [steps], or a tensor of the parameter's shape (Meta-SGD)."""
 
 
 class Rates:
@@ -142,7 +143,9 @@ class Rates:
         for name, rate in rates:
             elementwise = isinstance(rate, Tensor) and self._is_elementwise(rate, name)
             if _shape(rate) and not elementwise and len(rate) != steps:
-                raise ValueError(f"lr has rates for {len(rate)} steps, the adaptation has {steps}: give one row per step")
+                raise ValueError(
+                    f"lr has rates for {len(rate)} steps, the adaptation has {steps}: give one row per step"
+                )
 
     def _is_elementwise(self, rate: Tensor, name: str) -> bool:
         return rate.dim() > 0 and tuple(rate.shape) == self.shapes.get(name)
@@ -163,8 +166,8 @@ def _column(value: Any, at: int, layers: int) -> Any:
     if len(shape) > 2 or shape[-1] not in (1, layers):
         steps = f"; for one rate per step give shape [{shape[0]}, 1]" if len(shape) == 1 else ""
         raise ValueError(
-            f"lr has shape {list(shape)}, the network {layers} layers: give one rate, one per layer [{layers}], one per "
-            f"step [steps, 1], or both [steps, {layers}]{steps}"
+            f"lr has shape {list(shape)}, the network {layers} layers: give one rate, one per layer [{layers}], one "
+            f"per step [steps, 1], or both [steps, {layers}]{steps}"
         )
     at = at if shape[-1] == layers else 0
     if len(shape) == 1:

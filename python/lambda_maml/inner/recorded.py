@@ -29,7 +29,9 @@ def refusals(a: Adaptation, support: Support) -> list[str]:
     if a.second_order:
         why.append("second order differentiates through the steps")
     if any(s.rates is None for s in a.stretches):
-        why.append(f"{a.rule!r} is no gradient descent with known rates: what it remembers and learns would be recorded")
+        why.append(
+            f"{a.rule!r} is no gradient descent with known rates: what it remembers and learns would be recorded"
+        )
     if a.plan.program.untraceable is not None:
         why.append(why_opaque(a.plan.program))
     elif a.plan.why_not_batched is not None:

@@ -45,7 +45,12 @@ def again(
     model: nn.Module, xs: Any, ys: Any, pattern: str | Pattern | None, steps: Any, lr: Any, rule: Any, norm: str
 ) -> Again | None:
     """A first-order adaptation like an earlier one; None where it has to go, or fail, the long way."""
-    if type(xs) is not Tensor or type(ys) is not Tensor or type(steps) is not int or not isinstance(pattern, (str, Pattern)):
+    if (
+        type(xs) is not Tensor
+        or type(ys) is not Tensor
+        or type(steps) is not int
+        or not isinstance(pattern, (str, Pattern))
+    ):
         return None
     if rule is None and (type(lr) is not float or not 0.0 < lr < float("inf")):
         return None
@@ -79,9 +84,7 @@ def refusals(a: Adaptation, support: Support) -> list[str]:
     return why
 
 
-def keep(
-    a: Adaptation, support: Support, pattern: str | Pattern | None, lr: Any, rule: Any
-) -> None:
+def keep(a: Adaptation, support: Support, pattern: str | Pattern | None, lr: Any, rule: Any) -> None:
     """Make an adaptation that went well ready, where one native operator made it."""
     memo = memo_of(a.model)
     if memo is None or support.tasks is not None or refusals(a, support) or support.labels is None or pattern is None:
@@ -110,5 +113,6 @@ def _key(xs: Tensor, ys: Tensor, pattern: str | Pattern, steps: int, rule: Any, 
 
 
 def _watched(device: torch.device) -> bool:
-    """Whether something looks at, or changes, what torch's operators do, or records them: the prepared call runs none."""
+    """Whether something looks at, or changes, what torch's operators do, or records them: the prepared call runs
+    none."""
     return cuda_graph.refusal(device) is None or mode_active() is not None

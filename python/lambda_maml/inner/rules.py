@@ -6,13 +6,15 @@ result is added to the parameters. Its parameters are meta-parameters: they get 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+import marshal
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lambda_kernels.cache import Bounded
 
 from ..network import Layer
 from .rates import DEFAULT_LR, Rate, Rates
@@ -27,7 +29,7 @@ State = Any
 class Step(NamedTuple):
     """What a rule is told of a step."""
 
-    index: int  # counted from 0
+    index: int  # type: ignore[assignment]  # counted from 0
     steps: int | None  # in all, where it is known beforehand
     loss: Tensor  # the support loss
     second_order: bool
@@ -42,8 +44,8 @@ class Rule(nn.Module):
 
         adapt(model, xs, ys, pattern="00011", rule=SignDescent())
 
-    `a | b` applies a's result as b's gradients. With many tasks at once, `update` sees one task's tensors (it runs under
-    `torch.func.vmap`), unless the class sets `elementwise`: then tensors may have a task axis in front.
+    `a | b` applies a's result as b's gradients. With many tasks at once, `update` sees one task's tensors (it runs
+    under `torch.func.vmap`), unless the class sets `elementwise`: then tensors may have a task axis in front.
     """
 
     elementwise = False
@@ -174,7 +176,8 @@ class adam(_Adaptive):
         self.betas, self.eps = (_share("betas[0]", betas[0]), _share("betas[1]", betas[1])), eps
 
     def init(self, params: Params) -> State:
-        # Both moments, and the number of a parameter's steps so far, of its shape: with many tasks it has their axis too.
+        # Both moments, and the number of a parameter's steps so far, of its shape: with many tasks it has their axis
+        # too.
         return tuple(super(adam, self).init(params) for _ in range(3))
 
     def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
@@ -292,26 +295,25 @@ def is_rule(value: object) -> bool:
 
 def is_learned(rule: Rule) -> bool:
     """Whether a rule, also one that is no `Rule`, has tensors that a gradient is asked of."""
-    if isinstance(rule, Rule):
-        return rule.learned
-    parameters: Callable[[], Any] | None = getattr(rule, "parameters", None)
+    known: Any = rule
+    if isinstance(known, Rule):
+        return known.learned
+    parameters = getattr(known, "parameters", None)
     return torch.is_grad_enabled() and callable(parameters) and any(p.requires_grad for p in parameters())
 
 
-@lru_cache(maxsize=256)
+_DESCENTS: Bounded[sgd] = Bounded(256)
+
+
 def _descent(lr: Any) -> sgd:
-    return sgd(lr)
-
-
-def _hashable(lr: Any) -> Any:
-    """Rates in numbers as nested tuples; TypeError for tensors and mappings."""
-    if isinstance(lr, np.ndarray):
-        lr = lr.tolist()
-    if isinstance(lr, (list, tuple)):
-        return tuple(map(_hashable, lr))
-    if type(lr) is not float:
-        raise TypeError
-    return lr
+    """sgd(lr); the same object for the same numbers, so that what was made of them is found again."""
+    try:
+        numbers = isinstance(lr, np.ndarray) and lr.dtype != object
+        key = (lr.shape, lr.dtype, lr.tobytes()) if numbers else marshal.dumps(lr, 2)
+    except ValueError:  # tensors, mappings with tensors
+        return sgd(lr)
+    rule = _DESCENTS.get(key)
+    return _DESCENTS.setdefault(key, sgd(lr)) if rule is None else rule
 
 
 def rule_of(lr: Rate, rule: Rule | None = None) -> Rule:
@@ -322,10 +324,7 @@ def rule_of(lr: Rate, rule: Rule | None = None) -> Rule:
         TypeError: `rule` is no rule.
     """
     if rule is None:
-        try:
-            return _descent(_hashable(lr))
-        except TypeError:
-            return sgd(lr)
+        return _descent(lr)
     if not is_rule(rule):
         raise TypeError(f"rule must have init and update, as lambda_maml.rules.sgd(0.1) has, got {rule!r}")
     if lr is not DEFAULT_LR:

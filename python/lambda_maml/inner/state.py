@@ -1,4 +1,5 @@
-"""The state of an adaptation, all parameters and buffers by name, and what it came to: its place in autograd's graph."""
+"""The state of an adaptation, all parameters and buffers by name, and what it came to: its place in autograd's
+graph."""
 
 from __future__ import annotations
 
