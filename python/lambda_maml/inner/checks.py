@@ -65,8 +65,8 @@ def check_one_input(model: nn.Module) -> None:
     program = program_of(model, called=True)
     if program.untraceable is None and program.inputs != 1:
         raise ValueError(
-            f"{type(model).__name__}.forward takes {program.inputs} inputs; adapt calls a network with xs alone: let it "
-            "take them as one tuple or dict, or use LambdaMAML, whose clones are called as the network is"
+            f"{type(model).__name__}.forward takes {program.inputs} inputs; adapt calls a network with xs alone: "
+            "let it take them as one tuple or dict, or use LambdaMAML, whose clones are called as the network is"
         )
 
 

@@ -53,6 +53,8 @@ class Rates:
             if isinstance(value, nn.Parameter):
                 self.parameters.append(value)
             return value
+        if isinstance(value, np.ndarray) and value.ndim == 0:
+            value = value.item()
         if isinstance(value, (list, tuple, np.ndarray)):
             if any(isinstance(v, Tensor) for v in value):
                 return [self._checked(v, inside=True) for v in value]
@@ -62,7 +64,7 @@ class Rates:
                 raise ValueError(f"lr must hold numbers, in rows of equal length, got {value!r}") from None
             if rates.size == 0 or not np.isfinite(rates).all() or (rates < 0).any():
                 raise ValueError(f"lr must hold positive numbers, or 0 for what stays frozen, got {value!r}")
-            return float(rates) if rates.ndim == 0 else rates.tolist()
+            return rates.tolist()
         number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
         if not number or not (0.0 < value < math.inf or (inside and value == 0.0)):
             raise ValueError(f"lr must be a positive number, got {value!r}")
