@@ -69,7 +69,7 @@ def adapt(
     if plain and (known := remembered.again(model, xs, ys, pattern, steps, lr, rule, norm)) is not None:
         return Learner(model, known.plan, known.outcome)
     a = describe(model, xs, pattern, rule_of(lr, rule), steps, norm, second_order, loss)
-    checks.check_support(model, xs, ys)
+    checks.check_support(a.parameters, xs, ys)
     support = a.support(xs, ys)
     state = recorded.adapted(a, support)
     if state is None:
@@ -120,7 +120,7 @@ def adapt_tasks(
     rule = rule_of(lr, rule)
     one_x, one_y = batch.task(xs, 0), batch.task(ys, 0)
     a = describe(model, one_x, pattern, rule, steps, norm, second_order, loss)
-    checks.check_support(model, one_x, one_y)
+    checks.check_support(a.parameters, one_x, one_y)
     checks.check_query(xs, xq)
 
     def one_by_one(why: str) -> Any:

@@ -77,7 +77,7 @@ def _prefix(a: Adaptation, part: Any) -> str:
 def _around(a: Adaptation, support: Support) -> list[str]:
     """The graph around the loop and the shortcut past it."""
     lines = []
-    device = next(a.model.parameters()).device
+    device = a.device
     why = [no] if (no := cuda_graph.refusal(device)) is not None else recorded.refusals(a, support)
     lines.append(
         f"  no CUDA graph: {'; '.join(why)}" if why else "the whole of it as one CUDA graph, from the second call on"

@@ -46,7 +46,7 @@ class AdaptedNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, plan: Plan, outcome: Outcome) -> None:
         super().__init__()
-        self.__dict__.update(training=model.training, _network=None, _held=(model, plan, outcome))
+        self.__dict__.update(training=model.training, _network=None, _held=(model, plan, outcome), _bound=None)
 
     @property
     def module(self) -> nn.Module:
@@ -87,7 +87,15 @@ class AdaptedNetwork(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted network's result, for what the model itself is called with."""
         plan, network, state = self._call(args, kwargs)
-        return plan.program.evaluate(plan.program.bind(network), state, *args, **kwargs)
+        return plan.program.evaluate(self._bind(plan, network), state, *args, **kwargs)
+
+    def _bind(self, plan: Plan, network: nn.Module) -> Mapping[str, nn.Module]:
+        """The modules that the plan's steps use, one binding per learner: what a forward writes to them stays."""
+        bound = self.__dict__["_bound"]
+        if bound is None or bound[0] is not plan.program or bound[1] is not network:
+            bound = self.__dict__["_bound"] = plan.program, network, plan.program.bind(network)
+        modules: Mapping[str, nn.Module] = bound[2]
+        return modules
 
     def parameters_dict(self) -> dict[str, Tensor]:
         """All parameters by name, the adapted ones in place of the model's."""

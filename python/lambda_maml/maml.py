@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lambda_kernels.chain import backend_in_force
-from lambda_kernels.program import flatten
+from lambda_kernels.program import flatten, tensors_of
 
 from .inner import autograd, checks
 from .inner.adaptation import named
@@ -70,7 +70,7 @@ class LambdaMAML(nn.Module):
         self.rule = rule_of(lr, rule)
         self.module = network_of(model)
         plan = plan_of(self.module)
-        self.pattern, _ = named(self.module, plan, pattern, norm)
+        self.pattern, _ = named(tensors_of(self.module)[0], plan, pattern, norm)
         self.every_layer = pattern is None
         self.first_order, self.allow_unused, self.allow_nograd, self.norm = (
             first_order,
@@ -103,7 +103,8 @@ class LambdaMAML(nn.Module):
         model = self.module
         plan = plan_of(model)
         state = state_of(model)
-        copies = {id(p): p.clone() for p in model.parameters()}  # an optimiser's step must not reach the learner
+        # An optimiser's step must not reach the learner.
+        copies = {id(p): p.clone() for p in {id(p): p for p in tensors_of(model)[0].values()}.values()}
         names = [plan.updated(bits, self.norm) for bits in self.pattern.stages]
         if self.every_layer:
             names = [tuple(n for n in group if state[n].requires_grad) for group in names]
@@ -166,7 +167,7 @@ class TaskLearner(AdaptedNetwork):
         """The model's result with the parameters adapted so far; for the same input the frozen prefix runs once."""
         plan, network, state = self._call(args, kwargs)
         part = plan.part(self._settings.names(self._step))
-        modules = plan.program.bind(network)
+        modules = self._bind(plan, network)
         inputs = plan.program.pack(args, kwargs)
         if not part.prefix or kwargs or not all(isinstance(x, Tensor) for x in args):
             self.__dict__["_prefix"] = None
@@ -237,7 +238,7 @@ class TaskLearner(AdaptedNetwork):
         state = self._state()
         now = {n: state[n] for n in settings.names(index)}
         create_graph = not self._first_order(first_order)
-        grads = autograd.gradients(settings.pattern, now, loss.reshape(()), create_graph=create_graph)
+        grads = autograd.gradients(settings.pattern, now, loss, create_graph=create_graph)
         unused = [n for n in now if n not in grads]
         if unused and (settings.allow_unused if allow_unused is None else allow_unused) is False:
             raise ValueError(

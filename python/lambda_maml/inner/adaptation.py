@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.program import flatten
+from lambda_kernels.program import flatten, tensors_of
 
 from ..patterns import Pattern
 from ..plan import Part, Plan, plan_of, state_of
@@ -69,6 +69,16 @@ class Adaptation:
     def modules(self) -> dict[str, nn.Module]:
         """The modules that the program's steps use, by path."""
         return self.plan.program.bind(self.model)
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """The network's own parameters, by name."""
+        return tensors_of(self.model)[0]
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the network's first parameter lies."""
+        return next(iter(self.parameters.values())).device
 
     @cached_property
     def meta(self) -> dict[str, Tensor]:
@@ -156,7 +166,8 @@ def describe(
     checks.check_mode()
     checks.check_one_input(model)
     plan = plan_of(model, ((xs,), {}))
-    chosen, frozen = named(model, plan, pattern, norm)
+    parameters, _ = tensors_of(model)
+    chosen, frozen = named(parameters, plan, pattern, norm)
     second_order = second_order and torch.is_grad_enabled()
     key = chosen, steps, norm, frozen
     outline: _Outline | None = plan.outlines.get(key)
@@ -170,7 +181,7 @@ def describe(
     fixed = getattr(rule, "fixed", False)
     found: tuple[Rule, tuple[Stretch, ...]] | None = plan.outlines.get((key, rule)) if fixed else None
     if found is None:
-        bound = rule.bind(plan.layers, dict(model.named_parameters())) if isinstance(rule, Rule) else rule
+        bound = rule.bind(plan.layers, parameters) if isinstance(rule, Rule) else rule
         if isinstance(bound, Rule):
             bound.check_steps(steps)
         found = bound, tuple(_stretches(plan, outline, bound, steps))
@@ -180,7 +191,8 @@ def describe(
     return Adaptation(model, plan, chosen, bound, steps, norm, loss, second_order, stretches, outline.updated)
 
 
-def named(model: nn.Module, plan: Plan, pattern: str | Pattern | None, norm: str) -> tuple[Pattern, frozenset[str]]:
+def named(
+    parameters: Mapping[str, Tensor], plan: Plan, pattern: str | Pattern | None, norm: str) -> tuple[Pattern, frozenset[str]]:
     """The pattern, all ones for None, and the parameters that stay frozen whatever it says.
 
     Without a pattern, what does not require a gradient is not updated. A pattern that names such a parameter updates
@@ -188,7 +200,7 @@ def named(model: nn.Module, plan: Plan, pattern: str | Pattern | None, norm: str
     """
     chosen = Pattern.full(len(plan.layers)) if pattern is None else Pattern.parse(pattern)
     chosen.check(plan)
-    fixed = frozenset(n for n, p in model.named_parameters() if not p.requires_grad)
+    fixed = frozenset([n for n, p in parameters.items() if not p.requires_grad])
     if not fixed:
         return chosen, fixed
     touched = [n for n in dict.fromkeys(n for bits in chosen.stages for n in plan.updated(bits, norm)) if n in fixed]

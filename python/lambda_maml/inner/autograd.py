@@ -13,7 +13,7 @@ from lambda_kernels.program import flatten
 from ..plan import Part
 from . import checks
 from .adaptation import Adaptation, Stretch, Support
-from .rules import Params, Rule, State, Step
+from .rules import Params, Rule, State, Step, is_learned
 
 __all__ = ["Prefix", "gradients", "leaves", "remembered", "run", "take_step"]
 
@@ -140,17 +140,19 @@ def take_step(
 ) -> tuple[Params, State]:
     """What a rule adds to the parameters in a step, and what it remembers. In first order gradients and parameters are
     constants to it, so that only what it learns is in autograd's graph."""
-    if not step.second_order:
-        grads, params = ({n: t.detach() for n, t in tensors.items()} for tensors in (grads, params))
     own = {n: params[n] for n in grads}
-    if not batched or getattr(rule, "elementwise", False):
-        changes, memory = rule.update(grads, memory, own, step)
-    else:
+    learned = is_learned(rule)
+    if learned and not step.second_order:
+        grads, own = ({n: t.detach() for n, t in tensors.items()} for tensors in (grads, own))
+    with torch.set_grad_enabled(step.second_order or learned):
+        if not batched or getattr(rule, "elementwise", False):
+            changes, memory = rule.update(grads, memory, own, step)
+        else:
 
-        def one(grads: Params, memory: State, own: Params, loss: Tensor) -> tuple[Params, State]:
-            return rule.update(grads, memory, own, step._replace(loss=loss))
+            def one(grads: Params, memory: State, own: Params, loss: Tensor) -> tuple[Params, State]:
+                return rule.update(grads, memory, own, step._replace(loss=loss))
 
-        changes, memory = _per_task(one, grads, memory, own, step.loss)
+            changes, memory = _per_task(one, grads, memory, own, step.loss)
     wrong = {n: list(c.shape) for n, c in changes.items() if n in own and c.shape != own[n].shape}
     if wrong or changes.keys() - own.keys():
         raise ValueError(

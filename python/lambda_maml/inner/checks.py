@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def check_one_input(model: nn.Module) -> None:
         )
 
 
-def check_support(model: nn.Module, xs: Any, ys: Any) -> None:
+def check_support(parameters: Mapping[str, Tensor], xs: Any, ys: Any) -> None:
     """ValueError or TypeError for a support set that a network cannot be adapted to.
 
     xs and ys are tensors, or tuples, lists and dicts of them; ys may be None.
@@ -83,13 +83,13 @@ def check_support(model: nn.Module, xs: Any, ys: Any) -> None:
     inputs, targets = flatten(xs)[0], flatten(ys)[0]
     if isinstance(xs, Tensor) and (xs.dim() < 1 or xs.shape[0] == 0):
         raise ValueError(f"support set: xs [N, ...] with N of at least 1 expected, got {list(xs.shape)}")
-    first = next(model.parameters())
+    first = next(iter(parameters.values()))
     places = {str(t.device) for t in (*inputs, *targets)} | {str(first.device)}
     if len(places) > 1:
         where = ", ".join(f"{n} on {t.device}" for n, ts in (("xs", inputs), ("ys", targets)) for t in ts[:1])
         raise ValueError(f"support set: {where}, the network on {first.device}: move them together with .to(device)")
     if isinstance(xs, Tensor) and xs.is_floating_point() and not torch.is_autocast_enabled(xs.device.type):
-        known = {p.dtype for p in model.parameters() if p.is_floating_point() or p.is_complex()}
+        known = {p.dtype for p in parameters.values() if p.is_floating_point() or p.is_complex()}
         if xs.dtype not in known and not any(dtype.is_complex for dtype in known):
             raise TypeError(
                 f"support set: xs is {xs.dtype}, the network {first.dtype}: convert xs with .to({first.dtype})"

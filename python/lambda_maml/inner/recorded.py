@@ -84,8 +84,7 @@ def classified(a: Adaptation, support: Support, xq: Tensor) -> Tensor | None:
 def _replayed(
     a: Adaptation, support: Support, what: str, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Any, ...]
 ) -> tuple[Tensor, ...] | None:
-    device = next(a.model.parameters()).device
-    if cuda_graph.refusal(device) is not None or not a.steps or not all(isinstance(t, Tensor) for t in inputs):
+    if cuda_graph.refusal(a.device) is not None or not a.steps or not all(isinstance(t, Tensor) for t in inputs):
         return None
     name = type(a.model).__name__
     if why := refusals(a, support):

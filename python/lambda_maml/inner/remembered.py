@@ -79,8 +79,6 @@ def refusals(a: Adaptation, support: Support) -> list[str]:
         why.append(f"{mode_active() or 'a CUDA device'}: the prepared call is for a CPU outside of all modes")
     if next(a.model.buffers(), None) is not None:
         why.append("the network has buffers, of which each learner has copies")
-    if any(not p.requires_grad for p in a.model.parameters()):
-        why.append("some parameters do not require a gradient")
     return why
 
 
