@@ -16,21 +16,30 @@ from torch import Tensor
 Pair = tuple[int, int]
 
 
-class ConvSpec(NamedTuple):
-    """The constants of a convolution, as (vertical, horizontal) pairs."""
-
+class _ConvSpec(NamedTuple):
     stride: Pair
     padding: Pair
     dilation: Pair
     groups: int
 
 
-class BlockSpec(NamedTuple):
-    """The constants of a fused block: its convolution, the norm's eps, the pooling window (1 for none)."""
+class ConvSpec(_ConvSpec):
+    """The constants of a convolution, as (vertical, horizontal) pairs."""
 
+    # torch.func takes every named tuple among a Function's arguments apart, in each call: by this it is none to torch.
+    _asdict = None  # type: ignore[assignment]
+
+
+class _BlockSpec(NamedTuple):
     conv: ConvSpec
     eps: float
     pool: int
+
+
+class BlockSpec(_BlockSpec):
+    """The constants of a fused block: its convolution, the norm's eps, the pooling window (1 for none)."""
+
+    _asdict = None  # type: ignore[assignment]
 
 
 def output_size(size: torch.Size, kernel: torch.Size, spec: ConvSpec) -> Pair:

@@ -34,7 +34,7 @@ class Call(NamedTuple):
         """The inputs, for an error's text."""
         named = [f"{name} {list(shape)}" for name, shape in zip(("x", "weight"), self.shapes)]
         if self.spec is not None:
-            named += [f"{name}={value}" for name, value in self.spec._asdict().items()]
+            named += [f"{name}={value}" for name, value in zip(self.spec._fields, self.spec)]
         if self.op == "conv_block":
             named.append(f"pool={self.pool}")
         named += [f"norm={self.norm!r}"] * (self.norm != "batch") + [f"slope={self.slope}"] * (self.slope != 0.0)

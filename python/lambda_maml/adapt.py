@@ -118,9 +118,8 @@ def adapt_tasks(
     model = network_of(model)
     tasks = checks.check_tasks(xs, ys, xq)
     rule = rule_of(lr, rule)
-    one_x, one_y = batch.task(xs, 0), batch.task(ys, 0)
-    a = describe(model, one_x, pattern, rule, steps, norm, second_order, loss)
-    checks.check_support(a.parameters, one_x, one_y)
+    a = describe(model, xs, pattern, rule, steps, norm, second_order, loss)
+    checks.check_support(a.parameters, xs, ys, tasks)
     checks.check_query(xs, xq)
 
     def one_by_one(why: str) -> Any:

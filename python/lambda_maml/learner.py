@@ -70,10 +70,12 @@ class AdaptedNetwork(nn.Module):
         model, plan, outcome = self.__dict__["_held"]
         if self.__dict__["_network"] is None:
             program = program_for(model, args, kwargs)
+            if program is plan.program:
+                return plan, model, outcome.state
             if program.modes == plan.program.modes:
-                return (plan if program is plan.program else plan_of(model, (args, kwargs))), model, outcome.state
+                return plan_of(model, program), model, outcome.state
         network = self.module
-        return plan_of(network, (args, kwargs)), network, self._state()
+        return plan_of(network, program_for(network, args, kwargs)), network, self._state()
 
     def _state(self) -> dict[str, Tensor]:
         """All parameters and buffers by name, as adapted so far."""

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lambda_kernels.cache import Bounded
 from lambda_kernels.chain import Chain
-from lambda_kernels.program import LinearCall, Program, Step, program_for, program_of, tensors_of
+from lambda_kernels.program import LinearCall, Program, Step, program_of, tensors_of
 
 from .network import layers_of
 from .say import say_once
 
-__all__ = ["Frozen", "Part", "Plan", "moving_steps", "plan_of", "state_of", "why_opaque"]
+__all__ = ["Frozen", "Part", "Plan", "moving_steps", "plan_of", "state_of", "why_opaque", "with_copies"]
 
 
 def moving_steps(model: nn.Module, updated: frozenset[str]) -> tuple[set[int], tuple[Step, ...]]:
@@ -54,7 +54,12 @@ def _moving(program: Program, updated: frozenset[str]) -> set[int]:
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """The network's parameters, and copies of its buffers, by every name that they have."""
-    state, buffers = tensors_of(model)
+    return with_copies(*tensors_of(model))
+
+
+def with_copies(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters and copies of buffers as one state; shared buffers stay shared."""
+    state = dict(parameters)
     copies: dict[int, Tensor] = {}
     for name, buffer in buffers.items():
         if id(buffer) not in copies:
@@ -170,10 +175,12 @@ _LIMIT = 128
 _PLANS: Bounded[Plan] = Bounded(_LIMIT)
 
 
-def plan_of(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]] | None = None) -> Plan:
-    """The plan of a network in its present mode, for a call with these arguments and keywords (without `call`, with its
-    positional inputs); says once when the network is not looked into."""
-    program = program_of(model, called=True) if call is None else program_for(model, *call, called=True)
+def plan_of(model: nn.Module, program: Program | None = None) -> Plan:
+    """The plan of a network in its present mode, for one of its programs (without it, that of its positional inputs).
+
+    Says once when the network is not looked into.
+    """
+    program = program_of(model, called=True) if program is None else program
     plan = _PLANS.get(program)
     if plan is None:
         plan = Plan(model, program)

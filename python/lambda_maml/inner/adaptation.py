@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.program import flatten, tensors_of
+from lambda_kernels.program import flatten, program_for, tensors_of
 
 from ..patterns import Pattern
-from ..plan import Part, Plan, plan_of, state_of
+from ..plan import Part, Plan, plan_of, with_copies
 from ..say import say_once
 from . import checks
 from .checks import Loss
@@ -64,16 +64,13 @@ class Adaptation:
     second_order: bool
     stretches: tuple[Stretch, ...]
     updated: tuple[str, ...]  # the names of all parameters that a step updates
+    parameters: dict[str, Tensor]  # the network's own, by name
+    buffers: dict[str, Tensor]
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
         """The modules that the program's steps use, by path."""
         return self.plan.program.bind(self.model)
-
-    @cached_property
-    def parameters(self) -> dict[str, Tensor]:
-        """The network's own parameters, by name."""
-        return tensors_of(self.model)[0]
 
     @cached_property
     def device(self) -> torch.device:
@@ -83,7 +80,7 @@ class Adaptation:
     @cached_property
     def meta(self) -> dict[str, Tensor]:
         """The network's own parameters, and copies of its buffers, by name."""
-        return state_of(self.model)
+        return with_copies(self.parameters, self.buffers)
 
     @cached_property
     def in_graph(self) -> bool:
@@ -164,9 +161,11 @@ def describe(
     checks.check_norm(norm)
     steps = checks.check_steps(steps)
     checks.check_mode()
-    checks.check_one_input(model)
-    plan = plan_of(model, ((xs,), {}))
-    parameters, _ = tensors_of(model)
+    program = program_for(model, (xs,), {})
+    if program.untraceable is not None:
+        checks.check_one_input(model)
+    plan = plan_of(model, program)
+    parameters, buffers = tensors_of(model)
     chosen, frozen = named(parameters, plan, pattern, norm)
     second_order = second_order and torch.is_grad_enabled()
     key = chosen, steps, norm, frozen
@@ -188,11 +187,14 @@ def describe(
         if fixed:
             plan.outlines.put((key, rule), found)
     bound, stretches = found
-    return Adaptation(model, plan, chosen, bound, steps, norm, loss, second_order, stretches, outline.updated)
+    return Adaptation(
+        model, plan, chosen, bound, steps, norm, loss, second_order, stretches, outline.updated, parameters, buffers
+    )
 
 
 def named(
-    parameters: Mapping[str, Tensor], plan: Plan, pattern: str | Pattern | None, norm: str) -> tuple[Pattern, frozenset[str]]:
+    parameters: Mapping[str, Tensor], plan: Plan, pattern: str | Pattern | None, norm: str
+) -> tuple[Pattern, frozenset[str]]:
     """The pattern, all ones for None, and the parameters that stay frozen whatever it says.
 
     Without a pattern, what does not require a gradient is not updated. A pattern that names such a parameter updates

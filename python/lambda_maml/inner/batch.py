@@ -23,12 +23,14 @@ def adapt_and_classify(a: Adaptation, xs: Any, ys: Any, xq: Any) -> Any:
     inputs = flatten(xs)[0]
     tasks = inputs[0].shape[0]
     at_once = max(1, tasks * _values_at_once(inputs[0].device) // max(1, sum(t.numel() for t in inputs)))
-    if not torch.is_grad_enabled() and _is_one_call(a, xs, ys, xq):
+    if at_once < tasks and not torch.is_grad_enabled() and _is_one_call(a, xs, ys, xq):
         at_once = tasks
+    if at_once >= tasks:
+        return _adapt_batch(a, xs, ys, xq)
     results = []
     for begin in range(0, tasks, at_once):
         results.append(_adapt_batch(a, *(task(value, slice(begin, begin + at_once)) for value in (xs, ys, xq))))
-    return results[0] if len(results) == 1 else _together(torch.cat, results)
+    return _together(torch.cat, results)
 
 
 def task(values: Any, which: int | slice) -> Any:

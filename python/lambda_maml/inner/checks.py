@@ -70,10 +70,10 @@ def check_one_input(model: nn.Module) -> None:
         )
 
 
-def check_support(parameters: Mapping[str, Tensor], xs: Any, ys: Any) -> None:
+def check_support(parameters: Mapping[str, Tensor], xs: Any, ys: Any, tasks: int | None = None) -> None:
     """ValueError or TypeError for a support set that a network cannot be adapted to.
 
-    xs and ys are tensors, or tuples, lists and dicts of them; ys may be None.
+    xs and ys are tensors, or tuples, lists and dicts of them, with T in front where `tasks` is given; ys may be None.
     """
     for name, value in (("xs", xs), ("ys", ys)):
         if isinstance(value, (tuple, list, dict)) and not flatten(value)[0]:
@@ -81,8 +81,9 @@ def check_support(parameters: Mapping[str, Tensor], xs: Any, ys: Any) -> None:
     if xs is None or not isinstance(xs, Tensor) and not flatten(xs)[0]:
         raise TypeError(f"support set: xs must be a tensor, or hold tensors, got {type(xs).__name__}")
     inputs, targets = flatten(xs)[0], flatten(ys)[0]
-    if isinstance(xs, Tensor) and (xs.dim() < 1 or xs.shape[0] == 0):
-        raise ValueError(f"support set: xs [N, ...] with N of at least 1 expected, got {list(xs.shape)}")
+    own = 0 if tasks is None else 1  # axes in front of a task's own
+    if isinstance(xs, Tensor) and (xs.dim() <= own or xs.shape[own] == 0):
+        raise ValueError(f"support set: xs [N, ...] with N of at least 1 expected, got {list(xs.shape[own:])}")
     first = next(iter(parameters.values()))
     places = {str(t.device) for t in (*inputs, *targets)} | {str(first.device)}
     if len(places) > 1:
