@@ -21,8 +21,10 @@ _watching_functions = torch._C._len_torch_function_stack
 
 def transform_active(device_type: str) -> str | None:
     """What makes torch's operators compute something else than their names say on such a device; None without it."""
-    if torch.compiler.is_compiling() or functorch_active():
-        return "a transform is active"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing the call"
+    if functorch_active():
+        return "a transform of torch.func is active"
     return "autocast is on" if torch.is_autocast_enabled(device_type) else None
 
 

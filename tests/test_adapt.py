@@ -621,7 +621,7 @@ def test_wrong_support_sets() -> None:
     wrong("labels run from -1 to 1", ys=torch.tensor([0, 1, -1, 0]))
     wrong("labels run from 0 to 2", ys=torch.tensor([0, 1, -100, 2]))
     wrong("xs is torch.float32, the network torch.float64", TypeError, xs=xs.float())
-    wrong(r"x is torch.uint8.*\.to\(dtype\)", TypeError, xs=xs.to(torch.uint8))
+    wrong("x must be a floating-point tensor, got torch.uint8", TypeError, xs=xs.to(torch.uint8))
     wrong("ys is torch.bool.*long", TypeError, ys=ys.bool())
     wrong("2 channels|channels per group, expected 2", xs=xs.expand(-1, 2, -1, -1))
     wrong("features", xs=torch.randn(4, 1, 32, 32, dtype=torch.float64))

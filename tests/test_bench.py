@@ -115,7 +115,7 @@ from lambda_kernels.backends.native import Native
 
 right_adapt, right_block = lambda_maml.adapt, Native.block
 lambda_maml.adapt = lambda *a, lr, **k: right_adapt(*a, lr=1.01 * lr, **k)
-Native.block = lambda self, x, w, g, b, spec, eps, pool: right_block(self, x, w, g, b, spec, 1.01 * eps, pool)
+Native.block = lambda self, x, w, g, b, spec: right_block(self, x, w, g, b, spec._replace(eps=1.01 * spec.eps))
 """
 
 

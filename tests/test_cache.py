@@ -48,7 +48,7 @@ def test_modes_of_torch_are_named() -> None:
     assert _torch.mode_active() is None and _torch.transform_active("cpu") is None
 
     def inside(x: torch.Tensor) -> torch.Tensor:
-        assert _torch.mode_active() == _torch.transform_active("cpu") == "a transform is active"
+        assert _torch.mode_active() == _torch.transform_active("cpu") == "a transform of torch.func is active"
         return x
 
     torch.func.vmap(inside)(torch.ones(2))

@@ -29,7 +29,7 @@ BELOW = {
     "functional": {"_torch", "autograd", "backends", "spec"},
     "layers": {"functional", "spec"},
     "program": {"_C", "_build", "cache", "functional", "layers", "spec"},
-    "chain": {"_torch", "backends", "program", "spec"},
+    "chain": {"_torch", "backends", "cache", "program", "spec"},
     "cuda_graph": {"_torch", "backends", "cache"},
     "convert": {"layers", "program"},
     "info": {"", "_C", "_build", "backends"},
