@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lambda_kernels import agreement, backends, to_torch
 from lambda_kernels.agreement import DRAWS, distance
 from lambda_maml import Pattern, adapt, models
-from lambda_maml.stock import inner_loop
+from lambda_maml.plain_torch import inner_loop
 
 
 class Skip(Exception):

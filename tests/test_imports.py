@@ -78,10 +78,10 @@ INSIDE = {
         "maml": {"inner", "learner", "patterns", "plan"},
         "checkpoint": {"files", "models"},
         "evaluate": {"adapt", "data", "inner", "patterns", "stats"},
-        "stock": {"adapt", "models", "patterns"},
-        "timing": {"adapt", "evaluate", "files", "inner", "models", "patterns", "stock"},
+        "plain_torch": {"adapt", "models", "patterns"},
+        "timing": {"adapt", "evaluate", "files", "inner", "models", "patterns", "plain_torch"},
         "train": {"adapt", "checkpoint", "data", "evaluate", "inner", "models", "patterns"},
-        "select": {"data", "evaluate", "files", "inner", "models", "patterns", "stats", "stock", "timing"},
+        "select": {"data", "evaluate", "files", "inner", "models", "patterns", "stats", "plain_torch", "timing"},
         "report": {"files", "patterns"},
         "": {"adapt", "data", "explain", "inner", "learner", "maml", "models", "patterns", "select", "timing"},
         "cli": {

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lambda_maml import Pattern, adapt, data, models, select_pattern
 from lambda_maml import report as reports
+from lambda_maml.plain_torch import disagreement, plain_adapt
 from lambda_maml.select import choose, read_selection
 from lambda_maml.stats import mean_ci95, ratio_upper_bound95, t_quantile, upper_bound95
-from lambda_maml.stock import disagreement, stock_adapt
 from lambda_maml.timing import STOCK, Timing, interleave, measure_times, read_timings, timing_info
 
 FULL = Pattern("111")
@@ -163,7 +163,7 @@ def test_select_evaluates_as_the_plain_loop_does_and_reports_all(model, tasks, t
     accuracies = []
     for task in tasks[:5]:
         with torch.no_grad():
-            logits = stock_adapt(model, task.xs, task.ys, steps=2, lr=0.1)(task.xq)
+            logits = plain_adapt(model, task.xs, task.ys, steps=2, lr=0.1)(task.xq)
         accuracies.append((logits.argmax(-1) == task.yq).double().mean().item())
     assert report["full"]["accuracy"] == pytest.approx(sum(accuracies) / 5, abs=0.014)  # one image in 75
     assert [row["pattern"] for row in report["candidates"]] == [str(c.pattern) for c in chosen.table]
@@ -214,7 +214,7 @@ def test_disagreement_with_the_plain_loop_is_found_and_reported(model, tasks, tm
     def wrong(*args: Any, lr: float, **more: Any) -> nn.Module:
         return adapt(*args, lr=1.01 * lr, **more)
 
-    monkeypatch.setattr("lambda_maml.stock.adapt", wrong)
+    monkeypatch.setattr("lambda_maml.plain_torch.adapt", wrong)
     path = write(tmp_path / "bench.json", bench(model, xs, MS))
     for timings in (None, path):
         chosen = quick(model, tasks[:2], timings=timings)
@@ -234,7 +234,7 @@ def test_one_task_that_agrees_is_enough(model, tasks, monkeypatch):
 
 def test_stock_is_plain_torch_and_leaves_the_model_alone(model, tasks):
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    twin = stock_adapt(model, tasks[0].xs, tasks[0].ys, steps=1, lr=0.1, norm="never")
+    twin = plain_adapt(model, tasks[0].xs, tasks[0].ys, steps=1, lr=0.1, norm="never")
     assert {type(m).__module__.split(".")[0] for m in twin.modules() if not list(m.children())} == {"torch"}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     after = twin.state_dict()

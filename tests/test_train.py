@@ -21,7 +21,7 @@ from lambda_kernels import to_torch
 from lambda_maml import checkpoint, data, models
 from lambda_maml.evaluate import evaluate
 from lambda_maml.files import atomic, read_json, write_json
-from lambda_maml.stock import inner_parameters
+from lambda_maml.plain_torch import inner_parameters
 from lambda_maml.train import BEST, LAST, Result, Settings, meta_gradient, train
 
 SMALL = Settings(ways=3, shots=1, query=2, steps=2, lr=0.1, meta_lr=5e-3, meta_batch=2, val_tasks=6, val_every=3)

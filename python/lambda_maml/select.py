@@ -21,7 +21,7 @@ from .inner.rates import DEFAULT_LR, Rate, Rates
 from .inner.rules import Rule, is_rule
 from .patterns import Pattern
 from .stats import mean_ci95, ratio_upper_bound95, upper_bound95
-from .stock import disagreement
+from .plain_torch import disagreement
 from .timing import STOCK, Timing, measure_times, read_timings
 
 DRAWS = 3

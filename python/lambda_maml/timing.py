@@ -25,7 +25,7 @@ from .files import read_json
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rules import Rule
 from .patterns import Pattern
-from .stock import inner_loop, inner_parameters
+from .plain_torch import inner_loop, inner_parameters
 
 STOCK = "stock_full"
 """Name of the full pattern run by plain PyTorch among the timings."""

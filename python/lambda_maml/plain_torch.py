@@ -41,7 +41,7 @@ def inner_loop(
                 p.sub_(g, alpha=lr)
 
 
-def stock_adapt(
+def plain_adapt(
     model: nn.Module, xs: Tensor, ys: Tensor, *, steps: int, lr: float, norm: str = "follow",
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> nn.Module:  # fmt: skip
@@ -61,9 +61,9 @@ def disagreement(
     """
     full = Pattern.full(len(models.layer_names(model)))
     truth = dict(
-        stock_adapt(copy.deepcopy(model).double(), xs.double(), ys, steps=steps, lr=lr, norm=norm).named_parameters()
+        plain_adapt(copy.deepcopy(model).double(), xs.double(), ys, steps=steps, lr=lr, norm=norm).named_parameters()
     )
-    plain = dict(stock_adapt(model, xs, ys, steps=steps, lr=lr, norm=norm).named_parameters())
+    plain = dict(plain_adapt(model, xs, ys, steps=steps, lr=lr, norm=norm).named_parameters())
     ours = {**plain, **adapt(model, xs, ys, pattern=full, steps=steps, lr=lr, norm=norm).parameters_dict()}
 
     start = dict(model.named_parameters())
