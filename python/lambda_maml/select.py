@@ -20,8 +20,8 @@ from .files import read_json, write_json
 from .inner.rates import DEFAULT_LR, Rate, Rates
 from .inner.rules import Rule, is_rule
 from .patterns import Pattern
-from .stats import mean_ci95, ratio_upper_bound95, upper_bound95
 from .plain_torch import disagreement
+from .stats import mean_ci95, ratio_upper_bound95, upper_bound95
 from .timing import STOCK, Timing, measure_times, read_timings
 
 DRAWS = 3
