@@ -4,8 +4,9 @@
     python bench/revisions.py ../before --configurations glyphs,cifar-1-shot --patterns 11111,00011
 
 Two checkouts cannot be loaded into one process: both register the same operators. Each has a process of its own, which
-waits while the other one measures; calls alternate in short rounds, so that drift of the machine hits both alike. The
-last rows are of this checkout alone: a rate per layer and step beside one rate for all.
+waits while the other one measures; calls alternate in short rounds, so that drift of the machine hits both alike; idle
+threads sleep (OMP_WAIT_POLICY), so that they do not disturb the other side. The last row of each pattern is of this
+checkout alone: a rate per layer and step beside one rate for all.
 """
 
 from __future__ import annotations
@@ -77,9 +78,10 @@ class Checkout:
 
     def __init__(self, folder: Path, threads: int) -> None:
         paths = os.pathsep.join([str(folder), str(folder / "python")])
+        variables = {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            cwd=folder, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)},
+            cwd=folder, env={**os.environ, **variables},
         )  # fmt: skip
 
     def ask(self, **job: Any) -> Any:
