@@ -20,7 +20,9 @@ DEFAULT_LR = 0.01
 
 Rate: TypeAlias = "float | Tensor | Sequence[Any] | np.ndarray | Mapping[str, Any]"
 """A number; an array or tensor that broadcasts to [steps, layers] ([layers] is one per layer, [steps, 1] one per step);
-or a mapping from layer or parameter names to a number, [steps], or a tensor of the parameter's shape (Meta-SGD)."""
+or a mapping from layer or parameter names to a number, [steps], or a tensor of the parameter's shape (Meta-SGD). A
+vector that may be either, as for a bias of as many numbers as there are steps, is of the parameter's shape, unless a
+vector of the same mapping can only be one rate per step."""
 
 
 class Rates:
@@ -38,11 +40,14 @@ class Rates:
         self.parameters: list[nn.Parameter] = []
         self.value = self._checked(value)
         self.shapes: dict[str, tuple[int, ...]] = {}  # of the parameters, once they are known
+        self.by_step: frozenset[str] = frozenset()  # the parameters of which a vector is one rate per step
 
     def _checked(self, value: Any, inside: bool = False) -> Any:
         """The value with numbers as floats, arrays as nested lists, and tensors as they are."""
         if isinstance(value, nn.ParameterDict):
             value = dict(value.items())
+        if isinstance(value, nn.ParameterList):
+            value = list(value)
         if isinstance(value, Mapping):
             if not value:
                 raise ValueError("lr is an empty mapping: name the layers or parameters that it has rates for")
@@ -96,6 +101,11 @@ class Rates:
         by_name = copy.copy(self)
         by_name.value = found
         by_name.shapes = {n: tuple(params[n].shape) for n in found if n in params}
+        own = self.value if isinstance(self.value, dict) else {}
+        vectors = {n: r for n, r in own.items() if isinstance(r, Tensor) and r.dim() == 1 and n in params}
+        if any(r.shape != params[n].shape for n, r in vectors.items()):
+            own = {}
+        by_name.by_step = frozenset(n for n in found if n not in own)
         return by_name
 
     def at(self, name: str, step: int) -> float | Tensor:
@@ -150,10 +160,11 @@ class Rates:
                 )
 
     def _is_elementwise(self, rate: Tensor, name: str) -> bool:
-        return rate.dim() > 0 and tuple(rate.shape) == self.shapes.get(name)
+        same = rate.dim() > 0 and tuple(rate.shape) == self.shapes.get(name)
+        return same and not (rate.dim() == 1 and name in self.by_step)
 
     def __repr__(self) -> str:
-        return repr(self.value) if not isinstance(self.value, Tensor) else f"tensor {list(self.value.shape)}"
+        return _told(self.value)
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -176,6 +187,15 @@ def _column(value: Any, at: int, layers: int) -> Any:
         return value[at]
     rows = value[:, at] if isinstance(value, Tensor) else [row[at] for row in value]
     return rows if shape[0] > 1 else rows[0]
+
+
+def _told(value: Any) -> str:
+    """The rates in words: numbers, and the shapes of tensors."""
+    if isinstance(value, Tensor):
+        return f"tensor {list(value.shape)}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name!r}: {_told(rate)}" for name, rate in value.items()) + "}"
+    return f"[{', '.join(map(_told, value))}]" if isinstance(value, list) else repr(value)
 
 
 def _tensors(value: Any) -> list[Tensor]:
