@@ -63,7 +63,7 @@ def adapt(
         FloatingPointError: the support loss or the adapted parameters became infinite or NaN.
     """
     model = network_of(model)
-    if type(lr) is not float:
+    if rule is not None or type(lr) is not float:
         lr, rule = DEFAULT_LR, rule_of(lr, rule)
     plain = loss is F.cross_entropy and not second_order
     if plain and (known := remembered.again(model, xs, ys, pattern, steps, lr, rule, norm)) is not None:
@@ -130,7 +130,7 @@ def adapt_tasks(
         each = ((batch.task(value, t) for value in (xs, ys, xq)) for t in range(tasks))
         return batch.stacked([adapt(model, x, y, **given)(q) for x, y, q in each])
 
-    if (why := a.plan.why_not_batched or a.plan.unmapped.get(loss)) is not None:
+    if (why := a.plan.why_not_batched or a.why_unmapped) is not None:
         return one_by_one(why)
     try:
         return batch.adapt_and_classify(a, xs, ys, xq)
@@ -140,5 +140,5 @@ def adapt_tasks(
         # Whatever vmap has no rule for. Should the fault be the user's, adapting the first task raises it again.
         reason = f"torch.func.vmap cannot follow ({' '.join(str(error).split())[:160]})"
         found = one_by_one(reason)
-        a.plan.unmapped.put(loss, reason)
+        a.plan.unmapped.put(a.code, reason)
         return found

@@ -89,7 +89,7 @@ def _around(a: Adaptation, support: Support) -> list[str]:
             if again
             else "from the second call of these shapes on: one prepared call"
         )
-    why_alone = a.plan.why_not_batched or a.plan.unmapped.get(a.loss)
+    why_alone = a.plan.why_not_batched or a.why_unmapped
     lines.append(
         f"  adapt_tasks goes task by task: {why_alone}" if why_alone else "adapt_tasks runs the tasks as batches"
     )

@@ -135,7 +135,7 @@ class Plan:
         self.program, self.network = program, type(model).__name__
         self.layers = layers_of(model)
         self.outlines: Bounded[Any] = Bounded(_LIMIT)  # what an adaptation made of its pattern, steps and rates
-        self.unmapped: Bounded[str] = Bounded(_LIMIT)  # loss -> why `torch.func.vmap` could not follow
+        self.unmapped: Bounded[str] = Bounded(_LIMIT)  # by `Adaptation.code`: why vmap could not follow
         self._parts: Bounded[Part] = Bounded(_LIMIT)
 
     def updated(self, bits: str, norm: str) -> tuple[str, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from ..plan import Part, Plan, plan_of, with_copies
 from ..say import say_once
 from . import checks
 from .checks import Loss
-from .rules import Rule, is_learned
+from .rules import Rule, is_learned, links
 from .state import tied
 
 __all__ = ["Adaptation", "Stretch", "Support", "describe"]
@@ -66,6 +66,9 @@ class Adaptation:
     updated: tuple[str, ...]  # the names of all parameters that a step updates
     parameters: dict[str, Tensor]  # the network's own, by name
     buffers: dict[str, Tensor]
+    in_graph: bool
+    """Whether the adapted parameters are computed in autograd's graph: through the inner gradients, or through what the
+    rule learns."""
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -82,11 +85,18 @@ class Adaptation:
         """The network's own parameters, and copies of its buffers, by name."""
         return with_copies(self.parameters, self.buffers)
 
-    @cached_property
-    def in_graph(self) -> bool:
-        """Whether the adapted parameters are computed in autograd's graph: through the inner gradients, or through what
-        the rule learns."""
-        return self.second_order or is_learned(self.rule)
+    @property
+    def code(self) -> Hashable:
+        """Which code of a user's the loss and the rule are, without what they hold."""
+        loss: Any = self.loss
+        while isinstance(loss, partial):
+            loss = loss.func
+        return getattr(loss, "__code__", type(loss)), tuple(type(link) for link in links(self.rule))
+
+    @property
+    def why_unmapped(self) -> str | None:
+        """Why `torch.func.vmap` could not follow such a loss or rule, or the network, when it was tried."""
+        return self.plan.unmapped.get(self.code)
 
     def start(self, tasks: int | None) -> dict[str, Tensor]:
         """The state before the first step; of T tasks, with T in front of what is updated."""
@@ -177,18 +187,19 @@ def describe(
         ]
         outline = _Outline(segments, tuple(dict.fromkeys(n for names, _ in segments for n in names)))
         plan.outlines.put(key, outline)
-    fixed = getattr(rule, "fixed", False)
-    found: tuple[Rule, tuple[Stretch, ...]] | None = plan.outlines.get((key, rule)) if fixed else None
+    fixed = getattr(rule, "fixed", None)
+    found: tuple[Rule, tuple[Stretch, ...]] | None = plan.outlines.get((key, fixed)) if fixed else None
     if found is None:
         bound = rule.bind(plan.layers, parameters) if isinstance(rule, Rule) else rule
         if isinstance(bound, Rule):
             bound.check_steps(steps)
         found = bound, tuple(_stretches(plan, outline, bound, steps))
         if fixed:
-            plan.outlines.put((key, rule), found)
+            plan.outlines.put((key, fixed), found)
     bound, stretches = found
+    in_graph = second_order or is_learned(bound)  # asked here, with the caller's gradient mode
     return Adaptation(
-        model, plan, chosen, bound, steps, norm, loss, second_order, stretches, outline.updated, parameters, buffers
+        model, plan, chosen, bound, steps, norm, loss, second_order, stretches, outline.updated, parameters, buffers, in_graph
     )
 
 

@@ -159,7 +159,7 @@ def take_step(
             f"{rule!r} gave {wrong or sorted(changes.keys() - own.keys())}: a rule's update gives a tensor of each "
             f"parameter's shape, by the names that it got ({', '.join(own)})"
         )
-    return changes, memory
+    return {n: c if c.dtype == own[n].dtype else c.to(own[n].dtype) for n, c in changes.items()}, memory
 
 
 def _per_task(function: Any, *values: Any) -> Any:

@@ -108,6 +108,18 @@ class Rates:
         by_name.by_step = frozenset(n for n in found if n not in own)
         return by_name
 
+    def replaced(self, new: Mapping[int, Any]) -> Rates:
+        """The same with other tensors in the places of some, which are named by their identity."""
+
+        def other(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: other(v) for name, v in value.items()}
+            return [other(v) for v in value] if isinstance(value, list) else new.get(id(value), value)
+
+        twin = copy.copy(self)
+        twin.value, twin.parameters = other(self.value), other(self.parameters)
+        return twin
+
     def at(self, name: str, step: int) -> float | Tensor:
         """The rate of a parameter in a step, counted from 0: a number, or a tensor of one number or of its shape."""
         rate = self.value

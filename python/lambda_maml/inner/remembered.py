@@ -52,10 +52,14 @@ def again(
         or not isinstance(pattern, (str, Pattern))
     ):
         return None
-    if rule is None and (type(lr) is not float or not 0.0 < lr < float("inf")):
+    fixed = None
+    if rule is not None:
+        if (fixed := getattr(rule, "fixed", None)) is None:
+            return None
+    elif type(lr) is not float or not 0.0 < lr < float("inf"):
         return None
     memo = memo_of(model)
-    found: _Call | None = memo.get(_key(xs, ys, pattern, steps, rule, norm)) if memo else None
+    found: _Call | None = memo.get(_key(xs, ys, pattern, steps, fixed, norm)) if memo else None
     if found is None or _watched(xs.device):
         return None
     new = found.run(xs, ys, steps, [lr] if found.rates is None else found.rates)
@@ -69,7 +73,7 @@ def refusals(a: Adaptation, support: Support) -> list[str]:
     why = []
     if len(a.stretches) != 1 or a.stretches[0].part.whole is None:
         return ["not all steps are one chain from the inputs on"]
-    if a.stretches[0].rates is None or (a.rule is not None and not getattr(a.rule, "fixed", False)):
+    if a.stretches[0].rates is None or getattr(a.rule, "fixed", None) is None:
         why.append("the rates are tensors, which may change")
     if a.loss is not F.cross_entropy or a.second_order:
         why.append("it is for first order under torch.nn.functional.cross_entropy")
@@ -102,12 +106,12 @@ def keep(a: Adaptation, support: Support, pattern: str | Pattern | None, lr: Any
         memo.clear()
     moved = chain.order(stretch.part.updated)
     rates = None if rule is None else stretch.row_by_row(moved)
-    key = _key(support.xs, support.ys, pattern, a.steps, rule, a.norm)
+    key = _key(support.xs, support.ys, pattern, a.steps, None if rule is None else rule.fixed, a.norm)
     memo[key] = _Call(run, rates, a.plan, a.meta, tuple(moved), a.updated)
 
 
-def _key(xs: Tensor, ys: Tensor, pattern: str | Pattern, steps: int, rule: Any, norm: str) -> Hashable:
-    return pattern, steps, rule, norm, xs.shape, xs.dtype, xs.device, ys.shape, ys.dtype, ys.device, backend_in_force()
+def _key(xs: Tensor, ys: Tensor, pattern: str | Pattern, steps: int, rates: bytes | None, norm: str) -> Hashable:
+    return pattern, steps, rates, norm, xs.shape, xs.dtype, xs.device, ys.shape, ys.dtype, ys.device, backend_in_force()
 
 
 def _watched(device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import marshal
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +85,7 @@ class Rule(nn.Module):
     def __or__(self, other: Rule) -> Rule:
         if not is_rule(other):
             return NotImplemented
-        return _Joined([*_links(self), *_links(other)])
+        return _Joined([*links(self), *links(other)])
 
 
 class sgd(Rule):
@@ -111,7 +112,8 @@ class sgd(Rule):
         return {name: g * -self.rates.at(name, step.index) for name, g in grads.items()}, state
 
     def constants(self, names: Sequence[str], steps: int) -> Sequence[Sequence[float]] | None:
-        return self.rates.constants(names, steps)
+        own = type(self).update is not sgd.update  # a class made of this one may do anything with the rates
+        return None if own else self.rates.constants(names, steps)
 
     def bind(self, layers: Sequence[Layer], params: Mapping[str, Tensor]) -> Rule:
         rates = self.rates.bound(layers, params)
@@ -126,22 +128,31 @@ class sgd(Rule):
 
     @property
     def learned(self) -> bool:
-        return self.rates.learned
+        return self.rates.learned or super().learned
 
-    @property
-    def fixed(self) -> bool:
-        """Whether its rates are numbers, which do not change."""
-        return not self.rates.tensors
+    @cached_property
+    def fixed(self) -> bytes | None:
+        """The rates of plain gradient descent where all are numbers, which do not change, as a key; else None."""
+        return marshal.dumps(self.rates.value) if type(self) is sgd and not self.rates.tensors else None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        before = dict(self._parameters)
+        super()._load_from_state_dict(*args, **kwargs)
+        new = {id(p): self._parameters[n] for n, p in before.items() if self._parameters[n] is not p}
+        if new:  # load_state_dict(assign=True)
+            self.rates = self.rates.replaced(new)
 
     def extra_repr(self) -> str:
-        return f"lr={self.rates!r}"
+        own = [f"{name}={value!r}" for name, value in self._settings().items()]
+        return ", ".join([f"lr={self.rates!r}", *own])
+
+    def _settings(self) -> dict[str, Any]:
+        """What else the rule was made with."""
+        return {}
 
 
 class _Adaptive(sgd):
     """A rule with rates that remembers something: its rates alone do not tell its steps."""
-
-    def constants(self, names: Sequence[str], steps: int) -> None:
-        return None
 
     def init(self, params: Params) -> State:
         return {name: torch.zeros_like(_real(p)) for name, p in params.items()}
@@ -160,6 +171,9 @@ class momentum(_Adaptive):
         super().__init__(lr)
         self.decay, self.nesterov = _share("decay", decay), nesterov
 
+    def _settings(self) -> dict[str, Any]:
+        return {"decay": self.decay, "nesterov": self.nesterov}
+
     def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
         real = {n: _real(g) for n, g in grads.items()}
         velocity = {n: self.decay * state[n] + g for n, g in real.items()}
@@ -174,6 +188,9 @@ class adam(_Adaptive):
     def __init__(self, lr: Rate, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         super().__init__(lr)
         self.betas, self.eps = (_share("betas[0]", betas[0]), _share("betas[1]", betas[1])), eps
+
+    def _settings(self) -> dict[str, Any]:
+        return {"betas": self.betas, "eps": self.eps}
 
     def init(self, params: Params) -> State:
         # Both moments, and the number of a parameter's steps so far, of its shape: with many tasks it has their axis
@@ -200,6 +217,9 @@ class rmsprop(_Adaptive):
         super().__init__(lr)
         self.alpha, self.eps = _share("alpha", alpha), eps
 
+    def _settings(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "eps": self.eps}
+
     def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
         real = {n: _real(g) for n, g in grads.items()}
         squares = {n: self.alpha * state[n] + (1 - self.alpha) * g * g for n, g in real.items()}
@@ -217,6 +237,9 @@ class weight_decay(Rule):
         if not 0.0 <= rate < float("inf"):
             raise ValueError(f"weight_decay: rate must be at least 0, got {rate!r}")
         self.rate = rate
+
+    def extra_repr(self) -> str:
+        return f"{self.rate!r}"
 
     def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
         return {name: g + self.rate * params[name] for name, g in grads.items()}, state
@@ -241,9 +264,13 @@ class clip(Rule):
             raise ValueError(f"clip: the bound must be above 0, got {limit!r}")
         self.norm, self.value = norm, value
 
+    def extra_repr(self) -> str:
+        return f"norm={self.norm!r}" if self.norm is not None else f"value={self.value!r}"
+
     def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
         if self.value is not None:
-            return {name: g.clamp(-self.value, self.value) for name, g in grads.items()}, state
+            bounded = {n: _real(g).clamp(-self.value, self.value) for n, g in grads.items()}
+            return {n: torch.view_as_complex(b) if grads[n].is_complex() else b for n, b in bounded.items()}, state
         assert self.norm is not None
         squares = torch.stack([_real(g).square().sum() for g in grads.values()]).sum()
         # Where all gradients are 0 the root has no derivative, and nothing is to be clipped.
@@ -261,30 +288,33 @@ class _Joined(Rule):
         self.elementwise = all(getattr(r, "elementwise", False) for r in links)
         self.ends = any(getattr(r, "ends", True) for r in links)
 
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, links(self)))
+
     def init(self, params: Params) -> State:
-        return tuple(r.init(params) for r in _links(self))
+        return tuple(r.init(params) for r in links(self))
 
     def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
         remembered = []
-        for link, own in zip(_links(self), state, strict=True):
+        for link, own in zip(links(self), state, strict=True):
             grads, own = link.update(grads, own, params, step)
             remembered.append(own)
         return grads, tuple(remembered)
 
     def bind(self, layers: Sequence[Layer], params: Mapping[str, Tensor]) -> Rule:
-        return _Joined([r.bind(layers, params) if isinstance(r, Rule) else r for r in _links(self)])
+        return _Joined([r.bind(layers, params) if isinstance(r, Rule) else r for r in links(self)])
 
     def check_steps(self, steps: int) -> None:
-        for link in _links(self):
+        for link in links(self):
             if isinstance(link, Rule):
                 link.check_steps(steps)
 
     @property
     def learned(self) -> bool:
-        return any(is_learned(r) for r in _links(self))
+        return any(is_learned(r) for r in links(self))
 
 
-def _links(rule: Rule) -> list[Rule]:
+def links(rule: Rule) -> list[Rule]:
     return list(rule.links) if isinstance(rule, _Joined) else [rule]  # type: ignore[arg-type]
 
 
