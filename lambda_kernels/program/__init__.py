@@ -14,7 +14,7 @@ all modules of the same structure share one.
 from .calls import BlockCall, LinearCall
 from .fuse import EVALUATION
 from .lookup import memo_of, program_for, program_of, tensors_of
-from .shadow import shadow
+from .shadow import replace, shadow
 from .steps import LAYERS, NORMS, Arguments, Fusion, OwnState, Program, Slot, Step
 from .structure import flatten
 
@@ -34,6 +34,7 @@ __all__ = [
     "memo_of",
     "program_for",
     "program_of",
+    "replace",
     "shadow",
     "tensors_of",
 ]

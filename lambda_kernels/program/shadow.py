@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .snapshot import BASE, SCALARS
 from .structure import attributes, opened, slots_of
 
-__all__ = ["shadow", "shallow"]
+__all__ = ["replace", "shadow", "shallow"]
 
 _DEPTH = 4  # of containers and objects that an attribute is looked into
 _CLOSED = (*SCALARS, Tensor, type, types.ModuleType, types.BuiltinFunctionType, torch.Generator, bytes, complex)
@@ -59,6 +59,23 @@ def shallow(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return twin
 
 
+def replace(module: nn.Module, tensors: Mapping[int, Tensor]) -> None:
+    """Put tensors in the places of a module's own, which are named by identity; also in its plain attributes.
+
+    For a module that is a shadow: everything that leads to such a tensor is changed or made anew.
+    """
+    parts = list(module.modules())
+    copies = _Copies({}, {})
+    copies.tensors, copies.follows_modules = dict(tensors), False
+    for part in parts:
+        for group in (part._parameters, part._buffers):
+            group.update({n: tensors[id(t)] for n, t in group.items() if id(t) in tensors})  # type: ignore[misc]
+        for name in part.__dict__.keys() - BASE:
+            value = part.__dict__[name]
+            if type(value) not in SCALARS and not _is_plain(value):
+                part.__dict__[name] = copies._copy(value, _DEPTH)
+
+
 class _Copies:
     """The copies of one shadow, and the objects that they are copies of."""
 
@@ -67,6 +84,7 @@ class _Copies:
         self.tensors: dict[int, Tensor] = {}  # by the identity of what they stand for
         self.kept: set[int] = set()  # identities of the module's own that were given
         self.copies: dict[int, Any] = {}
+        self.follows_modules = True  # False: modules stay what they are
 
     def tree(self, root: nn.Module, path: str | None) -> nn.Module:
         """The shadow of a module with all its children; `path` is None outside of the module that was asked for."""
@@ -149,8 +167,10 @@ class _Copies:
             for item in level:
                 if _is_plain(item) or id(item) in met:
                     continue
-                if isinstance(item, nn.Module) or id(item) in self.tensors:
+                if id(item) in self.tensors or (self.follows_modules and isinstance(item, nn.Module)):
                     return True
+                if isinstance(item, nn.Module):
+                    continue
                 met[id(item)] = item
                 below += _held(item)
             level = below

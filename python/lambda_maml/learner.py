@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lambda_kernels.program import program_for, shadow, tensors_of
+from lambda_kernels.program import program_for, replace, shadow, tensors_of
 
 from .inner.state import Outcome
 from .plan import Plan, plan_of
@@ -46,7 +46,9 @@ class AdaptedNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, plan: Plan, outcome: Outcome) -> None:
         super().__init__()
-        self.__dict__.update(training=model.training, _network=None, _held=(model, plan, outcome), _bound=None)
+        self.__dict__.update(
+            training=model.training, _network=None, _shown=False, _held=(model, plan, outcome), _bound=None
+        )
 
     @property
     def module(self) -> nn.Module:
@@ -102,6 +104,7 @@ class AdaptedNetwork(nn.Module):
     def parameters_dict(self) -> dict[str, Tensor]:
         """All parameters by name, the adapted ones in place of the model's."""
         state = self._state()
+        self.__dict__["_shown"] = True
         return {name: state[name] for name, _ in self.__dict__["_held"][0].named_parameters()}
 
     def to_module(self) -> nn.Module:
@@ -121,17 +124,25 @@ class AdaptedNetwork(nn.Module):
             part.__dict__.update(kept)
         return twin
 
+    def train(self, mode: bool = True) -> Any:
+        """As the model's own `train`, of this network."""
+        network = self.module.train(mode)
+        self.__dict__["training"] = network.training
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the network has, and tensors and layers, are set on the network, whose forward looks for them there."""
+        own = name in self.__dict__ or hasattr(type(self), name)
+        if own or not (isinstance(value, (Tensor, nn.Module)) or hasattr(self._network or self._held[0], name)):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.module, name, value)
+
     # What nn.Module would do in place, on tensors that are part of a graph or the model's own.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        network, made = self.module, {}
-        for part in network.modules():
-            for group in (part._parameters, part._buffers):
-                for name, tensor in group.items():
-                    if tensor is not None:
-                        if id(tensor) not in made:
-                            made[id(tensor)] = (tensor, fn(tensor))  # the old one is kept, so that its id stays its own
-                        group[name] = made[id(tensor)][1]  # type: ignore[assignment]
+        own = {id(t): t for t in (*self.module.parameters(), *self.module.buffers())}
+        replace(self.module, {key: fn(tensor) for key, tensor in own.items()})
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
@@ -147,8 +158,15 @@ class AdaptedNetwork(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loads into tensors of its own; the model keeps its values."""
-        self._apply(lambda t: t.detach().clone().requires_grad_(t.requires_grad))
+        self._own()
         return self.module.load_state_dict(state_dict, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:  # where it is a part of what is loaded
+        self._own()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _own(self) -> None:
+        self._apply(lambda t: t.detach().clone().requires_grad_(t.requires_grad))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_held" not in self.__dict__:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lambda_kernels.chain import backend_in_force
-from lambda_kernels.program import flatten, tensors_of
+from lambda_kernels.program import flatten, replace, tensors_of
 
 from .inner import autograd, checks
 from .inner.adaptation import named
@@ -103,8 +103,9 @@ class LambdaMAML(nn.Module):
         model = self.module
         plan = plan_of(model)
         state = state_of(model)
-        # An optimiser's step must not reach the learner.
-        copies = {id(p): p.clone() for p in {id(p): p for p in tensors_of(model)[0].values()}.values()}
+        # An optimiser's step must not reach the learner. Under no_grad the copies are leaves, which can be adapted.
+        distinct = {id(p): p for p in tensors_of(model)[0].values()}
+        copies = {i: p.clone().requires_grad_(p.requires_grad) for i, p in distinct.items()}
         names = [plan.updated(bits, self.norm) for bits in self.pattern.stages]
         if self.every_layer:
             names = [tuple(n for n in group if state[n].requires_grad) for group in names]
@@ -150,7 +151,8 @@ class _Held(NamedTuple):
 
     inputs: tuple[Any, ...]
     values: list[Tensor]  # copies of the inputs: they may be changed in place, past torch's knowledge
-    key: Any  # the modes that it was computed in
+    read: list[Tensor]  # what it read of the state
+    key: Any  # the versions of that, and the modes that it was computed in
     frozen: Frozen
 
 
@@ -172,20 +174,25 @@ class TaskLearner(AdaptedNetwork):
         if not part.prefix or kwargs or not all(isinstance(x, Tensor) for x in args):
             self.__dict__["_prefix"] = None
             return part.freeze(modules, state, inputs)(modules, state)
-        key = part, _modes(args[0].device), [(id(t), _version(t)) for t in self._frozen(state, part)]
+        read = self._frozen(state, part)
+        key = part, _modes((*args, *state.values())[0].device), [_version(t) for t in read]
         held: _Held | None = self._prefix
-        if held is None or not _same(held, args, key):
+        if held is None or not _same(held, args, read, key):
             frozen = part.freeze(modules, state, inputs)
-            held = _Held(args, [x.detach().clone() for x in args], key, frozen)
+            held = _Held(args, [x.detach().clone() for x in args], read, key, frozen)
             self.__dict__["_prefix"] = held
             self._forget_when_freed(frozen)
         return held.frozen(modules, state)
 
     def _frozen(self, state: Any, part: Part) -> list[Tensor]:
         """What the prefix reads of the state, where a user may have changed it."""
-        if self.__dict__["_network"] is None:
+        network = self.__dict__["_network"]
+        if network is None and not self.__dict__["_shown"]:
             return []
-        return [state[n] for step, _ in part.prefix for n in step.parameters]
+        read = [state[n] for step, _ in part.prefix for n in step.parameters]
+        paths = [getattr(step.call, "path", "") for step, _ in part.prefix if not step.tracks]
+        buffers = () if network is None else (n for n, _ in network.named_buffers())
+        return read + [state[n] for n in buffers if any(n.startswith(f"{path}.") for path in paths)]
 
     def _forget_when_freed(self, frozen: Frozen) -> None:
         """Drop the prefix once a backward pass has gone through it: that frees its graph."""
@@ -217,6 +224,11 @@ class TaskLearner(AdaptedNetwork):
             FloatingPointError: the loss is infinite or NaN.
         """
         self._update(self.gradients(loss, first_order, allow_unused), loss, self._first_order(first_order))
+
+    def __copy__(self) -> Any:
+        twin = super().__copy__()
+        twin.__dict__["_prefix"] = None  # its effects are on this one's buffers
+        return twin
 
     def gradients(self, loss: Tensor, first_order: bool | None = None, allow_unused: bool | None = None) -> Params:
         """The loss's gradients by name, of the parameters that the next step updates and that it depends on.
@@ -283,10 +295,8 @@ class TaskLearner(AdaptedNetwork):
             state = tied({**self._state(), **new}, plan.program.aliases)
             self.__dict__["_held"] = model, plan, Outcome(state, {}, (), plan.program.aliases, in_graph=True)
             return
-        network = self.module
-        for name, tensor in {**new, **{a: new[n] for a, n in plan.program.aliases.items() if n in new}}.items():
-            path, _, leaf = name.rpartition(".")
-            network.get_submodule(path)._parameters[leaf] = tensor  # type: ignore[assignment]
+        own = self._state()
+        replace(self.module, {id(own[name]): tensor for name, tensor in new.items()})
 
     def clone(
         self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
@@ -298,8 +308,9 @@ class TaskLearner(AdaptedNetwork):
             settings = settings._replace(first_order=first_order)
         if allow_unused is not None:
             settings = settings._replace(allow_unused=allow_unused)
+        moved = plan_of(model).program.modes != plan.program.modes  # the model's modes, since this one was made
+        network = self.module if moved or self.__dict__["_network"] is not None else model
         state = self._state()
-        network = self.module if self.__dict__["_network"] is not None else model
         copies = {id(b): b.clone() for b in (state[n] for n, _ in network.named_buffers() if n in state)}
         state = {n: copies.get(id(t), t) for n, t in state.items()}
         twin = TaskLearner(network, plan_of(network), state, settings, self._step)
@@ -308,8 +319,9 @@ class TaskLearner(AdaptedNetwork):
         return twin
 
 
-def _same(held: _Held, args: tuple[Any, ...], key: Any) -> bool:
-    same = len(held.inputs) == len(args) and all(mine is x for mine, x in zip(held.inputs, args))
+def _same(held: _Held, args: tuple[Any, ...], read: list[Tensor], key: Any) -> bool:
+    mine, given = (*held.inputs, *held.read), (*args, *read)
+    same = len(mine) == len(given) and all(a is b for a, b in zip(mine, given))
     return same and held.key == key and all(torch.equal(mine, x.detach()) for mine, x in zip(held.values, args))
 
 

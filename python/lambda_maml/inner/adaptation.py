@@ -199,7 +199,19 @@ def describe(
     bound, stretches = found
     in_graph = second_order or is_learned(bound)  # asked here, with the caller's gradient mode
     return Adaptation(
-        model, plan, chosen, bound, steps, norm, loss, second_order, stretches, outline.updated, parameters, buffers, in_graph
+        model,
+        plan,
+        chosen,
+        bound,
+        steps,
+        norm,
+        loss,
+        second_order,
+        stretches,
+        outline.updated,
+        parameters,
+        buffers,
+        in_graph,
     )
 
 

@@ -161,7 +161,8 @@ def check_labels(
     Raises:
         ValueError: a class number lies beyond the network's outputs.
     """
-    outputs, some = plan.outputs, 0
+    # A label per image is one of the last layer's outputs; of labels per pixel or word, the classes are another axis.
+    outputs, some = plan.outputs if labels.dim() == 2 else None, 0
     ignored = ignored_label(loss)
     if lowest is None or highest is None:
         rows = labels.flatten(1)
