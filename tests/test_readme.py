@@ -49,6 +49,17 @@ def test_the_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(p.grad is not None for p in names["model"].parameters())
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_the_architecture_page_shows_what_its_examples_print(capsys: pytest.CaptureFixture[str]) -> None:
+    page = ROOT / "docs" / "architecture.md"
+    found, shown = blocks(page, "python"), blocks(page, "text")
+    assert len(found) == len(shown) == 2
+    names: dict[str, Any] = {}
+    for code, text in zip(found, shown):
+        exec(compile(code, str(page), "exec"), names)
+        assert capsys.readouterr().out == text
+
+
 def commands(program: str) -> list[list[str]]:
     """The arguments of every line of the pages' shell blocks, and of prose in backquotes, that calls the program."""
     lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
@@ -83,7 +94,7 @@ def test_image_sets_are_all_there() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page: Path) -> None:
     text = prose(page)
-    named = re.findall(r"`((?:[\w.]+/)+[\w.]*|[\w]+\.(?:py|cpp|md))`", text)
+    named = re.findall(r"`((?:[\w.]+/)+[\w.]*|[\w]+\.(?:py|cpp|h|inl|cu|md))`", text)
     linked = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
     places = [ROOT, ROOT / "python", ROOT / "lambda_kernels", ROOT / "csrc", ROOT / "python" / "lambda_maml"]
     made = {"images_evaluation/"}
