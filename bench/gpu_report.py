@@ -52,9 +52,19 @@ with the log. On a cluster: [clusters.md](clusters.md).
 NONE = """
 ## Nothing has run on a GPU yet
 
-There are no results from a GPU in this checkout, and so no figures. Unproven until there are: that the CUDA library
-and the Triton kernels give right results on a device (on a CPU the Triton kernels run interpreted), that a captured
-graph replays what it recorded, every speed, and the goals below.
+There are no results from a GPU in this checkout, and so no figures. Without a GPU the tests run the CUDA sources in an
+emulator and the Triton kernels in Triton's interpreter, compile both where nvcc and triton are there, and play a graph's
+rules on a tape of operators. Unproven until there are results:
+
+- that the CUDA library and the Triton kernels give right results on a device; the CUDA sources were one file, and are now
+  a file per operation in `csrc/cuda/`;
+- that the updates with a rate per parameter and step do so (`csrc/cuda/sgd.cu`, `backends/triton/update.py`), and that a
+  rate of 0 leaves a parameter as it is;
+- that a CUDA graph of the present inner loop replays what it recorded: `inner/recorded.py` around `inner/loop.py`, with
+  schedules, with rates per step, and with the query forward (`backends/inner_loop.py`);
+- that backends of your own, and the choice by measurement, work on a device with blocks as one argument and calls seen as
+  a whole;
+- every speed, and the goals below.
 """
 HOW = """
 ## How it is measured
@@ -67,7 +77,7 @@ HOW = """
   of all steps over static buffers ("tuned": channels-last, cuDNN's algorithms chosen by measurement); prefix and step
   through `torch.compile`. Their parameters are put back off the clock; ours pays for its own copies.
 - torch's default switches hold: TF32 in convolutions, not in matrix products.
-- The network has random weights, the images are random pixels. Many tasks: `adapt_tasks` with one query image a task,
+- The network has random weights, the images are random pixels. Many tasks: `adapt_tasks` with one query image per task,
   and the same in the columns beside it; time per task.
 - The fused block is timed by events around replays of a graph that goes through several input sets where one would fit
   in the L2 cache. Its floor is the larger of two times: every input read once and every output written once at the
@@ -99,7 +109,7 @@ def table(document: Mapping[str, Any]) -> str:
 
 
 def summary(document: Mapping[str, Any]) -> str:
-    """The rows in a line each, and the goals: what one wants to see at the end of a terminal."""
+    """The rows in a line each, and the goals: what is read at the end of a terminal."""
     lines = []
     for row in document["stages"].get("bench", {}).get("rows", []):
         if row.get("columns"):

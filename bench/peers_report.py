@@ -44,7 +44,7 @@ NAMES = {
 TITLES = {
     "adapt": "Adaptation time",
     "packages": "Beside torch.func, torch.compile and other packages",
-    "query": "With the logits of 15 query images a class",
+    "query": "With the logits of 15 query images per class",
 }
 HEAD = """# Adaptation on a CPU
 
@@ -74,10 +74,10 @@ HOW = """
 - Adaptation time runs from support tensors to adapted parameters, wall clock, the query forward not in it. All columns
   of a row alternate in one process, in shuffled order; a ratio is taken inside each round and given as its median with
   the quartiles.
-- Before anything of a configuration is timed, everybody's adapted parameters are compared with the plain loop's in
-  float64 and in float32. Where one differs, the configuration has no times and the command fails.
+- Before anything of a configuration is timed, all adapted parameters are compared with the plain loop's in float64 and
+  in float32. Where one differs, the configuration has no times and the command fails.
 - Stock parameters are put back off the clock; ours and the packages pay for their own copies. "Same mask": frozen
-  parameters want no gradient. "Prefix by hand": the layers ahead of the first updated one run once. `torch.func` and
+  parameters require no gradient. "Prefix by hand": the layers ahead of the first updated one run once. `torch.func` and
   `torch.compile` (inductor, compiled off the clock) have the prefix by hand too, the packages cannot.
 - The packages run as in their own examples, in first order. TorchOpt: its functional optimiser, as `MetaSGD` always
   records the graph of second order.
@@ -97,7 +97,8 @@ HOW = """
 - Winograd's F(2x2, 3x3) in float32 and float64, forward and both gradients: 16 products in place of 36. It is taken by
   the rule in `csrc/winograd.h`; with few channels ATen's direct convolution is faster and is called.
 - The first block's statistics from the moments of its patches; the last block's steps in the space of its few pixels.
-- No step allocates, and the second adaptation of a network is one call from Python: the plan is kept with the network.
+- No step allocates, and the second adaptation of a network is one call from Python: the prepared call is kept
+  with the network.
 - At 28x28 the scratch of Winograd's algorithm, which does not shrink with the images, is most of the memory in use.
 """
 
@@ -224,7 +225,7 @@ class Found:
                 named(row), f"`{row['pattern']}`", *(span(columns[f"tasks_{n}"]) for n in (4, 8, 16)),
                 self.against(ratios["calls"], CALLS_GOAL), cell(vmap),
             ])  # fmt: skip
-        note = "`adapt_tasks` to the logits of one query image a task; milliseconds a task."
+        note = "`adapt_tasks` to the logits of one query image per task; milliseconds per task."
         head = ["network", "pattern", "4 tasks", "8 tasks", "16 tasks", "16 over 16 calls of `adapt`", "16 over `vmap`"]
         return Table("Many tasks", note, head, found)
 
