@@ -97,7 +97,7 @@ def find_nvcc() -> str | None:
 
 
 def wanted_nvcc(torch: Any) -> str | None:
-    """nvcc where the CUDA kernels are to be built, else None; SystemExit where it is asked for and missing."""
+    """nvcc where the CUDA kernels are to be built, else None; SystemExit where it is required and missing."""
     wish = os.environ.get("LAMBDA_KERNELS_CUDA", "").strip()
     if wish not in ("", "0", "1"):
         raise SystemExit(f"lambda-kernels: LAMBDA_KERNELS_CUDA must be 0 or 1, got {wish!r}")
@@ -259,7 +259,7 @@ def build_command(torch: Any) -> type[build_ext]:
             os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
             flags = list(COMPILE_FLAGS)
             # Compiled with OpenMP, linked without: the symbols resolve to the libgomp that torch loads, so that there
-            # is one thread pool. clang's -fopenmp wants LLVM's runtime, which torch does not bring: one thread there.
+            # is one thread pool. clang's -fopenmp needs LLVM's runtime, which torch does not bring: one thread there.
             if "clang" not in compiler_version:
                 flags.append("-fopenmp")
             for ext in self.extensions:

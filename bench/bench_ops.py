@@ -1,6 +1,6 @@
 """conv2d, linear and conv_block: forward, backward and double backward of each backend and of stock PyTorch.
 
-Operands are those of conv4's layers on 5 or 25 support images; images themselves (1 or 3 channels) want no gradient.
+Operands are those of conv4's layers on 5 or 25 support images; images themselves (1 or 3 channels) need no gradient.
 Nothing is timed before its result was compared with stock PyTorch's in float64.
 """
 

@@ -22,7 +22,7 @@ LR, NORM = 0.01, "follow"
 
 
 class Stock:
-    """The inner loop in stock layers under a pattern. Frozen parameters want no gradient; with `prefix` the layers
+    """The inner loop in stock layers under a pattern. Frozen parameters need no gradient; with `prefix` the layers
     ahead of the first updated one run once, as someone would write it by hand. `layout` is that of images and weights
     in memory."""
 

@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def chosen(config: pytest.Config) -> dict[str, Configuration]:
-    """The configurations that the command line asks for, by name."""
+    """The configurations by the names that the command line has."""
     given = {f: config.getoption(f) for f in Configuration._fields if config.getoption(f) is not None}
     found = {name: CONFIGURATIONS[name]._replace(**given) for name in config.getoption("bench_config")}
     if len(set(found.values())) < len(found):

@@ -76,8 +76,8 @@ def fma_rates(threads: int, seconds: float) -> dict[str, float]:
 
 
 def ceilings(seconds: float = 0.5) -> dict[str, Any]:
-    """What this process reaches with its threads: operations a second, and bytes a second, read plus written, of a copy
-    far beyond the caches. Takes about eight times `seconds`."""
+    """What this process reaches with its threads: operations per second, and bytes per second, read plus written, of a
+    copy far beyond the caches. Takes about eight times `seconds`."""
     threads = torch.get_num_threads()
     found: dict[str, Any] = {"threads": threads, "remark": ""}
     try:

@@ -31,7 +31,7 @@ class Kernels:
             torch.cuda.synchronize(self.device)
 
     def shape(self, layer: int) -> tuple[int, int, int, int, int]:
-        """(images a task, input channels, output channels, side, side after the pooling) of a block."""
+        """(images per task, input channels, output channels, side, side after the pooling) of a block."""
         c = self.sizes.main
         side = c.image_size >> layer
         return c.ways * c.shots, c.width if layer else c.in_channels, c.width, side, side // 2
@@ -57,7 +57,7 @@ class Kernels:
         t = self.sizes.tasks
         own = 1 if shared else t
         sizes = {"x": t * n * i * side * side, "w": own * o * i * 9, "v": 2 * own * o, "y": t * n * o * half * half}
-        # each input read once, each output written once; the first block's images want no gradient
+        # each input read once, each output written once; the first block's images need no gradient
         values = sum(sizes.values()) + (sizes["w"] + sizes["v"] + (sizes["x"] if layer else 0) if backward else 0)
         flops = 2 * t * n * o * i * 9 * side * side * ((2 if layer else 1) if backward else 1)
         moved = 4 * values

@@ -27,9 +27,9 @@ class Sizes(NamedTuple):
     main: Configuration
     others: dict[str, Configuration]
     tasks: int
-    query: int  # images a task
+    query: int  # images per task
     stock_tasks: int  # that the eager loop adapts to in a round
-    seconds: float  # a row's timed rounds
+    seconds: float  # of a row's timed rounds
     rounds: int
     copy_bytes: int
     matmul: int  # rows and columns
@@ -62,7 +62,7 @@ def first_line(*command: str) -> str:
 
 
 def ceilings(sizes: Sizes, device: torch.device) -> dict[str, float]:
-    """What the device reaches at best: bytes a second, read plus written, of a large copy; operations a second of a
+    """What the device reaches at best: bytes per second, read plus written, of a large copy; operations per second of a
     large matrix product of random numbers."""
 
     def best(run: Callable[[], object]) -> float:

@@ -91,7 +91,7 @@ def timings(run: Run) -> list[str]:
 
 
 def read_timings(run: Run) -> dict[str, Any]:
-    """A line a pattern; the file for `lambda-maml select --timings`, less every round's time and the machine's name."""
+    """One line per pattern; the file for `select --timings`, without every round's time and the machine's name."""
     found = read_json(run.work / "timings.json")
     rows = []
     for timed in found.get("benchmarks", []):

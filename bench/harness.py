@@ -32,7 +32,7 @@ class Skip(Exception):
 class Configuration(NamedTuple):
     """A support set and the conv4 that adapts to it."""
 
-    image_size: int  # pixels a side
+    image_size: int  # pixels per side
     in_channels: int
     width: int  # channels of every block
     ways: int

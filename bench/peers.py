@@ -1,6 +1,6 @@
 """Who is compared: this project, stock PyTorch by hand, and the packages higher, TorchOpt and learn2learn.
 
-Each package is used as in its own examples, in first order, on the stock network with frozen parameters that want no
+Each package is used as in its own examples, in first order, on the stock network with frozen parameters that need no
 gradient. None of them can leave a frozen prefix out.
 """
 

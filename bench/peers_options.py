@@ -26,7 +26,7 @@ ODD = {
     for width in (1, 5, 48, 100)
     for shots in (1, 15)
 }
-QUERY, MANY = 15, 16  # query images a class; tasks
+QUERY, MANY = 15, 16  # query images per class; tasks
 
 
 class Options(NamedTuple):

@@ -21,7 +21,7 @@ Convolution sizes(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef g
       Convolution::of(x.size(1), x.size(2), x.size(3), x.size(4), outputs, {kernel[0], kernel[1]}, geometry.data());
   TORCH_CHECK(ImageConvolution<float>::takes(c, geometry[6]) && x.numel() > 0, "image_block: a kernel of ", kernel[0], "x", kernel[1],
               " over images ", x.sizes().slice(1), " with pool ", geometry[6], ": at most ", ImageConvolution<float>::kMostTaps,
-              " numbers a patch and a pool of 1 or 2");
+              " numbers per patch and a pool of 1 or 2");
   return c;
 }
 

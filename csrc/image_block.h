@@ -250,7 +250,7 @@ class ImageConvolution {
 
   Convolution c_;
   int64_t pool_, taps_, height_, width_;  // height and width with the padding
-  const T* x_;                            // [N, height, width, C], less each channel's level
+  const T* x_;                            // [N, height, width, C], minus each channel's level
   std::vector<int64_t> offsets_;
   std::vector<double> levels_;  // [K]
 };

@@ -18,7 +18,7 @@ void set_slabs(NormReluPool<T>& p) {
 
 template <typename P>
 void over_threads(void (*kernel)(const P&, int64_t, int64_t), const P& p, int64_t items) {
-  constexpr int64_t kGrain = 16384;  // elements a thread must have before splitting pays
+  constexpr int64_t kGrain = 16384;  // elements that a thread must have before splitting pays
   const int64_t elements = p.tasks * p.images * p.channels * p.height * p.width;
   const int64_t grain = std::max<int64_t>(1, kGrain * items / elements);
   at::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });

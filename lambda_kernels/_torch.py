@@ -12,7 +12,7 @@ __all__ = ["custom_function_call", "functorch_active", "mode_active", "transform
 
 # Whether grad, vmap or jvp of torch.func is on. torch.func has no such question.
 functorch_active = torch._C._are_functorch_transforms_active
-# Whether the backward pass that runs now will come to a node: without it, a gradient is computed that nobody uses.
+# Whether the backward pass that runs now will come to a node: else it would compute a gradient that nothing uses.
 will_engine_run = torch._C._will_engine_execute_node
 # How many modes see every operator, or every function of torch, that is called. There is no public count.
 _watching_operators = torch._C._len_torch_dispatch_stack

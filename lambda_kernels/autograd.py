@@ -49,7 +49,7 @@ def asked(ctx: Any) -> tuple[bool, ...]:
 def _will_run(node: Any) -> bool:
     try:
         return bool(will_engine_run(node))
-    except RuntimeError:  # the engine's answer for a leaf that torch.autograd.grad was asked for
+    except RuntimeError:  # the engine's answer for a leaf that torch.autograd.grad was called with
         return True
 
 
@@ -227,7 +227,7 @@ class Linear(Function):
 
 
 class Block(Function):
-    """A fused block where no gradient is asked for: y [T, N, O, H', W'], mean and rstd [T, O]."""
+    """A fused block where no gradient is needed: y [T, N, O, H', W'], mean and rstd [T, O]."""
 
     @staticmethod
     def forward(

@@ -29,7 +29,7 @@ _log = logging.getLogger("lambda_kernels")
 def refusal(device: torch.device) -> str | None:
     """Why nothing is recorded on this device at the moment; None where it can be."""
     if device.type != "cuda":
-        return f"graphs are of CUDA devices, not of {device.type}"
+        return f"it needs a CUDA device, the network is on {device.type}"
     if os.environ.get("LAMBDA_KERNELS_GRAPHS") == "0":
         return "LAMBDA_KERNELS_GRAPHS=0"
     if (why := transform_active(device.type)) is not None:

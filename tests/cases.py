@@ -137,12 +137,12 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
 
 
 def subsets(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every non-empty choice of operands that want a gradient."""
+    """Every non-empty choice of operands that require a gradient."""
     return [chosen for n in range(1, len(names) + 1) for chosen in combinations(names, n)]
 
 
 def by_task(op: Callable[..., Tensor], tasks: int, *operands: tuple[Tensor | None, int]) -> Tensor:
-    """op task by task; an operand with more dimensions than its rank has one value a task."""
+    """op task by task; an operand with more dimensions than its rank has one value per task."""
     return torch.stack(
         [op(*(t[i] if t is not None and t.dim() > rank else t for t, rank in operands)) for i in range(tasks)]
     )

@@ -80,7 +80,7 @@ def run(
     backend: Reference, network: Network, task: Given, updated: list[bool], steps: int,
     rates: Sequence[float] = (LR,), query: bool = False,
 ) -> InnerLoop:  # fmt: skip
-    """A backend's inner loop, with the logits of the query images where they are asked for."""
+    """A backend's inner loop, with the logits of the query images where `query` says so."""
     x, labels, images, parameters = task
     return backend.inner_loop(
         x, labels, parameters, updated, network.specs, steps, list(rates), images if query else None

@@ -545,7 +545,7 @@ def built(setup_py: Any, tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(folder / "lib" / "_cuda.so", report, folder / "runs", again)
 
 
-# The most that any instance of a kernel may take, on any of the three architectures: registers a thread, bytes of
+# The most that any instance of a kernel may take, on any of the three architectures: registers per thread, bytes of
 # shared memory a block. 128 registers are two blocks of 256 threads on a multiprocessor.
 BOUNDS = {
     "moments": (128, 36864),

@@ -112,7 +112,7 @@ def test_only_what_is_asked_is_computed(op: str, mask: tuple[str, ...], calls: d
 
 @pytest.mark.parametrize("of", subsets(("x", "weight", "bias")), ids="-".join)
 def test_a_gradient_of_some_inputs_computes_only_theirs(of: tuple[str, ...], calls: dict[str, int]) -> None:
-    # All operands want a gradient, autograd.grad is asked for some: leaves and results of other operations.
+    # All operands require a gradient, autograd.grad is asked for some: leaves and results of other operations.
     for leaf in (True, False):
         operands = {k: v.requires_grad_() for k, v in tiny("conv2d", False).items()}
         operands = operands if leaf else {k: v * 1.0 for k, v in operands.items()}

@@ -135,7 +135,7 @@ def test_what_it_does_not_take() -> None:
     x, weight = torch.randn(1, 2, 4, 6, 6), torch.randn(1, 3, 4, 3, 3)
     spec = ConvSpec((1, 1), (1, 1), (1, 1), 1)
     assert "not 36" in "".join(Native().image_refusals(x, weight, BlockSpec(spec, 1e-5, 2)))
-    with pytest.raises(RuntimeError, match="at most 32 numbers a patch"):
+    with pytest.raises(RuntimeError, match="at most 32 numbers per patch"):
         Native().image_moments(x, (3, 3), spec)
     assert "pools by 1 or 2" in "".join(Native().image_refusals(x, weight[:, :, :3], BlockSpec(spec, 1e-5, 3)))
 

@@ -71,7 +71,7 @@ def test_wrong_settings() -> None:
 
 @pytest.mark.parametrize("size", [1, 8, 15])
 def test_images_that_are_too_small(size: int) -> None:
-    with pytest.raises(ValueError, match=f"4 poolings need images of 16 pixels a side or more, got {size}"):
+    with pytest.raises(ValueError, match=f"4 poolings need images of 16 pixels per side or more, got {size}"):
         models.conv4(ways=5, in_channels=1, width=2, image_size=size)
 
 

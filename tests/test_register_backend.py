@@ -129,7 +129,7 @@ def test_a_backend_that_cannot_run_says_why() -> None:
         pass
 
 
-def test_a_call_that_nobody_takes_is_listed_with_every_reason() -> None:
+def test_a_call_that_no_backend_takes_is_listed_with_every_reason() -> None:
     shapes = torch.Size((2, 3, 8, 8)), torch.Size((4, 3, 3, 3))
     call = Call("conv_block", torch.device("cpu"), torch.float32, shapes, None, 3, norm="group", slope=0.1)
     with pytest.raises(lk.BackendError) as error:

@@ -57,7 +57,7 @@ def plain_meta_gradient(
     slow = dict(twin.named_parameters())
     adapted = {id(p) for p in inner_parameters(twin, settings.norm)}
     names = list(slow)
-    # conv4: four parameters a block (weight, bias, gamma, beta), two for the head.
+    # conv4: four parameters per block (weight, bias, gamma, beta), two for the head.
     layer = {name: min(index // 4, 4) for index, name in enumerate(names)}
     free = [name for name in names if id(slow[name]) in adapted and bits[layer[name]] == "1"]
     total = torch.zeros((), dtype=torch.float64)

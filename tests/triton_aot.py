@@ -153,7 +153,7 @@ def compiled(job: tuple[str, int, Launch]) -> dict[str, Any]:
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """registers, stack and local bytes a thread, by triton's own cuobjdump."""
+    """registers, stack and local bytes per thread, by triton's own cuobjdump."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -167,7 +167,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def jobs(dtypes: list[str], every_tile: bool) -> Iterator[tuple[str, int, Launch]]:
-    """Each launch once an architecture, also where two dtypes share it."""
+    """Each launch once per architecture, also where two dtypes share it."""
     seen = []
     for dtype in dtypes:
         for architecture in ARCHITECTURES:

@@ -9,7 +9,7 @@ constexpr int64_t kImageTaps = 9;  // taps that a reduction takes at a time: K i
 
 template <typename T>
 struct ImageBlock {
-  const T* x;  // [images, height, width, inputs], padded with zeros as the convolution asks
+  const T* x;  // [images, height, width, inputs], padded with zeros as the convolution needs them
   int64_t images, height, width, inputs;
   int64_t taps, padded_taps;        // K, and K rounded up
   const int64_t* offsets;           // [padded_taps] of a tap from a patch's first pixel, elements; 0 beyond K

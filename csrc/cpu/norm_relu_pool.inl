@@ -1,4 +1,4 @@
-// The kernel bodies, compiled once an instruction set: the including file sets LK_ISA and the target pragma.
+// The kernel bodies, compiled once per instruction set: the including file sets LK_ISA and the target pragma.
 // No standard header may be included below that pragma: its inline functions would be shared between instruction sets.
 
 namespace lk {

@@ -1,4 +1,4 @@
-// The kernel bodies, compiled once an instruction set as those of norm_relu_pool.inl.
+// The kernel bodies, compiled once per instruction set as those of norm_relu_pool.inl.
 
 namespace lk {
 namespace LK_ISA {

@@ -9,7 +9,7 @@ template <typename T>
 struct Vector {
   static constexpr int64_t kLanes = kVectorBytes / int64_t(sizeof(T));
   typedef T Values __attribute__((vector_size(kVectorBytes), aligned(sizeof(T))));
-  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / sizeof(T)), aligned(1)));  // one a lane
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / sizeof(T)), aligned(1)));  // one per lane
 };
 template <typename T>
 using Values = typename Vector<T>::Values;

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     const int quad = int(threadIdx.y), four = int(threadIdx.x) * 4;
-    A z[4][2][4] = {};  // place, four, output; less its mean
+    A z[4][2][4] = {};  // place, four, output; minus its mean
     for (int k = 0; k < K; ++k) {
       const Pack<A, 4> v = load<4>(&values[k][quad][0]);
       const Pack<A, 4> w[2] = {load<4>(&weights[k][four]), load<4>(&weights[k][width / 2 + four])};

@@ -71,7 +71,7 @@ class Head {
   }
 
  private:
-  // x -> logits less the bias in g_
+  // x -> logits without the bias, in g_
   void multiply(const T* x) const {
     lk::multiply<T>({x, features_, 1, turned_, padded_ways_, g_, padded_ways_, images_, padded_ways_, features_, T(1), false});
   }
@@ -86,7 +86,7 @@ class Head {
           f(way, at * channels_ + c, home[way * home_.stride(0) + (c * pixels + at) * home_.stride(1)]);
   }
 
-  // logits in g_, less the bias -> d loss / d logits of the mean cross-entropy, zeros behind the ways; returns the loss
+  // logits in g_ without the bias -> d loss / d logits of the mean cross-entropy, 0 behind the ways; returns the loss
   double cross_entropy(const int64_t* labels) {
     double loss = 0.0;
     T* row = g_;

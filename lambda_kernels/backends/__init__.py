@@ -37,7 +37,7 @@ _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Native(),
 _wanted: ContextVar[str | None] = ContextVar("lambda_kernels_backend", default=None)
 _MOST_CHOSEN = 4096
 _PLAIN = "batch", 0.0  # norm and slope of a call that names none
-_chosen: dict[tuple[Any, ...], Backend] = {}  # by the wanted name and the fields of a call
+_chosen: dict[tuple[Any, ...], Backend] = {}  # by the name that the context asks for and the fields of a call
 _said: set[str] = set()  # what the log holds already
 _autotune: Autotune | None = None
 
@@ -127,7 +127,7 @@ def choose_for(call: Call) -> Backend:
 
 
 def _first_choice(key: tuple[Any, ...]) -> Backend:
-    """The backend for a key of `_chosen`: the wanted name, and the fields of a call."""
+    """The backend for a key of `_chosen`: the name that is asked for, and the fields of a call."""
     wanted, call = key[0], Call(*key[1:])
     if len(_chosen) >= _MOST_CHOSEN:
         _chosen.clear()

@@ -138,7 +138,7 @@ class Backend:
         raise NotImplementedError
 
     # The first block, whose input are the images themselves: K = C kh kw is small, x is the same in every step, and
-    # its gradient is never asked for. With p the patches of x [M, K], z = p w^T: all sums over z at full resolution
+    # its gradient is never needed. With p the patches of x [M, K], z = p w^T: all sums over z at full resolution
     # are sums over the moments p^T p, which are taken once for all steps, and z itself need not be kept.
 
     def image_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:

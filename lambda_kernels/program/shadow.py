@@ -87,7 +87,7 @@ class _Copies:
         self.follows_modules = True  # False: modules stay what they are
 
     def tree(self, root: nn.Module, path: str | None) -> nn.Module:
-        """The shadow of a module with all its children; `path` is None outside of the module that was asked for."""
+        """The shadow of a module with all its children; `path` is None outside of the module itself."""
         if id(root) in self.copies:
             return self.copies[id(root)]
         found: list[tuple[str | None, nn.Module]] = []

@@ -148,8 +148,8 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 @click.option("--root", type=click.Path(path_type=Path), help="Folder in which the set lies (glyphs needs none).")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the checkpoint and the state.")
 @click.option("--ways", default=5, help="Classes in a task.")
-@click.option("--shots", default=1, help="Support images a class.")
-@click.option("--query", default=15, help="Query images a class.")
+@click.option("--shots", default=1, help="Support images per class.")
+@click.option("--query", default=15, help="Query images per class.")
 @click.option("--steps", default=5, help="Inner gradient steps in training.")
 @click.option(
     "--test-steps", type=click.IntRange(1), help="Inner steps in validation and after.  [default: as --steps]"
@@ -296,7 +296,7 @@ def evaluate_command(
 @cli.command()
 @checkpoint_argument
 @click.option(
-    "--support", type=click.Path(path_type=Path), required=True, help="Folder with one sub-folder of images a class."
+    "--support", type=click.Path(path_type=Path), required=True, help="Folder with one sub-folder of images per class."
 )
 @click.option(
     "--query", type=click.Path(path_type=Path), help="Folder of images to classify, or one sub-folder a class."
@@ -494,7 +494,7 @@ def _device(text: str) -> torch.device:
 
 
 def _images(meta: Mapping[str, Any], dataset: str | None, root: Path | None, split: str) -> Any:
-    """The set that was asked for, or the checkpoint's; its images must fit the network."""
+    """The set that is named, or the checkpoint's; its images must fit the network."""
     from . import data
 
     images = data.load(dataset or meta["dataset"]["name"], root=root, split=split)

@@ -19,7 +19,7 @@ _CONTENTS = ("_parameters", "_buffers", "_modules")
 
 
 def _opened(name: str) -> property:
-    """What nn.Module keeps under this name, which is the network's own, made when it is first asked for."""
+    """What nn.Module keeps under this name, which is the network's own, made when it is first read."""
 
     def get(self: AdaptedNetwork) -> Any:
         if "_held" in self.__dict__:
@@ -36,7 +36,7 @@ class AdaptedNetwork(nn.Module):
     """A model's twin with other parameters; the model is left as it is.
 
     It is a module as the model is: `parameters()`, `state_dict()`, `eval()`, `to()`, layers and methods are those of
-    the twin, under the model's own names. The twin (`module`) is made when it is first asked for; until then a call
+    the twin, under the model's own names. The twin (`module`) is made when it is first needed; until then a call
     runs the model's program with the adapted parameters. Modes are those of the model at the time of adapting.
     """
 

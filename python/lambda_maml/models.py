@@ -26,7 +26,7 @@ class Conv4(nn.Sequential):
         side = image_size // 2**BLOCKS
         if side < 1:
             raise ValueError(
-                f"conv4: {BLOCKS} poolings need images of {2**BLOCKS} pixels a side or more, got {image_size}"
+                f"conv4: {BLOCKS} poolings need images of {2**BLOCKS} pixels per side or more, got {image_size}"
             )
         blocks = [(f"block{i + 1}", lk.ConvBlock(in_channels if i == 0 else width, width)) for i in range(BLOCKS)]
         super().__init__(
@@ -40,8 +40,8 @@ def conv4(ways: int, in_channels: int, width: int, image_size: int) -> Conv4:
     2x2 max-pool), then a linear layer; 5 layers in a pattern.
 
     Args:
-        ways: number of classes. in_channels: 1 grey, 3 RGB. width: channels of every block. image_size: pixels a side,
-        at least 16; the linear layer sees width x (image_size // 16)^2 features.
+        ways: number of classes. in_channels: 1 grey, 3 RGB. width: channels of every block. image_size: pixels per
+        side, at least 16; the linear layer sees width x (image_size // 16)^2 features.
     """
     return Conv4(ways, in_channels, width, image_size)
 

@@ -19,9 +19,9 @@ __all__ = ["Cost", "Pattern"]
 class Cost(NamedTuple):
     """Multiply-adds of convolutions and linear layers on the support set, forward and backward."""
 
-    prefix: int  # once an adaptation: what no updated parameter reaches
-    step: int  # each inner step, the prefix left out
-    step_without_reuse: int  # each inner step where the prefix is run again, as `requires_grad=False` alone has it
+    prefix: int  # once per adaptation: what no updated parameter reaches
+    step: int  # in each inner step, the prefix left out
+    step_without_reuse: int  # in each inner step where the prefix is run again, as `requires_grad=False` alone has it
 
 
 @total_ordering

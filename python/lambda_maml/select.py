@@ -304,7 +304,7 @@ def _network(model: nn.Module) -> dict[str, Any]:
 
 
 def _ways_shots(task: Task) -> tuple[int, int]:
-    """Classes of the support set, and its images a class (the least, if they differ)."""
+    """Classes of the support set, and its images per class (the least, if they differ)."""
     classes, counts = task.ys.unique(return_counts=True)
     return classes.numel(), int(counts.min())
 

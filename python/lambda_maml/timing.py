@@ -69,7 +69,7 @@ def interleave(
     synchronize: Callable[[], object] = lambda: None, before: Callable[[str], object] = lambda name: None,
     progress: Progress | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
-    """Time every entry of `runs` once a round, in an order shuffled each round, so that drift of the machine hits all.
+    """Time every entry of `runs` once per round, in an order shuffled anew, so that drift of the machine hits all.
 
     `warmup` rounds are not counted. After `seconds` no new round begins, but three are always counted. `before(name)`
     runs off the clock ahead of each call; `synchronize()` waits for the device.

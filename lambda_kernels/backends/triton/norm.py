@@ -18,7 +18,7 @@ from .launch import INTERPRETED, LARGEST_COUNT, blocks, launch, power
 from .outputs import grad_outputs, pooled_outputs
 from .products import conv2d_moments, tile_moments
 
-# Values a program holds of one tensor, and the most channels among them.
+# Values that a program holds of one tensor, and the most channels among them.
 TILE = 8192 if INTERPRETED else 1024
 CHANNELS_ABREAST = 128
 # The most pixels whose moments are exact where all are equal; see tile_moments.

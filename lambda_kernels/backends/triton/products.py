@@ -160,7 +160,7 @@ def convolve(
 
     acc = tl.zeros((ROWS, COLUMNS), SUM)
     for k0 in range(0, CHANNELS * KH * KW, TERMS):
-        if CHANNELS % TERMS == 0:  # one tap of the kernel a block: the image's border is a matter of rows alone
+        if CHANNELS % TERMS == 0:  # one tap of the kernel per block: the image's border is a matter of rows alone
             tap = k0 // CHANNELS
             r = tap // KW
             s = tap - r * KW
@@ -295,7 +295,7 @@ def weight_gradient(
     k_inside = k < CHANNELS * KH * KW
     tap = k // CHANNELS
     channel = (k - tap * CHANNELS).to(tl.int64)
-    if CHANNELS % COLUMNS == 0:  # one tap of the kernel a program: the image's border is a matter of rows alone
+    if CHANNELS % COLUMNS == 0:  # one tap of the kernel per program: the image's border is a matter of rows alone
         tap = k_tile * COLUMNS // CHANNELS
     r = tap // KW
     s = tap - r * KW

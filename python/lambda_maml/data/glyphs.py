@@ -91,8 +91,8 @@ BLOCKS = (
     ("Arrows", 0x27F0, 0x27FF),
 )
 
-_SUB = 4  # samples a pixel and axis
-_GRID = SIZE * _SUB  # samples an image side
+_SUB = 4  # samples per pixel and axis
+_GRID = SIZE * _SUB  # samples per image side
 _UNIT = 256  # fixed-point steps a sample
 _HALF = 1 << 13  # half the longer side of a normalised outline
 _ONE = 1 << 12  # 1.0 in the matrices and bends

@@ -91,7 +91,7 @@ def run(
         losses = prefix.losses(a.tie({**state, **now}) if detached else state)
         grads = gradients(a.pattern, now, losses, create_graph=a.second_order)
         rates = None if a.in_graph or stretch.rates is None else stretch.rates
-        if rates is not None:  # in place: plain gradient descent, and nobody looks at earlier values
+        if rates is not None:  # in place: plain gradient descent, and nothing reads earlier values
             with torch.no_grad():
                 if isinstance(rates, float):
                     torch._foreach_add_([now[n] for n in grads], list(grads.values()), alpha=-rates)

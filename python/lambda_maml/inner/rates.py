@@ -158,7 +158,7 @@ class Rates:
 
     @property
     def learned(self) -> bool:
-        """Whether a gradient is asked of a rate."""
+        """Whether a rate requires a gradient, and gradients are on."""
         return torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors)
 
     def check_steps(self, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Adaptation on a CUDA device as one graph: the prefix, all K steps and, where no gradient is asked for, the query
+"""Adaptation on a CUDA device as one graph: the prefix, all K steps and, where no gradient is needed, the query
 forward. A recording serves every later task, or batch of tasks, of the same shapes under the same pattern."""
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def refusals(a: Adaptation, support: Support) -> list[str]:
     if len(a.stretches) != 1 or a.stretches[0].part.whole is None:
         return ["not all steps are one chain from the inputs on"]
     if a.stretches[0].rates is None or getattr(a.rule, "fixed", None) is None:
-        why.append("the rates are tensors, which may change")
+        why.append("the rates are not numbers that are known beforehand")
     if a.loss is not F.cross_entropy or a.second_order:
         why.append("it is for first order under torch.nn.functional.cross_entropy")
     if type(support.xs) is not Tensor or type(support.ys) is not Tensor:

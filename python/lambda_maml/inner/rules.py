@@ -79,7 +79,7 @@ class Rule(nn.Module):
 
     @property
     def learned(self) -> bool:
-        """Whether the result depends on tensors that a gradient is asked of, beside `grads` and `params`."""
+        """Whether the result depends on tensors that require a gradient, beside `grads` and `params`."""
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
     def __or__(self, other: Rule) -> Rule:
@@ -324,7 +324,7 @@ def is_rule(value: object) -> bool:
 
 
 def is_learned(rule: Rule) -> bool:
-    """Whether a rule, also one that is no `Rule`, has tensors that a gradient is asked of."""
+    """Whether a rule, also one that is no `Rule`, has tensors that require a gradient."""
     known: Any = rule
     if isinstance(known, Rule):
         return known.learned

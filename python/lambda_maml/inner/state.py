@@ -14,7 +14,7 @@ __all__ = ["Outcome", "tied", "verdict"]
 
 
 class Outcome:
-    """The state that an adaptation came to. What makes it a part of autograd's graph waits until it is asked for."""
+    """The state that an adaptation came to. What makes it a part of autograd's graph is made when it is first read."""
 
     def __init__(
         self, meta: dict[str, Tensor], adapted: dict[str, Tensor], updated: Sequence[str], aliases: Mapping[str, str],
