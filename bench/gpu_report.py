@@ -53,17 +53,17 @@ NONE = """
 ## Nothing has run on a GPU yet
 
 There are no results from a GPU in this checkout, and so no figures. Without a GPU the tests run the CUDA sources in an
-emulator and the Triton kernels in Triton's interpreter, compile both where nvcc and triton are there, and play a graph's
-rules on a tape of operators. Unproven until there are results:
+emulator and the Triton kernels in Triton's interpreter, compile both where nvcc and triton are there, and play a
+graph's rules on a tape of operators. Unproven until there are results:
 
-- that the CUDA library and the Triton kernels give right results on a device; the CUDA sources were one file, and are now
-  a file per operation in `csrc/cuda/`;
-- that the updates with a rate per parameter and step do so (`csrc/cuda/sgd.cu`, `backends/triton/update.py`), and that a
-  rate of 0 leaves a parameter as it is;
+- that the CUDA library and the Triton kernels give right results on a device; the CUDA sources were one file, and are
+  now a file per operation in `csrc/cuda/`;
+- that the updates with a rate per parameter and step do so (`csrc/cuda/sgd.cu`, `backends/triton/update.py`), and that
+  a rate of 0 leaves a parameter as it is;
 - that a CUDA graph of the present inner loop replays what it recorded: `inner/recorded.py` around `inner/loop.py`, with
   schedules, with rates per step, and with the query forward (`backends/inner_loop.py`);
-- that backends of your own, and the choice by measurement, work on a device with blocks as one argument and calls seen as
-  a whole;
+- that backends of your own, and the choice by measurement, work on a device with blocks as one argument and calls seen
+  as a whole;
 - every speed, and the goals below.
 """
 HOW = """
