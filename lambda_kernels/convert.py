@@ -64,6 +64,10 @@ def convert(model: nn.Module) -> nn.Module:
     torch.fx finds in the model's forward are computed as one block. Parameters, state_dict keys, the modules' places
     and identity, hooks and training mode stay as they are. Subclasses of these layers are left alone. `report` says
     what was done.
+
+    >>> model = convert(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 5)))
+    >>> type(model[0]) is Conv2d, list(model.state_dict())
+    (True, ['0.weight', '0.bias', '3.weight', '3.bias'])
     """
     for module in model.modules():
         drop_in = _DROP_IN.get(type(module))
@@ -78,7 +82,11 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def to_torch(model: nn.Module) -> nn.Module:
-    """A deep copy of the model in which every layer of this package is torch's own again: the yardstick's network."""
+    """A deep copy of the model in which every layer of this package is torch's own again: the yardstick's network.
+
+    >>> type(to_torch(convert(nn.Linear(8, 5)))) is nn.Linear
+    True
+    """
     twin = copy.deepcopy(model)
     for module in twin.modules():
         cls = type(module)
@@ -87,7 +95,16 @@ def to_torch(model: nn.Module) -> nn.Module:
 
 
 def report(model: nn.Module) -> str:
-    """What the layers of a model became, which runs of layers are one fused block, and what was left alone and why."""
+    """What the layers of a model became, which runs of layers are one fused block, and what was left alone and why.
+
+    >>> norm = nn.BatchNorm2d(8, track_running_stats=False)
+    >>> print(report(convert(nn.Sequential(nn.Conv2d(1, 8, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(8, 5)))))
+    Sequential: 1 fused block, 3 steps
+      0: lambda_kernels.Conv2d, fused with 1 (norm, ReLU)
+      1: BatchNorm2d, computed in the block of 0
+      2: ReLU, computed in the block of 0
+      4: lambda_kernels.Linear
+    """
     program = program_of(model)
     lines = [f"{type(model).__name__}: {_summary(program)}"]
     fused = {f.conv: f for f in program.fusions}

@@ -1,8 +1,10 @@
-"""The docstrings of the kernel package: their examples run, and conv_block is what its docstring defines."""
+"""The docstrings of both packages: their examples run, and conv_block is what its docstring defines."""
 
 from __future__ import annotations
 
 import doctest
+import importlib
+import inspect
 import textwrap
 from types import ModuleType
 from typing import Any
@@ -12,9 +14,21 @@ import torch
 import torch.nn.functional as F
 from cases import BLOCKS, BlockCase
 
-from lambda_kernels import backends, functional, layers
+import lambda_maml
+from lambda_kernels import backends, convert, functional, layers
+from lambda_maml import LambdaMAML, Learner, Pattern, data, models, rules
+from lambda_maml.maml import TaskLearner
 
-MODULES = (functional, layers, backends)
+MODULES = (functional, layers, backends, importlib.import_module(convert.__module__))
+METHODS = (
+    *(LambdaMAML.clone, TaskLearner.adapt, TaskLearner.gradients, TaskLearner.update, TaskLearner.clone),
+    *(Learner.parameters_dict, Learner.to_module, Pattern.parse, Pattern.all, Pattern.parameters, Pattern.cost),
+)
+PUBLIC = (
+    *(value for name in lambda_maml.__all__ if not isinstance(value := getattr(lambda_maml, name), ModuleType)),
+    *(rules.Rule, rules.sgd, rules.momentum, rules.adam, rules.rmsprop, rules.weight_decay, rules.clip),
+    *(TaskLearner, data.load, data.sample_tasks, models.conv4),
+)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
@@ -25,9 +39,31 @@ def test_the_examples_run(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_public_name_has_an_example() -> None:
-    for module in (functional, layers):
+    for module in MODULES[:2]:
         for name in module.__all__:
             assert ">>>" in (getattr(module, name).__doc__ or ""), f"{module.__name__}.{name}"
+
+
+@pytest.fixture(scope="module")
+def names() -> dict[str, Any]:
+    """What the examples of lambda_maml speak of: a network, and two tasks of 5 ways and 1 shot."""
+    tasks = data.sample_tasks(data.load("glyphs"), 2, ways=5, shots=1)
+    public = {name: getattr(lambda_maml, name) for name in lambda_maml.__all__}
+    return {**public, "torch": torch, "nn": torch.nn, "loss_fn": F.cross_entropy, "tasks": tasks}
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("of", [*PUBLIC, *METHODS], ids=lambda of: of.__qualname__)
+def test_the_examples_of_the_adapter_run(of: Any, names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = models.conv4(ways=5, in_channels=1, width=8, image_size=28)
+    own = dict(zip(("xs", "ys", "xq", "yq"), names["tasks"][0]))
+    found = {**names, **own, "model": model, "task": LambdaMAML(model, lr=0.03, pattern="00011").clone()}
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    globs = {**vars(inspect.getmodule(of)), **found}
+    for example in doctest.DocTestFinder(recurse=False).find(getattr(of, "__func__", of), of.__qualname__, globs=globs):
+        runner.run(example)
+    assert runner.tries and not runner.failures, capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", BLOCKS, ids=[case.name for case in BLOCKS])

@@ -40,9 +40,12 @@ def adapt(
     parameter reaches is run once. The model is left as it was. Buffers (running statistics) are updated in the
     learner's own copies.
 
-        learner = adapt(model, xs, ys, pattern="00011", steps=5, lr=0.03)
-        logits = learner(xq)
-        print(explain(model, xs, pattern="00011"))          # which way it takes, and why no faster one
+    >>> learner = adapt(model, xs, ys, pattern="00011", steps=5, lr=0.03)
+    >>> learner(xq).shape                                   # 75 query images, 5 ways
+    torch.Size([75, 5])
+
+    `explain` says which way it takes, and why it takes no faster one. The inner loop is that of Finn et al. 2017,
+    algorithm 1; the patterns are those of Khabarlak 2022 (arXiv 2206.05930).
 
     Args:
         model: any module that maps xs to logits, or a `Learner`, which is adapted further.
@@ -60,6 +63,7 @@ def adapt(
 
     Raises:
         ValueError, TypeError: pattern, shapes, labels, dtypes or devices do not fit.
+        RuntimeError: torch.inference_mode() is on.
         FloatingPointError: the support loss or the adapted parameters became infinite or NaN.
     """
     model = network_of(model)
@@ -102,7 +106,9 @@ def adapt_tasks(
     each task's own. Networks that cannot be looked into, that draw random numbers, that update running statistics or
     that `torch.func.vmap` cannot follow are adapted one task at a time, and that is said once.
 
-        logits = adapt_tasks(model, xs, ys, xq, pattern="00011", steps=5, lr=0.03)      # [T, Q, ways]
+    >>> xs, ys, xq, yq = (torch.stack(part) for part in zip(*tasks))             # each with T in front
+    >>> adapt_tasks(model, xs, ys, xq, pattern="00011", steps=5, lr=0.03).shape  # [T, Q, ways]
+    torch.Size([2, 75, 5])
 
     Args:
         xs: [T, N, C, H, W]; ys: [T, N]; xq: [T, Q, C, H, W], or structures of tensors with T in front; the others as in

@@ -40,7 +40,10 @@ def explain(
 
     The steps themselves are not run; a frozen prefix in front of a chain is, to see what it hands over.
 
-        print(explain(model, xs, pattern="00011"))
+    >>> print(explain(model, xs, pattern="00011", steps=5, lr=0.03))
+    Conv4 under 00011, 5 steps of sgd(lr=0.03), first order
+    steps 1 to 5: a chain from the inputs on (3 of 6 operations run once, 3 in every step)
+    ...
 
     Args:
         ys: the labels; without them, class numbers are supposed. The others as in `adapt`.

@@ -102,13 +102,22 @@ class AdaptedNetwork(nn.Module):
         return modules
 
     def parameters_dict(self) -> dict[str, Tensor]:
-        """All parameters by name, the adapted ones in place of the model's."""
+        """All parameters by name, the adapted ones in place of the model's.
+
+        >>> list(adapt(model, xs, ys, pattern="00001").parameters_dict())[-2:]
+        ['head.weight', 'head.bias']
+        """
         state = self._state()
         self.__dict__["_shown"] = True
         return {name: state[name] for name, _ in self.__dict__["_held"][0].named_parameters()}
 
     def to_module(self) -> nn.Module:
-        """A copy of the network with the adapted parameters and buffers as its own; no graph leads out of it."""
+        """A copy of the network with the adapted parameters and buffers as its own; no graph leads out of it.
+
+        >>> network = adapt(model, xs, ys, pattern="00001").to_module()
+        >>> type(network) is type(model), network.head.weight.is_leaf
+        (True, True)
+        """
         learned = {n: p.requires_grad for n, p in self.__dict__["_held"][0].named_parameters(remove_duplicate=False)}
         parameters, buffers = tensors_of(self.module)
         own: dict[int, Tensor] = {}  # shared tensors stay shared
@@ -197,9 +206,11 @@ class AdaptedNetwork(nn.Module):
 class Learner(AdaptedNetwork):
     """A network adapted to one task: `learner(xq)` are its logits.
 
-        learner = adapt(model, xs, ys, pattern="00011")
-        logits = learner(xq)
-        torch.save(learner.state_dict(), "task.pt")
+    >>> learner = adapt(model, xs, ys, pattern="00011")
+    >>> learner(xq).shape
+    torch.Size([75, 5])
+    >>> sorted(learner.state_dict()) == sorted(model.state_dict())
+    True
 
     Its frozen parameters are the model's own: a later change of them shows here. `to_module` gives a copy of its own.
     """

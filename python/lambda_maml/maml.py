@@ -26,11 +26,11 @@ __all__ = ["LambdaMAML", "TaskLearner"]
 class LambdaMAML(nn.Module):
     """A model to be meta-trained, whose clones adapt to one task each (Finn et al. 2017).
 
-        maml = LambdaMAML(model, lr=0.03, pattern="00011")
-        task = maml.clone()
-        for _ in range(5):
-            task.adapt(loss_fn(task(xs), ys))
-        loss_fn(task(xq), yq).backward()          # reaches model.parameters(), frozen layers too
+    >>> maml = LambdaMAML(model, lr=0.03, pattern="00011")
+    >>> task = maml.clone()
+    >>> for _ in range(5):
+    ...     task.adapt(loss_fn(task(xs), ys))
+    >>> loss_fn(task(xq), yq).backward()          # reaches model.parameters(), frozen layers too
 
     Args:
         model: any module; it becomes the submodule `module`, and its methods are this module's too.
@@ -99,6 +99,10 @@ class LambdaMAML(nn.Module):
         """A learner that starts from the model's present parameters; gradients of what it computes reach them.
 
         The arguments, where given, take the place of those of the same name.
+
+        >>> task = LambdaMAML(model, lr=0.03).clone(first_order=True)
+        >>> task(xs).shape
+        torch.Size([5, 5])
         """
         model = self.module
         plan = plan_of(model)
@@ -157,7 +161,15 @@ class _Held(NamedTuple):
 
 
 class TaskLearner(AdaptedNetwork):
-    """A model on its way through a task's inner loop: call it, give the loss to `adapt`, and so on."""
+    """A model on its way through a task's inner loop: call it, give the loss to `adapt`, and so on.
+
+    >>> task = LambdaMAML(model, lr=0.03, pattern="00011").clone()
+    >>> task.adapt(loss_fn(task(xs), ys))
+    >>> task(xq).shape
+    torch.Size([75, 5])
+
+    It is a module as the model is, with the parameters adapted so far; it is called as the model is.
+    """
 
     def __init__(
         self, model: nn.Module, plan: Plan, state: dict[str, Tensor], settings: _Settings, step: int = 0
@@ -219,6 +231,8 @@ class TaskLearner(AdaptedNetwork):
         The loss may hold a penalty over `parameters()`. The arguments are those of `LambdaMAML`, for this step.
         `adapt(loss)` is `update(gradients(loss))`.
 
+        >>> task.adapt(loss_fn(task(xs), ys) + 1e-3 * sum(p.square().sum() for p in task.parameters()))
+
         Raises:
             ValueError: no updated parameter has a part in the loss.
             FloatingPointError: the loss is infinite or NaN.
@@ -233,8 +247,8 @@ class TaskLearner(AdaptedNetwork):
     def gradients(self, loss: Tensor, first_order: bool | None = None, allow_unused: bool | None = None) -> Params:
         """The loss's gradients by name, of the parameters that the next step updates and that it depends on.
 
-            grads = task.gradients(loss_fn(task(xs), ys))
-            task.update({name: g.clamp(-1, 1) for name, g in grads.items()})
+        >>> grads = task.gradients(loss_fn(task(xs), ys))
+        >>> task.update({name: g.clamp(-1, 1) for name, g in grads.items()})
 
         Raises:
             ValueError, FloatingPointError: as `adapt`.
@@ -260,7 +274,14 @@ class TaskLearner(AdaptedNetwork):
         return grads
 
     def update(self, grads: Params, first_order: bool | None = None) -> None:
-        """One inner step with gradients of your own, by name: those of `gradients`, changed, say."""
+        """One inner step with gradients of your own, by name, each of its parameter's shape.
+
+        >>> grads = task.gradients(loss_fn(task(xs), ys))
+        >>> task.update({name: g / 2 for name, g in grads.items()})
+
+        Raises:
+            ValueError: a name is not one of the parameters that the next step updates.
+        """
         known = self._settings.names(self._step)
         if unknown := [n for n in grads if n not in known]:
             raise ValueError(
@@ -301,7 +322,11 @@ class TaskLearner(AdaptedNetwork):
     def clone(
         self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
     ) -> TaskLearner:
-        """A learner that goes on from here on its own."""
+        """A learner that goes on from here on its own; the arguments are those of `LambdaMAML.clone`.
+
+        >>> twin = task.clone()
+        >>> twin.adapt(loss_fn(twin(xs), ys))     # `task` stays where it is
+        """
         model, plan, _ = self.__dict__["_held"]
         settings = self._settings
         if first_order is not None:

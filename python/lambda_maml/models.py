@@ -42,6 +42,12 @@ def conv4(ways: int, in_channels: int, width: int, image_size: int) -> Conv4:
     Args:
         ways: number of classes. in_channels: 1 grey, 3 RGB. width: channels of every block. image_size: pixels per
         side, at least 16; the linear layer sees width x (image_size // 16)^2 features.
+
+    >>> conv4(ways=5, in_channels=3, width=64, image_size=84)(torch.randn(25, 3, 84, 84)).shape
+    torch.Size([25, 5])
+
+    Raises:
+        ValueError: a number is below 1, or image_size below 16.
     """
     return Conv4(ways, in_channels, width, image_size)
 

@@ -32,6 +32,9 @@ class Pattern:
     schedule is a pattern for each step, separated by commas; the last one holds for all later steps:
     "11111,00001" updates all layers in step 1 and the last one from step 2 on.
 
+    >>> Pattern("11111,00001").segments(5)        # bits, and how many steps have them
+    [('11111', 1), ('00001', 4)]
+
     Raises:
         ValueError: the text is empty, has other characters than 0 and 1, no 1 at all, or patterns of unequal length.
     """
@@ -60,12 +63,20 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
-        """A pattern or schedule from its text; a Pattern is returned as it is."""
+        """A pattern or schedule from its text; a Pattern is returned as it is.
+
+        >>> Pattern.parse("11111,00001").layers
+        5
+        """
         return text if isinstance(text, Pattern) else cls(text)
 
     @classmethod
     def all(cls, layers: int) -> Iterator[Pattern]:
-        """The 2^layers - 1 patterns of that many layers, in the order of the binary numbers."""
+        """The 2^layers - 1 patterns of that many layers, in the order of the binary numbers.
+
+        >>> [str(pattern) for pattern in Pattern.all(2)]
+        ['01', '10', '11']
+        """
         if layers < 1:
             raise ValueError(f"a network has at least one layer, got {layers}")
         return (cls(f"{number:0{layers}b}") for number in range(1, 2**layers))
@@ -101,7 +112,11 @@ class Pattern:
             )
 
     def parameters(self, model: nn.Module, norm: str = "follow", step: int = 0) -> tuple[str, ...]:
-        """The names of the parameters that a step updates; `norm` is "follow" or "never" (gamma and beta stay)."""
+        """The names of the parameters that a step updates; `norm` is "follow" or "never" (gamma and beta stay).
+
+        >>> Pattern("00001").parameters(model)
+        ('head.weight', 'head.bias')
+        """
         plan = plan_of(model)
         self.check(plan)
         return plan.updated(self.at(step), norm)
@@ -110,6 +125,12 @@ class Pattern:
         """Multiply-adds of an adaptation on a support set [N, C, H, W]: forward, input and weight gradients.
 
         The first updated layer needs no input gradient, a frozen layer no weight gradient.
+
+        >>> Pattern("00011").cost(model, (5, 1, 28, 28))
+        Cost(prefix=987840, step=52440, step_without_reuse=1040280)
+
+        Raises:
+            ValueError: torch.fx cannot trace the network, or it has other layers than Conv2d and Linear.
         """
         updated = frozenset(self.parameters(model, "follow", step))
         costs = layer_costs(model, tuple(input_shape))

@@ -169,6 +169,13 @@ def select_pattern(
 ) -> Selection:
     """Evaluate every pattern on the same validation `tasks`, time each, and take the fastest within `max_drop`.
 
+    >>> chosen = select_pattern(model, tasks, steps=5, lr=0.03, patterns=["00001", "00011"], seconds=0.1)
+    >>> sorted(str(candidate.pattern) for candidate in chosen.table)     # chosen.pattern is one of them
+    ['00001', '00011', '11111']
+
+    After Khabarlak 2022 (arXiv 2206.05930).
+
+    steps, lr, norm: of the inner loop, as in `adapt`.
     patterns: candidates, default all 2^n - 1; the full pattern is always among them.
     max_drop: allowed drop of accuracy against the full pattern, a fraction; of the full accuracy if `relative`.
     rule: how an inner step goes, in place of `lr` (see `rules`); or how a drop is judged, "bound" or "point" (see

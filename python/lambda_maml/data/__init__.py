@@ -26,8 +26,8 @@ def load(
         rotations: turn each class by 90, 180 and 270 degrees into three more classes. Default: for Omniglot's train
             split, as usual in MAML's protocol, or as its split file lists them, and for nothing else.
 
-    >>> data.load("omniglot", "DATA", "val").num_classes
-    172
+    >>> data.load("glyphs", split="val").num_classes              # no files are needed
+    169
 
     Raises:
         ValueError: unknown name or split, `root` not given, or files of another content than expected.

@@ -39,11 +39,10 @@ class Step(NamedTuple):
 class Rule(nn.Module):
     """The base of all rules. A rule of your own defines `update`, and `init` where it remembers something.
 
-        class SignDescent(rules.Rule):
-            def update(self, grads, state, params, step):
-                return {name: -0.01 * g.sign() for name, g in grads.items()}, state
-
-        adapt(model, xs, ys, pattern="00011", rule=SignDescent())
+    >>> class SignDescent(rules.Rule):
+    ...     def update(self, grads, state, params, step):
+    ...         return {name: -0.01 * g.sign() for name, g in grads.items()}, state
+    >>> learner = adapt(model, xs, ys, pattern="00011", rule=SignDescent())
 
     `a | b` applies a's result as b's gradients. With many tasks at once, `update` sees one task's tensors (it runs
     under `torch.func.vmap`), unless the class sets `elementwise`: then tensors may have a task axis in front.
@@ -92,7 +91,14 @@ class sgd(Rule):
     """Gradient descent: theta <- theta - lr g (Finn et al. 2017, equation 1). `lr`: see `Rate`; learned where it
     requires a gradient, as in Meta-SGD (Li et al. 2017) and MAML++ (Antoniou et al. 2019).
 
-        adapt(model, xs, ys, pattern="00011", rule=rules.sgd([0.1, 0.1, 0.1, 0.05, 0.05]))
+    >>> learner = adapt(model, xs, ys, pattern="00011", rule=rules.sgd([0.1, 0.1, 0.1, 0.05, 0.05]))  # per layer
+    >>> rates = nn.Parameter(torch.full((5, 1), 0.1))                                                # per step, learned
+    >>> loss_fn(adapt(model, xs, ys, pattern="00011", steps=5, rule=rules.sgd(rates))(xq), yq).backward()
+    >>> rates.grad.shape
+    torch.Size([5, 1])
+
+    Raises:
+        ValueError: a rate is no finite number of at least 0; where it is used, the rates do not fit layers or steps.
     """
 
     elementwise = True
@@ -165,7 +171,13 @@ class _Adaptive(sgd):
 
 class momentum(_Adaptive):
     """Gradient descent with momentum: v <- decay v + g, theta <- theta - lr v; with `nesterov` - lr (g + decay v).
-    Computed as by `torch.optim.SGD` (without dampening)."""
+    Computed as by `torch.optim.SGD` (without dampening); v is 0 before the first step.
+
+    >>> learner = adapt(model, xs, ys, pattern="00011", rule=rules.momentum(0.03, decay=0.9, nesterov=True))
+
+    Raises:
+        ValueError: a rate as in `sgd`, or `decay` is not in [0, 1).
+    """
 
     def __init__(self, lr: Rate, decay: float = 0.9, nesterov: bool = False) -> None:
         super().__init__(lr)
@@ -183,7 +195,13 @@ class momentum(_Adaptive):
 
 class adam(_Adaptive):
     """Adam (Kingma, Ba 2015, algorithm 1), with the bias of both moments corrected. Computed as by `torch.optim.Adam`;
-    a parameter that only later steps update begins with its own first step."""
+    a parameter that only later steps update begins with its own first step.
+
+    >>> learner = adapt(model, xs, ys, pattern="00011", rule=rules.adam(0.01, betas=(0.9, 0.99)))
+
+    Raises:
+        ValueError: a rate as in `sgd`, or one of `betas` is not in [0, 1).
+    """
 
     def __init__(self, lr: Rate, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         super().__init__(lr)
@@ -211,7 +229,14 @@ class adam(_Adaptive):
 
 
 class rmsprop(_Adaptive):
-    """RMSprop: s <- alpha s + (1 - alpha) g^2, theta <- theta - lr g / (sqrt(s) + eps). As `torch.optim.RMSprop`."""
+    """RMSprop: s <- alpha s + (1 - alpha) g^2, theta <- theta - lr g / (sqrt(s) + eps). Computed as by
+    `torch.optim.RMSprop`.
+
+    >>> learner = adapt(model, xs, ys, pattern="00011", rule=rules.rmsprop(0.003, alpha=0.9))
+
+    Raises:
+        ValueError: a rate as in `sgd`, or `alpha` is not in [0, 1).
+    """
 
     def __init__(self, lr: Rate, alpha: float = 0.99, eps: float = 1e-8) -> None:
         super().__init__(lr)
@@ -228,7 +253,13 @@ class rmsprop(_Adaptive):
 
 
 class weight_decay(Rule):
-    """Adds `rate` theta to the gradient, as `torch.optim`'s argument of this name: `weight_decay(1e-4) | sgd(0.1)`."""
+    """Adds `rate` theta to the gradient, as the argument of this name does in `torch.optim`.
+
+    >>> learner = adapt(model, xs, ys, pattern="00011", rule=rules.weight_decay(1e-4) | rules.sgd(0.1))
+
+    Raises:
+        ValueError: `rate` is no finite number of at least 0.
+    """
 
     elementwise, ends = True, False
 
@@ -248,9 +279,12 @@ class weight_decay(Rule):
 class clip(Rule):
     """Bounds the gradient: its norm over all parameters of a task (`norm`), or each of its numbers (`value`).
 
-        rules.clip(norm=1.0) | rules.sgd(0.1)
+    >>> learner = adapt(model, xs, ys, pattern="00011", rule=rules.clip(norm=1.0) | rules.sgd(0.1))
 
     Computed as by `torch.nn.utils.clip_grad_norm_` and `clip_grad_value_`.
+
+    Raises:
+        ValueError: not exactly one of `norm` and `value` is given, or it is not above 0.
     """
 
     ends = False
