@@ -25,7 +25,8 @@ class Given(NamedTuple):
     parameters: list[Tensor]
 
     def to(self, device: str) -> Given:
-        return Given(*(t.to(device) for t in self[:3]), [p.to(device) for p in self.parameters])
+        x, labels, query = (t.to(device) for t in self[:3])
+        return Given(x, labels, query, [p.to(device) for p in self.parameters])
 
 
 def given(tasks: int = TASKS, dtype: torch.dtype = torch.float64) -> Given:

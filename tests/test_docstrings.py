@@ -76,7 +76,7 @@ def test_conv_block_is_what_its_docstring_defines(case: BlockCase) -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    operands = {
+    operands: dict[str, Any] = {
         "x": draw(case.images, case.inputs, *case.size),
         "weight": draw(case.width, case.inputs // case.groups, 3, 3),
         **{name: draw(case.width) for name in ("bias", "gamma", "beta")},

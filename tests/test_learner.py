@@ -158,12 +158,12 @@ def test_gradients_may_be_looked_at_between_loss_and_step() -> None:
 
 @either
 def test_state_dict_holds_the_adapted_network(way: Any) -> None:
-    model = normed()
+    model: Any = normed()
     learner = way(model)
     file = io.BytesIO()
     torch.save(learner.state_dict(), file)
     file.seek(0)
-    fresh = normed(seed=1)
+    fresh: Any = normed(seed=1)
     assert str(fresh.load_state_dict(torch.load(file))) == "<All keys matched successfully>"
     assert far(fresh.eval()(Q), learner.eval()(Q)) < 1e-15
     assert not torch.equal(fresh[1].running_mean, model[1].running_mean)

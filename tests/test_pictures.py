@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_palettes(tmp_path, ending, mode):
 
 
 NO_SEVEN = np.where(GREY == 7, 255, GREY)
-CLEAR = np.tile(np.uint8([0, 255]), (16, 8))
+CLEAR = np.tile(np.array([0, 255], np.uint8), (16, 8))
 WHITE = np.where(CLEAR == 0, 255, GREY)
 TRANSPARENT = {
     "LA": (lambda: Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(CLEAR))), {}, WHITE),
@@ -138,7 +139,7 @@ STORED = {
 }
 
 
-MORE = {"webp": {"lossless": True}, "packed.tif": {"compression": "tiff_lzw"}}
+MORE: dict[str, dict[str, Any]] = {"webp": {"lossless": True}, "packed.tif": {"compression": "tiff_lzw"}}
 
 
 @pytest.mark.parametrize("orientation", STORED)

@@ -172,7 +172,8 @@ def test_an_opaque_program_takes_any_call(call: str) -> None:
     assert program.untraceable is not None and program.inputs == 1 and program is program_of(model)
     assert program.pack(args, kwargs) == (Arguments(args, kwargs),)
     state = {name: p * 2 for name, p in model.named_parameters()}
-    for given in (state, dict(model.named_parameters())):
+    own_state: dict[str, Tensor] = dict(model.named_parameters())
+    for given in (state, own_state):
         want = torch.func.functional_call(model, given, args, kwargs)
         got = program.evaluate(program.bind(model), given, *args, **kwargs)
         assert torch.equal(got[0], want[0]) and got[1] == want[1]

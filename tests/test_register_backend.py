@@ -143,7 +143,8 @@ def test_a_call_that_no_backend_takes_is_listed_with_every_reason() -> None:
 
 
 def test_what_overrides_a_part_is_composed_of_it() -> None:
-    assert Convolving.inner_loop is Convolving.__mro__[2].inner_loop is Reference.inner_loop
+    second: Any = Convolving.__mro__[2]
+    assert Convolving.inner_loop is second.inner_loop is Reference.inner_loop
     assert Convolving.block is Reference.block and Convolving.prepared is Reference.prepared
     assert Convolving.image_refusals is Reference.image_refusals
     assert Native.inner_loop is not Reference.inner_loop and Native.block is not Reference.block

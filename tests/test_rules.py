@@ -88,7 +88,7 @@ def test_every_built_in_rule_equals_torchs_optimiser(name: str, pattern: str) ->
 @pytest.mark.parametrize("kind", ["norm", "value"])
 def test_clipping_equals_torchs(kind: str) -> None:
     limit = 0.05
-    clips = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}
+    clips: dict[str, Callable[..., Any]] = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}
     clip = rules.clip(norm=limit) if kind == "norm" else rules.clip(value=limit)
     want = by_optimiser("11111", lambda p: torch.optim.SGD(p, LR), lambda p: clips[kind](p, limit))
     xs, ys, _, _ = CONV4.task()
@@ -112,7 +112,8 @@ def test_many_tasks_and_the_verbs_equal_one_task(name: str, second_order: bool) 
     seeds = range(3)
     xs, ys, xq, yq = (torch.stack(t) for t in zip(*(CONV4.task(seed=s) for s in seeds)))
     for pattern in ("11111", "00110,00001"):
-        model, given = copy.deepcopy(CONV4.network), {"pattern": pattern, "steps": STEPS, "second_order": second_order}
+        model = copy.deepcopy(CONV4.network)
+        given: dict[str, Any] = {"pattern": pattern, "steps": STEPS, "second_order": second_order}
 
         def slopes(loss: Tensor, model: nn.Module = model) -> dict[str, Tensor]:
             found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
@@ -140,7 +141,7 @@ def test_many_tasks_and_the_verbs_equal_one_task(name: str, second_order: bool) 
 def plain(rate: Callable[[str, int], Any], pattern: str, second_order: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
     """The query loss and the adapted parameters of a plain loop with a rate per parameter and step."""
     xs, ys, xq, yq = CONV4.task()
-    state = dict(CONV4.network.named_parameters())
+    state: dict[str, Tensor] = dict(CONV4.network.named_parameters())
     for step in range(STEPS):
         names = groups(Pattern(pattern).at(step))
         own = {n: state[n].view_as(state[n]) if second_order else state[n].detach().requires_grad_() for n in names}
@@ -292,7 +293,7 @@ def test_the_outer_optimiser_learns_the_rates_of_the_verbs() -> None:
 def test_lr_may_be_assigned_later() -> None:
     maml = LambdaMAML(CONV4.network, 0.1)
     assert maml.lr == 0.1
-    maml.lr = nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
+    maml.lr = nn.Parameter(torch.tensor(0.2, dtype=torch.float64))  # type: ignore[misc]
     assert any(p is maml.lr for p in maml.parameters()) and isinstance(maml.rule, rules.sgd)
 
 

@@ -83,7 +83,8 @@ def test_every_change_is_noticed(name: str) -> None:
     CHANGES[name](network)
     assert not noted.holds(network)
     if name != "tied parameter":  # that is the same program with another name for a parameter
-        known = {key[0] for key, p in lookup._PROGRAMS._known.items() if p is program}
+        keys: dict[Any, Any] = lookup._PROGRAMS._known
+        known = {key[0] for key, p in keys.items() if p is program}
         assert snapshot.fingerprint(network) not in known
     assert program_of(network) is not program
 

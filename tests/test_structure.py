@@ -19,7 +19,7 @@ from lambda_kernels.program.structure import opened
 from lambda_maml import LambdaMAML, adapt
 
 
-class Output(OrderedDict):  # type: ignore[type-arg]
+class Output(OrderedDict):
     """As the outputs of transformers: keys are attributes too, and code of the class runs in its making."""
 
     def __init__(self, **values: Any) -> None:
@@ -36,7 +36,7 @@ class Output(OrderedDict):  # type: ignore[type-arg]
         super().__setitem__(key, value)
 
 
-class Words(list):  # type: ignore[type-arg]
+class Words(list):
     pass
 
 
