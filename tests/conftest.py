@@ -10,6 +10,11 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
+
+# Before torch loads its OpenMP: threads that spin while they wait take the cores from those that they wait for, where
+# other processes run too (ten times as long, on two busy cores).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from cuda_emulator import build
 
