@@ -1,5 +1,4 @@
-"""Convolutions of 3x3 pixels by Winograd's algorithm, and the frozen block made of them: exactness, every instruction
-set, and where the native backend takes them."""
+"""Convolutions of 3x3 pixels by Winograd's algorithm: exactness, memory layouts, threads, every instruction set."""
 
 from __future__ import annotations
 
@@ -8,21 +7,33 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cases import EXACT, IMAGES, STEPS, assert_as_exact, layouts
+from cases import EXACT, STEPS, layouts
 from loops import conv4_groups, plain_loop, torch_conv4
 from machine import PATIENCE
-from tape import Tape
 from torch import Tensor
+from winograd_cases import (
+    CASES,
+    EPS,
+    FROZEN,
+    OPS,
+    PADDINGS,
+    SHARING,
+    Case,
+    check_convolution,
+    check_frozen,
+    frozen_operands,
+    last,
+    no_operator,
+    on_threads,
+    operands,
+    winograd,
+)
 
-from lambda_kernels.agreement import within
 from lambda_kernels.backends import native
 from lambda_kernels.backends.native import Native
 from lambda_kernels.backends.reference import Reference
@@ -30,115 +41,6 @@ from lambda_kernels.spec import BlockSpec, ConvSpec
 from lambda_maml import adapt, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-EPS = 1e-5
-OPS = torch.ops.lambda_kernels
-SIZES = ((7, 7), (21, 21), (33, 47), (1, 9), (2, 2))
-CHANNELS = ((8, 8), (16, 64), (48, 48), (100, 100), (32, 5))
-PADDINGS = ((0, 0), (1, 1), (2, 2), (0, 2))
-# Tasks of x, of the weight and of the gradient of y.
-SHARING = ((1, 1, 1), (3, 1, 3), (1, 3, 3), (3, 3, 3), (3, 3, 1), (3, 1, 1), (1, 3, 1))
-
-
-class Case(NamedTuple):
-    inputs: int
-    outputs: int
-    size: tuple[int, int]
-    padding: tuple[int, int]
-    images: int = 1
-    tasks: tuple[int, int, int] = (1, 1, 1)
-
-    @property
-    def name(self) -> str:
-        tasks = "" if self.tasks == (1, 1, 1) else "-tasks" + "".join(map(str, self.tasks))
-        padding, size = (f"{a}x{b}" for a, b in (self.padding, self.size))
-        return f"{self.images}x{self.inputs}to{self.outputs}-{size}-padding{padding}{tasks}"
-
-    @property
-    def spec(self) -> ConvSpec:
-        return ConvSpec((1, 1), self.padding, (1, 1), 1)
-
-    @property
-    def result(self) -> tuple[int, int]:
-        rows, columns = (n + 2 * p - 2 for n, p in zip(self.size, self.padding))
-        return rows, columns
-
-
-EVERY = [
-    case
-    for (inputs, outputs), size, padding in product(CHANNELS, SIZES, PADDINGS)
-    if min((case := Case(inputs, outputs, size, padding)).result) > 0
-]
-MANY = [
-    Case(inputs, outputs, size, (1, 1), images=75)
-    for inputs, outputs in ((8, 8), (16, 64), (32, 5))
-    for size in ((7, 7), (1, 9), (2, 2))
-]
-TASKS = [
-    Case(inputs, outputs, size, (1, 1), images=2, tasks=tasks)
-    for (inputs, outputs), size in (((16, 64), (7, 7)), ((32, 5), (6, 9)))
-    for tasks in SHARING
-]
-FAR = [Case(16, 32, (5, 6), padding, images=2) for padding in ((3, 3), (4, 0))]  # tiles that lie in the padding alone
-CASES = {case.name: case for case in (*EVERY, *MANY, *TASKS, *FAR)}
-
-
-def operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """x, the weight and the gradient of y, in float64."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    x = draw(case.tasks[0], case.images, case.inputs, *case.size)
-    weight = draw(case.tasks[1], case.outputs, case.inputs, 3, 3) / (9 * case.inputs) ** 0.5
-    return x, weight, draw(case.tasks[2], case.images, case.outputs, *case.result)
-
-
-def stock(case: Case, given: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What ATen gives: y, the gradient of every task's own images, and the weight's, summed where tasks share it."""
-    x, weight, gy = given
-    tasks = max(case.tasks)
-    images = x.expand(tasks, *x.shape[1:]).clone().requires_grad_()
-    own = weight.expand(tasks, *weight.shape[1:]) if weight.shape[0] == 1 else weight
-    own = own.clone().requires_grad_()
-    y = torch.stack([F.conv2d(a, w, padding=case.padding) for a, w in zip(images, own)])
-    gx, gw = torch.autograd.grad(y, (images, own), gy.expand_as(y))
-    single = weight.shape[0] == 1
-    # An operator counts the tasks that its own operands have.
-    have = {"y": max(case.tasks[:2]), "gx": max(case.tasks[1:]), "gw": max(case.tasks[::2])}
-    found = {"y": y[: have["y"]], "gx": gx[: have["gx"]]}
-    return {**found, "gw": gw[: have["gw"]].sum(0, keepdim=True) if single else gw[: have["gw"]]}
-
-
-def winograd(case: Case, given: Sequence[Tensor]) -> dict[str, Tensor]:
-    x, weight, gy = given
-    return {
-        "y": OPS.winograd(x, weight, case.padding),
-        "gx": OPS.winograd_input_grad(gy, weight, x.shape, case.padding),
-        "gw": OPS.winograd_weight_grad(gy, x, weight.shape, case.padding),
-    }
-
-
-def last(x: Tensor) -> Tensor:
-    """The same values with the channels side by side in memory."""
-    return layouts(x)["channels-last"]
-
-
-def assert_exact(name: str, got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, **EXACT, msg=lambda text: f"{name}: {text}")
-
-
-def check_convolution(case: Case) -> None:
-    given = operands(case)
-    truth = stock(case, given)
-    terms = {"y": 9 * case.inputs, "gx": 9 * case.outputs, "gw": truth["y"][:, :, 0].numel()}
-    for key, value in winograd(case, given).items():
-        assert_exact(f"{case.name} {key}", value, truth[key])
-    single = [t.float() for t in given]
-    theirs = stock(case, single)
-    for key, value in winograd(case, [last(t) for t in single]).items():
-        assert_as_exact(f"{case.name} {key}", value, theirs[key], truth[key], terms[key])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -159,16 +61,6 @@ def test_memory_layouts_change_nothing(name: str) -> None:
     for (label, images), gradient in zip(layouts(x).items(), layouts(gy).values()):
         for key, value in winograd(case, (images, weight, gradient)).items():
             assert torch.equal(value, want[key]), (label, key)
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -211,195 +103,6 @@ def test_tracing_sees_the_shapes_and_the_memory_layout() -> None:
         geometry = native._geometry(BlockSpec(frozen.spec, EPS, frozen.pool))
         given = frozen_operands(frozen, torch.float32, 2, shared=True)
         torch.library.opcheck(OPS.frozen_block.default, (*given, geometry, EPS), test_utils=tests)
-
-
-class Frozen(NamedTuple):
-    """A block without a gradient: sizes of x [N, C, H, W] and of the weight [O, C, kh, kw]."""
-
-    name: str
-    x: tuple[int, int, int, int]
-    weight: tuple[int, int, int, int]
-    spec: ConvSpec
-    pool: int = 2
-
-
-def filtered(name: str, images: int, inputs: int, outputs: int, size: tuple[int, int], padding: int = 1) -> Frozen:
-    spec = ConvSpec((1, 1), (padding, padding), (1, 1), 1)
-    return Frozen(name, (images, inputs, *size), (outputs, inputs, 3, 3), spec)
-
-
-FROZEN = {
-    case.name: case
-    for case in (
-        filtered("7x7", 3, 8, 8, (7, 7)),
-        filtered("2x2", 5, 16, 16, (2, 2)),
-        filtered("21x21", 2, 32, 48, (21, 21)),
-        filtered("33x47", 1, 16, 64, (33, 47)),
-        filtered("no-padding", 2, 32, 100, (9, 12), padding=0),
-        filtered("wide-padding", 2, 100, 20, (5, 6), padding=2),
-        filtered("75-images", 75, 32, 32, (4, 5)),
-        filtered("width-600", 2, 10, 600, (5, 7)),  # more outputs than the kernel takes at a time
-        *(
-            Frozen(c.name, (c.images, c.inputs, *c.size), (c.width, c.inputs, *c.kernel), c.spec, c.pool)
-            for c in IMAGES
-        ),
-    )
-}
-
-
-def frozen_operands(
-    case: Frozen, dtype: torch.dtype, tasks: int, shared: bool = False, shift: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, gamma, beta, drawn in float64. Gamma is below zero, zero and above it in turn."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    own, outputs = 1 if shared else tasks, case.weight[0]
-    x = draw(tasks, *case.x) + shift
-    weight = draw(own, *case.weight) / (case.weight[1] * case.weight[2] * case.weight[3]) ** 0.5
-    gamma = draw(own, outputs).abs() * (torch.arange(outputs) + own).remainder(3).sub(1)
-    return x.to(dtype), weight.to(dtype), gamma.to(dtype), draw(own, outputs).to(dtype)
-
-
-def block(backend: Reference, case: Frozen, given: Sequence[Tensor]) -> dict[str, Tensor]:
-    x, weight, gamma, beta = given
-    y, mean, rstd = backend.block(x, weight, gamma, beta, BlockSpec(case.spec, EPS, case.pool))
-    tasks = max(t.shape[0] for t in given)  # the reference has one result where tasks share it
-    return {key: t.expand(tasks, *t.shape[1:]) for key, t in (("y", y), ("mean", mean), ("rstd", rstd))}
-
-
-def check_single(case: Frozen, got: dict[str, Tensor], stock: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
-    """A float32 block beside torch's. A mean is there to be taken from z, so its roundings are those of values as far
-    from zero as z is."""
-    terms = case.weight[1] * case.weight[2] * case.weight[3]
-    deviation = 1.0 / truth["rstd"].min().item()
-    for key in got:
-        values = [found[key] for found in (got, stock, truth)]
-        if key == "mean":
-            values = [torch.cat([t, torch.full_like(t[:1], deviation)]) for t in values]
-        mine, theirs, want = values
-        assert_as_exact(f"{case.name} {key}", mine, theirs, want, terms)
-
-
-def check_frozen(case: Frozen, tasks: int, shared: bool) -> None:
-    wide = frozen_operands(case, torch.float64, tasks, shared)
-    single = frozen_operands(case, torch.float32, tasks, shared)
-    truth = block(Reference(), case, wide)
-    with no_operator("norm_relu_pool"):
-        got = block(Native(), case, wide)
-        rough = block(Native(), case, single)
-    for key in got:
-        assert_exact(f"{case.name} {key}", got[key], truth[key])
-    check_single(case, rough, block(Reference(), case, single), truth)
-
-
-@contextmanager
-def no_operator(*names: str) -> Iterator[None]:
-    """No operator of these names is called: what would do the same in another way."""
-    with Tape() as tape:
-        yield
-    called = {str(entry[0]).split(".")[1] for entry in tape.entries}
-    assert not called & set(names), called
-
-
-@pytest.mark.parametrize(("tasks", "shared"), [(1, False), (3, False), (3, True)])
-@pytest.mark.parametrize("name", FROZEN)
-def test_a_frozen_block_is_the_references(name: str, tasks: int, shared: bool) -> None:
-    check_frozen(FROZEN[name], tasks, shared)
-
-
-@pytest.mark.parametrize("name", ["7x7", "rgb-48"])
-def test_operands_of_a_frozen_block_are_shared_one_by_one(name: str) -> None:
-    case = FROZEN[name]
-    given = frozen_operands(case, torch.float64, 3)
-    for own in product((True, False), repeat=4):
-        some = tuple(t if wanted else t[:1] for t, wanted in zip(given, own))
-        truth = block(Reference(), case, some)
-        got = OPS.frozen_block(*some, native._geometry(BlockSpec(case.spec, EPS, case.pool)), EPS)
-        for value, want in zip(got, truth.values()):
-            torch.testing.assert_close(value, want, **EXACT)
-        assert got[0].shape[0] == (3 if any(own) else 1)
-
-
-@pytest.mark.parametrize("name", ["7x7", "width-600", "rgb-48"])
-def test_memory_layouts_of_a_frozen_block(name: str) -> None:
-    case = FROZEN[name]
-    x, weight, gamma, beta = frozen_operands(case, torch.float32, 2)
-    geometry = native._geometry(BlockSpec(case.spec, EPS, case.pool))
-    want = OPS.frozen_block(x, weight, gamma, beta, geometry, EPS)
-    weights = {**layouts(weight), "transposed": weight.transpose(1, 2).contiguous().transpose(1, 2)}
-    for images, other in product(layouts(x).values(), weights.values()):
-        other_gamma, other_beta = (torch.stack([t, t], -1)[..., 0] for t in (gamma, beta))
-        got = OPS.frozen_block(images, other, other_gamma, other_beta, geometry, EPS)
-        assert all(torch.equal(a, b) for a, b in zip(got, want))
-
-
-@pytest.mark.parametrize("name", ["7x7", "2x2", "21x21", "no-padding", "rgb-48", "no-pool", "stride"])
-@pytest.mark.parametrize("shift", [10.0, 1000.0])
-def test_images_far_from_zero_lose_no_more_than_in_torch(name: str, shift: float) -> None:
-    case = FROZEN[name]
-    case = case._replace(spec=case.spec._replace(padding=(0, 0))) if min(case.x[2:]) > 3 else case
-    single = frozen_operands(case, torch.float32, 1, shift=shift)
-    truth = block(Reference(), case, [t.double() for t in single])
-    got, theirs = (block(backend, case, single) for backend in (Native(), Reference()))
-    for key in got:
-        assert_as_exact(f"{name} {key}", got[key], theirs[key], truth[key])
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", FROZEN)
-def test_nan_in_one_image_comes_out_of_every_image_of_its_task(name: str, dtype: torch.dtype) -> None:
-    case = FROZEN[name]
-    given = frozen_operands(case, dtype, 2)
-    clean = block(Native(), case, given)
-    given[0][1, -1, -1, case.x[2] // 2, case.x[3] // 2] = torch.nan
-    truth, got = (block(backend, case, given) for backend in (Reference(), Native()))
-    for key in got:
-        assert torch.equal(got[key][0], clean[key][0])
-        assert torch.equal(got[key].isnan(), truth[key].isnan())
-    assert got["y"][1].isnan().all()
-
-
-def test_zero_gamma_gives_beta() -> None:
-    for name in ("7x7", "rgb-48"):
-        case = FROZEN[name]
-        x, weight, gamma, beta = frozen_operands(case, torch.float32, 1)
-        y = block(Native(), case, (x, weight, torch.zeros_like(gamma), beta))["y"]
-        assert torch.equal(y, beta.relu()[:, None, :, None, None].expand_as(y))
-
-
-def test_constant_images_have_no_variance() -> None:
-    """Neither a square root of less than zero nor a mean that is off."""
-    case = FROZEN["7x7"]._replace(spec=ConvSpec((1, 1), (0, 0), (1, 1), 1))
-    _, weight, gamma, beta = frozen_operands(case, torch.float32, 1)
-    x = torch.full((1, *case.x), 3.0)
-    y, mean, rstd = block(Native(), case, (x, weight, gamma, beta)).values()
-    torch.testing.assert_close(mean, 3.0 * weight.sum((2, 3, 4)), **within(torch.float32))
-    # a variance of next to nothing beside eps
-    torch.testing.assert_close(rstd, torch.full_like(rstd, EPS**-0.5), rtol=1e-4, atol=0.0)
-    assert y.isfinite().all()
-
-
-def test_a_frozen_block_after_a_run_of_nan() -> None:
-    for case in FROZEN.values():
-        given = frozen_operands(case, torch.float32, 1)
-        want = block(Native(), case, given)
-        block(Native(), case, [torch.full_like(t, torch.nan) for t in given])
-        again = block(Native(), case, given)
-        assert all(torch.equal(again[key], want[key]) for key in want), case.name
-
-
-def test_threads_change_a_frozen_block_by_rounding_alone() -> None:
-    for case in FROZEN.values():
-        for tasks in (1, 3):
-            given, found = frozen_operands(case, torch.float64, tasks), []
-            for threads in (1, 2):
-                with on_threads(threads):
-                    found.append(block(Native(), case, given))
-            for key in found[0]:
-                torch.testing.assert_close(found[0][key], found[1][key], **EXACT)
 
 
 def takes(x: Tensor, weight: Tensor, spec: ConvSpec, pool: int) -> bool:
@@ -562,8 +265,6 @@ for name in t.WRONG:
     else:
         print(flush=True)
 """
-
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
