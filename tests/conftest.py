@@ -16,7 +16,10 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from cuda_checks import RUNNERS, Runner
 from cuda_emulator import build
+
+from lambda_kernels.backends.cuda import Cuda
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is made: they run on the CPU
@@ -53,6 +56,21 @@ def one_thread() -> Iterator[None]:
 def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The CUDA kernels, built to run on the CPU (tests/cuda_emulator)."""
     return build.library(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture(params=RUNNERS)
+def runner(request: pytest.FixtureRequest) -> Runner:
+    if request.param == "device":
+        return Runner(Cuda(), "cuda")
+    return Runner(Cuda(request.getfixturevalue("emulated_library"), "cpu"), "cpu")
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """What torch.empty gives is NaN, bytes are 255: an element that no kernel writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
