@@ -21,17 +21,10 @@ import lambda_kernels as lk
 import lambda_kernels.backends
 from lambda_maml import Pattern, adapt, models
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PATTERNS = [str(p) for p in Pattern.all(5)]
 SCHEDULES = ["11111,00001", "00001,11111", "00011,11111,00100"]
 CONV4 = loops.Case(torch_conv4(), conv4_groups(), (1, 16, 16))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The networks here are too small for two."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 def own_conv4(network: nn.Module, image_size: int = 16) -> nn.Module:

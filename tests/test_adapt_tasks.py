@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import loops
@@ -17,15 +16,8 @@ import lambda_kernels as lk
 from lambda_maml import adapt, adapt_tasks, models
 from lambda_maml.inner import batch as batch_module
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = 3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The networks here are too small for two."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 def batch(case: loops.Case, tasks: int = TASKS) -> tuple[Tensor, ...]:

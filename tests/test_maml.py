@@ -21,16 +21,9 @@ import lambda_kernels.backends
 from lambda_maml import LambdaMAML, Pattern, adapt
 from lambda_maml.maml import TaskLearner
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONV4 = loops.Case(loops.torch_conv4(), loops.conv4_groups(), (1, 16, 16))
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The networks here are too small for two."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 def drive(maml: LambdaMAML, xs: Tensor, ys: Tensor, steps: int, loss: Loss = F.cross_entropy) -> TaskLearner:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import loops
 import pytest
@@ -17,13 +16,7 @@ from lambda_maml import Pattern, adapt, models
 from lambda_maml import plan as plans
 from lambda_maml.plan import plan_of, state_of
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The networks here are too small for two."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def labels(model: nn.Module, bits: str) -> tuple[list[str], list[str]]:

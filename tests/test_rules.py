@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,10 @@ from torch import Tensor, nn
 from lambda_maml import LambdaMAML, Pattern, adapt, adapt_tasks, explain, rules
 from lambda_maml.inner.rates import Rates
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONV4 = loops.Case(loops.torch_conv4(), loops.conv4_groups(), (1, 16, 16))
 STEPS, LR = 4, 0.05
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The networks here are too small for two."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
 
 
 Optimiser = Callable[[list[Tensor]], torch.optim.Optimizer]
