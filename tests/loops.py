@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lambda_kernels.agreement import TOLERANCES
+from lambda_maml import adapt, models
 
 __all__ = [
+    "CONV4",
     "NETWORKS",
     "Adapted",
     "Case",
@@ -56,9 +58,11 @@ __all__ = [
     "batch_norm_mlp",
     "branches",
     "close",
+    "compare",
     "conv1d",
     "conv4_groups",
     "gradients_of",
+    "own_conv4",
     "pair",
     "plain_loop",
     "residual",
@@ -72,6 +76,7 @@ __all__ = [
     "updated_names",
     "writes_prefix",
 ]
+CONV4 = Case(torch_conv4(), conv4_groups(), (1, 16, 16))
 RTOL = TOLERANCES[torch.float64].steps
 
 
@@ -173,3 +178,51 @@ NETWORKS: dict[str, Callable[[], Case]] = {
     "conv1d": conv1d,
     "odd-conv": odd_conv,
 }
+
+
+def own_conv4(network: nn.Module, image_size: int = 16) -> nn.Module:
+    model = models.conv4(ways=2, in_channels=1, width=3, image_size=image_size).double()
+    model.load_state_dict(network.state_dict())
+    return model
+
+
+def compare(
+    model: nn.Module,
+    case: Case,
+    pattern: str,
+    *,
+    steps: int = 3,
+    lr: float = 0.1,
+    norm: str = "follow",
+    second_order: bool = False,
+    rtol: float = 1e-9,
+    scale: float = 1e-12,
+    **options: Any,
+) -> None:
+    """Adapted parameters, query logits, and the query loss's gradient by every parameter, against the plain loop."""
+    dtype = next(model.parameters()).dtype
+    xs, ys, xq, yq = case.task(dtype=dtype)
+    want = plain_loop(
+        case.network,
+        case.groups,
+        pattern,
+        xs.clone(),
+        ys,
+        xq.clone(),
+        yq,
+        steps=steps,
+        lr=lr,
+        norm=norm,
+        second_order=second_order,
+        **options,
+    )
+    learner = adapt(
+        model, xs.clone(), ys, pattern=pattern, steps=steps, lr=lr, norm=norm, second_order=second_order, **options
+    )
+    tolerance = {"rtol": rtol, "scale": scale}
+    all_close(learner.parameters_dict(), want.parameters, "adapted", **tolerance)
+    logits = learner(xq.clone())
+    close(logits, want.logits, "logits", **tolerance)
+    model.zero_grad()
+    options.get("loss", F.cross_entropy)(logits, yq).backward()
+    all_close(gradients_of(model), want.gradients, "gradient of", **tolerance)

@@ -9,7 +9,7 @@ import loops
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import NETWORKS, all_close, close, gradients_of
+from loops import CONV4, NETWORKS, all_close, close, gradients_of
 from torch import Tensor, nn
 
 import lambda_kernels as lk
@@ -37,9 +37,6 @@ def compare(case: loops.Case, model: nn.Module, pattern: str, tasks: int = TASKS
         network.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), yq.flatten()).backward()
     all_close(gradients_of(model), gradients_of(twin), "gradient of")
-
-
-CONV4 = loops.Case(loops.torch_conv4(), loops.conv4_groups(), (1, 16, 16))
 
 
 @pytest.mark.parametrize("second_order", [False, True], ids=["first", "second"])

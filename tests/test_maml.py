@@ -13,7 +13,7 @@ import loops
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import NETWORKS, all_close, close, gradients_of, plain_loop
+from loops import CONV4, NETWORKS, all_close, close, gradients_of, plain_loop
 from torch import Tensor, nn
 
 import lambda_kernels as lk
@@ -22,7 +22,6 @@ from lambda_maml import LambdaMAML, Pattern, adapt
 from lambda_maml.maml import TaskLearner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONV4 = loops.Case(loops.torch_conv4(), loops.conv4_groups(), (1, 16, 16))
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -8,19 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import loops
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from loops import all_close, close
+from loops import CONV4, all_close, close
 from torch import Tensor, nn
 
 from lambda_maml import LambdaMAML, Pattern, adapt, adapt_tasks, explain, rules
 from lambda_maml.inner.rates import Rates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONV4 = loops.Case(loops.torch_conv4(), loops.conv4_groups(), (1, 16, 16))
 STEPS, LR = 4, 0.05
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
