@@ -14,14 +14,16 @@ namespace {
 
 // x [1 or T, N, C, H, W]; geometry: stride, padding, dilation (vertical, horizontal each), pool
 Convolution sizes(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef geometry, int64_t outputs) {
-  TORCH_CHECK(x.dim() == 5 && kernel.size() == 2 && geometry.size() == 7, "image_block: x must be [tasks, images, C, H, W], got ",
-              x.sizes(), ", with 2 kernel sizes and 7 numbers, got ", kernel.size(), " and ", geometry.size());
-  TORCH_CHECK(geometry[0] > 0 && geometry[1] > 0, "image_block: stride ", geometry[0], ", ", geometry[1], " must be positive");
+  TORCH_CHECK(x.dim() == 5 && kernel.size() == 2 && geometry.size() == 7,
+              "image_block: x must be [tasks, images, C, H, W], got ", x.sizes(),
+              ", with 2 kernel sizes and 7 numbers, got ", kernel.size(), " and ", geometry.size());
+  TORCH_CHECK(geometry[0] > 0 && geometry[1] > 0, "image_block: stride ", geometry[0], ", ", geometry[1],
+              " must be positive");
   const Convolution c =
       Convolution::of(x.size(1), x.size(2), x.size(3), x.size(4), outputs, {kernel[0], kernel[1]}, geometry.data());
-  TORCH_CHECK(ImageConvolution<float>::takes(c, geometry[6]) && x.numel() > 0, "image_block: a kernel of ", kernel[0], "x", kernel[1],
-              " over images ", x.sizes().slice(1), " with pool ", geometry[6], ": at most ", ImageConvolution<float>::kMostTaps,
-              " numbers per patch and a pool of 1 or 2");
+  TORCH_CHECK(ImageConvolution<float>::takes(c, geometry[6]) && x.numel() > 0, "image_block: a kernel of ", kernel[0], "x",
+              kernel[1], " over images ", x.sizes().slice(1), " with pool ", geometry[6], ": at most ",
+              ImageConvolution<float>::kMostTaps, " numbers per patch and a pool of 1 or 2");
   return c;
 }
 
@@ -55,8 +57,8 @@ at::Tensor image_moments(const at::Tensor& x, at::IntArrayRef kernel, at::IntArr
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> image_block(const at::Tensor& x, const at::Tensor& weight_,
                                                                        const at::Tensor& gamma_, const at::Tensor& beta_,
-                                                                       const at::Tensor& moments_,
-                                                                       at::IntArrayRef geometry, double eps) {
+                                                                       const at::Tensor& moments_, at::IntArrayRef geometry,
+                                                                       double eps) {
   const int64_t tasks = std::max({x.size(0), weight_.size(0), gamma_.size(0), beta_.size(0)}), pool = geometry.back();
   const Convolution c = sizes(x, weight_.sizes().slice(3), geometry, weight_.size(1));
   const at::Tensor weight = weight_.contiguous(), gamma = gamma_.contiguous(), beta = beta_.contiguous();
@@ -72,9 +74,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> image_block(const at:
       const Arena::Mark mark = (*arena).mark();
       const ImageConvolution<scalar_t> images = images_of<scalar_t>(c, pool, x, task, *arena);
       const Patches patches(moments.size(1) - 1, values<double>(moments, task));
-      images.block(values<scalar_t>(weight, task), values<scalar_t>(gamma, task), values<scalar_t>(beta, task), patches,
-                     eps, y[task].mutable_data_ptr<scalar_t>(), index[task].mutable_data_ptr<uint8_t>(),
-                     mean[task].mutable_data_ptr<scalar_t>(), rstd[task].mutable_data_ptr<scalar_t>(), *arena);
+      images.block(values<scalar_t>(weight, task), values<scalar_t>(gamma, task), values<scalar_t>(beta, task), patches, eps,
+                   y[task].mutable_data_ptr<scalar_t>(), index[task].mutable_data_ptr<uint8_t>(),
+                   mean[task].mutable_data_ptr<scalar_t>(), rstd[task].mutable_data_ptr<scalar_t>(), *arena);
       (*arena).rewind(mark);
     }
   });
@@ -99,9 +101,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> image_block_grad(const at::Tensor
       const Patches patches(moments.size(1) - 1, values<double>(moments, task));
       images_of<scalar_t>(c, geometry[6], x, task, *arena)
           .block_grad(values<scalar_t>(gy, task), values<scalar_t>(weight, task), values<scalar_t>(gamma, task),
-                    values<uint8_t>(index, task), values<scalar_t>(rstd, task), patches,
-                    dweight[task].mutable_data_ptr<scalar_t>(), dgamma[task].mutable_data_ptr<scalar_t>(),
-                    dbeta[task].mutable_data_ptr<scalar_t>(), *arena);
+                      values<uint8_t>(index, task), values<scalar_t>(rstd, task), patches,
+                      dweight[task].mutable_data_ptr<scalar_t>(), dgamma[task].mutable_data_ptr<scalar_t>(),
+                      dbeta[task].mutable_data_ptr<scalar_t>(), *arena);
       (*arena).rewind(mark);
     }
   });

@@ -125,7 +125,7 @@ class ImageConvolution {
 
   // weight [O, K], gamma and beta [O] -> y [N, rows, columns, O] of the pooled size, index as y, mean, rstd [O]
   void block(const T* weight, const T* gamma, const T* beta, const Patches& patches, double eps, T* y, uint8_t* index,
-               T* mean, T* rstd, Arena& arena) const {
+             T* mean, T* rstd, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
     const int64_t outputs = c_.outputs;
     ImageBlock<T> p = describe(outputs);
@@ -197,7 +197,7 @@ class ImageConvolution {
 
   // -> dweight [O, K], dgamma, dbeta [O]
   void block_grad(const T* gy, const T* weight, const T* gamma, const uint8_t* index, const T* rstd, const Patches& patches,
-                T* dweight, T* dgamma, T* dbeta, Arena& arena) const {
+                  T* dweight, T* dgamma, T* dbeta, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
     ImageBlock<T> p = describe(c_.outputs);
     const int64_t size = (p.padded_taps + 1) * p.padded_outputs;

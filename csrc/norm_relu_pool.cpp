@@ -69,8 +69,8 @@ void read_back(NormReluPool<T>& p, const at::Tensor& gy, const at::Tensor& gamma
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_pool(const at::Tensor& z_, const at::Tensor& gamma_,
-                                                                              const at::Tensor& beta_, double eps,
-                                                                              int64_t pool) {
+                                                                          const at::Tensor& beta_, double eps,
+                                                                          int64_t pool) {
   check(z_, gamma_, pool);
   check(z_, beta_, pool);
   const at::Tensor z = channels_last(z_), gamma = gamma_.contiguous(), beta = beta_.contiguous();
@@ -96,9 +96,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_pool(const 
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad(const at::Tensor& gy_, const at::Tensor& z_,
-                                                                       const at::Tensor& gamma_, const at::Tensor& index_,
-                                                                       const at::Tensor& mean_, const at::Tensor& rstd_,
-                                                                       int64_t pool, bool need_z) {
+                                                                   const at::Tensor& gamma_, const at::Tensor& index_,
+                                                                   const at::Tensor& mean_, const at::Tensor& rstd_,
+                                                                   int64_t pool, bool need_z) {
   check(z_, gamma_, pool);
   check_saved(gy_, z_, index_, mean_, rstd_, pool);
   const at::Tensor gy = channels_last(gy_), z = channels_last(z_), index = channels_last(index_);
@@ -118,10 +118,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad(const at::Ten
   return {dz, dgamma, dbeta};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad_grad(
-    const at::Tensor& gy_, const at::Tensor& z_, const at::Tensor& gamma_, const at::Tensor& index_,
-    const at::Tensor& mean_, const at::Tensor& rstd_, int64_t pool, const std::optional<at::Tensor>& v_,
-    const at::Tensor& v_gamma_, const at::Tensor& v_beta_, bool need_z) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad_grad(const at::Tensor& gy_, const at::Tensor& z_,
+                                                                        const at::Tensor& gamma_, const at::Tensor& index_,
+                                                                        const at::Tensor& mean_, const at::Tensor& rstd_,
+                                                                        int64_t pool, const std::optional<at::Tensor>& v_,
+                                                                        const at::Tensor& v_gamma_,
+                                                                        const at::Tensor& v_beta_, bool need_z) {
   check(z_, gamma_, pool);
   check(z_, v_gamma_, pool);
   check(z_, v_beta_, pool);

@@ -31,7 +31,8 @@ int64_t tasks_of(at::IntArrayRef a, at::IntArrayRef b) {
 }
 
 void check_gradient(at::IntArrayRef gy, const Convolution& c, at::IntArrayRef x, at::IntArrayRef weight) {
-  TORCH_CHECK(gy.size() == 5 && gy[0] > 0 && gy[1] == c.images && gy[2] == c.outputs && gy[3] == c.rows && gy[4] == c.columns,
+  TORCH_CHECK(gy.size() == 5 && gy[0] > 0 && gy[1] == c.images && gy[2] == c.outputs && gy[3] == c.rows &&
+                  gy[4] == c.columns,
               "winograd: the gradient ", gy, " is not that of a weight ", weight, " over images ", x);
 }
 
@@ -77,7 +78,8 @@ at::Tensor winograd_input_grad(const at::Tensor& gy_, const at::Tensor& weight, 
   return gx;
 }
 
-at::Tensor winograd_weight_grad(const at::Tensor& gy_, const at::Tensor& x_, at::IntArrayRef weight, at::IntArrayRef padding) {
+at::Tensor winograd_weight_grad(const at::Tensor& gy_, const at::Tensor& x_, at::IntArrayRef weight,
+                                at::IntArrayRef padding) {
   const bool shared = weight[0] == 1;
   Convolution c = sizes(x_.sizes(), weight, padding);
   check_gradient(gy_.sizes(), c, x_.sizes(), weight);
@@ -92,8 +94,8 @@ at::Tensor winograd_weight_grad(const at::Tensor& gy_, const at::Tensor& x_, at:
     const Borrowed arena;
     for (int64_t task = 0; task < runs; ++task) {
       const WinogradConvolution<scalar_t> filter(c, gw[task].mutable_data_ptr<scalar_t>(), gw.strides().data() + 1);
-      filter.add_weight_gradient(x[of(x, task)].const_data_ptr<scalar_t>(), gy[of(gy, task)].const_data_ptr<scalar_t>(), scalar_t(1),
-                     *arena);
+      filter.add_weight_gradient(x[of(x, task)].const_data_ptr<scalar_t>(), gy[of(gy, task)].const_data_ptr<scalar_t>(),
+                                 scalar_t(1), *arena);
     }
   });
   return gw;

@@ -83,7 +83,9 @@ static void merge_moments(const NormReluPool<T>& p, int64_t begin, int64_t end) 
 
 // A NaN survives both comparisons, as it does in torch's ReLU and max-pool.
 template <typename T>
-static inline T relu(T v) { return v < T(0) ? T(0) : v; }
+static inline T relu(T v) {
+  return v < T(0) ? T(0) : v;
+}
 
 template <typename T>
 static void apply(const NormReluPool<T>& p, int64_t begin, int64_t end) {
@@ -426,8 +428,9 @@ static void dense_grad_grad(const NormReluPoolGradGrad<T>& p, int64_t begin, int
 }
 
 template <typename T>
-static constexpr NormReluPoolKernels<T> table{moments<T>, merge_moments<T>, apply<T>, settle<T>, reduce<T>, merge_reduce<T>, dense<T>,
-                                             reduce_grad_grad<T>, merge_grad_grad<T>, dense_grad_grad<T>};
+static constexpr NormReluPoolKernels<T> table{moments<T>,         merge_moments<T>,  apply<T>, settle<T>,
+                                              reduce<T>,          merge_reduce<T>,   dense<T>, reduce_grad_grad<T>,
+                                              merge_grad_grad<T>, dense_grad_grad<T>};
 
 extern const NormReluPoolKernels<float> norm_relu_pool_f32;
 extern const NormReluPoolKernels<double> norm_relu_pool_f64;

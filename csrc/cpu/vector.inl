@@ -17,10 +17,14 @@ template <typename T>
 using Bytes = typename Vector<T>::Bytes;
 
 template <typename T>
-static inline Values<T> load(const T* from) { return *reinterpret_cast<const Values<T>*>(from); }
+static inline Values<T> load(const T* from) {
+  return *reinterpret_cast<const Values<T>*>(from);
+}
 
 template <typename T>
-static inline void store(T* to, Values<T> v) { *reinterpret_cast<Values<T>*>(to) = v; }
+static inline void store(T* to, Values<T> v) {
+  *reinterpret_cast<Values<T>*>(to) = v;
+}
 
 // The first `count` lanes, and zeros.
 template <typename T>

@@ -22,9 +22,9 @@ struct Winograd {
   const T* u;                              // [16, inputs, padded_outputs], of the weight
   T* y;                                    // [images, rows, columns, outputs]
   const T* gy;                             // as y
-  T* pooled;                               // in place of y: [images, rows / 2, columns / 2, outputs], its maxima in windows of 2 x 2
+  T* pooled;  // in place of y: [images, rows / 2, columns / 2, outputs], its maxima in windows of 2 x 2
   double* partial;  // with pooled: [groups, 3, padded_outputs]: mean of y, sum of squares around it, number of pixels
-  T* du;                                   // [slabs, 16, inputs, padded_outputs], of the weight's gradient
+  T* du;  // [slabs, 16, inputs, padded_outputs], of the weight's gradient
 };
 
 // A weight and its transform. turned: the weight of the input's gradient, inputs and outputs exchanged.
@@ -35,8 +35,8 @@ struct WinogradWeight {
   int64_t strides[4];  // of output, input, row, column, elements
   bool turned;
   int64_t padded;  // outputs (turned: inputs) rounded up to whole vectors
-  T* u;            // [16, inputs, padded] (turned: [16, outputs, padded])
-  const T* du;     // [slabs, 16, inputs, padded]
+  T* u;  // [16, inputs, padded] (turned: [16, outputs, padded])
+  const T* du;  // [slabs, 16, inputs, padded]
   int64_t slabs;
   T scale;
 };

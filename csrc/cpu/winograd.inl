@@ -162,8 +162,8 @@ static void winograd_forward(const Winograd<T>& p, int64_t begin, int64_t end, T
     const int64_t first = group * p.group, count = tiles - first < p.group ? tiles - first : p.group;
     transform_images(p, first, count, scratch);
     for (int64_t k = 0; k < kPoints; ++k)
-      product(Product<T>{scratch + k * from, p.padded_inputs, 1, p.u + k * C * p.padded_outputs, p.padded_outputs, products + k * to,
-                         p.padded_outputs, count, p.padded_outputs, C, T(1), false});
+      product(Product<T>{scratch + k * from, p.padded_inputs, 1, p.u + k * C * p.padded_outputs, p.padded_outputs,
+                         products + k * to, p.padded_outputs, count, p.padded_outputs, C, T(1), false});
     if (p.pooled != nullptr)
       pool_products(p, first, count, products, to, p.partial + group * 3 * p.padded_outputs);
     else
@@ -214,8 +214,8 @@ static void winograd_gradient(const Winograd<T>& p, int64_t begin, int64_t end, 
       transform_images(p, first, count, scratch);
       transform_gradients(p, first, count, gradients);
       for (int64_t k = 0; k < kPoints; ++k)
-        product(Product<T>{scratch + k * from, 1, p.padded_inputs, gradients + k * to, p.padded_outputs, du + k * C * p.padded_outputs,
-                           p.padded_outputs, C, p.padded_outputs, count, T(1), add});
+        product(Product<T>{scratch + k * from, 1, p.padded_inputs, gradients + k * to, p.padded_outputs,
+                           du + k * C * p.padded_outputs, p.padded_outputs, C, p.padded_outputs, count, T(1), add});
     }
   }
 }

@@ -128,8 +128,7 @@ struct Cover {
   int64_t parts;   // of a task's pixels
   int64_t chunks;  // of the packs, blockDim.x each
 
-  Cover(int64_t channels, int pack, int64_t parts)
-      : packs(channels / pack), parts(parts), chunks((packs + 63) / 64) {}
+  Cover(int64_t channels, int pack, int64_t parts) : packs(channels / pack), parts(parts), chunks((packs + 63) / 64) {}
   dim3 block() const {
     const int64_t x = (packs + chunks - 1) / chunks;
     return dim3(unsigned(x), unsigned(kThreads / x));
@@ -187,18 +186,23 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 block, vo
 template <typename Call>
 cudaError_t with_dtype(int dtype, Call call) {
   switch (dtype) {
-    case kFloat32: return call.template operator()<float>();
-    case kFloat64: return call.template operator()<double>();
-    case kFloat16: return call.template operator()<__half>();
-    case kBFloat16: return call.template operator()<__nv_bfloat16>();
-    default: return cudaErrorInvalidValue;
+    case kFloat32:
+      return call.template operator()<float>();
+    case kFloat64:
+      return call.template operator()<double>();
+    case kFloat16:
+      return call.template operator()<__half>();
+    case kBFloat16:
+      return call.template operator()<__nv_bfloat16>();
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
 }  // namespace lk
 
-#define LK_RETURN_IF_FAILED(call)                 \
-  do {                                            \
-    const cudaError_t error = (call);             \
-    if (error != cudaSuccess) return error;       \
+#define LK_RETURN_IF_FAILED(call)           \
+  do {                                      \
+    const cudaError_t error = (call);       \
+    if (error != cudaSuccess) return error; \
   } while (false)

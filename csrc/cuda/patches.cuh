@@ -21,9 +21,9 @@ struct Patches {
 
   explicit Patches(const ImageBlock& p)
       : taps(int(p.inputs * p.kernel_height * p.kernel_width)), kernel_height(int(p.kernel_height)),
-        kernel_width(int(p.kernel_width)), stride_y(int(p.stride_y)), stride_x(int(p.stride_x)),
-        padding_y(int(p.padding_y)), padding_x(int(p.padding_x)), dilation_y(int(p.dilation_y)),
-        dilation_x(int(p.dilation_x)), height(int(p.height)), width(int(p.width)), inputs(p.inputs), x_task(p.x_task) {}
+        kernel_width(int(p.kernel_width)), stride_y(int(p.stride_y)), stride_x(int(p.stride_x)), padding_y(int(p.padding_y)),
+        padding_x(int(p.padding_x)), dilation_y(int(p.dilation_y)), dilation_x(int(p.dilation_x)), height(int(p.height)),
+        width(int(p.width)), inputs(p.inputs), x_task(p.x_task) {}
 
   __device__ Tap tap(int k) const {
     const int rest = k % (kernel_height * kernel_width);

@@ -17,8 +17,7 @@ __device__ inline T moved(T parameter, T gradient, Wide<T> alpha) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    sgd(const __grid_constant__ Sgd p, const __grid_constant__ SgdBlocks blocks) {
+__global__ void __launch_bounds__(kThreads) sgd(const __grid_constant__ Sgd p, const __grid_constant__ SgdBlocks blocks) {
   constexpr int V = 16 / sizeof(T);
   int tensor = 0, beyond = int(p.count);
   while (beyond - tensor > 1) {
@@ -46,8 +45,7 @@ __global__ void __launch_bounds__(kThreads)
       store(parameter + i, a);
     }
   }
-  for (int i = done + int(threadIdx.x); i < count; i += kThreads)
-    parameter[i] = moved(parameter[i], gradient[i], alpha);
+  for (int i = done + int(threadIdx.x); i < count; i += kThreads) parameter[i] = moved(parameter[i], gradient[i], alpha);
 }
 
 }  // namespace

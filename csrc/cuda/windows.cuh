@@ -30,8 +30,8 @@ inline Cover elementwise(const NormReluPool& p, int pack, int64_t windows, int w
 
 inline bool fits(const NormReluPool& p) {
   return p.tasks >= 0 && p.images > 0 && p.channels > 0 && p.height > 0 && p.width > 0 && p.parts > 0 &&
-         (p.pool == 1 || p.pool == 2) && p.height >= p.pool && p.width >= p.pool &&
-         p.height * p.width < kMostRelative && p.images * p.height * p.width / p.parts < kMostRelative;
+         (p.pool == 1 || p.pool == 2) && p.height >= p.pool && p.width >= p.pool && p.height * p.width < kMostRelative &&
+         p.images * p.height * p.width / p.parts < kMostRelative;
 }
 
 inline dim3 merge_block() { return dim3(kMergeChannels, kMergeRows); }

@@ -78,8 +78,9 @@ struct Block {
       const bool strided = given != nullptr && ImageConvolution<T>::takes(c, pool);
       const int64_t own[] = {c.height * c.width * c.inputs, 1, c.width * c.inputs, c.inputs};
       run_frozen_block<T>({c, pool, eps, strided ? given->const_data_ptr<T>() : x, strided ? given->strides().data() : own,
-                         weight.const_data_ptr<T>(), weight.strides().data(), gamma, beta, y, arena.take<T>(c.outputs),
-                         arena.take<T>(c.outputs)}, arena);
+                           weight.const_data_ptr<T>(), weight.strides().data(), gamma, beta, y, arena.take<T>(c.outputs),
+                           arena.take<T>(c.outputs)},
+                          arena);
     } else {
       lay_out(nullptr, 0, true, arena);
       norm.y = y;

@@ -65,10 +65,10 @@ class Weight {
 template <typename T>
 struct ConvolutionLayer {
   virtual ~ConvolutionLayer() = default;
-  virtual const T* forward(const T* x) = 0;             // -> z, kept until the next call; once per step
+  virtual const T* forward(const T* x) = 0;  // -> z, kept until the next call; once per step
   virtual void input_gradient(const T* dz, T* gx) = 0;  // at the weight of the last forward
-  virtual void update(const T* dz, T rate) = 0;         // weight -= rate times its gradient
-  virtual void finish() {}                              // writes the weight where the task keeps it
+  virtual void update(const T* dz, T rate) = 0;  // weight -= rate times its gradient
+  virtual void finish() {}  // writes the weight where the task keeps it
 };
 
 template <typename T>
@@ -114,16 +114,19 @@ class PixelLayer : public ConvolutionLayer<T> {
 
   PixelLayer(const Convolution& c, T* weight, const int64_t* strides, int64_t steps, bool one_rate, Arena& arena)
       : c_(c), weight_(c, weight, strides, true, arena), pixels_(c.pixels()), padded_(up(pixels_, kLanes)),
-        depth_(c.inputs * c.kernel[0] * c.kernel[1]), left_(steps), one_rate_(one_rate), patches_(arena.take<T>(pixels_ * depth_)),
-        turned_(arena.take<T>(depth_ * padded_)), gram_(arena.take<T>(pixels_ * padded_)),
-        z_(arena.take<T>(pixels_ * c.outputs)), sum_(arena.take<T>(pixels_ * c.outputs)) {}
+        depth_(c.inputs * c.kernel[0] * c.kernel[1]), left_(steps), one_rate_(one_rate),
+        patches_(arena.take<T>(pixels_ * depth_)), turned_(arena.take<T>(depth_ * padded_)),
+        gram_(arena.take<T>(pixels_ * padded_)), z_(arena.take<T>(pixels_ * c.outputs)),
+        sum_(arena.take<T>(pixels_ * c.outputs)) {}
 
   const T* forward(const T* x) override {
     --left_;
     if (!ready_) {
       gather(x);
-      multiply<T>({patches_, depth_, 1, weight_.data(), c_.outputs, z_, c_.outputs, pixels_, c_.outputs, depth_, T(1), false});
-      if (left_ > 0) multiply<T>({patches_, depth_, 1, turned_, padded_, gram_, padded_, pixels_, padded_, depth_, T(1), false});
+      multiply<T>(
+          {patches_, depth_, 1, weight_.data(), c_.outputs, z_, c_.outputs, pixels_, c_.outputs, depth_, T(1), false});
+      if (left_ > 0)
+        multiply<T>({patches_, depth_, 1, turned_, padded_, gram_, padded_, pixels_, padded_, depth_, T(1), false});
       ready_ = true;
     }
     return z_;
@@ -139,11 +142,13 @@ class PixelLayer : public ConvolutionLayer<T> {
       for (int64_t i = 0; i < values; ++i) sum_[i] += rate * dz[i];
     }
     any_ = true, scale_ = one_rate_ ? -rate : T(-1);
-    if (left_ > 0) multiply<T>({gram_, padded_, 1, dz, c_.outputs, z_, c_.outputs, pixels_, c_.outputs, pixels_, -rate, true});
+    if (left_ > 0)
+      multiply<T>({gram_, padded_, 1, dz, c_.outputs, z_, c_.outputs, pixels_, c_.outputs, pixels_, -rate, true});
   }
   void finish() override {
     if (any_)
-      multiply<T>({patches_, 1, depth_, sum_, c_.outputs, weight_.data(), c_.outputs, depth_, c_.outputs, pixels_, scale_, true});
+      multiply<T>(
+          {patches_, 1, depth_, sum_, c_.outputs, weight_.data(), c_.outputs, depth_, c_.outputs, pixels_, scale_, true});
     weight_.write_back();
   }
 

@@ -52,7 +52,8 @@ class Head {
         std::copy(wide_ + n * padded_, wide_ + n * padded_ + features_, gx_ + n * features_);
     }
     if (update_weight_ && rates[0] != T(0)) {
-      lk::multiply<T>({x, 1, features_, g_, padded_ways_, turned_, padded_ways_, features_, padded_ways_, images_, -rates[0], true});
+      lk::multiply<T>(
+          {x, 1, features_, g_, padded_ways_, turned_, padded_ways_, features_, padded_ways_, images_, -rates[0], true});
       if (rows_ != nullptr)  // the last row reads on behind the features: into columns that nothing reads
         lk::multiply<T>({g_, 1, padded_ways_, x, features_, rows_, padded_, ways_, padded_, images_, -rates[0], true});
     }
@@ -73,7 +74,8 @@ class Head {
  private:
   // x -> logits without the bias, in g_
   void multiply(const T* x) const {
-    lk::multiply<T>({x, features_, 1, turned_, padded_ways_, g_, padded_ways_, images_, padded_ways_, features_, T(1), false});
+    lk::multiply<T>(
+        {x, features_, 1, turned_, padded_ways_, g_, padded_ways_, images_, padded_ways_, features_, T(1), false});
   }
 
   template <typename F>

@@ -37,14 +37,16 @@ double defect(const T* values, int64_t count) {
 }
 
 // Parameters [...] or [T, ...] with a task axis, of T and new where they are updated.
-std::vector<at::Tensor> own_parameters(at::TensorList parameters, at::IntArrayRef updated, int64_t tasks, at::ScalarType dtype) {
+std::vector<at::Tensor> own_parameters(at::TensorList parameters, at::IntArrayRef updated, int64_t tasks,
+                                       at::ScalarType dtype) {
   std::vector<at::Tensor> own;
   const size_t head = parameters.size() - 2;
   for (size_t i = 0; i < parameters.size(); ++i) {
     const int64_t axes = i == head ? 2 : i > head || i % kPerBlock > 0 ? 1 : 4;
     at::Tensor p = parameters[i].dim() == axes ? parameters[i].unsqueeze(0) : parameters[i];
     TORCH_CHECK(p.dim() == axes + 1 && p.scalar_type() == dtype && (p.size(0) == tasks || p.size(0) == 1),
-                "inner_loop: parameter ", i, " ", p.sizes(), " ", p.scalar_type(), " does not fit ", tasks, " tasks in ", dtype);
+                "inner_loop: parameter ", i, " ", p.sizes(), " ", p.scalar_type(), " does not fit ", tasks, " tasks in ",
+                dtype);
     if (updated[i]) {
       std::vector<int64_t> sizes = p.sizes().vec();
       sizes[0] = tasks;
@@ -86,8 +88,8 @@ void check_layers(const at::Tensor& x, const std::vector<at::Tensor>& own, at::I
       fits = fits && at[2].size(1) == outputs && weight.size(2) * geometry[b * kGeometry + 6] == inputs;
       inputs = outputs;
     }
-    TORCH_CHECK(fits, "inner_loop: the parameters of layer ", b, " do not fit ", inputs, " inputs: ", weight.sizes(), " and ",
-                at[1].sizes());
+    TORCH_CHECK(fits, "inner_loop: the parameters of layer ", b, " do not fit ", inputs, " inputs: ", weight.sizes(),
+                " and ", at[1].sizes());
   }
 }
 
@@ -95,7 +97,7 @@ void check_layers(const at::Tensor& x, const std::vector<at::Tensor>& own, at::I
 template <typename T>
 struct Chains {
   const std::vector<at::Tensor>& parameters;  // [1 or T, ...]
-  const std::vector<bool>& moves;             // which of them change
+  const std::vector<bool>& moves;  // which of them change
   at::IntArrayRef geometry;
   at::ArrayRef<double> eps;
 
@@ -103,9 +105,7 @@ struct Chains {
     const at::Tensor& p = parameters[i];
     return const_cast<T*>(p.const_data_ptr<T>()) + (p.size(0) == 1 ? 0 : task * p.stride(0));
   }
-  at::Tensor tensor(int64_t i, int64_t task) const {
-    return parameters[i].select(0, parameters[i].size(0) == 1 ? 0 : task);
-  }
+  at::Tensor tensor(int64_t i, int64_t task) const { return parameters[i].select(0, parameters[i].size(0) == 1 ? 0 : task); }
 
   // For images [T, N, C, H, W] or features [T, N, F].
   Chain<T> of(const at::Tensor& x, int64_t task) const {
@@ -152,21 +152,24 @@ void for_each_task(int64_t tasks, const F& f) {
 
 }  // namespace
 
-std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor> inner_loop(
-    const at::Tensor& x, const at::Tensor& labels_, at::TensorList parameters, at::IntArrayRef updated,
-    at::IntArrayRef geometry, at::ArrayRef<double> eps, int64_t steps, at::ArrayRef<double> rates_,
-    const std::optional<at::Tensor>& query) {
+std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor> inner_loop(const at::Tensor& x, const at::Tensor& labels_,
+                                                                       at::TensorList parameters, at::IntArrayRef updated,
+                                                                       at::IntArrayRef geometry, at::ArrayRef<double> eps,
+                                                                       int64_t steps, at::ArrayRef<double> rates_,
+                                                                       const std::optional<at::Tensor>& query) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   check_counts(x, labels_, parameters, updated, geometry, eps, steps, rates_);
-  TORCH_CHECK(!query || (query->dim() == x.dim() && query->size(0) == x.size(0) &&
-                         query->sizes().slice(2) == x.sizes().slice(2) && query->scalar_type() == x.scalar_type() &&
-                         query->numel() > 0),
-              "inner_loop: query images ", query->sizes(), " ", query->scalar_type(), " do not fit support images ", x.sizes());
+  TORCH_CHECK(!query ||
+                  (query->dim() == x.dim() && query->size(0) == x.size(0) && query->sizes().slice(2) == x.sizes().slice(2) &&
+                   query->scalar_type() == x.scalar_type() && query->numel() > 0),
+              "inner_loop: query images ", query->sizes(), " ", query->scalar_type(), " do not fit support images ",
+              x.sizes());
   const int64_t tasks = x.size(0), count = int64_t(parameters.size());
   const std::vector<at::Tensor> own = own_parameters(parameters, updated, tasks, x.scalar_type());
   check_layers(x, own, geometry, int64_t(eps.size()));
   const at::Tensor labels = labels_.contiguous(), rows = at::empty({steps + 1, tasks}, x.options().dtype(at::kDouble));
-  const std::vector<int64_t> sizes = query ? std::vector<int64_t>{tasks, query->size(1), own.back().size(1)} : std::vector<int64_t>{0};
+  const std::vector<int64_t> sizes =
+      query ? std::vector<int64_t>{tasks, query->size(1), own.back().size(1)} : std::vector<int64_t>{0};
   at::Tensor logits = at::empty(sizes, x.options());
   double* const out = rows.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "inner_loop", [&] {

@@ -22,7 +22,8 @@ namespace {
 
 class PreparedCall {
  public:
-  PreparedCall(const py::list& parameters, std::vector<int64_t> updated, std::vector<int64_t> geometry, std::vector<double> eps)
+  PreparedCall(const py::list& parameters, std::vector<int64_t> updated, std::vector<int64_t> geometry,
+               std::vector<double> eps)
       : updated_(std::move(updated)), geometry_(std::move(geometry)), eps_(std::move(eps)) {
     for (py::handle p : parameters) parameters_.push_back(THPVariable_Unpack(p.ptr()));
   }

@@ -42,7 +42,8 @@ const T* dense(const at::Tensor& x, Arena& arena) {
 
 // The blocks up to `end` over images x [N, C, H, W], without a gradient: -> features of the last one, kept in the arena.
 template <typename T>
-const T* frozen_features(const at::Tensor& x, std::vector<Block<T>>& blocks, typename std::vector<Block<T>>::iterator end, Arena& arena) {
+const T* frozen_features(const at::Tensor& x, std::vector<Block<T>>& blocks, typename std::vector<Block<T>>::iterator end,
+                         Arena& arena) {
   T* const kept = arena.take<T>((end - 1)->outputs());
   const Arena::Mark mark = arena.mark();
   const T* a = ImageConvolution<T>::takes(blocks.front().c, blocks.front().pool) ? nullptr : dense<T>(x, arena);
