@@ -19,7 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,13 @@ class Checkout:
             raise RuntimeError("a checkout's process ended: its error stands above")
         return json.loads(answer)
 
+    def measure(self, row: str, count: int) -> list[int]:
+        """The times of so many calls, in ns."""
+        times: list[int] = self.ask(name=row, count=count)
+        return times
 
-def rounds(sides: list[Callable[[int], list[int]]], seconds: float) -> list[list[float]]:
+
+def rounds(sides: Sequence[Callable[[int], list[int]]], seconds: float) -> list[list[float]]:
     """Each side's medians of short rounds, in ms, the order shuffled in each round."""
     first = [statistics.median(side(3)) for side in sides]
     count = max(1, int(10e6 / max(first)))  # calls of a round: about 10 ms
@@ -140,13 +146,13 @@ def main() -> None:
                 row = f"{name} {pattern} {kind}"
                 made = [side.ask(name=row, make=[kind, c, pattern, 0.01]) for side in (before, now)]
                 note = "same bits" if made[0] == made[1] else "OTHER BITS"
-                sides = [lambda n, s=side, r=row: s.ask(name=r, count=n) for side in (before, now)]
+                sides = [partial(side.measure, row) for side in (before, now)]
                 print(told(row, rounds(sides, given.seconds), note), flush=True)
             many = [[0.01 + 0.001 * ((i + k) % 3) for i in range(5)] for k in range(c["steps"])]
             rows = [f"{name} {pattern} one rate", f"{name} {pattern} rates"]
             for row, rates in zip(rows, (0.01, many)):
                 now.ask(name=row, make=["adapt", c, pattern, rates])
-            sides = [lambda n, r=row: now.ask(name=r, count=n) for row in rows]
+            sides = [partial(now.measure, row) for row in rows]
             print(told(f"{name} {pattern}, rates over one rate", rounds(sides, given.seconds), ""), flush=True)
 
 

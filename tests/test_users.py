@@ -20,12 +20,12 @@ from lambda_maml.plan import plan_of
 STEPS = WAYS = 5
 
 
-def mlp() -> nn.Sequential:
+def mlp() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, WAYS)).double()
 
 
-def chain() -> nn.Sequential:
+def chain() -> Any:
     """A network whose steps are one native call."""
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(4, track_running_stats=False)
@@ -290,7 +290,7 @@ class Listed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head = nn.Linear(6, 6).double(), nn.Linear(6, WAYS).double()
-        self.weights = [self.body.weight, {"head": self.head.weight}]
+        self.weights: list[Any] = [self.body.weight, {"head": self.head.weight}]
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.weights[0], self.body.bias), self.weights[1]["head"], self.head.bias)
@@ -322,7 +322,7 @@ def test_attributes_that_hold_parameters_follow_them(way: Any, change: str) -> N
 @either
 def test_loading_into_a_network_that_holds_a_learner_leaves_the_model(way: Any) -> None:
     model = mlp()
-    whole = nn.Sequential(way(model, pattern="01"), nn.Linear(WAYS, 2).double())
+    whole: Any = nn.Sequential(way(model, pattern="01"), nn.Linear(WAYS, 2).double())
     before = copy.deepcopy(model.state_dict())
     whole.load_state_dict({n: t + 1.0 for n, t in whole.state_dict().items()})
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -366,7 +366,7 @@ def test_a_clone_that_was_made_without_gradients_adapts() -> None:
 def test_a_clones_clone_has_its_modes_and_not_the_models() -> None:
     torch.manual_seed(0)
     model, (xs, _) = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, WAYS)).double(), task()
-    clone = LambdaMAML(model, 0.1).clone()
+    clone: Any = LambdaMAML(model, 0.1).clone()
     model.eval()
     twin = clone.clone()
     assert twin.training and twin.module[1].training and far(twin(xs), clone(xs)) == 0.0
@@ -375,7 +375,7 @@ def test_a_clones_clone_has_its_modes_and_not_the_models() -> None:
 
 def test_the_prefix_of_a_copy_counts_in_the_copys_statistics() -> None:
     model, (xs, _) = nn.Sequential(nn.BatchNorm1d(6, affine=False), nn.Linear(6, WAYS)).double(), task()
-    clone = LambdaMAML(model, 0.1, pattern="1").clone()
+    clone: Any = LambdaMAML(model, 0.1, pattern="1").clone()
     clone(xs)
     twin = copy.deepcopy(clone)
     twin(xs)
@@ -384,8 +384,8 @@ def test_the_prefix_of_a_copy_counts_in_the_copys_statistics() -> None:
 
 def test_the_prefix_reads_buffers_and_tensors_that_were_handed_out() -> None:
     norm, (xs, _) = nn.BatchNorm1d(6, affine=False), task()
-    model = nn.Sequential(norm, nn.Linear(6, 8), nn.Linear(8, WAYS)).double().eval()
-    clone = LambdaMAML(model, 0.1, pattern="01").clone()
+    model: Any = nn.Sequential(norm, nn.Linear(6, 8), nn.Linear(8, WAYS)).double().eval()
+    clone: Any = LambdaMAML(model, 0.1, pattern="01").clone()
 
     def check() -> None:
         assert far(clone(xs), clone(xs.clone())) == 0.0

@@ -18,7 +18,9 @@ __all__ = ["DEFAULT_LR", "Rate", "Rates"]
 
 DEFAULT_LR = 0.01
 
-Rate: TypeAlias = "float | Tensor | Sequence[Any] | np.ndarray | Mapping[str, Any]"
+Rate: TypeAlias = (
+    "float | Tensor | Sequence[Any] | np.ndarray | Mapping[str, Any] | nn.ParameterList | nn.ParameterDict"
+)
 """A number; an array or tensor that broadcasts to [steps, layers] ([layers] is one per layer, [steps, 1] one per step);
 or a mapping from layer or parameter names to a number, [steps], or a tensor of the parameter's shape (Meta-SGD). A
 vector that may be either, as for a bias of as many numbers as there are steps, is of the parameter's shape, unless a
