@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import rates
 import torch
 from cases import BLOCKS, EXACT, IMAGES, norm_block
+from chains import check_rates, check_sgd
 from cuda_checks import (
     DTYPES,
     REFERENCE,
@@ -180,11 +180,11 @@ def test_images_far_from_zero(runner: Runner) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_sgd_takes_a_rate_per_parameter(runner: Runner, dtype: torch.dtype) -> None:
-    rates.check_sgd(runner.backend, runner.device, dtype)
+    check_sgd(runner.backend, runner.device, dtype)
 
 
 def test_rates_are_those_of_a_plain_loop(runner: Runner) -> None:
-    rates.check(runner.backend, runner.device)
+    check_rates(runner.backend, runner.device)
 
 
 @pytest.mark.parametrize(

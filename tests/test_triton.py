@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
-import rates
 import torch
 import torch.nn.functional as F
 from cases import (
@@ -31,6 +30,7 @@ from cases import (
     stock_block,
     subsets,
 )
+from chains import check_rates, check_sgd
 from machine import PATIENCE
 from operations import BLOCK, as_called, block_operands, check_block_rounding, check_gradients, geometry, tiny
 from torch import Tensor
@@ -387,11 +387,11 @@ def test_sgd_in_place_is_torchs(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE], ids=name_of)
 def test_sgd_takes_a_rate_per_parameter(dtype: torch.dtype) -> None:
-    rates.check_sgd(TRITON, DEVICE, dtype)
+    check_sgd(TRITON, DEVICE, dtype)
 
 
 def test_rates_are_those_of_a_plain_loop() -> None:
-    rates.check(TRITON, DEVICE)
+    check_rates(TRITON, DEVICE)
 
 
 def chain(dtype: torch.dtype, updated: list[bool], tasks: int = 2) -> tuple[Any, ...]:
