@@ -127,6 +127,11 @@ LINEARS = {
 }
 
 
+def name_of(value: Any) -> str:
+    """A dtype or a case, in the name of a test."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else getattr(value, "name", str(value))
+
+
 def layouts(x: Tensor) -> dict[str, Tensor]:
     """The same values in other memory: contiguous, channels-last, and cut out of a larger tensor."""
     larger = x.new_full([n + 3 for n in x.shape], float("nan"))

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from cuda_checks import RUNNERS, Runner
 from cuda_emulator import build
+from machine import on_threads
 
 from lambda_kernels.backends.cuda import Cuda
 
@@ -46,10 +47,8 @@ def two_threads() -> None:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Two threads wait for each other wherever another process has a core, in each of many small operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with on_threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,6 @@ class Runner(NamedTuple):
     device: str
 
 
-def name_of(value: Any) -> str:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else getattr(value, "name", str(value))
-
-
 def double(*tensors: Tensor) -> Any:
     """Copies in float64 on the CPU, where the truth is computed."""
     return [t.cpu().double() if t.is_floating_point() else t.cpu() for t in tensors]

@@ -5,12 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import (
-    BlockCase,
-    assert_as_exact,
-    decided,
-    stock_block,
-)
+from cases import EXACT, BlockCase, assert_as_exact, decided, stock_block
 from torch import Tensor
 
 import lambda_kernels as lk
@@ -107,3 +102,20 @@ def check_gradients(op: str, operands: dict[str, Tensor], mask: tuple[str, ...],
         assert not gradient.any()
     else:
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=fast)
+
+
+def check_one_graph() -> None:
+    """torch.compile of all three operations gives one graph, with their results and gradients."""
+    torch._dynamo.reset()
+    case = BlockCase("", 3, 2, 4, (6, 7))
+    operands = [t.requires_grad_() for t in (*block_operands(case).values(), randn(5, 36), randn(2, 4, 1, 1))]
+
+    def network(*t: Tensor) -> Tensor:
+        hidden = conv_block(*t[:5])
+        return linear(hidden.flatten(1), t[5]).sum() + conv2d(hidden, t[6]).pow(2).sum()
+
+    eager = network(*operands)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")(*operands)
+    torch.testing.assert_close(compiled, eager, **EXACT)
+    grads = [torch.autograd.grad(y, operands, allow_unused=True) for y in (compiled, eager)]
+    torch.testing.assert_close(grads[0], grads[1], **EXACT)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 import threading
 from typing import Any
 
 import pytest
 import torch
 from cases import BACKENDS, BLOCKS
-from machine import PATIENCE
+from machine import fresh, on_threads
 from torch import Tensor
 
 import lambda_kernels as lk
@@ -25,16 +22,7 @@ X, W = torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3)
 
 def run_python(code: str, **environment: str) -> Any:
     """What a fresh interpreter prints as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(fresh(code, **environment).splitlines()[-1])
 
 
 def chosen(dtype: torch.dtype = torch.float32, pool: int = 2, device: str = "cpu") -> str:
@@ -218,11 +206,8 @@ def test_threads_do_not_change_a_bit(shape: tuple[int, ...], pool: int) -> None:
     z = torch.randn(shape)
     results = []
     for threads in (1, 2):
-        torch.set_num_threads(threads)
-        try:
+        with on_threads(threads):
             results.append(kernel_results(z, pool))
-        finally:
-            torch.set_num_threads(2)
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 

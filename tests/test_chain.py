@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,19 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import GRADIENT, STEPS
-from machine import PATIENCE
+from machine import fresh, needs_native, on_threads
 from torch import Tensor, nn
 
 import lambda_kernels as lk
 from lambda_kernels.agreement import errors
-from lambda_kernels.backends import reasons
 from lambda_kernels.chain import Chain
 from lambda_kernels.program import program_of
 from lambda_maml import Pattern, adapt, adapt_tasks, models
 from lambda_maml.plan import plan_of
 
 WAYS = 3
-needs_native = pytest.mark.skipif(bool(reasons("native")), reason="; ".join(reasons("native")))
 
 
 def general(logits: Tensor, ys: Tensor) -> Tensor:
@@ -131,9 +127,7 @@ def test_one_operator_runs_all_steps(threads: int, monkeypatch: pytest.MonkeyPat
         return found
 
     monkeypatch.setattr(Chain, "inner_loop", counted)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         model = conv4()
         xs, ys, xq = tasks(3, 2, 17, torch.float32)
         adapt(model, xs[0], ys[0], pattern="00011", steps=7, lr=0.1)
@@ -147,8 +141,6 @@ def test_one_operator_runs_all_steps(threads: int, monkeypatch: pytest.MonkeyPat
         with torch.autocast("cpu", dtype=torch.bfloat16):
             adapt(model, xs[0], ys[0], pattern="00001", steps=2, lr=0.1)
         assert calls == []
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_native
@@ -371,5 +363,4 @@ print(torch.get_num_threads())
 @needs_native
 def test_tasks_spread_over_threads_come_back() -> None:
     """oneDNN's primitives for two threads must not be run by one: in a fresh process, whose workers are new."""
-    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=PATIENCE, check=True)
-    assert done.stdout.strip() == "2"
+    assert fresh(FRESH).strip() == "2"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from machine import fresh
 from PIL import Image
 
 from lambda_maml import checkpoint, cli, data
@@ -252,8 +250,7 @@ def test_demo_writes_all_that_it_promises(tmp_path, capsys, monkeypatch):
 def test_the_command_line_loads_nothing_heavy_before_it_needs_it():
     heavy = ("matplotlib", "rich", "PIL", "fontTools")
     code = f"import sys, lambda_maml.cli; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
-    assert done.stdout.strip() == "[]"
+    assert fresh(code).strip() == "[]"
 
 
 def test_images_of_another_size_do_not_fit(trained, capsys, monkeypatch):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cases import BLOCKS, EXACT, IMAGES, norm_block
+from cases import BLOCKS, EXACT, IMAGES, name_of, norm_block
 from chains import check_rates, check_sgd
 from cuda_checks import (
     DTYPES,
@@ -20,10 +18,10 @@ from cuda_checks import (
     check,
     double,
     like_memory_of_others,
-    name_of,
     operands_of_a_norm,
     sure_windows,
 )
+from machine import fresh
 from torch import Tensor
 
 from lambda_kernels.backends.base import Call
@@ -227,4 +225,4 @@ def test_nothing_is_loaded_by_an_import() -> None:
         "import ctypes, torch; ctypes.CDLL = None; import lambda_kernels.backends.cuda as c; "
         "assert '_library' not in vars(c._OPERATORS)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    fresh(program)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BLOCKS, STEPS, assert_as_exact, norm_block
-from cuda_checks import DTYPES, REFERENCE, Runner, T, check, double, name_of, operands_of_a_norm
+from cases import BLOCKS, STEPS, assert_as_exact, name_of, norm_block
+from cuda_checks import DTYPES, REFERENCE, Runner, T, check, double, operands_of_a_norm
 from torch import Tensor
 
 from lambda_kernels.backends.cuda import Cuda

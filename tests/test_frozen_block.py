@@ -7,7 +7,8 @@ from itertools import product
 import pytest
 import torch
 from cases import EXACT, assert_as_exact, layouts
-from winograd_cases import EPS, FROZEN, OPS, block, check_frozen, frozen_operands, on_threads
+from machine import on_threads
+from winograd_cases import EPS, FROZEN, OPS, block, check_frozen, frozen_operands
 
 from lambda_kernels.agreement import within
 from lambda_kernels.backends import native

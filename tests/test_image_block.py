@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from cases import EXACT, IMAGES, ImageCase, assert_as_exact
-from machine import PATIENCE
+from machine import fresh, on_threads
 from torch import Tensor
 
 from lambda_kernels.backends.native import Native
@@ -114,9 +112,8 @@ def test_threads_do_not_change_a_bit() -> None:
     for case in CASES.values():
         found = []
         for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(results(Native(), case, operands(case, torch.float32, 1)))
-        torch.set_num_threads(2)
+            with on_threads(threads):
+                found.append(results(Native(), case, operands(case, torch.float32, 1)))
         assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
@@ -162,14 +159,8 @@ def test_every_instruction_set_gives_the_same_to_rounding() -> None:
     here = os.path.dirname(os.path.abspath(__file__))
 
     def run(isa: str) -> dict[str, Any]:
-        environment = {**os.environ, "LAMBDA_KERNELS_ISA": isa}
-        done = subprocess.run(
-            [sys.executable, "-c", CHECKSUMS, here], env=environment, capture_output=True, text=True, timeout=PATIENCE
-        )
-        if done.returncode != 0 and "this machine runs" in done.stderr:
-            pytest.skip(done.stderr.splitlines()[-1])
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        found: dict[str, Any] = json.loads(fresh(CHECKSUMS, here, LAMBDA_KERNELS_ISA=isa))
+        return found
 
     plain = run("generic")["found"]
     for isa in ("avx2", "avx512"):

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import product
 
 import pytest
 import torch
 from cases import STEPS, assert_as_exact
 from chains import FEW, MIXED, Given, Layer, Network, given, in_other_memory, near, run
+from machine import needs_native, on_threads
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lambda_kernels.agreement import errors
-from lambda_kernels.backends import reasons
 from lambda_kernels.backends.native import Native
 from lambda_kernels.backends.reference import Reference
 from lambda_maml import adapt, models
 
 pytestmark = [
-    pytest.mark.skipif(bool(reasons("native")), reason="; ".join(reasons("native"))),
+    needs_native,
     pytest.mark.usefixtures("one_thread"),
 ]
 
@@ -158,16 +157,6 @@ def test_new_values_share_no_memory_with_what_was_given(name: str) -> None:
             for old, given_one, mine in zip(before, task.parameters, new):
                 assert torch.equal(given_one, old) and mine.data_ptr() != given_one.data_ptr()
                 assert mine.shape == given_one.shape and torch.equal(mine, old) == (steps == 0)
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def forward(network: Network, parameters: list[Tensor], x: Tensor) -> Tensor:

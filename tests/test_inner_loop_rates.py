@@ -22,14 +22,14 @@ from chains import (
     run,
     same,
 )
+from machine import needs_native
 
 from lambda_kernels.agreement import distance
-from lambda_kernels.backends import Backend, Native, Reference, reasons
+from lambda_kernels.backends import Backend, Native, Reference
 from lambda_kernels.backends.autotune import Autotune
 from lambda_kernels.backends.table import Table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-needs_native = pytest.mark.skipif(bool(reasons("native")), reason="; ".join(reasons("native")))
 
 STEPS = 3
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from cases import IMAGES, ImageCase
 from chains import FEW, LR, MIXED, Network, given, in_other_memory
+from machine import needs_native
 
-from lambda_kernels.backends import native, reasons
+from lambda_kernels.backends import native
 from lambda_kernels.spec import BlockSpec
 
-pytestmark = pytest.mark.skipif(bool(reasons("native")), reason="; ".join(reasons("native")))
+pytestmark = needs_native
 
 OPS = torch.ops.lambda_kernels
 

@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from machine import needs_native
 from torch import Tensor
 
 import lambda_kernels as lk
 from lambda_kernels import backends, functional
-from lambda_kernels.backends import Backend, Call, Native, Reference, reasons
+from lambda_kernels.backends import Backend, Call, Native, Reference
 from lambda_kernels.spec import BlockSpec, ConvSpec
 from lambda_maml import adapt, adapt_tasks, models
-
-needs_native = pytest.mark.skipif(bool(reasons("native")), reason="; ".join(reasons("native")))
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from cases import (
     stock_block,
     subsets,
 )
-from operations import block_operands, call, randn, tiny
+from operations import block_operands, call, check_one_graph, randn, tiny
 from test_functional import W, X
 from torch import Tensor
 
@@ -106,19 +106,7 @@ def test_second_order_maml_through_grad_vmap_grad(backend: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every Function
 def test_compiles_as_one_graph(backend: str) -> None:
-    torch._dynamo.reset()
-    case = BlockCase("", 3, 2, 4, (6, 7))
-    operands = [t.requires_grad_() for t in (*block_operands(case).values(), randn(5, 36), randn(2, 4, 1, 1))]
-
-    def network(*t: Tensor) -> Tensor:
-        hidden = conv_block(*t[:5])
-        return linear(hidden.flatten(1), t[5]).sum() + conv2d(hidden, t[6]).pow(2).sum()
-
-    eager = network(*operands)
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")(*operands)
-    torch.testing.assert_close(compiled, eager, **EXACT)
-    grads = [torch.autograd.grad(y, operands, allow_unused=True) for y in (compiled, eager)]
-    torch.testing.assert_close(grads[0], grads[1], **EXACT)
+    check_one_graph()
 
 
 ERRORS: dict[str, tuple[Any, type[Exception], str]] = {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -26,13 +24,23 @@ from cases import (
     assert_as_exact,
     by_task,
     layouts,
+    name_of,
     norm_block,
     stock_block,
     subsets,
 )
 from chains import check_rates, check_sgd
-from machine import PATIENCE
-from operations import BLOCK, as_called, block_operands, check_block_rounding, check_gradients, geometry, tiny
+from machine import fresh
+from operations import (
+    BLOCK,
+    as_called,
+    block_operands,
+    check_block_rounding,
+    check_gradients,
+    check_one_graph,
+    geometry,
+    tiny,
+)
 from torch import Tensor
 
 import lambda_kernels as lk
@@ -58,10 +66,6 @@ T = 3
 SINGLE, DOUBLE, HALVES = torch.float32, torch.float64, (torch.float16, torch.bfloat16)
 DTYPES = (SINGLE, DOUBLE, *HALVES)
 PLAIN = ConvSpec((1, 1), (1, 1), (1, 1), 1)
-
-
-def name_of(case: Any) -> str:
-    return str(case).removeprefix("torch.") if isinstance(case, torch.dtype) else case.name
 
 
 def device() -> Any:
@@ -461,19 +465,7 @@ def test_vmap_over_tasks() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of every Function
 def test_compiles_as_one_graph() -> None:
-    torch._dynamo.reset()
-    operands = [t.requires_grad_() for t in (*block_operands(BlockCase("", 3, 2, 4, (6, 7))).values(), randn(5, 36))]
-    operands.append(randn(2, 4, 1, 1).requires_grad_())
-
-    def network(*t: Tensor) -> Tensor:
-        hidden = conv_block(*t[:5])
-        return linear(hidden.flatten(1), t[5]).sum() + conv2d(hidden, t[6]).pow(2).sum()
-
-    eager = network(*operands)
-    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")(*operands)
-    torch.testing.assert_close(compiled, eager, **EXACT)
-    grads = [torch.autograd.grad(y, operands, allow_unused=True) for y in (compiled, eager)]
-    torch.testing.assert_close(grads[0], grads[1], **EXACT)
+    check_one_graph()
 
 
 def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
@@ -666,5 +658,4 @@ from lambda_kernels.backends.base import Call
 Triton().refusals(Call("conv2d", torch.device("cpu"), torch.float32))
 assert not any(name.partition(".")[0] == "triton" for name in sys.modules), "triton was imported"
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
+    fresh(code)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import subprocess
-import sys
 from itertools import product
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 import torch
 from cases import EXACT, STEPS, layouts
 from loops import conv4_groups, plain_loop, torch_conv4
-from machine import PATIENCE
+from machine import fresh, on_threads
 from torch import Tensor
 from winograd_cases import (
     CASES,
@@ -29,7 +27,6 @@ from winograd_cases import (
     frozen_operands,
     last,
     no_operator,
-    on_threads,
     operands,
     winograd,
 )
@@ -270,12 +267,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a process with more of them must not be forked
-    done = subprocess.run(
-        [sys.executable, "-c", ATTEMPTS, HERE], env=environment, capture_output=True, text=True, timeout=PATIENCE,
-        check=True,
-    )  # fmt: skip
-    lines = (line.split("\t") for line in done.stdout.splitlines() if "\t" in line)
+    printed = fresh(ATTEMPTS, HERE, OMP_NUM_THREADS="1")  # a process with more of them must not be forked
+    lines = (line.split("\t") for line in printed.splitlines() if "\t" in line)
     return {name: text for name, text in lines}
 
 
@@ -316,11 +309,4 @@ def check_instruction_set() -> None:
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set_is_exact(isa: str) -> None:
     program = "import sys; sys.path.insert(0, sys.argv[1]); import test_winograd as t; t.check_instruction_set()"
-    environment = {**os.environ, "LAMBDA_KERNELS_ISA": isa, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program, HERE], env=environment, capture_output=True, text=True, timeout=PATIENCE
-    )
-    if done.returncode != 0 and "this machine runs" in done.stderr:
-        pytest.skip(done.stderr.splitlines()[-1])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == isa
+    assert fresh(program, HERE, LAMBDA_KERNELS_ISA=isa, OMP_NUM_THREADS="1").strip() == isa

@@ -127,16 +127,6 @@ def check_convolution(case: Case) -> None:
         assert_as_exact(f"{case.name} {key}", value, theirs[key], truth[key], terms[key])
 
 
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Frozen(NamedTuple):
     """A block without a gradient: sizes of x [N, C, H, W] and of the weight [O, C, kh, kw]."""
 
