@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any, NamedTuple
 
@@ -256,9 +257,9 @@ class TaskLearner(AdaptedNetwork):
         settings, index = self._settings, self._step
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"adapt: the loss must be a tensor of one number, got {_told(loss)}: take its mean")
-        if not bool(torch.isfinite(loss.detach()).all()):
+        if not math.isfinite(value := loss.detach().real.item()):
             raise FloatingPointError(
-                f"step {index + 1} of the inner loop: the loss is {float(loss.detach())}; lower the rate of "
+                f"step {index + 1} of the inner loop: the loss is {value}; lower the rate of "
                 f"{settings.rule!r}, or look for NaN in the images"
             )
         state = self._state()

@@ -90,14 +90,17 @@ def run(
         now = {n: state[n].detach().requires_grad_() for n in names} if detached else {n: state[n] for n in names}
         losses = prefix.losses(a.tie({**state, **now}) if detached else state)
         grads = gradients(a.pattern, now, losses, create_graph=a.second_order)
-        rates = None if a.in_graph or stretch.rates is None else stretch.rates
-        if rates is not None:  # in place: plain gradient descent, and nothing reads earlier values
+        rates = None if detached else stretch.rates
+        if rates is not None and a.in_graph:
+            state.update((n, now[n] - _rate(rates, index - stretch.first, n) * g) for n, g in grads.items())
+            a.tie(state)
+        elif rates is not None:  # in place: plain gradient descent, and nothing reads earlier values
             with torch.no_grad():
                 if isinstance(rates, float):
                     torch._foreach_add_([now[n] for n in grads], list(grads.values()), alpha=-rates)
                 else:
                     for n, g in grads.items():
-                        now[n].add_(g, alpha=-rates[index - stretch.first][n])
+                        now[n].add_(g, alpha=-_rate(rates, index - stretch.first, n))
         else:
             step = Step(index, a.steps, losses.detach(), a.second_order)
             with torch.set_grad_enabled(a.in_graph):
@@ -106,6 +109,10 @@ def run(
             a.tie(state)
         rows.append(losses.detach())
     return rows, state, memory
+
+
+def _rate(rates: float | tuple[Mapping[str, float], ...], step: int, name: str) -> float:
+    return rates if isinstance(rates, float) else rates[step][name]
 
 
 def _own(value: Tensor, in_graph: bool) -> Tensor:

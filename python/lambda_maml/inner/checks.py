@@ -75,17 +75,15 @@ def check_support(parameters: Mapping[str, Tensor], xs: Any, ys: Any, tasks: int
 
     xs and ys are tensors, or tuples, lists and dicts of them, with T in front where `tasks` is given; ys may be None.
     """
-    for name, value in (("xs", xs), ("ys", ys)):
-        if isinstance(value, (tuple, list, dict)) and not flatten(value)[0]:
-            raise TypeError(f"support set: {name} must be a tensor, or hold tensors, got {type(value).__name__}")
-    if xs is None or not isinstance(xs, Tensor) and not flatten(xs)[0]:
-        raise TypeError(f"support set: xs must be a tensor, or hold tensors, got {type(xs).__name__}")
     inputs, targets = flatten(xs)[0], flatten(ys)[0]
+    for name, value, found in (("xs", xs, inputs), ("ys", ys, targets)):
+        if not found and (name == "xs" or isinstance(value, (tuple, list, dict))):
+            raise TypeError(f"support set: {name} must be a tensor, or hold tensors, got {type(value).__name__}")
     own = 0 if tasks is None else 1  # axes in front of a task's own
     if isinstance(xs, Tensor) and (xs.dim() <= own or xs.shape[own] == 0):
         raise ValueError(f"support set: xs [N, ...] with N of at least 1 expected, got {list(xs.shape[own:])}")
     first = next(iter(parameters.values()))
-    places = {str(t.device) for t in (*inputs, *targets)} | {str(first.device)}
+    places = {t.device for t in (first, *inputs, *targets)}
     if len(places) > 1:
         where = ", ".join(f"{n} on {t.device}" for n, ts in (("xs", inputs), ("ys", targets)) for t in ts[:1])
         raise ValueError(f"support set: {where}, the network on {first.device}: move them together with .to(device)")

@@ -81,7 +81,7 @@ def refusals(a: Adaptation, support: Support) -> list[str]:
         why.append("support inputs and targets are not one plain tensor each")
     elif _watched(support.xs.device):
         why.append(f"{mode_active() or 'a CUDA device'}: the prepared call is for a CPU outside of all modes")
-    if next(a.model.buffers(), None) is not None:
+    if a.buffers:
         why.append("the network has buffers, of which each learner has copies")
     return why
 
@@ -95,8 +95,6 @@ def keep(a: Adaptation, support: Support, pattern: str | Pattern | None, lr: Any
     chain = stretch.part.whole
     assert chain is not None
     x = support.xs.unsqueeze(0)
-    if chain.refusals(x, support.labels):
-        return
     run = chain.prepare(a.meta, stretch.part.updated, x, support.labels)
     if run is None:
         return

@@ -54,9 +54,9 @@ def verdict(rows: Sequence[Tensor], state: Mapping[str, Tensor], updated: Sequen
     with torch.no_grad():
         if len(rows) == 1 and rows[0].dim() == 2:
             return rows[0].double()
-        losses = torch.cat([v[:-1].double() if v.dim() == 2 else v.detach().reshape(1, -1).double() for v in rows])
+        losses = torch.cat([v[:-1] if v.dim() == 2 else v.reshape(1, -1) for v in rows]).double()
         sums = [state[n].sum() for n in updated]
-        after = torch.stack([(s.abs() if s.is_complex() else s).double() for s in sums]).sum()
+        after = torch.stack([s.abs() if s.is_complex() else s for s in sums]).double().sum()
         return torch.cat([losses, after.expand(1, losses.shape[1])])
 
 
