@@ -131,7 +131,7 @@ def test_the_command_line_names_a_rule_that_it_cannot_build(images: Any, tmp_pat
     settings = {"ways": 2, "shots": 1, "query": 2, "steps": 1, "test_steps": None, "lr": 0.1, "norm": "follow"}
     checkpoint.save(path, network(), {"settings": settings, "dataset": {"name": "glyphs", "mean": [0.0], "std": [1.0]}})
     done = CliRunner().invoke(cli, ["info", str(path), "--pattern", str(tmp_path / "pattern.json")])
-    assert isinstance(done.exception, ValueError) and "adam(lr=0.1)" in str(done.exception)
+    assert isinstance(done.exception, ValueError) and "inner rule adam(lr=0.1" in str(done.exception)
     assert (
         CliRunner()
         .invoke(cli, ["info", str(path), "--pattern", str(tmp_path / "pattern.json"), "--lr", "0.1"])

@@ -13,7 +13,8 @@ from .inner.adaptation import describe
 from .inner.checks import Loss
 from .inner.loop import descend, outcome
 from .inner.rates import DEFAULT_LR, Rate
-from .inner.rules import Rule, rule_of
+from .inner.rule import Rule
+from .inner.rules import rule_of
 from .learner import Learner, network_of
 from .patterns import Pattern
 from .say import say_once

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .adapt import adapt_tasks
 from .data.episodes import Task
 from .inner.rates import DEFAULT_LR, Rate
-from .inner.rules import Rule
+from .inner.rule import Rule
 from .patterns import Pattern
 from .stats import mean_ci95
 

@@ -16,7 +16,8 @@ from .inner.adaptation import Adaptation, Support, describe
 from .inner.checks import Loss
 from .inner.loop import ways
 from .inner.rates import DEFAULT_LR, Rate
-from .inner.rules import Rule, rule_of
+from .inner.rule import Rule
+from .inner.rules import rule_of
 from .learner import network_of
 from .patterns import Pattern
 

@@ -126,9 +126,7 @@ class AdaptedNetwork(nn.Module):
             own.setdefault(id(p), nn.Parameter(p.detach().clone(), requires_grad=flag))
         own.update({id(b): b.detach().clone() for b in buffers.values()})
         twin = shadow(self.module, {n: own[id(t)] for n, t in (*parameters.items(), *buffers.items())})
-        for (
-            part
-        ) in twin.modules():  # what old-style hooks keep, such as the weight of weight_norm, is made anew by them
+        for part in twin.modules():  # old-style hooks make what they keep here anew: the weight of weight_norm, say
             kept = {n: t.detach() for n, t in part.__dict__.items() if isinstance(t, Tensor) and t.grad_fn is not None}
             part.__dict__.update(kept)
         return twin

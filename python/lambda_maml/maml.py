@@ -15,7 +15,8 @@ from lambda_kernels.program import flatten, replace, tensors_of
 from .inner import autograd, checks
 from .inner.adaptation import named
 from .inner.rates import DEFAULT_LR, Rate
-from .inner.rules import Params, Rule, Step, rule_of
+from .inner.rule import Params, Rule, Step
+from .inner.rules import rule_of
 from .inner.state import Outcome, tied
 from .learner import AdaptedNetwork, network_of
 from .patterns import Pattern

@@ -18,7 +18,7 @@ from .data.episodes import Task
 from .evaluate import Evaluation, Progress, evaluate, stack
 from .files import read_json, write_json
 from .inner.rates import DEFAULT_LR, Rate, Rates
-from .inner.rules import Rule, is_rule
+from .inner.rule import Rule, is_rule
 from .patterns import Pattern
 from .plain_torch import disagreement
 from .stats import mean_ci95, ratio_upper_bound95, upper_bound95

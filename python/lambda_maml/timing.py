@@ -23,7 +23,7 @@ from .adapt import adapt
 from .evaluate import Progress
 from .files import read_json
 from .inner.rates import DEFAULT_LR, Rate
-from .inner.rules import Rule
+from .inner.rule import Rule
 from .patterns import Pattern
 from .plain_torch import inner_loop, inner_parameters
 

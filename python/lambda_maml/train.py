@@ -22,7 +22,7 @@ from .data.episodes import Task
 from .data.imageset import ImageSet
 from .evaluate import Progress, evaluate, stack
 from .inner.rates import DEFAULT_LR
-from .inner.rules import Rule
+from .inner.rule import Rule
 from .patterns import Pattern
 
 BEST, LAST = "best.safetensors", "last.safetensors"

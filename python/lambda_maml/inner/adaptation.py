@@ -17,7 +17,7 @@ from ..plan import Part, Plan, plan_of, with_copies
 from ..say import say_once
 from . import checks
 from .checks import Loss
-from .rules import Rule, is_learned, links
+from .rule import Rule, is_learned, links
 from .state import tied
 
 __all__ = ["Adaptation", "Stretch", "Support", "describe"]

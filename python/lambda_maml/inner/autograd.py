@@ -13,7 +13,7 @@ from lambda_kernels.program import flatten
 from ..plan import Part
 from . import checks
 from .adaptation import Adaptation, Stretch, Support
-from .rules import Params, Rule, State, Step, is_learned
+from .rule import Params, Rule, State, Step, is_learned
 
 __all__ = ["Prefix", "gradients", "leaves", "remembered", "run", "take_step"]
 
