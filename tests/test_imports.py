@@ -97,7 +97,7 @@ INSIDE = {
         "rules": {"rates", "rule"},
         "adaptation": {"checks", "rule", "state"},
         "chain": {"adaptation"},
-        "autograd": {"adaptation", "checks", "rule"},
+        "autograd": {"adaptation", "checks", "rule", "rules"},
         "loop": {"adaptation", "autograd", "chain", "state"},
         "recorded": {"adaptation", "loop"},
         "remembered": {"adaptation", "state"},

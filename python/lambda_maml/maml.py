@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import cmath
 import weakref
 from typing import Any, NamedTuple
 
@@ -258,7 +258,8 @@ class TaskLearner(AdaptedNetwork):
         settings, index = self._settings, self._step
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"adapt: the loss must be a tensor of one number, got {_told(loss)}: take its mean")
-        if not math.isfinite(value := loss.detach().real.item()):
+        value = loss.detach().item()
+        if not cmath.isfinite(value):
             raise FloatingPointError(
                 f"step {index + 1} of the inner loop: the loss is {value}; lower the rate of "
                 f"{settings.rule!r}, or look for NaN in the images"
@@ -303,8 +304,7 @@ class TaskLearner(AdaptedNetwork):
             self.__dict__["_memory"] = (settings.rule.init(everything),)
         step = Step(index, None, loss.detach(), not first_order)
         now = {n: state[n] for n in grads}
-        changes, memory = autograd.take_step(settings.rule, self._memory[0], now, grads, step)
-        new = {n: now[n] + change for n, change in changes.items()}
+        new, memory = autograd.moved(settings.rule, self._memory[0], now, grads, step)
         # A step's gradient is by the present values, not by what a layer, frozen so far, was to earlier steps.
         later = set(settings.names(index + 1)).difference(names)
         new.update({n: state[n].view_as(state[n]) for n in later})

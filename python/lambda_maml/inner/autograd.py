@@ -14,8 +14,9 @@ from ..plan import Part
 from . import checks
 from .adaptation import Adaptation, Stretch, Support
 from .rule import Params, Rule, State, Step, is_learned
+from .rules import sgd
 
-__all__ = ["Prefix", "gradients", "leaves", "remembered", "run", "take_step"]
+__all__ = ["Prefix", "gradients", "leaves", "moved", "remembered", "run", "take_step"]
 
 
 def leaves(a: Adaptation, state: dict[str, Tensor], part: Part) -> dict[str, Tensor]:
@@ -90,33 +91,23 @@ def run(
         now = {n: state[n].detach().requires_grad_() for n in names} if detached else {n: state[n] for n in names}
         losses = prefix.losses(a.tie({**state, **now}) if detached else state)
         grads = gradients(a.pattern, now, losses, create_graph=a.second_order)
-        rates = None if detached else stretch.rates
-        if rates is not None and a.in_graph:
-            state.update((n, now[n] - _rate(rates, index - stretch.first, n) * g) for n, g in grads.items())
-            a.tie(state)
-        elif rates is not None:  # in place: plain gradient descent, and nothing reads earlier values
+        rates = None if a.in_graph or stretch.rates is None else stretch.rates
+        if rates is not None:  # in place: plain gradient descent, and nothing reads earlier values
             with torch.no_grad():
                 if isinstance(rates, float):
                     torch._foreach_add_([now[n] for n in grads], list(grads.values()), alpha=-rates)
                 else:
                     for n, g in grads.items():
-                        now[n].add_(g, alpha=-_rate(rates, index - stretch.first, n))
+                        now[n].add_(g, alpha=-rates[index - stretch.first][n])
         else:
             step = Step(index, a.steps, losses.detach(), a.second_order)
+            own = now if a.second_order else {n: state[n] for n in grads}
             with torch.set_grad_enabled(a.in_graph):
-                changes, memory = take_step(a.rule, memory, now, grads, step, batched=prefix.support.tasks is not None)
-                state.update((n, _own(state[n] + change, a.in_graph)) for n, change in changes.items())
+                new, memory = moved(a.rule, memory, own, grads, step, batched=prefix.support.tasks is not None)
+            state.update(new if a.in_graph else ((n, t.detach().requires_grad_()) for n, t in new.items()))
             a.tie(state)
         rows.append(losses.detach())
     return rows, state, memory
-
-
-def _rate(rates: float | tuple[Mapping[str, float], ...], step: int, name: str) -> float:
-    return rates if isinstance(rates, float) else rates[step][name]
-
-
-def _own(value: Tensor, in_graph: bool) -> Tensor:
-    return value if in_graph else value.detach().requires_grad_()
 
 
 def gradients(pattern: object, now: Params, losses: Tensor, *, create_graph: bool) -> Params:
@@ -140,6 +131,17 @@ def remembered(a: Adaptation, state: dict[str, Tensor], support: Support) -> Sta
     if support.tasks is None or getattr(a.rule, "elementwise", False):
         return a.rule.init(params)
     return _per_task(a.rule.init, params)
+
+
+def moved(
+    rule: Rule, memory: State, params: Params, grads: Params, step: Step, *, batched: bool = False
+) -> tuple[Params, State]:
+    """The parameters after a step, those that have gradients, and what the rule remembers."""
+    if getattr(rule, "fixed", None) is not None and isinstance(rule, sgd):  # rates are numbers: nothing else to ask
+        constants = grads if step.second_order else {n: g.detach() for n, g in grads.items()}
+        return {n: params[n] - rule.rates.at(n, step.index) * g for n, g in constants.items()}, memory
+    changes, memory = take_step(rule, memory, params, grads, step, batched=batched)
+    return {n: params[n] + change for n, change in changes.items()}, memory
 
 
 def take_step(
