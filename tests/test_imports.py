@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from machine import PATIENCE
 
 import lambda_kernels
 
@@ -311,7 +312,8 @@ assert not heavy, f"the import loads {heavy}"
 
 def lean(probe: str) -> subprocess.CompletedProcess[str]:
     program = LEAN.replace("PROBE", probe)
-    return subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-W", "error", "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("package", ["lambda_kernels", "lambda_maml"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import runpy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,6 @@ from lambda_maml.inner.rates import Rates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS, LR = 4, 0.05
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 Optimiser = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -321,11 +318,6 @@ def test_a_rule_of_the_users_own_runs_under_every_pattern(make: Any) -> None:
             together = adapt_tasks(CONV4.network, xs, ys, xq, **given)
             for t in range(2):
                 close(together[t], adapt(CONV4.network, xs[t], ys[t], **given)(xq[t]), str(pattern))
-
-
-def test_the_example_of_a_rule_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "inner_rule.py"), run_name="__main__")
-    assert capsys.readouterr().out.count("query loss") == 4
 
 
 # Errors.
