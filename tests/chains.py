@@ -206,9 +206,9 @@ def check_rates(backend: Backend, device: str = "cpu") -> None:
         got = run(backend, network, task, updated, steps, flat(rates), query=True)
         want = plain(network, task.to("cpu"), updated, rates)
         assert got.rows.shape == (steps + 1, tasks) and got.logits is not None and want.logits is not None
-        torch.testing.assert_close(got.rows.cpu().double(), want.rows, rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close([p.cpu() for p in got.updated], want.updated, rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close(got.logits.cpu(), want.logits, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(got.rows.cpu().double(), want.rows, **STEPS)
+        torch.testing.assert_close([p.cpu() for p in got.updated], want.updated, **STEPS)
+        torch.testing.assert_close(got.logits.cpu(), want.logits, **STEPS)
 
         one = run(backend, network, task, updated, steps, [0.03], query=True)
         equal = run(backend, network, task, updated, steps, [0.03] * (steps * sum(updated)), query=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BLOCKS, BlockCase
+from cases import BLOCKS, EXACT, BlockCase
 
 import lambda_maml
 from lambda_kernels import backends, convert, functional, layers
@@ -86,4 +86,4 @@ def test_conv_block_is_what_its_docstring_defines(case: BlockCase) -> None:
     names: dict[str, Any] = {"torch": torch, "F": F, **operands, **constants}
     exec(textwrap.dedent(definition), names)
     got = functional.conv_block(**operands, **constants)
-    torch.testing.assert_close(got, names["y"], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got, names["y"], **EXACT)

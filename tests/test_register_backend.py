@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import STEPS
 from machine import needs_native
 from torch import Tensor
 
@@ -74,9 +75,9 @@ def test_a_backend_that_overrides_one_operation_runs_everywhere(kind: Any, patte
             backend.calls.clear()
             got = adapt(model, xs[0], ys[0], **given)
             assert backend.calls[operation] == min(first, 3) + 3 * (3 - min(first, 3))
-        torch.testing.assert_close(got(xs[1]), want, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(got(xs[1]), want, **STEPS)
         with torch.no_grad():
-            torch.testing.assert_close(adapt_tasks(model, xs, ys, xs, **given), together, rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(adapt_tasks(model, xs, ys, xs, **given), together, **STEPS)
         assert backends.current() == backend.name
 
 

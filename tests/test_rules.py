@@ -120,7 +120,7 @@ def test_many_tasks_and_the_verbs_equal_one_task(name: str, second_order: bool) 
             close(clone(xq[t]), alone(xq[t]), f"verbs, task {t}")
             for n, g in slopes(F.cross_entropy(clone(xq[t]), yq[t])).items():
                 one_by_one[n] = one_by_one.get(n, 0.0) + g
-        all_close(together, one_by_one, "gradient of", rtol=1e-7, scale=1e-9)
+        all_close(together, one_by_one, "gradient of", rtol=1e-7, scale=1e-9)  # sums of three tasks
 
 
 # Rates.
