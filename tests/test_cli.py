@@ -235,6 +235,7 @@ def test_debug_shows_the_traceback(monkeypatch):
         call("eval", "nowhere.safetensors")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_demo_writes_all_that_it_promises(tmp_path, capsys, monkeypatch):
     tiny = {**cli.DEMO["settings"], "steps": 1, "query": 2, "val_tasks": 2, "val_every": 2}
     small = {"width": 4, "settings": tiny, "iterations": 2, "select_tasks": 3, "test_tasks": 3, "timing_seconds": 0.0}
