@@ -122,17 +122,22 @@ class Adaptation:
             return function(state, *values)
         built: list[Callable[[Sequence[Tensor]], Any]] = []
         parts = [flatten(value) for value in values]
+        own = [state[n] for n in self.updated]
 
-        def one(own: tuple[Tensor, ...], *tensors: list[Tensor]) -> tuple[Tensor, ...]:
-            given = [rebuild(found) for (_, rebuild), found in zip(parts, tensors)]
-            result = function(self.tie({**state, **dict(zip(self.updated, own))}), *given)
+        def one(*tensors: Tensor) -> Any:
+            rest = iter(tensors)
+            mine = {n: next(rest) for n in self.updated}
+            given = [rebuild([next(rest) for _ in mapped]) for mapped, rebuild in parts]
+            result = function(self.tie({**state, **mine}), *given)
+            if isinstance(result, Tensor):
+                return result
             found, rebuild = flatten(result)
             built.append(rebuild)
             return tuple(found)
 
-        given = [tensors for tensors, _ in parts]
-        results = torch.func.vmap(one, randomness="error")(tuple(state[n] for n in self.updated), *given)
-        return built[0](results)
+        # Tensors side by side: vmap looks several times through every structure that it is given.
+        results = torch.func.vmap(one, randomness="error")(*own, *(t for mapped, _ in parts for t in mapped))
+        return built[0](results) if built else results
 
     def support(self, xs: Any, ys: Any, tasks: int | None = None) -> Support:
         """The support set as the ways take it: class numbers as int64, ready to be checked by `check_labels`."""
