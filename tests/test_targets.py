@@ -133,6 +133,16 @@ def test_a_support_set_of_one_class_is_adapted_to_with_a_word_in_the_log(
         assert [r.message for r in caplog.records if "one class only" in r.message]
 
 
+@pytest.mark.parametrize("ignored", [-100, 255, 1])
+def test_labels_that_are_all_left_out_are_named(ignored: int) -> None:
+    labels = torch.full((6,), ignored)
+    with pytest.raises(ValueError, match=f"all labels are {ignored}"):
+        adapt(mlp(), X, labels, pattern="11", loss=nn.CrossEntropyLoss(ignore_index=ignored))
+    total = nn.CrossEntropyLoss(ignore_index=ignored, reduction="sum")  # 0, and nothing moves
+    network = mlp()
+    assert far(adapt(network, X, labels, pattern="11", loss=total)(X), network(X)) == 0.0
+
+
 def test_labels_beyond_the_outputs_are_named_for_one_and_many_tasks() -> None:
     for wrong in (torch.tensor([0, 1, 3, 0, 1, 2]), torch.tensor([0, 1, -1, 0, 1, 2])):
         for call in (

@@ -171,8 +171,10 @@ def check_labels(
             low, high = rows.masked_fill(left_out, limits.max).amin(1), rows.masked_fill(left_out, limits.min).amax(1)
             lowest, highest, (some, *_) = torch.stack([low, high, left_out.sum().expand(len(rows))]).tolist()
     for low, high in zip(lowest, highest):
-        if low > high:
-            continue  # all are left out
+        if low > high or low == high == ignored:  # all are left out
+            if getattr(loss, "reduction", "mean") == "mean":
+                raise ValueError(f"support set: all labels are {ignored}, which the cross-entropy leaves out: no mean")
+            continue
         if low < 0 or (outputs is not None and high >= outputs):
             raise ValueError(
                 f"support set: labels run from {low} to {high}, the network's outputs from 0 to "
