@@ -145,3 +145,23 @@ def test_learners_of_a_trained_rule_need_no_gradient(images: Any) -> None:
     with torch.no_grad():
         learner = adapt(network(), task.xs, task.ys, pattern="11111", steps=2, rule=learned())
         assert not learner(task.xq).requires_grad
+
+
+class Plainest:
+    """A rule that is no module."""
+
+    def init(self, params: Any) -> Any:
+        return ()
+
+    def update(self, grads: Any, state: Any, params: Any, step: Any) -> Any:
+        return {n: -0.1 * g for n, g in grads.items()}, state
+
+
+def test_training_by_a_rule_that_is_no_module_goes_on(images: Any, tmp_path: Path) -> None:
+    whole, parts = network(), network()
+    rule: Any = Plainest()
+    train(whole, images, images, out=tmp_path / "a", settings=SMALL, rule=rule, iterations=3)
+    for end in (2, 3):  # another object each time
+        rule = Plainest()
+        train(parts, images, images, out=tmp_path / "b", settings=SMALL, rule=rule, iterations=end, resume=end > 2)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters()))

@@ -45,7 +45,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(header["meta"])
 
 
-def save(path: str | Path, model: nn.Module, meta: Mapping[str, Any], rule: nn.Module | None = None) -> None:
+def save(path: str | Path, model: nn.Module, meta: Mapping[str, Any], rule: object = None) -> None:
     """Write `model` to `path` (a .safetensors name) and `meta` with the network's config to a .json of the same name.
     A rule's parameters and buffers go with them.
 
@@ -86,9 +86,10 @@ def load_rule(path: str | Path, rule: nn.Module) -> None:
     load_tensors(rule, own, str(path), "rule")
 
 
-def tensors_of_rule(rule: nn.Module | None) -> dict[str, Tensor]:
-    """A rule's parameters and buffers, by the names that a checkpoint has for them."""
-    return {} if rule is None else {f"{_RULE}{name}": tensor for name, tensor in rule.state_dict().items()}
+def tensors_of_rule(rule: object) -> dict[str, Tensor]:
+    """A rule's parameters and buffers, by the names that a checkpoint has for them; one that is no module has none."""
+    held = rule.state_dict() if isinstance(rule, nn.Module) else {}
+    return {f"{_RULE}{name}": tensor for name, tensor in held.items()}
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, what: str = "network") -> None:

@@ -140,11 +140,12 @@ def train(
     """
     settings = settings or Settings()
     out = Path(out)
-    learned = [] if rule is None else list(rule.parameters())
+    learned = list(rule.parameters()) if isinstance(rule, nn.Module) else []
     optimizer = torch.optim.Adam([*model.parameters(), *learned], lr=settings.meta_lr)
     run = {"settings": asdict(settings), "network": models.config_of(model), "dataset": _dataset(train_set)}
     if rule is not None:
-        run["rule"] = {"name": " ".join(repr(rule).split())}
+        told = type(rule).__qualname__ if type(rule).__repr__ is object.__repr__ else repr(rule)  # no address
+        run["rule"] = {"name": " ".join(told.split())}
     result = Result()
     if resume:
         result = _resume(out / LAST, model, rule, optimizer, run)
@@ -257,7 +258,7 @@ def _resume(
     _check_same(path, meta["run"], run)
     parameters = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     checkpoint.load_tensors(model, parameters, str(path))
-    if rule is not None:
+    if isinstance(rule, nn.Module):
         checkpoint.load_rule(path, rule)
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
