@@ -309,7 +309,7 @@ def test_why_a_backend_takes_no_call() -> None:
     assert "the reference adapts through autograd" in why
 
     def mapped(x: Tensor) -> Tensor:
-        assert chain.refusals(x, ys) == ["a transform is active"]
+        assert chain.refusals(x, ys) == ["a transform of torch.func is active"]
         return x
 
     torch.func.vmap(mapped)(xs.unsqueeze(0))
