@@ -83,7 +83,7 @@ def adapt(
         a.check_finite(result.verdict.tolist(), xs)
         state = result.state
         if plain:
-            remembered.keep(a, support, pattern, lr, rule)
+            remembered.keep(a, support, pattern, rule)
     return Learner(model, a.plan, outcome(a, state))
 
 

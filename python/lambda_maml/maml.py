@@ -20,7 +20,7 @@ from .inner.rules import rule_of
 from .inner.state import Outcome, tied
 from .learner import AdaptedNetwork, network_of
 from .patterns import Pattern
-from .plan import Frozen, Part, Plan, plan_of, state_of
+from .plan import Frozen, Part, Plan, plan_of, with_copies
 
 __all__ = ["LambdaMAML", "TaskLearner"]
 
@@ -108,9 +108,10 @@ class LambdaMAML(nn.Module):
         """
         model = self.module
         plan = plan_of(model)
-        state = state_of(model)
+        parameters, buffers = tensors_of(model)
+        state = with_copies(parameters, buffers)
         # An optimiser's step must not reach the learner. Under no_grad the copies are leaves, which can be adapted.
-        distinct = {id(p): p for p in tensors_of(model)[0].values()}
+        distinct = {id(p): p for p in parameters.values()}
         copies = {i: p.clone().requires_grad_(p.requires_grad) for i, p in distinct.items()}
         names = [plan.updated(bits, self.norm) for bits in self.pattern.stages]
         if self.every_layer:

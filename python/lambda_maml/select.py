@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lambda_kernels import info
+from lambda_kernels.agreement import DRAWS
 
 from . import models
 from .data.episodes import Task
@@ -23,10 +24,6 @@ from .patterns import Pattern
 from .plain_torch import disagreement
 from .stats import mean_ci95, ratio_upper_bound95, upper_bound95
 from .timing import STOCK, Timing, measure_times, read_timings
-
-DRAWS = 3
-"""Tasks on which `adapt` may be held against plain PyTorch. Where rounding turns the choice between two pixels of a
-pooling window, two right results in float32 part by more than their digits; a wrong kernel fails on every task."""
 
 FEW_TASKS = 30
 """With fewer validation tasks than this a selection carries a warning."""

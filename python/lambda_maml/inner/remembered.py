@@ -86,8 +86,8 @@ def refusals(a: Adaptation, support: Support) -> list[str]:
     return why
 
 
-def keep(a: Adaptation, support: Support, pattern: str | Pattern | None, lr: Any, rule: Any) -> None:
-    """Make an adaptation that went well ready, where one native operator made it."""
+def keep(a: Adaptation, support: Support, pattern: str | Pattern | None, rule: Any) -> None:
+    """Make an adaptation that went well ready, where one native operator made it; without `rule`, for any rate."""
     memo = memo_of(a.model)
     if memo is None or support.tasks is not None or refusals(a, support) or support.labels is None or pattern is None:
         return
@@ -97,8 +97,6 @@ def keep(a: Adaptation, support: Support, pattern: str | Pattern | None, lr: Any
     x = support.xs.unsqueeze(0)
     run = chain.prepare(a.meta, stretch.part.updated, x, support.labels)
     if run is None:
-        return
-    if rule is None and type(lr) is not float:
         return
     if len(memo) >= _MOST:
         memo.clear()
