@@ -11,10 +11,11 @@ from loops import NETWORKS
 from torch import Tensor, nn
 
 import lambda_kernels as lk
+from lambda_kernels.program import tensors_of
 from lambda_kernels.program.lookup import _PROGRAMS
 from lambda_maml import Pattern, adapt, models
 from lambda_maml import plan as plans
-from lambda_maml.plan import plan_of, state_of
+from lambda_maml.plan import plan_of, with_copies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,7 +67,7 @@ def test_the_value_of_the_prefix_is_not_changed_by_the_rest() -> None:
     for name in ("residual", "in-place-relu", "in-place-value", "in-place-view", "in-place-setitem", "in-place-order"):
         case = NETWORKS[name]()
         xs, *_ = case.task()
-        plan, state = plan_of(case.network), state_of(case.network)
+        plan, state = plan_of(case.network), with_copies(*tensors_of(case.network))
         modules = plan.program.bind(case.network)
         want = case.network(xs.clone())
         for pattern in Pattern.all(len(case.groups)):
@@ -83,12 +84,12 @@ def test_the_value_of_the_prefix_is_not_changed_by_the_rest() -> None:
 
 def test_the_state_holds_copies_of_buffers_and_the_parameters_themselves() -> None:
     model = loops.residual(track=True).network
-    state = state_of(model)
+    state = with_copies(*tensors_of(model))
     assert all(state[n] is p for n, p in model.named_parameters())
     assert all(state[n] is not b and torch.equal(state[n], b) for n, b in model.named_buffers())
     shared = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
     shared.append(shared[1])
-    state = state_of(shared)
+    state = with_copies(*tensors_of(shared))
     assert state["3.running_mean"] is state["1.running_mean"] and state["3.weight"] is state["1.weight"]
 
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lambda_kernels.cache import Bounded
 from lambda_kernels.chain import Chain
-from lambda_kernels.program import LinearCall, Program, Step, program_of, tensors_of
+from lambda_kernels.program import LinearCall, Program, Step, program_of
 
 from .network import layers_of
 from .say import say_once
 
-__all__ = ["Frozen", "Part", "Plan", "moving_steps", "plan_of", "state_of", "why_opaque", "with_copies"]
+__all__ = ["Frozen", "Part", "Plan", "moving_steps", "plan_of", "why_opaque", "with_copies"]
 
 
 def moving_steps(model: nn.Module, updated: frozenset[str]) -> tuple[set[int], tuple[Step, ...]]:
@@ -50,11 +50,6 @@ def _moving(program: Program, updated: frozenset[str]) -> set[int]:
         moving |= {i for i, step in enumerate(program.steps) if program.memory[step.slot] in written}
         if len(moving) == known:
             return moving
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """The network's parameters, and copies of its buffers, by every name that they have."""
-    return with_copies(*tensors_of(model))
 
 
 def with_copies(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
