@@ -8,15 +8,33 @@ import torch
 # `apply` repeats in each call.
 from torch._functorch.autograd_function import custom_function_call
 
-__all__ = ["custom_function_call", "functorch_active", "mode_active", "transform_active", "will_engine_run"]
+# A call's form is looked at outside of the transforms of torch.func that are on; torch.func has no way out of them.
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+__all__ = [
+    "custom_function_call",
+    "functorch_active",
+    "is_functorch_wrapped_tensor",
+    "looked_at",
+    "mode_active",
+    "temporarily_clear_interpreter_stack",
+    "transform_active",
+    "will_engine_run",
+]
 
 # Whether grad, vmap or jvp of torch.func is on. torch.func has no such question.
 functorch_active = torch._C._are_functorch_transforms_active
+is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
 # Whether the backward pass that runs now will come to a node: else it would compute a gradient that nothing uses.
 will_engine_run = torch._C._will_engine_execute_node
 # How many modes see every operator, or every function of torch, that is called. There is no public count.
 _watching_operators = torch._C._len_torch_dispatch_stack
 _watching_functions = torch._C._len_torch_function_stack
+
+
+def looked_at() -> bool:
+    """Whether a mode of torch sees every operator, or every function of torch, that is called."""
+    return bool(_watching_operators() or _watching_functions())
 
 
 def transform_active(device_type: str) -> str | None:
@@ -40,6 +58,6 @@ def mode_active(device_type: str = "cpu") -> str | None:
         return why
     if torch.is_inference_mode_enabled():
         return "inference mode is on"
-    if _watching_operators() or _watching_functions():
+    if looked_at():
         return "a mode of torch looks at its operators"
     return None

@@ -50,7 +50,7 @@ class Chain:
     @classmethod
     def _read(cls, program: Program, steps: Sequence[Step]) -> Chain | str:
         if program.untraceable is not None:
-            return f"torch.fx cannot trace the network ({program.untraceable})"
+            return f"the network is not looked into: {program.untraceable}"
         if not steps:
             return "no layer depends on an updated parameter"
         if program.aliases:
@@ -101,6 +101,10 @@ class Chain:
         path = getattr(step.call, "path", "")
         what = f"layer {path}" if path else f"the step {step.label}"
         return f"{what} stands {place}: a chain is fused blocks, a flattening and a linear layer"
+
+    def is_like(self, other: Chain) -> bool:
+        """Whether both compute the same from a value at the same place, whatever its batch size."""
+        return (self.source, self.names, self.specs) == (other.source, other.names, other.specs)
 
     def refusals(self, x: Tensor, labels: Tensor) -> list[str]:
         """Why no backend's inner loop runs the chain on x [T, N, ...] and labels [T, N]; empty where one does."""

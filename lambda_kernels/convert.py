@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import TORCH_CLASS, Conv2d, Linear
-from .program import EVALUATION, NORMS, Program, flatten, program_of
+from ._say import say_once
+from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear
+from .program import NORMS, Program, flatten, plain, program_for, program_seen
 
 __all__ = ["convert", "report", "to_torch"]
 
@@ -22,19 +24,30 @@ class Fused:
     """Runs a module's program, in which conv-norm-ReLU-pool runs are one block, in place of its forward."""
 
     fuses: type[nn.Module]
-    unfused_forward: Callable[..., Any]  # the forward of `fuses`, which torch.fx traces
 
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        if not named and len(inputs) == 1 and issubclass(type(inputs[0]), Tensor) and not torch.compiler.is_compiling():
-            program = program_of(self)  # type: ignore[arg-type]
-            if program.untraceable is None and program.inputs == 1:
-                y = program(self, *inputs)  # type: ignore[arg-type]
-                # A fused block's result may be channels-last, where the caller's view() refuses what it did before.
-                return _in_order(y) if inputs[0].is_contiguous() else y
-        return self.unfused_forward(*inputs, **named)
+    def __init_subclass__(cls, **named: Any) -> None:
+        """Without the model's own, which may keep a register of its classes."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _revive, (self.fuses,), super().__reduce_ex__(2)[2]
+
+
+def _forward_of(cls: Any) -> Callable[..., Any]:
+    """The forward of a fused class, with the signature of the one that it takes the place of."""
+
+    @functools.wraps(cls.forward)
+    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return cls.forward(self, *inputs, **named)
+        program = program_for(self, inputs, named, called=False)
+        if program.untraceable is not None:
+            say_once(f"{cls.__name__} runs layer by layer, without fused blocks: {program.untraceable}")
+            return cls.forward(plain(self), *inputs, **named)
+        y = program(self, *inputs, **named)
+        # A fused block's result may be channels-last, where the caller's view() refuses what it did before.
+        return _in_order(y) if all(x.is_contiguous() for x in flatten((inputs, named))[0]) else y
+
+    return forward
 
 
 def _in_order(result: Any) -> Any:
@@ -48,8 +61,8 @@ def _in_order(result: Any) -> Any:
 
 @cache
 def _fused_class(cls: Any) -> type[nn.Module]:
-    names = {"fuses": cls, "unfused_forward": cls.forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (Fused, cls), names)
+    names = {"fuses": cls, "forward": _forward_of(cls), "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls)(cls.__name__, (Fused, cls), names)
 
 
 def _revive(cls: Any) -> nn.Module:
@@ -60,10 +73,11 @@ def _revive(cls: Any) -> nn.Module:
 def convert(model: nn.Module) -> nn.Module:
     """Put the drop-in layers into a model, in place, and return it.
 
-    Every `nn.Conv2d` and `nn.Linear` becomes the layer of the same name here, and conv-norm-ReLU-pool runs that
-    torch.fx finds in the model's forward are computed as one block. Parameters, state_dict keys, the modules' places
-    and identity, hooks and training mode stay as they are. Subclasses of these layers are left alone. `report` says
-    what was done.
+    Every `nn.Conv2d` and `nn.Linear` becomes the layer of the same name here, and conv-norm-ReLU-pool runs in the
+    model's forward are computed as one block. A forward of a user's is captured by TorchDynamo at the first call of a
+    shape, with guards on all that it read; one that cannot be captured runs as it is written, and that is said once.
+    Parameters, state_dict keys, the modules' places and identity, hooks and training mode stay as they are. Subclasses
+    of these layers are left alone. `report` says what was done.
 
     >>> model = convert(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 5)))
     >>> type(model[0]) is Conv2d, list(model.state_dict())
@@ -74,11 +88,15 @@ def convert(model: nn.Module) -> nn.Module:
         if drop_in is not None:
             module.__class__ = drop_in
     cls: Any = type(model)
-    if not isinstance(model, Fused) and cls not in TORCH_CLASS:
-        program = program_of(model)
-        if program.fusions or EVALUATION in program.left_alone.values():  # the latter fuse in training mode
-            model.__class__ = _fused_class(cls)
+    if not isinstance(model, Fused) and cls not in TORCH_CLASS and _may_fuse(model):
+        model.__class__ = _fused_class(cls)
     return model
+
+
+def _may_fuse(model: nn.Module) -> bool:
+    """Whether a forward of the model may hold a run of layers that one block computes."""
+    kinds = {type(module) for module in model.modules()}
+    return bool(kinds & {nn.Conv2d, Conv2d}) and nn.BatchNorm2d in kinds or ConvBlock in kinds
 
 
 def to_torch(model: nn.Module) -> nn.Module:
@@ -94,8 +112,11 @@ def to_torch(model: nn.Module) -> nn.Module:
     return twin
 
 
-def report(model: nn.Module) -> str:
+def report(model: nn.Module, *inputs: Any) -> str:
     """What the layers of a model became, which runs of layers are one fused block, and what was left alone and why.
+
+    A forward of a user's is captured when it is called: the report is of a call with these inputs, and without any of
+    the last call.
 
     >>> norm = nn.BatchNorm2d(8, track_running_stats=False)
     >>> print(report(convert(nn.Sequential(nn.Conv2d(1, 8, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(8, 5)))))
@@ -105,13 +126,15 @@ def report(model: nn.Module) -> str:
       2: ReLU, computed in the block of 0
       4: lambda_kernels.Linear
     """
-    program = program_of(model)
+    program = program_for(model, inputs, {}) if inputs else program_seen(model)
     lines = [f"{type(model).__name__}: {_summary(program)}"]
-    fused = {f.conv: f for f in program.fusions}
-    parts = {path: f.conv for f in program.fusions for path in (f.norm, f.relu, f.pool) if path}
+    fusions = () if program is None else program.fusions
+    left_alone = {} if program is None else program.left_alone
+    fused = {f.conv: f for f in fusions}
+    parts = {path: f.conv for f in fusions for path in (f.norm, f.relu, f.pool) if path}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            lines.append(f"  {path or '(model)'}: {_became(module)}{_place(path, fused, program)}")
+            lines.append(f"  {path or '(model)'}: {_became(module)}{_place(path, fused, left_alone)}")
         elif path in parts:
             lines.append(f"  {path}: {type(module).__name__}, computed in the block of {parts[path]}")
         elif isinstance(module, NORMS):
@@ -119,9 +142,11 @@ def report(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def _summary(program: Program) -> str:
+def _summary(program: Program | None) -> str:
+    if program is None:
+        return "not called yet, and what is fused is seen in a call: report(model, x)"
     if program.untraceable is not None:
-        return f"torch.fx cannot trace it, so nothing is fused ({program.untraceable})"
+        return f"nothing is fused: {program.untraceable}"
     return f"{len(program.fusions)} fused block{'' if len(program.fusions) == 1 else 's'}, {len(program.steps)} steps"
 
 
@@ -134,9 +159,9 @@ def _became(module: nn.Module) -> str:
     return f"{name}, left alone: a subclass of {'Conv2d' if isinstance(module, nn.Conv2d) else 'Linear'}"
 
 
-def _place(path: str, fused: dict[str, Any], program: Program) -> str:
+def _place(path: str, fused: dict[str, Any], left_alone: dict[str, str]) -> str:
     if path in fused:
         run = fused[path]
         pool = f", max-pool {run.size}" if run.size > 1 else ""
         return f", fused with {run.norm} (norm, ReLU{pool})"
-    return f", not fused: {program.left_alone[path]}" if path in program.left_alone else ""
+    return f", not fused: {left_alone[path]}" if path in left_alone else ""

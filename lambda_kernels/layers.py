@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,27 @@ __all__ = ["Conv2d", "ConvBlock", "Linear"]
 
 Update = Callable[[], None]
 
+_CAPTURING = threading.local()
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[None]:
+    """In this thread, the layers here are for TorchDynamo what torch's own are: one operation each."""
+    _CAPTURING.on = True
+    try:
+        yield
+    finally:
+        _CAPTURING.on = False
+
+
+def is_captured() -> bool:
+    """Whether a layer is called for `captured`; Dynamo asks once and takes the answer as a constant."""
+    return getattr(_CAPTURING, "on", False)
+
+
+# What torch.compiler.assume_constant_result does; that would import Dynamo, a second's work, with this package.
+is_captured._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 
 class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d` on `functional.conv2d`: the input of a frozen layer is not kept for the backward pass.
@@ -24,6 +47,8 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and is_captured():
+            return super().forward(input)
         return convolve(self, input, self.weight, self.bias)
 
 
@@ -36,6 +61,8 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and is_captured():
+            return super().forward(input)
         return functional.linear(input, self.weight, self.bias)
 
 
@@ -99,6 +126,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         parts = self.conv, self.norm, self.relu, self.pool
+        if torch.compiler.is_compiling() and is_captured():
+            return self.pool(self.relu(self.norm(self.conv(input))))
         apart = not self.is_whole() or any(has_hooks(part) for part in parts)
         if apart or not uses_batch_statistics(self.norm):
             return self.pool(self.relu(self.norm(self.conv(input))))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -19,50 +20,54 @@ from .calls import (
     NormCall,
     WholeCall,
 )
-from .fuse import Fuser, block_refusal, is_batch_size, is_shape
-from .purity import function_impurity, is_fresh_function, is_fresh_module, is_in_place, module_impurity, tracks
-from .steps import LAYERS, NORMS, Built, Fusion, Program, Slot, Step, slots
+from .capture import Refusal
+from .fuse import Fuser, block_refusal
+from .steps import LAYERS, Built, Fusion, Program, Slot, Step, slots
 from .structure import Frame
-from .trace import trace
+from .watch import Deeds
 
-__all__ = ["build", "opaque"]
+__all__ = ["aliases", "build", "modes", "opaque"]
 
 _CONV = (nn.Conv2d, layers.Conv2d)
 _LINEAR = (nn.Linear, layers.Linear)
+_OURS = ("block", "conv", "linear", "norm")  # kinds of steps that this package computes
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def build(root: nn.Module) -> Program:
-    """The program of a module's forward in its present mode; an opaque one where the forward cannot be traced."""
-    try:
-        return _Builder(root, trace(root)).program()
-    except Exception as error:  # whatever a forward raises on a symbolic input
-        return opaque(root, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+def build(root: nn.Module, graph: fx.Graph, called: bool = True) -> Program:
+    """The program of a graph of a module's call, or of its forward, in its present mode.
+
+    Raises:
+        Refusal: the graph writes to what is handed in.
+    """
+    return _Builder(root, graph, called).program()
 
 
 def opaque(root: nn.Module, reason: str) -> Program:
     """The program that calls the module as a whole, with any arguments."""
     names = tuple(name for name, _ in root.named_parameters())
     step = Step(1, type(root).__name__, "module", WholeCall(), (Slot(0),), {}, (0,), names, not_reusable=reason)
-    return Program((step,), 1, Slot(1), (), {}, ("",), _modes(root), reason, _aliases(root))
+    return Program((step,), 1, Slot(1), (), {}, ("",), modes(root), reason, aliases(root))
 
 
-def _modes(root: nn.Module) -> dict[str, bool]:
+def modes(root: nn.Module) -> dict[str, bool]:
+    """Training or not, by the path of each module."""
     return {path: module.training for path, module in root.named_modules()}
 
 
-def _aliases(root: nn.Module) -> dict[str, str]:
+def aliases(root: nn.Module) -> dict[str, str]:
+    """The second names of shared tensors, and their first."""
     first: dict[int, str] = {}
-    aliases = {}
+    found = {}
     for name, tensor in (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)):
         if first.setdefault(id(tensor), name) != name:
-            aliases[name] = first[id(tensor)]
-    return aliases
+            found[name] = first[id(tensor)]
+    return found
 
 
 class _Builder:
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        self.root, self.nodes = root, list(graph.nodes)
+    def __init__(self, root: nn.Module, graph: fx.Graph, called: bool) -> None:
+        self.root, self.nodes, self.called = root, list(graph.nodes), called
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.inputs = [n for n in self.nodes if n.op == "placeholder"]
         self.fuser = Fuser(self.modules)
@@ -72,18 +77,15 @@ class _Builder:
         self.left_alone: dict[str, str] = {}
         self.paths: set[str] = set()
         self.memory: list[int] = []
+        self._stored: dict[int, set[int]] = {}  # storages, by slot
 
     def program(self) -> Program:
         result: Any = None
         absorbed: set[fx.Node] = set()
         for node in self.nodes:
             if node.op == "placeholder":
-                if node.args:
-                    raise fx.proxy.TraceError(f"its forward has the optional argument {node.target!r}")
-                if str(node.target).startswith("*"):
-                    raise fx.proxy.TraceError(f"its forward takes any number of arguments, {node.target}")
                 self.slots[node] = Slot(len(self.slots))
-                self.memory.append(len(self.memory))
+                self._share((), node.meta.get("deeds"))
             elif node.op == "output":
                 result = self._convert(node.args[0])
             elif isinstance(node.target, Frame):  # no step: whoever reads it puts it together
@@ -98,9 +100,10 @@ class _Builder:
             tuple(self.fusions),
             self.left_alone,
             tuple(sorted(self.paths)),
-            _modes(self.root),
-            aliases=_aliases(self.root),
+            modes(self.root),
+            aliases=aliases(self.root),
             memory=tuple(self.memory),
+            called=self.called,
         )
 
     def _check_writes(self) -> None:
@@ -111,7 +114,7 @@ class _Builder:
             written = {self.memory[slot] for slot in step.writes}
             if written & (given | held):
                 what = "its input" if written & given else "a parameter or buffer"
-                raise fx.proxy.TraceError(f"its forward writes into {what} in place ({step.label})")
+                raise Refusal(f"its forward writes into {what} in place ({step.label})")
 
     def _convert(self, value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -130,31 +133,28 @@ class _Builder:
         last = node
         facts: dict[str, Any] = {"parameters": ()}
         call: Any
+        deeds: Deeds | None = node.meta.get("deeds")
         if node.op == "call_module":
             path = str(node.target)
-            module = self.modules[path]
-            kind, call, last = self._module(node, path, module, facts)
-            in_place = any(getattr(child, "inplace", False) for child in module.modules())
-            fresh = kind != "module" or (is_fresh_module(module) and not in_place)
-            facts["writes"] = tuple(slots(args)) if in_place and kind == "module" else ()
+            kind, call, last = self._module(node, path, self.modules[path], facts)
         elif node.op == "get_attr":
-            kind, call, fresh = "attribute", AttributeCall(str(node.target)), True
+            kind, call = "attribute", AttributeCall(str(node.target))
             facts["parameters"] = (str(node.target),)
         else:
             kind, target = "function", node.target
-            name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-            call = MethodCall(target) if isinstance(target, str) else FunctionCall(target)
-            facts["not_reusable"] = function_impurity(node, name)
-            fresh = is_fresh_function(node, name)
-            written = slots(args)[:1] or slots(kwargs)[:1] if is_in_place(node, name) else slots(kwargs.get("out"))
-            facts["writes"] = tuple(written)
+            call = MethodCall(target) if isinstance(target, str) else FunctionCall(cast("Callable[..., Any]", target))
+        reads = tuple(dict.fromkeys(slots((args, kwargs))))
+        if kind in _OURS:
+            deeds = Deeds()  # a result of its own, whatever torch's layer would give
+        elif deeds is not None:
+            facts["not_reusable"] = f"{deeds.random} draws random numbers" if deeds.random else None
+            facts["writes"] = tuple(slot for slot in reads if self._stored.get(slot, set()) & deeds.writes)
+            if deeds.statistics:
+                facts["not_reusable"] = f"{_name(node)} updates running statistics"
         if self.fuser.flattens(node):
             kind = "flatten"
-        elif is_batch_size(node) or is_shape(node):
-            kind = "size"
         slot = Slot(len(self.inputs) + len(self.steps))
-        reads = tuple(dict.fromkeys(slots((args, kwargs))))
-        self._share(() if fresh else facts["writes"] or reads)
+        self._share(reads, deeds)
         self.steps.append(Step(slot.index, str(node.name), kind, call, args, kwargs, reads, **facts))
         run = {node}
         while node is not last:
@@ -164,9 +164,15 @@ class _Builder:
             self.slots[node] = slot
         return run
 
-    def _share(self, read: tuple[int, ...]) -> None:
-        """Give the next slot a number in `memory`, the same as that of the given ones, which become one."""
-        joined = {self.memory[slot] for slot in read}
+    def _share(self, read: tuple[int, ...], deeds: Deeds | None) -> None:
+        """Give the next slot a number in `memory`, the same as that of slots whose storages it has; of a step of which
+        nothing is known, as that of the given ones. Those become one."""
+        if deeds is None:
+            shared = list(read)
+        else:
+            shared = [slot for slot, stored in self._stored.items() if stored & deeds.memory]
+            self._stored[len(self.memory)] = set(deeds.memory)
+        joined = {self.memory[slot] for slot in shared}
         number = min(joined, default=len(self.memory))
         self.memory = [number if m in joined else m for m in self.memory] + [number]
 
@@ -178,19 +184,16 @@ class _Builder:
         self.paths.add(path)
         facts["parameters"] = self._names(path)
         if isinstance(module, ConvBlock):
-            facts["layer"] = (f"{path}.conv", f"{path}.norm")
             why = block_refusal(module, len(node.args))
             if why is None:
                 size = layers.pool_size(module.pool)
-                fusion = Fusion(f"{path}.conv", f"{path}.norm", f"{path}.relu", f"{path}.pool", size)
+                conv, norm, relu, pool = (f"{path}.{n}".lstrip(".") for n in ("conv", "norm", "relu", "pool"))
+                fusion = Fusion(conv, norm, relu, pool, size)
                 self.fusions.append(fusion)
                 self.paths |= {fusion.conv, fusion.norm}
                 facts["tracks"] = tracks(module.norm)
                 return "block", BlockCall(fusion, module.conv, module.norm), node
-            self.left_alone[f"{path}.conv"] = why
-        elif isinstance(module, LAYERS):
-            norm = next((n for n in node.users if isinstance(self.fuser.module(n), NORMS)), None)
-            facts["layer"] = (path, str(norm.target) if norm is not None else "")
+            self.left_alone[f"{path}.conv".lstrip(".")] = why
         plain = not has_hooks(module) and len(node.args) == 1 and not node.kwargs
         if plain and type(module) in _CONV:
             found = self.fuser.run(node, path)
@@ -213,5 +216,14 @@ class _Builder:
             return "norm", NormCall(path), node
         if isinstance(module, LAYERS) and type(module) not in (*_CONV, *_LINEAR):
             self.left_alone[path] = f"it is a {type(module).__name__}, which may compute something of its own"
-        why = facts["not_reusable"] = module_impurity(module)
-        return "module", ModuleCall(path, keeps=why is not None), node
+        return "module", ModuleCall(path), node
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))
+
+
+def tracks(module: nn.Module) -> bool:
+    """Whether a norm updates running statistics."""
+    return module.training and getattr(module, "running_mean", None) is not None

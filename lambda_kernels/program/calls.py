@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional, layers
-from ..layers import Update, has_hooks
+from ..layers import Update
 from ..spec import BlockSpec, ConvSpec, pair
-from .shadow import shadow, shallow
+from .shadow import leads_nowhere, shadow, shallow
 from .steps import Arguments, Effects, Fusion, OwnState, State
 
 __all__ = [
-    "FRESH_MODULES",
     "AttributeCall",
     "BlockCall",
     "ConvCall",
@@ -28,22 +27,12 @@ __all__ = [
     "WholeCall",
 ]
 
-# Their results never share memory with what they read, and their forward uses what torch gave them, nothing else.
-FRESH_MODULES = tuple(
-    f"torch.nn.modules.{name}"
-    for name in ("activation", "pooling", "conv", "linear", "normalization", "batchnorm", "instancenorm")
-)
-
 
 class ModuleCall:
-    """A module that the program does not look into. Its code may write to the module: it runs on a shadow.
+    """A module of torch's that the program does not look into. Its code may write to it: it runs on a shadow."""
 
-    With `keeps`, the next call begins with the shadow of the last one: what the code wrote to attributes is there, and
-    `modules` holds it under the module's path.
-    """
-
-    def __init__(self, path: str, keeps: bool = False) -> None:
-        self.path, self.keeps = path, keeps
+    def __init__(self, path: str) -> None:
+        self.path = path
 
     def __call__(
         self, modules: Mapping[str, nn.Module], state: State, effects: Effects | None, /, *args: Any, **kwargs: Any
@@ -51,22 +40,26 @@ class ModuleCall:
         module = modules[self.path]
         if isinstance(state, OwnState):
             return module(*args, **kwargs)
-        prefix, home = f"{self.path}." if self.path else "", type(module).__module__
-        if home.startswith("torch.nn.modules.") and not module._modules and not has_hooks(module):
-            own = (*module._parameters.items(), *module._buffers.items())
-            names = [name for name, tensor in own if tensor is not None]
-            if not names:
-                return module(*args, **kwargs)
-            if home.startswith(FRESH_MODULES):
-                return shallow(module, {name: state[prefix + name] for name in names})(*args, **kwargs)
+        prefix = f"{self.path}." if self.path else ""
+        own = {} if module._modules else {**module._parameters, **module._buffers}
+        names = [name for name, tensor in own.items() if tensor is not None]
+        if not (names or module._modules):
+            return module(*args, **kwargs)
+        if not module._modules and leads_nowhere(module):
+            return shallow(module, {name: state[prefix + name] for name in names})(*args, **kwargs)
+        return self._on_shadow(modules, state, prefix, module, args, kwargs)
+
+    def _on_shadow(
+        self, modules: Any, state: State, prefix: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         twin = shadow(module, _Below(state, prefix) if prefix else state)
         result = twin(*args, **kwargs)
-        if self.keeps and isinstance(modules, dict):
-            modules[self.path] = twin
         if isinstance(state, dict):
             for name, buffer in twin.named_buffers():
                 if state.get(prefix + name, buffer) is not buffer:  # one that the forward put in place of the given
                     state[prefix + name] = buffer
+        if isinstance(modules, dict) and isinstance(self, WholeCall):
+            modules[""] = twin
         return result
 
 
@@ -90,14 +83,20 @@ class _Below(Mapping[str, Tensor]):
 
 
 class WholeCall(ModuleCall):
-    """A network as one step, called with `Arguments`; any other value is its only argument."""
+    """A network as one step, called with `Arguments`; any other value is its only argument.
+
+    The next call begins with the shadow of the last one: what the network's code wrote to attributes is there.
+    """
 
     def __init__(self) -> None:
-        super().__init__("", keeps=True)
+        super().__init__("")
 
     def __call__(self, modules: Any, state: State, effects: Any, /, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if isinstance(args[0], Arguments) else Arguments(args, {})
-        return super().__call__(modules, state, effects, *given.args, **given.kwargs)
+        module = modules[""]
+        if isinstance(state, OwnState):
+            return module(*given.args, **given.kwargs)
+        return self._on_shadow(modules, state, "", module, given.args, given.kwargs)
 
 
 class _Leaf:
@@ -107,7 +106,8 @@ class _Leaf:
         self.path = path
 
     def get(self, state: State, module: nn.Module, name: str, path: str | None = None) -> Any:
-        return None if getattr(module, name) is None else state[f"{self.path if path is None else path}.{name}"]
+        where = self.path if path is None else path
+        return None if getattr(module, name) is None else state[f"{where}.{name}" if where else name]
 
 
 class ConvCall(_Leaf):
@@ -145,7 +145,8 @@ class NormCall(_Leaf):
 
 def _present(path: str, module: nn.Module, *names: str) -> tuple[str, ...]:
     """The parameters' full names, "" for one that the module does not have."""
-    return tuple(f"{path}.{name}" if getattr(module, name) is not None else "" for name in names)
+    prefix = f"{path}." if path else ""
+    return tuple(prefix + name if getattr(module, name) is not None else "" for name in names)
 
 
 class BlockCall(_Leaf):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from .. import layers
 from ..layers import ConvBlock, has_hooks
 from .steps import Fusion
 
-__all__ = ["EVALUATION", "Fuser", "block_refusal", "is_batch_size", "is_shape"]
+__all__ = ["EVALUATION", "Fuser", "block_refusal"]
 
 EVALUATION = "the norm is in evaluation mode, with running statistics"
 _POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -92,8 +91,8 @@ class Fuser:
         x, *shape = node.args
         if node.target in (torch.flatten, "flatten"):
             return shape in ([1], [1, -1])
-        viewed = node.target in ("view", "reshape") and len(shape) == 2 and shape[1] == -1
-        return bool(viewed) and isinstance(shape[0], fx.Node) and is_batch_size(shape[0]) and _measured(shape[0]) is x
+        size = node.meta.get("batch")  # of what a captured step flattens
+        return node.target in ("view", "reshape", torch.reshape) and shape in ([size, -1], [(size, -1)])
 
 
 def block_refusal(block: ConvBlock, arguments: int) -> str | None:
@@ -112,25 +111,6 @@ def _norm_refusal(norm: nn.BatchNorm2d) -> str | None:
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def is_shape(node: fx.Node) -> bool:
-    """Whether the node is x.shape."""
-    return node.target is getattr and len(node.args) == 2 and node.args[1] == "shape"
-
-
-def is_batch_size(node: fx.Node) -> bool:
-    """Whether the node is x.size(0) or x.shape[0]."""
-    if node.target == "size":
-        return node.args[1:] == (0,)
-    shape = node.args[0] if node.target is operator.getitem else None
-    return isinstance(shape, fx.Node) and is_shape(shape) and bool(node.args[1] == 0)
-
-
-def _measured(size: fx.Node) -> Any:
-    """The tensor whose batch size a node is."""
-    source = size.args[0]
-    return source.args[0] if isinstance(source, fx.Node) and is_shape(source) else source
 
 
 def _pair(value: Any) -> tuple[Any, ...]:

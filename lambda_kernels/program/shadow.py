@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .snapshot import BASE, SCALARS
 from .structure import attributes, opened, slots_of
 
-__all__ = ["replace", "shadow", "shallow"]
+__all__ = ["leads_nowhere", "replace", "shadow", "shallow"]
 
 _DEPTH = 4  # of containers and objects that an attribute is looked into
 _CLOSED = (*SCALARS, Tensor, type, types.ModuleType, types.BuiltinFunctionType, torch.Generator, bytes, complex)
@@ -57,6 +57,12 @@ def shallow(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     for group in ("_parameters", "_buffers"):
         twin.__dict__[group] = {n: None if t is None else tensors[n] for n, t in module.__dict__[group].items()}
     return twin
+
+
+def leads_nowhere(module: nn.Module) -> bool:
+    """Whether a module's attributes, beside its parameters and buffers, are numbers and words."""
+    state = module.__dict__
+    return all(type(state[n]) in SCALARS or _is_plain(state[n]) for n in state.keys() - BASE)
 
 
 def replace(module: nn.Module, tensors: Mapping[int, Tensor]) -> None:

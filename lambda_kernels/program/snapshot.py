@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,37 +19,44 @@ from torch import Tensor, nn
 from .. import _build
 from ..layers import has_hooks
 
-__all__ = ["BASE", "SCALARS", "Snapshot", "fingerprint"]
+__all__ = ["BASE", "SCALARS", "Snapshot", "Stamp", "fingerprint", "outline"]
 
 SCALARS = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
 BASE = frozenset(nn.Module().__dict__)
 _HOOKS = tuple(name for name in BASE if name.endswith("_hooks"))
 
 
-def _addresses() -> Callable[[list[Any], list[Any]], bytes] | None:
-    """The extension's pass over all containers; None where it cannot be had."""
+def _native(name: str) -> Any:
+    """A function of the extension; None where it cannot be had."""
     try:
         if _build.mismatch():
             return None
-        return importlib.import_module("lambda_kernels._C").addresses
+        return getattr(importlib.import_module("lambda_kernels._C"), name)
     except (ImportError, ValueError, AttributeError):
         return None
 
 
-_ADDRESSES = _addresses()
+_ADDRESSES: Callable[[list[Any], list[Any], bool], bytes] | None = _native("addresses")
+_VERSIONS: Callable[[list[type], list[Any]], bytes] | None = _native("versions")
 
 
 class Snapshot:
     """The modules, parameters, buffers, modes and plain attributes of a network at one time.
 
-    Where it is `complete`, it holds no reference to the network itself, only to what it consists of.
+    Without `attributes`, plain attributes count by their names alone: guards of a capture see their values. Where it is
+    `complete`, it holds no reference to the network itself, only to what it consists of.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, attributes: bool = True) -> None:
         self._parts = [m for m in root.modules() if m is not root]
         self._containers: list[Any] = []
-        self.complete = _ADDRESSES is not None and all(self._take(m) for m in root.modules())
+        self._names = not attributes
+        for module in root.modules():
+            versioned(type(module))
+        take = self._take if attributes else self._take_contents
+        self.complete = _ADDRESSES is not None and all([take(m) for m in root.modules()])
         self._kept = [list(c.items()) if isinstance(c, dict) else list(c) for c in self._containers]
+        self._kept.append([name for module in root.modules() if self._names for name in module.__dict__])
         self._known = self._now(root)
         self.memo: dict[Any, Any] = {}  # see `lookup.memo_of`
         self.parameters, self.buffers = (
@@ -68,7 +75,9 @@ class Snapshot:
         return self.complete and self._now(root) == self._known
 
     def _now(self, root: nn.Module) -> bytes:
-        return _ADDRESSES([root, *self._parts], self._containers) if self.complete and _ADDRESSES else b""
+        if not self.complete or _ADDRESSES is None:
+            return b""
+        return _ADDRESSES([root, *self._parts], self._containers, self._names)
 
     def _take(self, module: nn.Module) -> bool:
         """Note a module's dicts and lists; False where it holds something that can change in its place."""
@@ -86,6 +95,36 @@ class Snapshot:
                 return False
         return True
 
+    def _take_contents(self, module: nn.Module) -> bool:
+        """Note a module's parameters, buffers and children; False where an attribute may lead back to the network."""
+        self._containers += [module.__dict__[name] for name in ("_parameters", "_buffers", "_modules")]
+        return all(_is_closed(value, 4) for name, value in module.__dict__.items() if name not in BASE)
+
+
+def versioned(cls: type) -> type:
+    """The class, which has a version number from its first look-up of a name on."""
+    hasattr(cls, "forward")
+    return cls
+
+
+class Stamp:
+    """What classes and functions were at one time: methods may be replaced in a class, code in a function."""
+
+    def __init__(self, classes: Sequence[type], functions: Sequence[types.FunctionType]) -> None:
+        self._classes, self._functions = [versioned(cls) for cls in classes], list(functions)
+        self._kept = [function.__code__ for function in functions]
+        self._known = self._now()
+
+    def holds(self) -> bool:
+        """Whether all are as they were."""
+        return self._now() == self._known
+
+    def _now(self) -> Any:
+        if _VERSIONS is not None:
+            return _VERSIONS(self._classes, self._functions)
+        codes = [function.__code__ for function in self._functions]
+        return [list(map(id, vars(cls).values())) for cls in self._classes], list(map(id, codes))
+
 
 def _is_fixed(value: Any) -> bool:
     """Whether a value stays what it is as long as it stays in its place."""
@@ -94,6 +133,26 @@ def _is_fixed(value: Any) -> bool:
     if type(value) is tuple:
         return all(_is_fixed(v) for v in value)
     return isinstance(value, types.FunctionType) and value.__closure__ is None and not value.__dict__
+
+
+def _is_closed(value: Any, depth: int) -> bool:
+    """Whether a value is known to hold no module."""
+    kind = type(value)
+    if kind in SCALARS or isinstance(value, (Tensor, type, types.BuiltinFunctionType, types.ModuleType)):
+        return True
+    if isinstance(value, (nn.Module, types.MethodType)) or depth == 0:
+        return False
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None and not value.__dict__
+    held: Any = ()
+    if isinstance(value, dict):
+        held = value.values()
+    elif isinstance(value, (tuple, list, set, frozenset)):
+        held = value
+    own = getattr(value, "__dict__", {})
+    return all(_is_closed(v, depth - 1) for v in (*held, *own.values())) and not (
+        kind.__module__ == "functools" and kind.__name__ == "partial"
+    )
 
 
 class _Same:
@@ -143,4 +202,21 @@ def fingerprint(root: nn.Module) -> tuple[Any, ...]:
         for name, value in state.items():
             if name not in BASE:
                 parts += (name, value if type(value) in SCALARS else _freeze(value))
+    return tuple(parts)
+
+
+def outline(root: nn.Module) -> tuple[Any, ...]:
+    """What the modules of one captured program have in common, beside what its guards see.
+
+    Classes, modes, the names of attributes, which parameters and buffers there are and which of them are shared.
+    """
+    parts: list[Any] = []
+    seen: dict[int, str] = {}
+    numbers: dict[int, int] = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        state = module.__dict__
+        parts += (path, type(module), module.training, numbers.setdefault(id(module), len(numbers)), *state)
+        for group in (state["_parameters"], state["_buffers"]):
+            for name, tensor in group.items():
+                parts += (name, tensor is None or seen.setdefault(id(tensor), f"{path}.{name}"))
     return tuple(parts)

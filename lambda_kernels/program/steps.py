@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers import Update
-from .structure import Frame
+from .structure import Frame, flatten
 
 __all__ = ["LAYERS", "NORMS", "Arguments", "Built", "Effects", "Fusion", "OwnState", "Program", "Slot", "State", "Step"]
 
@@ -87,6 +87,7 @@ class Program:
     untraceable: str | None = None  # why the module is one opaque step
     aliases: dict[str, str] = field(default_factory=dict)  # second names of shared tensors -> their first
     memory: tuple[int, ...] = (0, 1)  # for each slot a number; slots that may share memory have the same
+    called: bool = True  # what a call of the module does, its hooks included; else what its forward does
 
     def bind(self, root: nn.Module) -> dict[str, nn.Module]:
         """The modules that the steps use, by path.
@@ -97,19 +98,23 @@ class Program:
         return {path: _at(root, path) for path in self.paths}
 
     def pack(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-        """The values of the first slots, one per input, for a call of the module with these arguments.
+        """The values of the first slots, a tensor each, for a call of the module like the one that it is of.
 
         Raises:
-            TypeError: the program is of calls with another number of inputs, or without keywords.
+            TypeError: the program is of calls with another number of tensors.
         """
         if self.untraceable is not None:
             return (Arguments(tuple(args), dict(kwargs)),)
-        if kwargs or len(args) != self.inputs:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            tensors = list(args)
+        else:
+            tensors = flatten((tuple(args), dict(kwargs)))[0]
+        if len(tensors) != self.inputs:
             raise TypeError(
-                f"the program takes {self.inputs} positional inputs, got {len(args)} and {len(kwargs)} by keyword: "
-                "program_for gives the program of a call"
+                f"the program is of calls with {self.inputs} tensors, got {len(tensors)}: program_for gives the "
+                "program of a call"
             )
-        return tuple(args)
+        return tuple(tensors)
 
     def __call__(self, root: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         """The module's result, with its own parameters."""

@@ -72,7 +72,7 @@ def adapt(
         lr, rule = DEFAULT_LR, rule_of(lr, rule)
     plain = loss is F.cross_entropy and not second_order
     if plain and (known := remembered.again(model, xs, ys, pattern, steps, lr, rule, norm)) is not None:
-        return Learner(model, known.plan, known.outcome)
+        return Learner(model, known.plan.program.modes, known.outcome)
     a = describe(model, xs, pattern, rule_of(lr, rule), steps, norm, second_order, loss)
     checks.check_support(a.parameters, xs, ys)
     support = a.support(xs, ys)
@@ -84,7 +84,7 @@ def adapt(
         state = result.state
         if plain:
             remembered.keep(a, support, pattern, rule)
-    return Learner(model, a.plan, outcome(a, state))
+    return Learner(model, a.plan.program.modes, outcome(a, state))
 
 
 def adapt_tasks(
@@ -125,7 +125,7 @@ def adapt_tasks(
     model = network_of(model)
     tasks = checks.check_tasks(xs, ys, xq)
     rule = rule_of(lr, rule)
-    a = describe(model, xs, pattern, rule, steps, norm, second_order, loss)
+    a = describe(model, batch.task(xs, 0), pattern, rule, steps, norm, second_order, loss)
     checks.check_support(a.parameters, xs, ys, tasks)
     checks.check_query(xs, xq)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lambda_kernels.program import program_for, replace, shadow, tensors_of
+from lambda_kernels.program import aliases_of, modes_of, program_for, replace, shadow, tensors_of
 
 from .inner.state import Outcome
 from .plan import Plan, plan_of
@@ -44,10 +44,10 @@ class AdaptedNetwork(nn.Module):
     _buffers = _opened("_buffers")
     _modules = _opened("_modules")
 
-    def __init__(self, model: nn.Module, plan: Plan, outcome: Outcome) -> None:
+    def __init__(self, model: nn.Module, modes: Mapping[str, bool], outcome: Outcome) -> None:
         super().__init__()
         self.__dict__.update(
-            training=model.training, _network=None, _shown=False, _held=(model, plan, outcome), _bound=None
+            training=model.training, _network=None, _shown=False, _held=(model, modes, outcome), _bound={}
         )
 
     @property
@@ -61,21 +61,17 @@ class AdaptedNetwork(nn.Module):
         found: nn.Module | None = self.__dict__["_network"]
         if found is not None:
             return found
-        model, plan, outcome = self.__dict__["_held"]
-        network = shadow(model, outcome.state, plan.program.modes)
-        self.__dict__["_network"] = network
+        model, modes, outcome = self.__dict__["_held"]
+        network = shadow(model, outcome.state, modes)
+        self.__dict__.update(_network=network, _bound={})
         self.__dict__.update({name: network.__dict__[name] for name in _CONTENTS})
         return network
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Plan, nn.Module, Mapping[str, Tensor]]:
         """What a call runs: a plan, the network whose modules it uses, and the state."""
-        model, plan, outcome = self.__dict__["_held"]
-        if self.__dict__["_network"] is None:
-            program = program_for(model, args, kwargs)
-            if program is plan.program:
-                return plan, model, outcome.state
-            if program.modes == plan.program.modes:
-                return plan_of(model, program), model, outcome.state
+        model, modes, outcome = self.__dict__["_held"]
+        if self.__dict__["_network"] is None and modes_of(model) == modes:
+            return plan_of(model, program_for(model, args, kwargs)), model, outcome.state
         network = self.module
         return plan_of(network, program_for(network, args, kwargs)), network, self._state()
 
@@ -95,11 +91,11 @@ class AdaptedNetwork(nn.Module):
 
     def _bind(self, plan: Plan, network: nn.Module) -> Mapping[str, nn.Module]:
         """The modules that the plan's steps use, one binding per learner: what a forward writes to them stays."""
-        bound = self.__dict__["_bound"]
-        if bound is None or bound[0] is not plan.program or bound[1] is not network:
-            bound = self.__dict__["_bound"] = plan.program, network, plan.program.bind(network)
-        modules: Mapping[str, nn.Module] = bound[2]
-        return modules
+        bound: dict[Any, Mapping[str, nn.Module]] = self.__dict__["_bound"]
+        key = plan.program if plan.program.untraceable is None else ""
+        if key not in bound:
+            bound[key] = plan.program.bind(network)
+        return bound[key]
 
     def parameters_dict(self) -> dict[str, Tensor]:
         """All parameters by name, the adapted ones in place of the model's.
@@ -216,9 +212,8 @@ class Learner(AdaptedNetwork):
 
 def _restored(kind: type[AdaptedNetwork], network: nn.Module) -> AdaptedNetwork:
     """A learner around a network that is its own."""
-    plan = plan_of(network)
     parameters, buffers = tensors_of(network)
-    return kind(network, plan, Outcome({**parameters, **buffers}, {}, (), plan.program.aliases, True))
+    return kind(network, modes_of(network), Outcome({**parameters, **buffers}, {}, (), aliases_of(network), True))
 
 
 def network_of(model: nn.Module) -> nn.Module:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import cmath
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lambda_kernels.chain import backend_in_force
-from lambda_kernels.program import flatten, replace, tensors_of
+from lambda_kernels.program import aliases_of, flatten, modes_of, replace, tensors_of
 
 from .inner import autograd, checks
 from .inner.adaptation import named
@@ -20,7 +21,7 @@ from .inner.rules import rule_of
 from .inner.state import Outcome, tied
 from .learner import AdaptedNetwork, network_of
 from .patterns import Pattern
-from .plan import Frozen, Part, Plan, plan_of, with_copies
+from .plan import Frozen, Layout, Part, with_copies
 
 __all__ = ["LambdaMAML", "TaskLearner"]
 
@@ -71,8 +72,7 @@ class LambdaMAML(nn.Module):
         checks.check_norm(norm)
         self.rule = rule_of(lr, rule)
         self.module = network_of(model)
-        plan = plan_of(self.module)
-        self.pattern, _ = named(tensors_of(self.module)[0], plan, pattern, norm)
+        self.pattern, _ = named(tensors_of(self.module)[0], Layout(self.module), pattern, norm)
         self.every_layer = pattern is None
         self.first_order, self.allow_unused, self.allow_nograd, self.norm = (
             first_order,
@@ -107,20 +107,20 @@ class LambdaMAML(nn.Module):
         torch.Size([5, 5])
         """
         model = self.module
-        plan = plan_of(model)
+        layout = Layout(model)
         parameters, buffers = tensors_of(model)
         state = with_copies(parameters, buffers)
         # An optimiser's step must not reach the learner. Under no_grad the copies are leaves, which can be adapted.
         distinct = {id(p): p for p in parameters.values()}
         copies = {i: p.clone().requires_grad_(p.requires_grad) for i, p in distinct.items()}
-        names = [plan.updated(bits, self.norm) for bits in self.pattern.stages]
+        names = [layout.updated(bits, self.norm) for bits in self.pattern.stages]
         if self.every_layer:
             names = [tuple(n for n in group if state[n].requires_grad) for group in names]
         for name in {n for group in names for n in group}:
             if not state[name].requires_grad:
                 copies[id(state[name])].requires_grad_()
         state = {n: copies.get(id(t), t) for n, t in state.items()}
-        rule = self.rule.bind(plan.layers, state) if isinstance(self.rule, Rule) else self.rule
+        rule = self.rule.bind(layout.layers, state) if isinstance(self.rule, Rule) else self.rule
         settings = _Settings(
             self.pattern,
             tuple(names),
@@ -128,7 +128,7 @@ class LambdaMAML(nn.Module):
             self.first_order if first_order is None else first_order,
             self.allow_unused if allow_unused is None else allow_unused,
         )
-        return TaskLearner(model, plan, state, settings)
+        return TaskLearner(model, modes_of(model), state, settings)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -175,9 +175,14 @@ class TaskLearner(AdaptedNetwork):
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, state: dict[str, Tensor], settings: _Settings, step: int = 0
+        self,
+        model: nn.Module,
+        modes: Mapping[str, bool],
+        state: dict[str, Tensor],
+        settings: _Settings,
+        step: int = 0,
     ) -> None:
-        super().__init__(model, plan, Outcome(state, {}, (), plan.program.aliases, in_graph=True))
+        super().__init__(model, modes, Outcome(state, {}, (), aliases_of(model), in_graph=True))
         self.__dict__.update(_settings=settings, _step=step, _memory=None, _prefix=None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -314,10 +319,11 @@ class TaskLearner(AdaptedNetwork):
 
     def _replace(self, new: dict[str, Tensor]) -> None:
         """Put other tensors in the places of some parameters."""
-        model, plan, _ = self.__dict__["_held"]
+        model, modes, _ = self.__dict__["_held"]
         if self.__dict__["_network"] is None:
-            state = tied({**self._state(), **new}, plan.program.aliases)
-            self.__dict__["_held"] = model, plan, Outcome(state, {}, (), plan.program.aliases, in_graph=True)
+            aliases = aliases_of(model)
+            state = tied({**self._state(), **new}, aliases)
+            self.__dict__["_held"] = model, modes, Outcome(state, {}, (), aliases, in_graph=True)
             return
         own = self._state()
         replace(self.module, {id(own[name]): tensor for name, tensor in new.items()})
@@ -330,18 +336,18 @@ class TaskLearner(AdaptedNetwork):
         >>> twin = task.clone()
         >>> twin.adapt(loss_fn(twin(xs), ys))     # `task` stays where it is
         """
-        model, plan, _ = self.__dict__["_held"]
+        model, modes, _ = self.__dict__["_held"]
         settings = self._settings
         if first_order is not None:
             settings = settings._replace(first_order=first_order)
         if allow_unused is not None:
             settings = settings._replace(allow_unused=allow_unused)
-        moved = plan_of(model).program.modes != plan.program.modes  # the model's modes, since this one was made
+        moved = modes_of(model) != modes  # the model's modes, since this one was made
         network = self.module if moved or self.__dict__["_network"] is not None else model
         state = self._state()
         copies = {id(b): b.clone() for b in (state[n] for n, _ in network.named_buffers() if n in state)}
         state = {n: copies.get(id(t), t) for n, t in state.items()}
-        twin = TaskLearner(network, plan_of(network), state, settings, self._step)
+        twin = TaskLearner(network, modes_of(network), state, settings, self._step)
         twin.__dict__["_memory"] = self._memory
         twin.training = self.training
         return twin

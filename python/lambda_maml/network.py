@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.program import LAYERS, NORMS, Program, program_of
+from lambda_kernels.program import LAYERS, NORMS, notes_of, program_for
 
 __all__ = ["Layer", "layer_costs", "layers_of"]
 
@@ -26,10 +25,7 @@ class Layer(NamedTuple):
         return self.weights + self.norm if norm == "follow" else self.weights
 
 
-_LAYERS: WeakKeyDictionary[Program, tuple[Layer, ...]] = WeakKeyDictionary()
-
-
-def layers_of(model: nn.Module, program: Program | None = None) -> tuple[Layer, ...]:
+def layers_of(model: nn.Module) -> tuple[Layer, ...]:
     """The layers of a network, input first: in the order of its torch.fx graph, else in that of registration.
 
     Every parameter belongs to one layer: those of the convolution or linear layer and of the norm behind it, and any
@@ -39,24 +35,19 @@ def layers_of(model: nn.Module, program: Program | None = None) -> tuple[Layer, 
     Raises:
         ValueError: the network has no parameter of real or complex numbers.
     """
-    program = program_of(model, called=True) if program is None else program
-    if program not in _LAYERS:
-        _LAYERS[program] = _find(model, program)
-    return _LAYERS[program]
+    notes = notes_of(model)
+    found: tuple[Layer, ...] | None = notes.get("layers")
+    if found is None:
+        found = notes["layers"] = _find(model)
+    return found
 
 
-def _find(model: nn.Module, program: Program) -> tuple[Layer, ...]:
+def _find(model: nn.Module) -> tuple[Layer, ...]:
     modules = dict(model.named_modules())
     order: list[tuple[str, tuple[str, ...]]] = []  # layer path or "", parameter names
-    if program.untraceable is None:
-        for step in program.steps:
-            path, norm = step.layer or ("", "")
-            followers = tuple(n for n in _names(model, norm) if norm)
-            order.append((path, step.parameters + tuple(n for n in followers if n not in step.parameters)))
-    else:
-        for path, module in modules.items():
-            own = tuple(f"{path}.{n}" if path else n for n, _ in module.named_parameters(recurse=False))
-            order.append((path if isinstance(module, LAYERS) else "", own))
+    for path, module in modules.items():
+        own = tuple(f"{path}.{n}" if path else n for n, _ in module.named_parameters(recurse=False))
+        order.append((path if isinstance(module, LAYERS) else "", own))
     own_parameters = {n for n, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
     if not own_parameters:
         raise ValueError(f"{type(model).__name__} has no parameters, so there is nothing to adapt")
@@ -69,7 +60,6 @@ def _find(model: nn.Module, program: Program) -> tuple[Layer, ...]:
     for path, parameters in listed:
         current = path or current
         for name in parameters:
-            name = program.aliases.get(name, name)
             if name in own_parameters and name not in taken:
                 taken.add(name)
                 members[current].append(name)
@@ -89,7 +79,8 @@ def layer_costs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[int, int
     The shapes come from a run on torch's meta device: no arithmetic is done. The gradient of the input and that of the
     weight cost as much again, each.
     """
-    program = program_of(model)
+    example = torch.zeros(input_shape, dtype=next(model.parameters()).dtype)
+    program = program_for(model, (example,), {})
     if program.untraceable is not None:
         raise ValueError(f"cost: torch.fx cannot trace {type(model).__name__} ({program.untraceable})")
     modules = program.bind(model)

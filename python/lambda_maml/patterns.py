@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from functools import total_ordering
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
-from lambda_kernels.program import program_of
+from lambda_kernels.program import program_for
 
 from .network import layer_costs
-from .plan import Plan, moving_steps, plan_of
+from .plan import Layout, moving_steps
 
 __all__ = ["Cost", "Pattern"]
 
@@ -103,8 +104,8 @@ class Pattern:
         """The number of layers that the pattern speaks of."""
         return len(self.stages[0])
 
-    def check(self, plan: Plan) -> None:
-        """ValueError where the planned network has another number of layers."""
+    def check(self, plan: Layout) -> None:
+        """ValueError where the network has another number of layers."""
         if self.layers != len(plan.layers):
             raise ValueError(
                 f"pattern {str(self)!r} has {self.layers} bits, {plan.network} has {len(plan.layers)} layers "
@@ -117,7 +118,7 @@ class Pattern:
         >>> Pattern("00001").parameters(model)
         ('head.weight', 'head.bias')
         """
-        plan = plan_of(model)
+        plan = Layout(model)
         self.check(plan)
         return plan.updated(self.at(step), norm)
 
@@ -134,9 +135,11 @@ class Pattern:
         """
         updated = frozenset(self.parameters(model, "follow", step))
         costs = layer_costs(model, tuple(input_shape))
-        moving, steps = moving_steps(model, updated)
+        example = torch.zeros(tuple(input_shape), dtype=next(model.parameters()).dtype)
+        program = program_for(model, (example,), {})
+        steps, aliases = program.steps, program.aliases
+        moving = moving_steps(program, updated)
         slots = {steps[i].slot for i in moving}
-        aliases = program_of(model).aliases
         prefix = reused = again = 0
         for index, forward in costs.items():
             own = any(aliases.get(name, name) in updated for name in steps[index].parameters)

@@ -15,18 +15,17 @@ from torch import Tensor, nn
 
 from lambda_kernels.cache import Bounded
 from lambda_kernels.chain import Chain
-from lambda_kernels.program import LinearCall, Program, Step, program_of
+from lambda_kernels.program import LinearCall, Program
 
 from .network import layers_of
 from .say import say_once
 
-__all__ = ["Frozen", "Part", "Plan", "moving_steps", "plan_of", "why_opaque", "with_copies"]
+__all__ = ["Frozen", "Layout", "Part", "Plan", "moving_steps", "plan_of", "why_opaque", "with_copies"]
 
 
-def moving_steps(model: nn.Module, updated: frozenset[str]) -> tuple[set[int], tuple[Step, ...]]:
-    """The indices of the steps that differ from one inner step to the next, and all steps of the network's program."""
-    program = program_of(model)
-    return _moving(program, updated), program.steps
+def moving_steps(program: Program, updated: frozenset[str]) -> set[int]:
+    """The indices of a program's steps that differ from one inner step to the next."""
+    return _moving(program, updated)
 
 
 def _moving(program: Program, updated: frozenset[str]) -> set[int]:
@@ -123,19 +122,26 @@ class Frozen:
         self.runs += runs
 
 
-class Plan:
-    """A network's program for a way of calling it, its layers, and the parts that the program is cut into."""
+class Layout:
+    """A network's layers, and what a pattern's bits stand for."""
 
-    def __init__(self, model: nn.Module, program: Program) -> None:
-        self.program, self.network = program, type(model).__name__
-        self.layers = layers_of(model)
-        self.outlines: Bounded[Any] = Bounded(_LIMIT)  # what an adaptation made of its pattern, steps and rates
-        self.unmapped: Bounded[str] = Bounded(_LIMIT)  # by `Adaptation.code`: why vmap could not follow
-        self._parts: Bounded[Part] = Bounded(_LIMIT)
+    def __init__(self, model: nn.Module) -> None:
+        self.network, self.layers = type(model).__name__, layers_of(model)
 
     def updated(self, bits: str, norm: str) -> tuple[str, ...]:
         """The names of the parameters that a pattern's step updates; `norm` is "follow" or "never"."""
         return tuple(n for bit, layer in zip(bits, self.layers) if bit == "1" for n in layer.adapted(norm))
+
+
+class Plan(Layout):
+    """A network's program for a call, its layers, and the parts that the program is cut into."""
+
+    def __init__(self, model: nn.Module, program: Program) -> None:
+        super().__init__(model)
+        self.program = program
+        self.outlines: Bounded[Any] = Bounded(_LIMIT)  # what an adaptation made of its pattern, steps and rates
+        self.unmapped: Bounded[str] = Bounded(_LIMIT)  # by `Adaptation.code`: why vmap could not follow
+        self._parts: Bounded[Part] = Bounded(_LIMIT)
 
     def part(self, updated: tuple[str, ...]) -> Part:
         """The program cut by the parameters that are updated."""
@@ -162,20 +168,15 @@ class Plan:
 
 def why_opaque(program: Program) -> str:
     """Why a network is one operation that is not looked into."""
-    why = program.untraceable or ""
-    return why if why.startswith("it ") else f"torch.fx cannot trace it ({why})"
+    return program.untraceable or ""
 
 
 _LIMIT = 128
 _PLANS: Bounded[Plan] = Bounded(_LIMIT)
 
 
-def plan_of(model: nn.Module, program: Program | None = None) -> Plan:
-    """The plan of a network in its present mode, for one of its programs (without it, that of its positional inputs).
-
-    Says once when the network is not looked into.
-    """
-    program = program_of(model, called=True) if program is None else program
+def plan_of(model: nn.Module, program: Program) -> Plan:
+    """The plan of a network for one of its programs. Says once when the network is not looked into."""
     plan = _PLANS.get(program)
     if plan is None:
         plan = Plan(model, program)

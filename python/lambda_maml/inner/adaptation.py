@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.program import flatten, program_for, tensors_of
+from lambda_kernels.program import Program, flatten, program_for, tensors_of
 
 from ..patterns import Pattern
-from ..plan import Part, Plan, plan_of, with_copies
+from ..plan import Layout, Part, Plan, plan_of, with_copies
 from ..say import say_once
 from . import checks
 from .checks import Loss
@@ -139,6 +139,24 @@ class Adaptation:
         results = torch.func.vmap(one, randomness="error")(*own, *(t for mapped, _ in parts for t in mapped))
         return built[0](results) if built else results
 
+    def query(self, xq: Any, tasks: int | None) -> tuple[Program, Mapping[str, nn.Module]]:
+        """The program of a call with one task's query inputs, and the modules that its steps use."""
+        if tasks is not None:
+            tensors, rebuild = flatten(xq)
+            xq = rebuild([t[0] for t in tensors])
+        program = program_for(self.model, (xq,), {})
+        same = program is self.plan.program or program.untraceable is not None is not self.plan.program.untraceable
+        return program, self.modules if same else program.bind(self.model)
+
+    def same_chain(self, xq: Any, tasks: int | None) -> bool:
+        """Whether the network computes the query by the chain, from the inputs on, of the first steps."""
+        program, _ = self.query(xq, tasks)
+        whole = self.stretches[0].part.whole if self.stretches else None
+        if program is self.plan.program or whole is None:
+            return whole is not None
+        other = plan_of(self.model, program).part(self.stretches[0].part.updated).whole
+        return other is not None and whole.is_like(other)
+
     def support(self, xs: Any, ys: Any, tasks: int | None = None) -> Support:
         """The support set as the ways take it: class numbers as int64, ready to be checked by `check_labels`."""
         numbers = checks.class_numbers(self.loss, ys)
@@ -221,7 +239,7 @@ def describe(
 
 
 def named(
-    parameters: Mapping[str, Tensor], plan: Plan, pattern: str | Pattern | None, norm: str
+    parameters: Mapping[str, Tensor], plan: Layout, pattern: str | Pattern | None, norm: str
 ) -> tuple[Pattern, frozenset[str]]:
     """The pattern, all ones for None, and the parameters that stay frozen whatever it says.
 

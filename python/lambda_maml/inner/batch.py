@@ -56,7 +56,8 @@ def _adapt_batch(a: Adaptation, xs: Any, ys: Any, xq: Any) -> Any:
     if state is None:
         support = a.check_labels(support)
         fits = not gradients and isinstance(xs, Tensor) and isinstance(xq, Tensor) and xq.shape[2:] == xs.shape[2:]
-        result = descend(a, support, xq if fits and xq.numel() else None)
+        fits = fits and xq.numel() > 0 and a.same_chain(xq, tasks)
+        result = descend(a, support, xq if fits else None)
         a.check_finite(result.verdict.tolist(), xs)
         if result.logits is not None:
             return result.logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lambda_kernels.program import flatten, program_of
+from lambda_kernels.program import flatten
 
 from ..plan import Plan
 from ..say import say_once
@@ -62,10 +63,16 @@ def check_mode() -> None:
 
 def check_one_input(model: nn.Module) -> None:
     """ValueError where a network's forward has several inputs of its own."""
-    program = program_of(model, called=True)
-    if program.untraceable is None and program.inputs != 1:
+    try:
+        needed = [
+            p for p in inspect.signature(model.forward).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]  # fmt: skip
+    except (TypeError, ValueError):  # a forward without a signature
+        return
+    if len(needed) > 1:
         raise ValueError(
-            f"{type(model).__name__}.forward takes {program.inputs} inputs; adapt calls a network with xs alone: "
+            f"{type(model).__name__}.forward takes {len(needed)} inputs; adapt calls a network with xs alone: "
             "let it take them as one tuple or dict, or use LambdaMAML, whose clones are called as the network is"
         )
 

@@ -57,7 +57,8 @@ def outcome(a: Adaptation, state: dict[str, Tensor], tasks: int | None = None) -
 
 def classify(a: Adaptation, state: dict[str, Tensor], xq: Any, tasks: int | None) -> Any:
     """The network's result for query inputs, with the parameters of a state."""
-    return a.each_task(state, tasks, lambda own, x: a.plan.program.evaluate(a.modules, own, x), xq)
+    program, modules = a.query(xq, tasks)
+    return a.each_task(state, tasks, lambda own, x: program.evaluate(modules, own, x), xq)
 
 
 def ways(a: Adaptation, stretch: Stretch, support: Support) -> list[tuple[str, list[str]]]:

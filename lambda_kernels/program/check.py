@@ -1,0 +1,104 @@
+"""A program against its module, once, on the first real input of a shape."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..agreement import TOLERANCES, apart
+from .shadow import shadow
+from .steps import Program
+from .structure import flatten
+from .watch import by_name, is_random, written
+
+__all__ = ["difference"]
+
+
+def difference(
+    program: Program, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], called: bool
+) -> str | None:
+    """What a program gives other than its module for a call, or None.
+
+    Both run on copies of the buffers and with the same random numbers, which are drawn from neither generator of
+    torch's: the module and the process are left as they are.
+    """
+    parameters, own = dict(root.named_parameters(remove_duplicate=False)), _copies(root)
+    try:
+        twin: Any = shadow(root, {**parameters, **own})
+    except TypeError:  # it cannot be copied, and adapted neither
+        return None
+    random = any(step.not_reusable for step in program.steps)
+    with _Rehearsal() if random else contextlib.nullcontext():
+        want = twin(*args, **kwargs) if called else twin.forward(*args, **kwargs)
+    state = {**parameters, **_copies(root)}
+    with _Rehearsal() if random else contextlib.nullcontext():
+        got = program.evaluate(program.bind(root), state, *args, **kwargs)
+    if (why := _unlike(flatten(got)[0], flatten(want)[0], "results")) is not None:
+        return why
+    names = [name for name, _ in twin.named_buffers() if name in state]
+    theirs = dict(twin.named_buffers())
+    return _unlike([state[n] for n in names], [theirs[n] for n in names], "buffers")
+
+
+def _copies(root: nn.Module) -> dict[str, Tensor]:
+    copies: dict[int, Tensor] = {}
+    return {
+        name: copies.setdefault(id(buffer), buffer.detach().clone())
+        for name, buffer in root.named_buffers(remove_duplicate=False)
+    }
+
+
+def _unlike(got: list[Tensor], want: list[Tensor], what: str) -> str | None:
+    if len(got) != len(want):
+        return f"its program gives {len(got)} {what} where the network gives {len(want)}"
+    for mine, theirs in zip(got, want):
+        if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+            return f"its program's {what} are {list(mine.shape)} {mine.dtype}, the network's {list(theirs.shape)}"
+        if theirs.dtype.to_real() not in TOLERANCES if theirs.is_floating_point() or theirs.is_complex() else True:
+            if not torch.equal(mine, theirs):
+                return f"its program's {what} are not the network's"
+        elif theirs.numel() and (off := apart(mine.detach(), theirs.detach())) is not None:
+            return f"its program's {what} differ from the network's by {off:.1e}"
+    return None
+
+
+class _Rehearsal(TorchDispatchMode):
+    """Operators that draw get their numbers from a generator of this mode's own: two runs under two of it draw alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generator = torch.Generator()
+        self._generator.manual_seed(0)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = by_name(op, args, kwargs or {})
+        if not is_random(op, given):
+            return op(*args, **(kwargs or {}))
+        filled = [value for value in written(op, given) if isinstance(value, Tensor)]
+        if filled:
+            for value in filled:
+                value.copy_(self._numbers(value, None))
+            return filled[0]
+        on_meta = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs or {}))
+        on_meta[1].pop("device", None)
+        results = op(*on_meta[0], **on_meta[1])
+        source = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
+        return tree_map_only(Tensor, lambda t: self._numbers(t, source), results)
+
+    def _numbers(self, like: Tensor, source: Tensor | None) -> Tensor:
+        """Numbers of a tensor's shape and dtype, on `source`'s device and times its values where the shapes agree."""
+        numbers = torch.rand(like.shape, generator=self._generator)
+        if like.device.type != "meta":
+            return numbers.to(like.dtype).to(like.device)
+        if source is None:
+            return numbers.to(like.dtype)
+        if not like.is_floating_point():
+            return (2 * numbers).to(like.dtype).to(source.device)
+        own = numbers.to(like.dtype).to(source.device)
+        return own * source.detach() if source.shape == like.shape and source.dtype == like.dtype else own

@@ -1,0 +1,91 @@
+"""Networks of torch's modules and ours alone: no code of a user's runs, so their graph is read off the tree."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..layers import has_hooks
+from .snapshot import BASE, SCALARS
+from .watch import Deeds, Watch, storages
+
+__all__ = ["is_walkable", "look", "plain_class", "walk"]
+
+_HOMES = ("torch.nn.modules.", "lambda_kernels.layers")
+
+
+def plain_class(module: nn.Module) -> Any:
+    """The class that a module had before `convert` made a fused one of it."""
+    cls: Any = type(module)
+    return getattr(cls, "fuses", cls)
+
+
+def is_walkable(root: nn.Module) -> bool:
+    """Whether a call of the module runs torch's code and ours only."""
+    return all(_is_ours(module) for module in root.modules())
+
+
+def _is_ours(module: nn.Module) -> bool:
+    cls = plain_class(module)
+    if not f"{cls.__module__}.".startswith(_HOMES) or has_hooks(module) or torch.jit.is_scripting():
+        return False
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    if not f"{getattr(cls.forward, '__module__', '')}.".startswith(_HOMES):  # replaced on torch's own class
+        return False
+    # An activation, say, that a user gave to a layer of torch's.
+    return not any(_is_users(v) for name, v in module.__dict__.items() if name not in BASE)
+
+
+def _is_users(value: Any) -> bool:
+    if type(value) in SCALARS or isinstance(value, (Tensor, tuple, list, types.BuiltinFunctionType)):
+        return isinstance(value, (tuple, list)) and any(map(_is_users, value))
+    home = getattr(value, "__module__", None) or type(value).__module__
+    return not str(home).startswith(("torch", "builtins", "lambda_kernels", "collections"))
+
+
+def walk(root: nn.Module) -> fx.Graph:
+    """The graph of the module's call with one tensor: its layers in a row, `call_module` by path."""
+    graph = fx.Graph()
+    paths = {id(module): path for path, module in reversed([*root.named_modules(remove_duplicate=False)])}
+    value = graph.placeholder("x")
+
+    def visit(module: nn.Module, value: fx.Node) -> fx.Node:
+        if plain_class(module) is nn.Sequential:
+            for child in module._modules.values():
+                assert child is not None
+                value = visit(child, value)
+            return value
+        if module is root and "" in paths.values():
+            return graph.call_module("", (value,))
+        return graph.call_module(paths[id(module)], (value,))
+
+    graph.output(visit(root, value))
+    return graph
+
+
+def look(root: nn.Module, graph: fx.Graph, x: Tensor) -> str | None:
+    """Note in a walked graph's nodes (`meta["deeds"]`) what each of its modules does to an input like x.
+
+    Returns why that cannot be seen, or None.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        # Contiguous, whatever x is: where a view is possible at all, it is one then.
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Watch() as watch:
+            value: Any = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            start = Deeds(memory=storages(value))
+            for node in graph.nodes:
+                if node.op == "placeholder":
+                    node.meta["deeds"] = start
+                elif node.op == "call_module":
+                    module = root.get_submodule(str(node.target))
+                    value, node.meta["deeds"] = watch.run(module, value)
+                    node.meta["kept"] = value  # so that no storage's number is given to another
+    except Exception as error:  # whatever a module raises on such an input, or torch on a fake one
+        return f"it cannot be seen what its layers do ({type(error).__name__}: {error})"
+    return None
