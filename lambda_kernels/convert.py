@@ -37,7 +37,7 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return cls.forward(self, *inputs, **named)
         program = program_for(self, inputs, named, called=False)
         if program.untraceable is not None:

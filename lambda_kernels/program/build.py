@@ -145,7 +145,8 @@ class _Builder:
             call = MethodCall(target) if isinstance(target, str) else FunctionCall(cast("Callable[..., Any]", target))
         reads = tuple(dict.fromkeys(slots((args, kwargs))))
         if kind in _OURS:
-            deeds = Deeds()  # a result of its own, whatever torch's layer would give
+            found = last.meta.get("deeds")
+            deeds = Deeds(memory=frozenset() if found is None else found.memory)  # a result of its own, nothing else
         elif deeds is not None:
             facts["not_reusable"] = f"{deeds.random} draws random numbers" if deeds.random else None
             facts["writes"] = tuple(slot for slot in reads if self._stored.get(slot, set()) & deeds.writes)

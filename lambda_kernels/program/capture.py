@@ -9,6 +9,8 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dis
+import logging
+import re
 import sysconfig
 import threading
 import types
@@ -54,7 +56,9 @@ class Capture:
 
     def holds(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether everything that the captured code read is what it was, for this call."""
-        return bool(self.guards.check({"root": root, "args": args, "kwargs": kwargs}))
+        if self.guards.lost:
+            return False
+        return bool(self.guards.guard_manager.check({"root": root, "args": args, "kwargs": kwargs}))
 
 
 def hooked_everywhere() -> str | None:
@@ -89,6 +93,13 @@ def _in_words(error: Exception) -> str:
     return f"{lines[0] if lines else type(error).__name__}{where}{f': {told}' if told else ''}"
 
 
+class _Quiet(logging.Filter):
+    """Lets nothing through while a call is captured: what is wrong with its shapes, the call itself says better."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not layers.is_captured()
+
+
 @cache
 def _compile_frame() -> Any:
     """torch's compile_frame, but the process's random state stays as it is.
@@ -98,12 +109,27 @@ def _compile_frame() -> Any:
     """
     from torch._dynamo import convert_frame
 
+    logging.getLogger("torch._subclasses.fake_tensor").addFilter(_Quiet())
     plain = convert_frame.compile_frame
     trace: Any = convert_frame.trace_frame
     names = {**vars(convert_frame), "trace_frame": trace.__wrapped__}
     made = types.FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
     made.__kwdefaults__ = plain.__kwdefaults__
     return made
+
+
+@cache
+def _guards() -> Any:
+    """torch's guards, which notice when something was freed whose address they compare: another may lie there."""
+    from torch._dynamo.guards import CheckFunctionManager
+
+    class Guards(CheckFunctionManager):
+        lost = False
+
+        def invalidate(self, obj_str: str) -> None:
+            self.lost = True
+
+    return Guards
 
 
 @contextlib.contextmanager
@@ -185,14 +211,23 @@ def _beside(output: Any) -> str | None:
     for variable in effects.id_to_variable.values():
         new = isinstance(variable.mutation_type, (AttributeMutationNew, ValueMutationNew))
         if not new and variable.mutation_type is not None and effects.is_modified(variable):
-            source = getattr(variable, "source", None)
-            what = f"{source.name}" if source is not None and not callable(source.name) else "an object"
-            return f"its forward writes to {what.replace(chr(76) + chr(91), '').strip('[]')}"
+            place = _place(getattr(variable, "source", None))
+            names = list(effects.store_attr_mutations.get(variable, ()))
+            return f"its forward writes to {place}{f'.{names[0]}' if names else ''}: keep such things out of it"
     if effects.tensor_hooks or effects.save_for_backward:
         return "its forward sets hooks on tensors"
     if output.random_calls:
         return "its forward draws random numbers in Python"
     return None
+
+
+def _place(source: Any) -> str:
+    """An object by the name that a user gave it: self.stem.config for L['root']._modules['stem'].config"""
+    if source is None:
+        return "an object"
+    name = str(source.name() if callable(source.name) else source.name)
+    name = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", name)
+    return re.sub(r"[GL]\['([^']*)'\]", r"\1", name.replace("L['root']", "self"))
 
 
 def _unknown(node: fx.Node) -> str | None:
@@ -222,7 +257,8 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fun
 
     given = {"root": root, "args": args, "kwargs": kwargs}
     found = _Found()
-    # Hooks are guarded too; a number is a constant; a new shape is a new capture.
+    # Hooks are guarded too; a number is a constant; a new shape is a new capture. A parameter that is changed in its
+    # place (`p.data = ...`) is not seen by its guard: `Snapshot.forms` sees it.
     settings = config.patch(
         skip_nnmodule_hook_guards=False, specialize_float=True, specialize_int=True, automatic_dynamic_shapes=False,
         assume_static_by_default=True, capture_scalar_outputs=False, allow_rnn=True,
@@ -244,9 +280,9 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fun
         if found.refusal is not None:
             raise Refusal(found.refusal)
         codes = list(done.tracer_output.output_graph.traced_code)
-        guards = done.build_guards(function.__code__).guard_manager
+        guards = _guards()(function.__code__, done.tracer_output.output_graph)
         classes = _classes(root, done.tracer_output.output_graph)
-        if not guards.check(given):
+        if guards.lost or not guards.guard_manager.check(given):
             raise Refusal("its forward reads something that is another in each call")
     for code in codes:
         if (why := _catches(code)) is not None:

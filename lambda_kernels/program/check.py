@@ -23,7 +23,7 @@ __all__ = ["difference"]
 def difference(
     program: Program, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], called: bool
 ) -> str | None:
-    """What a program gives other than its module for a call, or None.
+    """What a program gives other than its module for a call, "" where they agree; None where the module itself fails.
 
     Both run on copies of the buffers and with the same random numbers, which are drawn from neither generator of
     torch's: the module and the process are left as they are.
@@ -34,16 +34,22 @@ def difference(
     except TypeError:  # it cannot be copied, and adapted neither
         return None
     random = any(step.not_reusable for step in program.steps)
-    with _Rehearsal() if random else contextlib.nullcontext():
-        want = twin(*args, **kwargs) if called else twin.forward(*args, **kwargs)
+    try:
+        with _Rehearsal() if random else contextlib.nullcontext():
+            want = twin(*args, **kwargs) if called else twin.forward(*args, **kwargs)
+    except Exception:  # the caller gets to see it
+        return None
     state = {**parameters, **_copies(root)}
-    with _Rehearsal() if random else contextlib.nullcontext():
-        got = program.evaluate(program.bind(root), state, *args, **kwargs)
+    try:
+        with _Rehearsal() if random else contextlib.nullcontext():
+            got = program.evaluate(program.bind(root), state, *args, **kwargs)
+    except Exception as error:  # of whatever step
+        return f"its program fails where the network does not ({type(error).__name__}: {error})"
     if (why := _unlike(flatten(got)[0], flatten(want)[0], "results")) is not None:
         return why
     names = [name for name, _ in twin.named_buffers() if name in state]
     theirs = dict(twin.named_buffers())
-    return _unlike([state[n] for n in names], [theirs[n] for n in names], "buffers")
+    return _unlike([state[n] for n in names], [theirs[n] for n in names], "buffers") or ""
 
 
 def _copies(root: nn.Module) -> dict[str, Tensor]:
@@ -69,7 +75,7 @@ def _unlike(got: list[Tensor], want: list[Tensor], what: str) -> str | None:
 
 
 class _Rehearsal(TorchDispatchMode):
-    """Operators that draw get their numbers from a generator of this mode's own: two runs under two of it draw alike."""
+    """Operators that draw get their numbers from a generator of this mode's own: runs under two of it draw alike."""
 
     def __init__(self) -> None:
         super().__init__()

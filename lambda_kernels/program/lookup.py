@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .._torch import (
     functorch_active,
@@ -32,13 +33,20 @@ _MOST = 64  # captures of one structure: more of them, and the forward asks for 
 _LOCK = threading.RLock()  # one thread makes a program, the others wait for it
 
 
+class _Captured(NamedTuple):
+    capture: Capture
+    stamp: Stamp
+    forms: Any  # of the parameters and buffers
+    program: Program
+
+
 class _Family:
     """The programs of all networks of one structure."""
 
     def __init__(self, walkable: bool) -> None:
         self.walkable = walkable
         self.walked: Program | None = None
-        self.captured: list[tuple[Capture, Stamp, Program]] = []
+        self.captured: list[_Captured] = []
         self.opaque: Bounded[Program] = Bounded(_MOST)  # by why
         self.refused: Bounded[str] = Bounded(4 * _MOST)  # by a call's form
         self.checked: Bounded[str] = Bounded(4 * _MOST)  # why not, "" where it is right, by program and form
@@ -125,7 +133,8 @@ def _find(root: nn.Module, known: _Known, args: tuple[Any, ...], kwargs: Mapping
             return _opaque(root, family, str(error))
         with temporarily_clear_interpreter_stack():
             return _captured(root, known, seen, args, kwargs, called)
-    return _captured(root, known, seen, args, kwargs, called)
+    program = _captured(root, known, seen, args, kwargs, called)
+    return program if program.untraceable else _checked(root, known, program, args, kwargs, called)
 
 
 def _other_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -148,13 +157,14 @@ def _checked(
     form = (program, _form(args[0]) if family.walkable else None)  # the guards of a capture hold for one form
     good = family.checked.get(form)
     if good is None:
-        if functorch_active() or not _is_real(args, kwargs, root):
+        if not _is_real(args, kwargs, root):
             return program
         with _LOCK:
             good = family.checked.get(form)
             if good is None:
-                why = difference(program, known.view or root, args, kwargs, called)
-                good = "" if why is None else why
+                good = difference(program, known.view or root, args, kwargs, called)
+                if good is None:
+                    return program
                 family.checked.put(form, good)
     return _opaque(root, family, good) if good else program
 
@@ -174,46 +184,50 @@ def _captured(
 ) -> Program:
     """The program of a call that was captured, now or before; an opaque one where that is refused."""
     family = known.family
-    program = _held(family, seen, args, kwargs, called)
+    program = _held(known, seen, args, kwargs, called)
     if program is None:
         form = called, torch.is_grad_enabled(), _form(args, kwargs)
         why = family.refused.get(form)
         if why is None:
             with _LOCK:
-                program = _held(family, seen, args, kwargs, called)
+                program = _held(known, seen, args, kwargs, called)
                 if program is None:
-                    program, why = _made(root, family, seen, args, kwargs, called)
+                    program, why = _made(root, known, seen, args, kwargs, called)
             if why is not None:
                 family.refused.put(form, why)
         if program is None:
             return _opaque(root, family, why or "")
-    return _checked(root, known, program, args, kwargs, called)
+    return program
 
 
 def _held(
-    family: _Family, seen: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], called: bool
+    known: _Known, seen: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], called: bool
 ) -> Program | None:
-    named = kwargs if type(kwargs) is dict else dict(kwargs)
-    for made, stamp, program in reversed(family.captured):
-        if program.called is called and made.holds(seen, args, named) and stamp.holds():
-            return program
+    named, forms = kwargs if type(kwargs) is dict else dict(kwargs), known.snapshot.forms()
+    for made in reversed(known.family.captured):
+        fits = made.program.called is called and made.forms == forms
+        if fits and made.capture.holds(seen, args, named) and made.stamp.holds():
+            return made.program
     return None
 
 
 def _made(
-    root: nn.Module, family: _Family, seen: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], called: bool
+    root: nn.Module, known: _Known, seen: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], called: bool
 ) -> tuple[Program | None, str | None]:
     """A new program, or why there is none."""
+    family = known.family
     if len(family.captured) >= _MOST:
         return None, f"its forward asks for something that was another in each of {_MOST} calls"
     if any(type(t) not in (Tensor, nn.Parameter) for t in _tensors(args, kwargs, seen)):
         return None, "it is called with tensors of a class of their own, or holds such"
     try:
-        made = capture(seen, args, kwargs, called)
+        with _disable_current_modes():  # a mode that looks on shall see the call, not the capture of it
+            made = capture(seen, args, kwargs, called)
         program = build(root, made.graph, called)
     except Refusal as refusal:  # by the capture, or of what the graph does
         return None, str(refusal)
-    family.captured.append((made, Stamp(made.classes, made.functions), program))
+    stamp = Stamp(made.classes, made.functions)
+    family.captured.append(_Captured(made, stamp, known.snapshot.forms(), program))
     return program, None
 
 
@@ -222,7 +236,8 @@ def _form(value: Any, *more: Any) -> Any:
     if more:
         return _form(value), *map(_form, more)
     if isinstance(value, Tensor):
-        return value.shape, value.stride() if value.layout is torch.strided else None, value.dtype, value.device
+        stride = value.stride() if value.layout is torch.strided else None
+        return type(value), value.shape, stride, value.dtype, value.device
     if isinstance(value, dict):
         return tuple((key, _form(item)) for key, item in value.items())
     if isinstance(value, (tuple, list)):
@@ -236,7 +251,7 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any], root: nn.Module) 
 
 def _is_real(args: tuple[Any, ...], kwargs: Mapping[str, Any], root: nn.Module) -> bool:
     """Whether all tensors of a call have values, which may be computed with here and now."""
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if functorch_active() or torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return False
     if looked_at():
         return False
@@ -293,7 +308,7 @@ def memo_of(root: nn.Module, *args: Any) -> dict[Any, Any] | None:
         return known.snapshot.memo if hooked_everywhere() is None else None
     if functorch_active() or hooked_everywhere() is not None:
         return None
-    program = _held(known.family, known.view or root, args, {}, True)
+    program = _held(known, known.view or root, args, {}, True)
     if program is None:
         return None
     return known.memos.get(program) or known.memos.setdefault(program, {})

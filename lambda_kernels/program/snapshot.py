@@ -37,6 +37,7 @@ def _native(name: str) -> Any:
 
 
 _ADDRESSES: Callable[[list[Any], list[Any], bool], bytes] | None = _native("addresses")
+_FORMS: Callable[[list[Tensor]], bytes] | None = _native("forms")
 _VERSIONS: Callable[[list[type], list[Any]], bytes] | None = _native("versions")
 
 
@@ -69,6 +70,14 @@ class Snapshot:
             ]
             for kind in ("_parameters", "_buffers")
         )
+        self._groups = [*self.parameters, *self.buffers]
+
+    def forms(self) -> Any:
+        """What the parameters and buffers are at present, without their values."""
+        tensors = [group[name] for _, group, name in self._groups]
+        if _FORMS is not None:
+            return _FORMS(tensors)
+        return [(t.dtype, t.device, t.requires_grad, t.layout, t.shape) for t in tensors]
 
     def holds(self, root: nn.Module) -> bool:
         """Whether the network is as it was; False where that cannot be told cheaply."""

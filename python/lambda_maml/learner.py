@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lambda_kernels.program import aliases_of, modes_of, program_for, replace, shadow, tensors_of
+from lambda_kernels.program import OwnState, aliases_of, modes_of, program_for, replace, shadow, tensors_of
 
 from .inner.state import Outcome
 from .plan import Plan, plan_of
@@ -73,7 +73,10 @@ class AdaptedNetwork(nn.Module):
         if self.__dict__["_network"] is None and modes_of(model) == modes:
             return plan_of(model, program_for(model, args, kwargs)), model, outcome.state
         network = self.module
-        return plan_of(network, program_for(network, args, kwargs)), network, self._state()
+        program = program_for(network, args, kwargs)
+        # What cannot be looked into runs on the learner's own network, which holds what was set on it.
+        state = self._state() if program.untraceable is None else OwnState(network)
+        return plan_of(network, program), network, state
 
     def _state(self) -> dict[str, Tensor]:
         """All parameters and buffers by name, as adapted so far."""

@@ -194,7 +194,8 @@ def describe(
     checks.check_norm(norm)
     steps = checks.check_steps(steps)
     checks.check_mode()
-    program = program_for(model, (xs,), {})
+    with torch.enable_grad():  # as the steps run
+        program = program_for(model, (xs,), {})
     if program.untraceable is not None:
         checks.check_one_input(model)
     plan = plan_of(model, program)

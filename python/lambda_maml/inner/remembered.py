@@ -58,7 +58,8 @@ def again(
             return None
     elif type(lr) is not float or not 0.0 < lr < float("inf"):
         return None
-    memo = memo_of(model, xs)
+    with torch.enable_grad():  # as the steps run
+        memo = memo_of(model, xs)
     found: _Call | None = memo.get(_key(xs, ys, pattern, steps, fixed, norm)) if memo else None
     if found is None or _watched(xs.device):
         return None
@@ -88,7 +89,8 @@ def refusals(a: Adaptation, support: Support) -> list[str]:
 
 def keep(a: Adaptation, support: Support, pattern: str | Pattern | None, rule: Any) -> None:
     """Make an adaptation that went well ready, where one native operator made it; without `rule`, for any rate."""
-    memo = memo_of(a.model, support.xs)
+    with torch.enable_grad():
+        memo = memo_of(a.model, support.xs)
     if memo is None or support.tasks is not None or refusals(a, support) or support.labels is None or pattern is None:
         return
     (stretch,) = a.stretches
