@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ._say import say_once
 from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear
+from .neighbours import unpatched
 from .program import NORMS, Program, flatten, plain, program_for, program_seen
 
 __all__ = ["convert", "report", "to_torch"]
@@ -39,6 +40,7 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return cls.forward(self, *inputs, **named)
+        self = unpatched(self)
         program = program_for(self, inputs, named, called=False)
         if program.untraceable is not None:
             say_once(f"{cls.__name__} runs layer by layer, without fused blocks: {program.untraceable}")

@@ -195,7 +195,8 @@ class _Found:
                     if isinstance(function, str):
                         function, args = getattr(args[0], function), args[1:]
                     env[node], deeds = watch.run(cast("Callable[..., Any]", function), *args, **kwargs)
-                    if not _is_value(env[node]):
+                    in_place = env[node] is None and bool(deeds.writes)  # x[i] = y
+                    if not (in_place or _is_value(env[node])):
                         return f"its forward calls {_name(node)}, which changes more than its result"
                     self.deeds[node.name] = deeds
                 elif node.op != "output":
