@@ -14,6 +14,7 @@ import re
 import sysconfig
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ def capture(root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], c
     Raises:
         Refusal: the call has no graph that stands for it; the reason is in words.
     """
-    with _CAPTURING:
+    with _CAPTURING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what Dynamo asks of tensors; the forward's own are said when it runs
         try:
             return _capture(root, args, dict(kwargs), _called if called else _forward)
         except Refusal:
