@@ -185,6 +185,7 @@ class _Builder:
         self.paths.add(path)
         facts["parameters"] = self._names(path)
         if isinstance(module, ConvBlock):
+            facts["layer"] = f"{path}.conv".lstrip(".")
             why = block_refusal(module, len(node.args))
             if why is None:
                 size = layers.pool_size(module.pool)
@@ -194,7 +195,9 @@ class _Builder:
                 self.paths |= {fusion.conv, fusion.norm}
                 facts["tracks"] = tracks(module.norm)
                 return "block", BlockCall(fusion, module.conv, module.norm), node
-            self.left_alone[f"{path}.conv".lstrip(".")] = why
+            self.left_alone[facts["layer"]] = why
+        elif isinstance(module, LAYERS):
+            facts["layer"] = path
         plain = not has_hooks(module) and len(node.args) == 1 and not node.kwargs
         if plain and type(module) in _CONV:
             found = self.fuser.run(node, path)

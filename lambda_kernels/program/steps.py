@@ -67,7 +67,7 @@ class Step:
     kwargs: dict[str, Any]
     reads: tuple[int, ...]  # slots
     parameters: tuple[str, ...]  # names, as in named_parameters
-    layer: tuple[str, str] | None = None  # paths of a Conv2d or Linear and, where one belongs to it, of its norm
+    layer: str | None = None  # the path of the convolution or linear layer that it computes
     not_reusable: str | None = None  # why a second run with the same inputs may not be left out
     writes: tuple[int, ...] = ()  # slots whose tensors are written in place
     tracks: bool = False  # updates running statistics

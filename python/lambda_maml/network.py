@@ -1,4 +1,4 @@
-"""What a pattern speaks of: a network's layers, in the order in which an image passes them."""
+"""What a pattern speaks of: a network's layers, in the order in which the network registers them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels.program import LAYERS, NORMS, notes_of, program_for
+from lambda_kernels.program import LAYERS, NORMS, Program, notes_of
 
 __all__ = ["Layer", "layer_costs", "layers_of"]
 
@@ -26,7 +26,7 @@ class Layer(NamedTuple):
 
 
 def layers_of(model: nn.Module) -> tuple[Layer, ...]:
-    """The layers of a network, input first: in the order of its torch.fx graph, else in that of registration.
+    """The layers of a network in the order of registration, as `named_modules` and `summary` give them.
 
     Every parameter belongs to one layer: those of the convolution or linear layer and of the norm behind it, and any
     other parameter belongs to the layer in front of it (the first layer where there is none). So a pattern of ones is
@@ -73,16 +73,23 @@ def _names(model: nn.Module, path: str) -> list[str]:
     return [f"{path}.{n}" if path else n for n, _ in model.get_submodule(path).named_parameters()]
 
 
-def layer_costs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[int, int]:
-    """Multiply-adds of the forward pass of each convolution and linear step of the network's program, by step index.
+def layer_costs(model: nn.Module, program: Program, input_shape: tuple[int, ...]) -> dict[int, int]:
+    """Multiply-adds of the forward pass of each convolution and linear step of a network's program, by step index.
 
     The shapes come from a run on torch's meta device: no arithmetic is done. The gradient of the input and that of the
     weight cost as much again, each.
+
+    Raises:
+        ValueError: no program stands for the network, or it computes with the weight of a layer other than by a
+            Conv2d's or Linear's own call.
     """
-    example = torch.zeros(input_shape, dtype=next(model.parameters()).dtype)
-    program = program_for(model, (example,), {})
     if program.untraceable is not None:
-        raise ValueError(f"cost: torch.fx cannot trace {type(model).__name__} ({program.untraceable})")
+        raise ValueError(f"cost: {type(model).__name__} is one operation, not a row of layers ({program.untraceable})")
+    for step in program.steps:
+        if step.kind == "attribute" and (path := _layer_of(model, step.parameters[0])) is not None:
+            raise ValueError(
+                f"cost: {path} is not called as a layer alone (it has hooks, say, or its weight is computed)"
+            )
     modules = program.bind(model)
     state = _on_meta(model)
     env: dict[int, Tensor] = {0: torch.empty(input_shape, device="meta", dtype=next(model.parameters()).dtype)}
@@ -92,17 +99,24 @@ def layer_costs(model: nn.Module, input_shape: tuple[int, ...]) -> dict[int, int
             program.run([(step, done)], modules, state, env)
             if step.layer is None:
                 continue
-            layer = model.get_submodule(step.layer[0])
+            layer = model.get_submodule(step.layer)
             x = env[step.args[0].index]
             if isinstance(layer, nn.Conv2d):
-                weight = state[f"{step.layer[0]}.weight"]
+                weight = state[f"{step.layer}.weight".lstrip(".")]
                 y = nn.functional.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
                 costs[index] = y.numel() * layer.weight[0].numel()
             elif isinstance(layer, nn.Linear):
                 costs[index] = math.prod(x.shape[:-1]) * layer.weight.numel()
             else:
-                raise ValueError(f"cost: {step.layer[0]} is a {type(layer).__name__}; Conv2d and Linear are counted")
+                raise ValueError(f"cost: {step.layer} is a {type(layer).__name__}; Conv2d and Linear are counted")
     return costs
+
+
+def _layer_of(model: nn.Module, name: str) -> str | None:
+    """The path of the convolution or linear layer below which a parameter is."""
+    parts = name.split(".")
+    paths = (".".join(parts[:i]) for i in range(len(parts)))
+    return next((path for path in paths if isinstance(model.get_submodule(path), LAYERS)), None)
 
 
 def _on_meta(model: nn.Module) -> dict[str, Tensor]:

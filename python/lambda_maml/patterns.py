@@ -131,12 +131,13 @@ class Pattern:
         Cost(prefix=987840, step=52440, step_without_reuse=1040280)
 
         Raises:
-            ValueError: torch.fx cannot trace the network, or it has other layers than Conv2d and Linear.
+            ValueError: the network has other layers than Conv2d and Linear, or code of its own that is not looked into.
         """
         updated = frozenset(self.parameters(model, "follow", step))
-        costs = layer_costs(model, tuple(input_shape))
-        example = torch.zeros(tuple(input_shape), dtype=next(model.parameters()).dtype)
+        first = next(model.parameters())
+        example = torch.zeros(input_shape, dtype=first.dtype, device=first.device)
         program = program_for(model, (example,), {})
+        costs = layer_costs(model, program, tuple(input_shape))
         steps, aliases = program.steps, program.aliases
         moving = moving_steps(program, updated)
         slots = {steps[i].slot for i in moving}
