@@ -367,7 +367,7 @@ class _Rewritten:
                         "with register_buffer"
                     )
         self.parameters = tensors
-        groups = _layers_in(self.old, self.root, self.paths, tensors)
+        groups = _layers_in(self.old, self.root, self.paths, self.names, tensors)
         inside = {node: group for group in groups for node in group.nodes}
         for node in self.old.nodes:
             if node.op in ("placeholder", "output"):
@@ -444,7 +444,9 @@ def _is_layer(module: nn.Module | None) -> bool:
     return plain and module is not None and not any(has_hooks(part) for part in module.modules())
 
 
-def _layers_in(graph: fx.Graph, root: nn.Module, paths: Mapping[int, str], held: Mapping[str, Any]) -> list[_Group]:
+def _layers_in(
+    graph: fx.Graph, root: nn.Module, paths: Mapping[int, str], names: Mapping[int, str], held: Mapping[str, Any]
+) -> list[_Group]:
     """The calls of layers that a graph holds: operations in a row with one input from outside and one result."""
     runs: list[tuple[Any, nn.Module, list[fx.Node]]] = []
     for node in graph.nodes:
@@ -461,7 +463,7 @@ def _layers_in(graph: fx.Graph, root: nn.Module, paths: Mapping[int, str], held:
         read = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in own))
         inputs = [n for n in read if n.name not in held]
         results = [node for node in nodes if any(user not in own for user in node.users)]
-        owned = {f"{paths[id(module)]}.{n}".lstrip(".") for n in module.state_dict()} if nodes else set()
+        owned = {names[id(t)] for t in (*module.parameters(), *module.buffers())} if nodes else set()
         if len(inputs) == 1 and len(results) == 1 and all(held[n.name] in owned for n in read if n.name in held):
             groups.append(_Group(paths[id(module)], nodes, inputs[0], results[0]))
     return groups
