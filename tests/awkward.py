@@ -1,4 +1,4 @@
-"""Networks that are hard to follow: they write in place, share tensors, count calls, or cannot be traced."""
+"""Networks that are hard to follow: they write in place, share tensors, count calls, or ask for values."""
 
 from __future__ import annotations
 
@@ -50,13 +50,12 @@ class WritesPrefix(nn.Module):
 def writes_prefix(kind: str) -> Case:
     network = WritesPrefix(kind).double()
     weights = {"first": pair("first"), "second": pair("second"), "head": pair("head")}
-    reader = {"relu": "head", "value": "second", "view": "second", "setitem": "second", "order": "head"}[kind]
-    weights[reader] = [*weights[reader], "shift"]  # a parameter outside of layers belongs to the layer in front of it
+    weights["first"].append("shift")  # a parameter that is registered in front of all layers belongs to the first
     return Case(network, [(names, []) for names in weights.values()], (1, 4, 4))
 
 
 class Scaled(nn.Module):
-    """Raw parameters before, between and behind the layers."""
+    """Raw parameters that are read before, between and behind the layers: all of them are the network's own."""
 
     offset: Tensor
 
@@ -75,7 +74,7 @@ class Scaled(nn.Module):
 
 
 def scaled() -> Case:
-    groups: Groups = [(["gain", *pair("conv"), "scale"], []), ([*pair("fc"), "temperature"], [])]
+    groups: Groups = [(["gain", "scale", "temperature", *pair("conv")], []), (pair("fc"), [])]
     return Case(Scaled().double(), groups, (1, 5, 5))
 
 

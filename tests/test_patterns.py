@@ -113,7 +113,7 @@ def test_layers_are_counted_from_the_input_and_hold_every_parameter(name: str) -
         assert set(Pattern.full(len(case.groups)).parameters(model)) == everything
 
 
-def test_the_layers_stand_in_the_order_of_execution() -> None:
+def test_the_layers_stand_in_the_order_of_registration_whatever_a_forward_does() -> None:
     class Backwards(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -122,7 +122,7 @@ def test_the_layers_stand_in_the_order_of_execution() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.last(self.first(x))
 
-    assert layer_names(Backwards()) == ["first", "last"]
+    assert layer_names(Backwards()) == ["last", "first"]
 
 
 def test_buffers_belong_to_no_layer() -> None:
@@ -193,7 +193,11 @@ def test_costs_of_tied_weights_and_groups() -> None:
 
 
 def test_costs_that_cannot_be_counted() -> None:
-    with pytest.raises(ValueError, match="torch.fx cannot trace Untraceable"):
+    with pytest.raises(ValueError, match="Untraceable is one operation, not a row of layers .Data-dependent branching"):
         Pattern("01").cost(loops.untraceable().network, (3, 1, 5, 5))
+    hooked = loops.torch_conv4()
+    hooked[1].conv.register_forward_hook(lambda module, args, y: 2 * y)  # type: ignore[union-attr, index]
+    with pytest.raises(ValueError, match=r"block2.conv is not called as a layer alone \(it has hooks, say"):
+        Pattern("00001").cost(hooked, (3, 1, 16, 16))
     with pytest.raises(ValueError, match="0 is a Conv1d; Conv2d and Linear are counted"):
         Pattern("001").cost(loops.conv1d().network, (3, 2, 9))
