@@ -1,4 +1,4 @@
-"""The program of a module: its steps, what they read and touch, and runs of parts with other parameters."""
+"""The program of a call: its steps, what they read and touch, and runs of parts with other parameters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import EXACT
+from programs import program_of
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_kernels.program import Arguments, Fusion, program_for, program_of
+from lambda_kernels.program import Arguments, Fusion, program_for
 
 
 class Net(nn.Module):
@@ -32,7 +33,7 @@ def example() -> Tensor:
 
 
 def test_steps_name_what_they_touch() -> None:
-    program = program_of(Net())
+    program = program_of(Net().double(), example())
     assert program.untraceable is None and program.inputs == 1
     assert program.fusions == (Fusion("conv1", "norm1", "", "", 2),)
     assert program.left_alone == {"conv2": "no ReLU alone follows its norm"}
@@ -42,32 +43,43 @@ def test_steps_name_what_they_touch() -> None:
         "conv1": "block",
         "conv2": "conv",
         "norm2": "norm",
-        "add": "function",
+        "y": "function",
         "flatten": "flatten",
-        "drop": "module",
+        "dropout": "function",
         "head": "linear",
         "scale": "attribute",
         "mul": "function",
     }
     block = by_label["conv1"]
     assert set(block.parameters) == {"conv1.weight", "conv1.bias", "norm1.weight", "norm1.bias"}
-    assert block.layer == ("conv1", "norm1") and by_label["conv2"].layer == ("conv2", "norm2")
+    layers = {step.label: step.layer for step in program.steps if step.layer is not None}
+    assert layers == {"conv1": "conv1", "conv2": "conv2", "head": "head"}
     assert {label for label, step in by_label.items() if step.tracks} == {"conv1", "norm2"}
-    assert by_label["scale"].parameters == ("scale",) and by_label["add"].reads == (by_label["norm2"].slot, block.slot)
+    assert by_label["scale"].parameters == ("scale",) and by_label["y"].reads == (by_label["norm2"].slot, block.slot)
     used = [name for step in program.steps for name in step.parameters]
     assert sorted(used) == sorted(name for name, _ in Net().named_parameters())
 
 
 def test_what_may_not_be_left_out() -> None:
     def reasons(model: nn.Module) -> dict[str, str]:
-        return {step.label: step.not_reusable for step in program_of(model).steps if step.not_reusable}
+        steps = program_of(model.double(), example()).steps
+        return {step.label: step.not_reusable for step in steps if step.not_reusable}
 
-    assert reasons(Net()).keys() == {"drop"}
-    assert reasons(Net(0.5)) == {"drop": "Dropout draws random numbers in training mode"}
+    assert reasons(Net()) == {}
+    assert reasons(Net(0.5)) == {"dropout": "aten.bernoulli_ draws random numbers"}
     assert reasons(Net(0.5).eval()) == {}
-    hooked = Net().eval()
-    hooked.conv2.register_forward_hook(lambda *_: None)
-    assert "hooks" in reasons(hooked)["conv2"]
+
+
+def test_a_hook_is_captured_with_the_layer_that_has_it() -> None:
+    """The layer is then its operations, among which the hook's stand; what no graph can hold makes the call opaque."""
+    hooked, x, seen = Net().double().eval(), example(), []
+    hooked.conv2.register_forward_hook(lambda module, args, y: 2 * y)
+    program = program_of(hooked, x)
+    assert program.untraceable is None and not any(step.not_reusable for step in program.steps)
+    assert "conv2" not in {step.label for step in program.steps} and not program.fusions
+    torch.testing.assert_close(program(hooked, x), hooked(x), **EXACT)
+    hooked.conv2.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert "its forward writes to" in str(program_of(hooked, x).untraceable) and not seen
 
 
 def test_the_program_computes_what_the_module_does() -> None:
@@ -75,12 +87,12 @@ def test_the_program_computes_what_the_module_does() -> None:
     for model in models:
         x = example()
         want = Net.forward(model, x)
-        torch.testing.assert_close(program_of(model)(model, x), want, **EXACT)
+        torch.testing.assert_close(program_of(model, x)(model, x), want, **EXACT)
 
 
 def test_parts_run_with_other_parameters() -> None:
     model, x = Net().double().eval(), example()
-    program = program_of(model)
+    program = program_of(model, x)
     other = {k: v + torch.randn_like(v).abs() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     want = torch.func.functional_call(model, other, (x,))
     modules = program.bind(model)
@@ -98,7 +110,7 @@ def test_parts_run_with_other_parameters() -> None:
 
 def test_running_statistics_of_a_run_with_other_parameters_go_to_their_own_buffers() -> None:
     model, x = Net().double(), example()
-    program = program_of(model)
+    program = program_of(model, x)
     own = {k: v.clone() for k, v in model.state_dict().items()}
     twin = Net().double()
     twin.load_state_dict(own)
@@ -117,35 +129,47 @@ def test_running_statistics_of_a_run_with_other_parameters_go_to_their_own_buffe
 
 
 def test_modules_of_one_structure_share_a_program() -> None:
-    one, two = Net(), Net()
-    assert program_of(one) is program_of(two)
-    assert program_of(one) is not program_of(two.eval())
-    assert program_of(one) is not program_of(Net(0.5))
+    one, two, x = Net().double(), Net().double(), example()
+    assert program_of(one, x) is program_of(two, x)
+    assert program_of(one, x) is not program_of(two.eval(), x)
+    assert program_of(one, x) is not program_of(Net(0.5).double(), x)
     two.train()
     two.norm1.track_running_stats = False
-    assert program_of(one) is not program_of(two)
+    assert program_of(one, x) is not program_of(two, x)
+
+
+def test_each_form_of_call_has_a_program_of_its_own_and_finds_it_again() -> None:
+    model, x = Net().double(), example()
+    calls = [
+        lambda: program_of(model, x),
+        lambda: program_of(model, x[:3]),
+        lambda: program_of(model, x.float().double()),
+    ]
+    first, fewer, same = (call() for call in calls)
+    assert first is same and fewer is not first
+    assert all(program_of(model, x + 1) is first for _ in range(3)) and program_of(model, x[1:]) is fewer
 
 
 def test_tied_parameters_are_known_by_their_first_name() -> None:
-    model = Net()
+    model, x = Net().double(), example()
     model.conv2.bias = model.conv1.bias
-    assert program_of(model).aliases == {"conv2.bias": "conv1.bias"}
-    assert program_of(model) is not program_of(Net())
+    assert program_of(model, x).aliases == {"conv2.bias": "conv1.bias"}
+    assert program_of(model, x) is not program_of(Net().double(), x)
 
 
 def test_looking_leaves_the_module_as_it_was() -> None:
-    model = Net(0.5)
+    model, x = Net(0.5).double(), example()
     before, attributes = {k: v.clone() for k, v in model.state_dict().items()}, dict(model.__dict__)
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
-    program_of(model)
+    assert program_of(model, x).untraceable is None
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.__dict__ == attributes
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 class Called(nn.Module):
-    """Takes whatever it is given; not traceable, since it asks for a value."""
+    """Takes whatever it is given; opaque, since it asks for a value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +193,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
 def test_an_opaque_program_takes_any_call(call: str) -> None:
     model, (args, kwargs) = Called(), CALLS[call]
     program = program_for(model, args, kwargs)
-    assert program.untraceable is not None and program.inputs == 1 and program is program_of(model)
+    assert program.untraceable is not None and program.inputs == 1 and program is program_for(model, args, kwargs)
     assert program.pack(args, kwargs) == (Arguments(args, kwargs),)
     state = {name: p * 2 for name, p in model.named_parameters()}
     own_state: dict[str, Tensor] = dict(model.named_parameters())
@@ -181,48 +205,52 @@ def test_an_opaque_program_takes_any_call(call: str) -> None:
     assert torch.equal(own[0], model(*args, **kwargs)[0])
 
 
-def test_the_program_of_a_call_is_the_trace_where_it_stands_for_that_call() -> None:
-    model, x = Net(), example()
-    traced = program_of(model)
-    assert program_for(model, (x,), {}) is traced and traced.pack((x,), {}) == (x,)
-    others = {
-        "it is called with the keyword 'x'": ((), {"x": x}),
-        "it is called with 2 arguments, its trace has 1": ((x, x), {}),
-        "it is called with 0 arguments, its trace has 1": ((), {}),
-        "it is called with a dict, where its trace has a tensor": (({"x": x},), {}),
+def test_a_call_of_any_form_is_captured() -> None:
+    model, x = Net().double(), example()
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((x,), {}), ((), {"x": x})]
+    for args, kwargs in calls:
+        program = program_for(model, args, kwargs)
+        assert program.untraceable is None and program_for(model, args, kwargs) is program
+        assert program.pack(args, kwargs) == (x,)
+        torch.testing.assert_close(program(model, *args, **kwargs), Net.forward(model, x), **EXACT)
+    model.eval()
+    assert program_for(model, (), {"x": x}) is not program_for(Net().double(), (), {"x": x})
+
+
+def test_a_network_of_torchs_layers_takes_one_tensor() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), torch.ones(2, 3)
+    walked = program_of(model, x)
+    assert walked.untraceable is None and program_of(model, x[:1]) is walked and walked.pack((x,), {}) == (x,)
+    others: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+        "it is called with the keyword 'input'": ((), {"input": x}),
+        "it is called with 2 arguments, its layers take 1": ((x, x), {}),
+        "it is called with 0 arguments, its layers take 1": ((), {}),
+        "it is called with a dict, its layers take a tensor": (({"x": x},), {}),
     }
     for why, (args, kwargs) in others.items():
         opaque = program_for(model, args, kwargs)
         assert opaque.untraceable == why and len(opaque.steps) == 1
         assert program_for(model, args, kwargs) is opaque
-    model.eval()
-    assert program_for(model, (), {"x": x}) is not program_for(Net(), (), {"x": x})
-    torch.testing.assert_close(
-        program_for(model.double(), (), {"x": x}).evaluate({"": model}, dict(model.state_dict()), x=x), model(x)
-    )
+    opaque = program_for(model, (), {"input": x})
+    assert torch.equal(opaque.evaluate({"": model}, dict(model.state_dict()), input=x), model(x))
 
 
-def test_other_programs_of_a_network_that_cannot_be_told_unchanged_are_one_too() -> None:
-    model = Net()
-    model.conv1.register_forward_hook(lambda *_: None)
-    opaque = program_for(model, (), {"x": example()})
-    assert opaque.untraceable and program_for(model, (), {"x": example()}) is opaque
+def test_a_call_has_the_networks_own_hooks_and_a_forward_has_not() -> None:
+    model, x = Net().double(), example()
+    model.register_forward_hook(lambda module, args, y: 3 * y)
+    called, forward = program_for(model, (x,), {}), program_for(model, (x,), {}, called=False)
+    assert called.untraceable is None and forward.untraceable is None and called.called and not forward.called
+    torch.testing.assert_close(called(model, x), 3 * Net.forward(model, x), **EXACT)
+    torch.testing.assert_close(forward(model, x), Net.forward(model, x), **EXACT)
 
 
-def test_a_call_with_hooks_of_its_own_is_opaque_and_a_forward_is_not() -> None:
-    model = Net()
-    model.register_forward_hook(lambda *_: None)
-    assert program_for(model, (example(),), {}).untraceable == "it has hooks of its own"
-    assert program_for(model, (example(),), {}, called=False).untraceable is None
+def test_a_call_that_a_program_does_not_stand_for_is_said() -> None:
+    program, x = program_of(Net().double(), example()), example()
+    with pytest.raises(TypeError, match="is of calls with 1 tensors, got 3: program_for gives"):
+        program.pack((x, x), {"a": x})
 
 
-def test_a_call_that_a_trace_does_not_stand_for_is_said() -> None:
-    program = program_of(Net())
-    with pytest.raises(TypeError, match="takes 1 positional inputs, got 2 and 1 by keyword: program_for"):
-        program.pack((1, 2), {"a": 3})
-
-
-def test_inputs_of_a_traced_program_are_its_first_slots() -> None:
+def test_tensors_of_a_call_are_the_programs_first_slots() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -232,28 +260,38 @@ def test_inputs_of_a_traced_program_are_its_first_slots() -> None:
             return {"sum": self.head(a + b), "a": a}
 
     model, a, b = Two(), torch.randn(2, 3), torch.randn(2, 3)
-    program = program_for(model, (a, b), {})
-    assert program.untraceable is None and program.inputs == 2
-    assert program.pack((a, b), {}) == (a, b)
-    got = program(model, a, b)
-    assert torch.equal(got["sum"], model(a, b)["sum"]) and got["a"] is a
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((a, b), {}), ((a,), {"b": b}), ((), {"a": a, "b": b})]
+    for args, kwargs in calls:
+        program = program_for(model, args, kwargs)
+        assert program.untraceable is None and program.inputs == 2
+        assert program.pack(args, kwargs) == (a, b)
+        got = program(model, *args, **kwargs)
+        assert torch.equal(got["sum"], model(a, b)["sum"]) and got["a"] is a
 
 
-def test_a_layer_whose_reparametrisation_has_code_or_state_may_not_be_left_out() -> None:
+def test_a_reparametrised_layer_is_captured_with_all_that_its_code_does() -> None:
     class Noise(nn.Module):
         def forward(self, w: Tensor) -> Tensor:
             return w + torch.randn_like(w)
 
-    def reason(change: Any) -> str | None:
-        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    def reasons(change: Any) -> list[str]:
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.randn(2, 3)
         change(model[0])
-        return program_of(model).steps[0].not_reusable
+        program = program_of(model, x)
+        torch.manual_seed(1)
+        want = model(x)
+        torch.manual_seed(1)
+        torch.testing.assert_close(program(model, x), want, rtol=1e-5, atol=1e-6)
+        return [step.not_reusable for step in program.steps if step.not_reusable]
 
     from torch.nn.utils import parametrizations, parametrize
 
-    assert reason(lambda m: parametrize.register_parametrization(m, "weight", Noise())) == (
-        "Noise is a module that the program knows nothing of"
-    )
-    assert "spectral_norm" in str(reason(parametrizations.spectral_norm))
-    assert reason(lambda m: parametrizations.spectral_norm(m).eval()) is None
-    assert reason(parametrizations.weight_norm) is None
+    assert reasons(lambda m: parametrize.register_parametrization(m, "weight", Noise())) == [
+        "aten.randn_like draws random numbers"
+    ]
+    (moving,) = reasons(parametrizations.spectral_norm)  # its estimate moves in training mode
+    assert moving == "its forward writes to 0.parametrizations.weight.0._buffers"
+    assert reasons(lambda m: parametrizations.spectral_norm(m).eval()) == []
+    assert reasons(parametrizations.weight_norm) == []
+    assert reasons(parametrizations.orthogonal) == []
