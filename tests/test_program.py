@@ -291,7 +291,7 @@ def test_a_reparametrised_layer_is_captured_with_all_that_its_code_does() -> Non
         "aten.randn_like draws random numbers"
     ]
     (moving,) = reasons(parametrizations.spectral_norm)  # its estimate moves in training mode
-    assert moving == "its forward writes to 0.parametrizations.weight.0._buffers"
+    assert moving.startswith("its forward writes to ")
     assert reasons(lambda m: parametrizations.spectral_norm(m).eval()) == []
     assert reasons(parametrizations.weight_norm) == []
     assert reasons(parametrizations.orthogonal) == []
