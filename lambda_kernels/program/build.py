@@ -144,9 +144,9 @@ class _Builder:
             kind, target = "function", node.target
             call = MethodCall(target) if isinstance(target, str) else FunctionCall(cast("Callable[..., Any]", target))
         reads = tuple(dict.fromkeys(slots((args, kwargs))))
-        if kind in _OURS:
-            found = last.meta.get("deeds")
-            deeds = Deeds(memory=frozenset() if found is None else found.memory)  # a result of its own, nothing else
+        if kind in _OURS:  # a result of its own, whatever torch's layer would give
+            known = last.meta["deeds"].memory if "deeds" in last.meta else frozenset()
+            deeds = Deeds(memory=known.difference(*self._stored.values()))
         elif deeds is not None:
             facts["not_reusable"] = f"{deeds.random} draws random numbers" if deeds.random else None
             facts["writes"] = tuple(slot for slot in reads if self._stored.get(slot, set()) & deeds.writes)
