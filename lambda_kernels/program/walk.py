@@ -81,7 +81,7 @@ def look(root: nn.Module, graph: fx.Graph, x: Tensor) -> str | None:
             start = Deeds(memory=storages(value))
             for node in graph.nodes:
                 if node.op == "placeholder":
-                    node.meta["deeds"] = start
+                    node.meta["deeds"], node.meta["kept"] = start, value
                 elif node.op == "call_module":
                     module = root.get_submodule(str(node.target))
                     value, node.meta["deeds"] = watch.run(module, value)
