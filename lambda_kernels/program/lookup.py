@@ -120,10 +120,7 @@ def _find(root: nn.Module, known: _Known, args: tuple[Any, ...], kwargs: Mapping
     if family.walkable:
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             return _opaque(root, family, _other_call(args, kwargs))
-        if family.walked is None:
-            with _LOCK:
-                family.walked = family.walked or _walked(root, args[0])
-        program = family.walked
+        program = family.walked or _walked(root, family, args[0])
         return program if program.untraceable else _checked(root, known, program, args, kwargs, called)
     seen = known.view or root
     if functorch_active():
@@ -169,13 +166,28 @@ def _checked(
     return _opaque(root, family, good) if good else program
 
 
-def _walked(root: nn.Module, x: Tensor) -> Program:
+def _walked(root: nn.Module, family: _Family, x: Tensor) -> Program:
+    """The program of a network of torch's layers; an opaque one where that is refused, for inputs like x."""
+    form = _form(x)
+    why = family.refused.get(form)
+    if why is None:
+        with _LOCK:
+            try:
+                family.walked = family.walked or _walk(root, x)
+                return family.walked
+            except Refusal as refusal:
+                why = str(refusal)
+                family.refused.put(form, why)
+    return _opaque(root, family, why)
+
+
+def _walk(root: nn.Module, x: Tensor) -> Program:
     graph = walk(root)
     program = build(root, graph)
     if all(step.kind != "module" for step in program.steps):
         return program
     if (why := look(root, graph, x)) is not None:
-        return opaque(root, why)
+        raise Refusal(why)
     return build(root, graph)
 
 
