@@ -17,7 +17,11 @@ from .steps import Program
 from .structure import flatten
 from .watch import by_name, is_random, written
 
-__all__ = ["difference"]
+__all__ = ["Incomparable", "difference"]
+
+
+class Incomparable(Exception):
+    """The module itself refuses the call."""
 
 
 def difference(
@@ -27,6 +31,9 @@ def difference(
 
     Both run on copies of the buffers and with the same random numbers, which are drawn from neither generator of
     torch's: the module and the process are left as they are.
+
+    Raises:
+        Incomparable: the module raises an exception, which is its caller's to see.
     """
     parameters, own = dict(root.named_parameters(remove_duplicate=False)), _copies(root)
     try:
@@ -37,19 +44,19 @@ def difference(
     try:
         with _Rehearsal() if random else contextlib.nullcontext():
             want = twin(*args, **kwargs) if called else twin.forward(*args, **kwargs)
-    except Exception:  # the caller gets to see it
-        return None
+    except Exception as error:
+        raise Incomparable from error
     state = {**parameters, **_copies(root)}
     try:
         with _Rehearsal() if random else contextlib.nullcontext():
             got = program.evaluate(program.bind(root), state, *args, **kwargs)
-    except Exception as error:  # of whatever step
+    except Exception as error:
         return f"its program fails where the network does not ({type(error).__name__}: {error})"
     if (why := _unlike(flatten(got)[0], flatten(want)[0], "results")) is not None:
         return why
     names = [name for name, _ in twin.named_buffers() if name in state]
     theirs = dict(twin.named_buffers())
-    return _unlike([state[n] for n in names], [theirs[n] for n in names], "buffers") or ""
+    return _unlike([state[n] for n in names], [theirs[n] for n in names], "buffers")
 
 
 def _copies(root: nn.Module) -> dict[str, Tensor]:
@@ -75,7 +82,7 @@ def _unlike(got: list[Tensor], want: list[Tensor], what: str) -> str | None:
 
 
 class _Rehearsal(TorchDispatchMode):
-    """Operators that draw get their numbers from a generator of this mode's own: runs under two of it draw alike."""
+    """Operators that draw get their numbers from a generator of this mode's own: two runs draw alike."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from .._torch import (
 from ..cache import Bounded
 from .build import aliases, build, modes, opaque
 from .capture import Capture, Refusal, capture, hooked_everywhere
-from .check import difference
+from .check import Incomparable, difference
 from .shadow import shadow
 from .snapshot import Snapshot, Stamp, fingerprint, outline
 from .steps import Program
@@ -159,9 +159,11 @@ def _checked(
         with _LOCK:
             good = family.checked.get(form)
             if good is None:
-                good = difference(program, known.view or root, args, kwargs, called)
-                if good is None:
+                try:
+                    why = difference(program, known.view or root, args, kwargs, called)
+                except Incomparable:
                     return program
+                good = "" if why is None else why
                 family.checked.put(form, good)
     return _opaque(root, family, good) if good else program
 
