@@ -27,7 +27,7 @@ class Incomparable(Exception):
 def difference(
     program: Program, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], called: bool
 ) -> str | None:
-    """What a program gives other than its module for a call, "" where they agree; None where the module itself fails.
+    """What a program gives other than its module for a call, or None where they agree.
 
     Both run on copies of the buffers and with the same random numbers, which are drawn from neither generator of
     torch's: the module and the process are left as they are.
