@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._say import say_once
-from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear
+from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, torch_class
 from .neighbours import unpatched
 from .program import NORMS, Program, flatten, plain, program_for, program_seen
 
@@ -107,10 +107,10 @@ def to_torch(model: nn.Module) -> nn.Module:
     >>> type(to_torch(convert(nn.Linear(8, 5)))) is nn.Linear
     True
     """
-    twin = copy.deepcopy(model)
+    held = [t for m in model.modules() for t in m.__dict__.values() if isinstance(t, Tensor) and not t.is_leaf]
+    twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in held})  # what hooks computed, as those of prune do
     for module in twin.modules():
-        cls = type(module)
-        module.__class__ = cls.fuses if issubclass(cls, Fused) else TORCH_CLASS.get(cls, cls)
+        module.__class__ = type(module).fuses if isinstance(module, Fused) else torch_class(module)
     return twin
 
 

@@ -237,16 +237,11 @@ def running_update(
     return update
 
 
-class _TorchBlock(nn.Module):
-    """A ConvBlock's children run one after another by torch."""
-
-    conv: nn.Module
-    norm: nn.Module
-    relu: nn.Module
-    pool: nn.Module
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.pool(self.relu(self.norm(self.conv(input))))
+TORCH_CLASS: dict[type[nn.Module], type[nn.Module]] = {Conv2d: nn.Conv2d, Linear: nn.Linear, ConvBlock: nn.Sequential}
 
 
-TORCH_CLASS: dict[type[nn.Module], type[nn.Module]] = {Conv2d: nn.Conv2d, Linear: nn.Linear, ConvBlock: _TorchBlock}
+def torch_class(module: nn.Module) -> type[nn.Module]:
+    """The class of torch that computes what a module does; its own where there is no other."""
+    if type(module) is ConvBlock and list(module._modules) != ["conv", "norm", "relu", "pool"]:
+        return ConvBlock  # a Sequential would run what else was put into it
+    return TORCH_CLASS.get(type(module), type(module))

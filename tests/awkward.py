@@ -50,7 +50,7 @@ class WritesPrefix(nn.Module):
 def writes_prefix(kind: str) -> Case:
     network = WritesPrefix(kind).double()
     weights = {"first": pair("first"), "second": pair("second"), "head": pair("head")}
-    weights["first"].append("shift")  # a parameter that is registered in front of all layers belongs to the first
+    weights["first"] = ["shift", *weights["first"]]  # what a module holds beside layers belongs to the first of them
     return Case(network, [(names, []) for names in weights.values()], (1, 4, 4))
 
 

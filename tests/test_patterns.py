@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import loops
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 import lambda_kernels as lk
 from lambda_maml import Pattern, models
+from lambda_maml.cost import layer_costs
 from lambda_maml.models import layer_names
 
 
@@ -113,18 +115,6 @@ def test_layers_are_counted_from_the_input_and_hold_every_parameter(name: str) -
         assert set(Pattern.full(len(case.groups)).parameters(model)) == everything
 
 
-def test_the_layers_stand_in_the_order_of_registration_whatever_a_forward_does() -> None:
-    class Backwards(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.last, self.first = nn.Linear(3, 2), nn.Linear(4, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.last(self.first(x))
-
-    assert layer_names(Backwards()) == ["last", "first"]
-
-
 def test_buffers_belong_to_no_layer() -> None:
     assert "offset" not in Pattern("11").parameters(loops.scaled().network)
 
@@ -192,12 +182,63 @@ def test_costs_of_tied_weights_and_groups() -> None:
     assert Pattern("01").cost(grouped, (5, 4, 5, 5)).prefix == 5 * 6 * 2 * 3 * 2 * 3
 
 
+# Multiply-adds of a forward pass by layer, written out.
+COUNTED: dict[str, tuple[nn.Module, Any, list[int]]] = {
+    "conv1d": (
+        nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(3), nn.Linear(7, 5)),
+        (4, 2, 9),
+        [4 * 7 * 18, 4 * 3 * 35],
+    ),
+    "conv3d": (nn.Sequential(nn.Conv3d(1, 2, (1, 2, 3)), nn.Flatten()), (2, 1, 3, 4, 5), [2 * 3 * 3 * 3 * 2 * 6]),
+    "transposed": (nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), (5, 4, 3, 3), [5 * 9 * 4 * 3 * 4]),
+    "words": (nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 2)), torch.tensor([1, 2, 6]), [0, 3 * 6]),
+    "LSTM": (nn.LSTM(3, 4), (5, 2, 3), [5 * 2 * 4 * (3 * 4 + 4 * 4)]),
+    "GRU": (nn.GRU(3, 4, bidirectional=True), (5, 2, 3), [2 * 5 * 2 * 3 * (3 * 4 + 4 * 4)]),
+    # projections, queries by keys, weights by values, back: 3 words, 2 batches, 4 features
+    "attention": (nn.TransformerEncoderLayer(4, 2, 8), (3, 2, 4), [6 * 48 + 2 * 2 * 9 * 4 + 6 * 16, 6 * 32, 6 * 32]),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", COUNTED)
+def test_costs_of_layers_of_any_kind(name: str, training: bool) -> None:
+    model, sample, want = COUNTED[name]
+    for network in (model.train(training), lk.convert(copy.deepcopy(model))):
+        assert layer_costs(network, sample) == want
+
+
+def test_what_runs_outside_of_layers_costs_too() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = x @ self.a.weight.t()  # the layer's own weight, but not its call
+            return self.b((h @ h.t()) @ h)
+
+    model = Raw()
+    assert layer_costs(model, (5, 3)) == [5 * 12 + 5 * 5 * 4 + 5 * 5 * 4, 5 * 8]
+    # Frozen a, its product with itself: once. Updated b: forward and the gradient of its weight.
+    assert tuple(Pattern("01").cost(model, (5, 3))) == (260, 80, 340)
+    # Updated a: its weight's gradient; both factors of each product, once more each; b's input.
+    assert Pattern("10").cost(model, (5, 3)).step == 2 * 60 + 3 * 100 + 3 * 100 + 2 * 40
+
+
+def test_what_draws_random_numbers_or_is_written_into_is_run_in_every_step() -> None:
+    dropout = nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.Linear(4, 4), nn.Linear(4, 2))
+    assert tuple(Pattern("001").cost(dropout, (5, 3))) == (60, 80 + 2 * 40, 60 + 80 + 2 * 40)
+    assert Pattern("001").cost(dropout.eval(), (5, 3)).prefix == 60 + 80
+    case = loops.writes_prefix("value")  # h = first(x) * 1; h += second(h * 1): first(x) once, the rest again
+    first, second, head = layer_costs(case.network, (3, 1, 4, 4))
+    cost = Pattern("010").cost(case.network, (3, 1, 4, 4))
+    assert tuple(cost) == (first, 2 * second + 2 * head, first + 2 * second + 2 * head)
+
+
 def test_costs_that_cannot_be_counted() -> None:
-    with pytest.raises(ValueError, match="Untraceable is one operation, not a row of layers .Data-dependent branching"):
+    with pytest.raises(
+        ValueError, match=r"cost: Untraceable cannot be counted on an input \[3, 1, 5, 5\]: .*no values"
+    ):
         Pattern("01").cost(loops.untraceable().network, (3, 1, 5, 5))
-    hooked = loops.torch_conv4()
-    hooked[1].conv.register_forward_hook(lambda module, args, y: 2 * y)  # type: ignore[union-attr, index]
-    with pytest.raises(ValueError, match=r"block2.conv is not called as a layer alone \(it has hooks, say"):
-        Pattern("00001").cost(hooked, (3, 1, 16, 16))
-    with pytest.raises(ValueError, match="0 is a Conv1d; Conv2d and Linear are counted"):
-        Pattern("001").cost(loops.conv1d().network, (3, 2, 9))
+    with pytest.raises(ValueError, match="give the input itself where its shape does not tell its dtype"):
+        Pattern("01").cost(nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2)), (4,))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import total_ordering
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from lambda_kernels.program import program_for
-
-from .network import layer_costs
-from .plan import Layout, moving_steps
+from .cost import layer_costs, operations_of
+from .groups import bits_by_path, bits_of, checked, is_bits
+from .network import Layer, layers_of, module_of
 
 __all__ = ["Cost", "Pattern"]
 
@@ -36,31 +34,48 @@ class Pattern:
     >>> Pattern("11111,00001").segments(5)        # bits, and how many steps have them
     [('11111', 1), ('00001', 4)]
 
+    In place of bits a name may stand, which becomes bits where the pattern meets a network: "MAML" is all layers,
+    "ANIL" or "head" the last one, "BOIL" all but the last. "PATH:0011" has a bit for each child of the module PATH that
+    holds layers, and 0 for all other layers; "stages:0011" is that of the innermost module that holds all layers,
+    unless the network has a module called `stages`. "MAML,ANIL" is a schedule too.
+
     Raises:
-        ValueError: the text is empty, has other characters than 0 and 1, no 1 at all, or patterns of unequal length.
+        ValueError: the text is empty, is neither bits nor a name, has no 1 at all, or patterns of unequal length.
     """
 
     __slots__ = ("stages",)
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str):
-            raise ValueError(f"a pattern is a text like '00011', got {text!r}")
-        stages = tuple(part.strip() for part in text.split(","))
-        for part in stages:
-            wrong = sorted(set(part) - {"0", "1"})
-            if not part:
-                raise ValueError(f"pattern {text!r} is empty: give one bit per layer, as in '00011'")
-            if wrong:
+            raise ValueError(
+                f"a pattern is a text like '00011', got {text!r}: Pattern.of(model, ...) takes bits by path"
+            )
+        stages = tuple(checked(part.strip(), text) for part in text.split(","))
+        lengths = [len(part) for part in stages if is_bits(part)]
+        for length in lengths:
+            if length != lengths[0]:
                 raise ValueError(
-                    f"pattern {text!r} has {', '.join(map(repr, wrong))}: a bit is 0 (frozen) or 1 (updated)"
-                )
-            if "1" not in part:
-                raise ValueError(f"pattern {text!r} updates no layer: at least one bit of {part!r} must be 1")
-            if len(part) != len(stages[0]):
-                raise ValueError(
-                    f"pattern {text!r} mixes {len(stages[0])} and {len(part)} layers: all steps need the same number"
+                    f"pattern {text!r} mixes {lengths[0]} and {length} layers: all steps need the same number"
                 )
         self.stages = tuple(s for i, s in enumerate(stages) if i == 0 or any(t != stages[i - 1] for t in stages[i:]))
+
+    @classmethod
+    def of(cls, model: nn.Module, pattern: str | Pattern | Mapping[str, int]) -> Pattern:
+        """The pattern of a network in bits: from its text or name, or from bits by the paths of modules.
+
+        A path stands for all layers below that module, the longest one decides, and layers that none names get 0.
+
+        >>> str(Pattern.of(model, {"block4": 1, "head": 1})), str(Pattern.of(model, "BOIL"))
+        ('00011', '11110')
+
+        Raises:
+            ValueError: a path holds no layer, a bit is neither 0 nor 1, none is 1, or the pattern has another number of
+                bits than the network layers.
+        """
+        layers = layers_of(model)
+        if isinstance(pattern, Mapping):
+            return cls(bits_by_path(pattern, [layer.name for layer in layers], type(model).__name__))
+        return cls.parse(pattern).on(layers, type(model).__name__)
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
@@ -89,7 +104,14 @@ class Pattern:
 
     def at(self, step: int) -> str:
         """The bits of a step, counted from 0."""
-        return self.stages[min(step, len(self.stages) - 1)]
+        return self._bits()[min(step, len(self.stages) - 1)]
+
+    def _bits(self) -> tuple[str, ...]:
+        """The stages, all of them bits."""
+        for stage in self.stages:
+            if not is_bits(stage):
+                raise ValueError(f"{stage!r} stands for bits of a network: Pattern.of(model, {str(self)!r}) has them")
+        return self.stages
 
     def segments(self, steps: int) -> list[tuple[str, int]]:
         """The bits of the first `steps` steps and how many steps in succession have them."""
@@ -102,15 +124,24 @@ class Pattern:
     @property
     def layers(self) -> int:
         """The number of layers that the pattern speaks of."""
-        return len(self.stages[0])
+        return len(self._bits()[0])
 
-    def check(self, plan: Layout) -> None:
-        """ValueError where the network has another number of layers."""
-        if self.layers != len(plan.layers):
+    def on(self, layers: Sequence[Layer], network: str) -> Pattern:
+        """The same in bits, for a network of that name with these layers; see `of`.
+
+        Raises:
+            ValueError: it has another number of bits than the network layers, or names what the network has not.
+        """
+        names = [layer.name for layer in layers]
+        found = self
+        if not all(map(is_bits, self.stages)):
+            found = Pattern(",".join(bits_of(stage, names, network) for stage in self.stages))
+        if found.layers != len(layers):
             raise ValueError(
-                f"pattern {str(self)!r} has {self.layers} bits, {plan.network} has {len(plan.layers)} layers "
-                f"({', '.join(layer.name for layer in plan.layers)}): give one bit for each"
+                f"pattern {str(self)!r} has {found.layers} bits, {network} has {len(layers)} layers "
+                f"({', '.join(names)}): give one bit for each"
             )
+        return found
 
     def parameters(self, model: nn.Module, norm: str = "follow", step: int = 0) -> tuple[str, ...]:
         """The names of the parameters that a step updates; `norm` is "follow" or "never" (gamma and beta stay).
@@ -118,37 +149,59 @@ class Pattern:
         >>> Pattern("00001").parameters(model)
         ('head.weight', 'head.bias')
         """
-        plan = Layout(model)
-        self.check(plan)
-        return plan.updated(self.at(step), norm)
+        layers = layers_of(model)
+        bits = self.on(layers, type(model).__name__).at(step)
+        return tuple(n for bit, layer in zip(bits, layers) if bit == "1" for n in layer.adapted(norm))
 
-    def cost(self, model: nn.Module, input_shape: tuple[int, ...], step: int = 0) -> Cost:
-        """Multiply-adds of an adaptation on a support set [N, C, H, W]: forward, input and weight gradients.
+    def describe(self, model: nn.Module, sample: Any = None, norm: str = "follow") -> str:
+        """A legend of the network's layers under the pattern: bit (of each stage), path, kind, number of parameters.
 
-        The first updated layer needs no input gradient, a frozen layer no weight gradient.
+        The last column is the share of the parameters or, with `sample`, of the multiply-adds of a forward pass; see
+        `cost`.
+
+        >>> print(Pattern("0001,1111").describe(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))))
+
+        Raises:
+            ValueError: the pattern does not fit the network, or the network does not run on `sample`.
+        """
+        layers = layers_of(model)
+        pattern = self.on(layers, type(model).__name__)
+        counts = [sum(model.get_parameter(n).numel() for n in layer.weights + layer.norm) for layer in layers]
+        costs = counts if sample is None else layer_costs(model, sample)
+        total = max(1, sum(costs))
+        rows = [("bit", "layer", "kind", "parameters", "of all" if sample is None else "of cost")]
+        for bits, layer, count, cost in zip(zip(*pattern.stages), layers, counts, costs):
+            rows.append((",".join(bits), layer.name, _kind(model, layer), f"{count:,}", f"{cost / total:.1%}"))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = [
+            "  ".join(cell.rjust(w) if i > 2 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+            for row in rows
+        ]
+        says = "follow their layer's bit" if norm == "follow" else "are never updated"
+        return "\n".join([*lines, f"norm={norm!r}: the norms' gamma and beta {says}"])
+
+    def cost(self, model: nn.Module, sample: Any, step: int = 0) -> Cost:
+        """Multiply-adds of an adaptation on a support set: forward, input and weight gradients.
+
+        Counted is what `torch.utils.flop_counter` has formulas for: convolutions and all products of matrices, so also
+        attention and recurrent layers. The first updated layer needs no input gradient, a frozen layer no weight
+        gradient.
 
         >>> Pattern("00011").cost(model, (5, 1, 28, 28))
         Cost(prefix=987840, step=52440, step_without_reuse=1040280)
 
+        Args:
+            sample: the support set's shape, [N, C, H, W], or its inputs, where the dtype is not the parameters' or they
+                are more than one tensor.
+
         Raises:
-            ValueError: the network has other layers than Conv2d and Linear, or code of its own that is not looked into.
+            ValueError: the pattern does not fit the network, or the network cannot be run without values.
         """
-        updated = frozenset(self.parameters(model, "follow", step))
-        first = next(model.parameters())
-        example = torch.zeros(input_shape, dtype=first.dtype, device=first.device)
-        program = program_for(model, (example,), {})
-        costs = layer_costs(model, program, tuple(input_shape))
-        steps, aliases = program.steps, program.aliases
-        moving = moving_steps(program, updated)
-        slots = {steps[i].slot for i in moving}
-        prefix = reused = again = 0
-        for index, forward in costs.items():
-            own = any(aliases.get(name, name) in updated for name in steps[index].parameters)
-            passes = own + (not slots.isdisjoint(steps[index].reads))
-            prefix += 0 if index in moving else forward
-            reused += (1 + passes) * forward if index in moving else 0
-            again += (1 + passes) * forward
-        return Cost(prefix, reused, again)
+        operations = operations_of(model, sample)
+        moving, passes = operations.moving(self.parameters(model, "follow", step))
+        forward = [operation.forward for operation in operations.steps]
+        every = [f * (1 + gradients) for f, gradients in zip(forward, passes)]
+        return Cost(sum(f for i, f in enumerate(forward) if i not in moving), sum(every[i] for i in moving), sum(every))
 
     def __str__(self) -> str:
         return ",".join(self.stages)
@@ -164,3 +217,13 @@ class Pattern:
 
     def __hash__(self) -> int:
         return hash(self.stages)
+
+
+def _kind(model: nn.Module, layer: Layer) -> str:
+    """The classes of a layer and of its norms."""
+    modules = dict(model.named_modules())
+    paths = [
+        n.partition(".parametrizations.")[0] if ".parametrizations." in n else n.rpartition(".")[0] for n in layer.norm
+    ]
+    kinds = [module_of(model, layer), *(modules[path] for path in paths)]
+    return ", ".join(dict.fromkeys(type(module).__name__ for module in kinds))

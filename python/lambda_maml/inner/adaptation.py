@@ -247,8 +247,7 @@ def named(
     Without a pattern, what does not require a gradient is not updated. A pattern that names such a parameter updates
     it, and it is said once.
     """
-    chosen = Pattern.full(len(plan.layers)) if pattern is None else Pattern.parse(pattern)
-    chosen.check(plan)
+    chosen = Pattern.parse("MAML" if pattern is None else pattern).on(plan.layers, plan.network)
     fixed = frozenset([n for n, p in parameters.items() if not p.requires_grad])
     if not fixed:
         return chosen, fixed
