@@ -22,7 +22,8 @@ from lambda_maml.maml import TaskLearner
 MODULES = (functional, layers, backends, importlib.import_module(convert.__module__))
 METHODS = (
     *(LambdaMAML.clone, TaskLearner.adapt, TaskLearner.gradients, TaskLearner.update, TaskLearner.clone),
-    *(Learner.parameters_dict, Learner.to_module, Pattern.parse, Pattern.all, Pattern.parameters, Pattern.cost),
+    *(Learner.parameters_dict, Learner.to_module, Pattern.parse, Pattern.all, Pattern.of, Pattern.describe),
+    *(Pattern.parameters, Pattern.cost),
 )
 PUBLIC = (
     *(value for name in lambda_maml.__all__ if not isinstance(value := getattr(lambda_maml, name), ModuleType)),

@@ -24,9 +24,9 @@ class Standardised(nn.Conv2d):
 
 
 class LowRank(nn.Linear):
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
-        self.down, self.up = nn.Linear(sizes[0], 1, bias=False), nn.Parameter(torch.zeros(sizes[1], 1))
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__(cin, cout)
+        self.down, self.up = nn.Linear(cin, 1, bias=False), nn.Parameter(torch.zeros(cout, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.down(x) @ self.up.t()

@@ -52,8 +52,8 @@ def adapt(
         model: any module that maps xs to logits, or a `Learner`, which is adapted further.
         xs: [N, C, H, W], support images, or a tuple or dict of tensors that the network takes as its one argument.
         ys: [N], class numbers 0..ways-1, or whatever `loss` takes: tensors in any structure, None.
-        pattern: one bit per layer, or a schedule; see `Pattern`. A parameter that it names is updated, whatever its
-            `requires_grad`; None updates all parameters that require a gradient.
+        pattern: one bit per layer, a name such as "ANIL", or a schedule; see `Pattern`. A parameter that it names is
+            updated, whatever its `requires_grad`; None updates all parameters that require a gradient.
         steps: number of gradient steps, K.
         lr: inner learning rate: a number, or one per layer, tensor or step, learned or not; see `rules.sgd`.
         rule: how a step goes, in place of `lr`: `rules.adam(0.01)`, `rules.clip(norm=1.0) | rules.sgd(0.1)`, your own.

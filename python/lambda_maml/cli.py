@@ -61,7 +61,8 @@ def cli(ctx: click.Context) -> None:
     """Adapt few-shot networks fast: find out which layers a MAML-trained network must update.
 
     A pattern has one bit per layer, input first: 0 frozen, 1 updated while adapting to a new task. 11111 is MAML, 00001
-    is ANIL. Begin with `lambda-maml demo`; then `train` a network, `select` a pattern, and `adapt` to your own images.
+    is ANIL, and these names may stand for them. Begin with `lambda-maml demo`; then `train` a network, `select` a
+    pattern, and `adapt` to your own images.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -161,7 +162,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 @click.option("--iterations", default=10000, help="Meta-updates in all, earlier runs included.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop this run after so many minutes.")
 @click.option("--first-order/--second-order", "first_order", default=False, help="Leave out second derivatives.")
-@click.option("--pattern", help="Pattern used in training, e.g. 00011.  [default: all layers]")
+@click.option("--pattern", help="Pattern used in training, e.g. 00011 or ANIL.  [default: all layers]")
 @click.option(
     "--norm", type=click.Choice(["follow", "never"]), default="follow",
     help="Do a layer's norm weights follow its bit, or never adapt.",
@@ -263,7 +264,7 @@ def select(
 
 @cli.command("eval")
 @checkpoint_argument
-@click.option("--pattern", help="Bits such as 00011, or a pattern.json.  [default: all layers]")
+@click.option("--pattern", help="Bits such as 00011, a name such as ANIL, or a pattern.json.  [default: all layers]")
 @data_options
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", help="Part of the set.")
 @click.option("--tasks", default=400, help="Number of tasks.")
@@ -301,7 +302,7 @@ def evaluate_command(
 @click.option(
     "--query", type=click.Path(path_type=Path), help="Folder of images to classify, or one sub-folder a class."
 )
-@click.option("--pattern", help="Bits such as 00011, or a pattern.json.  [default: all layers]")
+@click.option("--pattern", help="Bits such as 00011, a name such as ANIL, or a pattern.json.  [default: all layers]")
 @inner_options
 @click.option(
     "--invert/--no-invert", default=None,
@@ -388,7 +389,7 @@ def report(pattern_json: Path, out: Path | None, every: bool, as_json: bool) -> 
 
 @cli.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
-@click.option("--pattern", help="Bits, or a pattern.json, to explain.  [default: all layers]")
+@click.option("--pattern", help="Bits, a name, or a pattern.json, to explain.  [default: all layers]")
 @inner_options
 @device_option
 @json_option
@@ -513,16 +514,15 @@ def _episode(meta: Mapping[str, Any]) -> dict[str, int]:
 
 def _pattern(model: Any, text: str | None) -> tuple[str, dict[str, Any]]:
     """Bits and, if they come from a pattern.json, that file's content."""
-    from . import models
     from .patterns import Pattern
     from .select import read_selection
 
     if text is None:
-        return str(Pattern.full(len(models.layer_names(model)))), {}
+        return str(Pattern.of(model, "MAML")), {}
     if text.endswith(".json"):
         found = read_selection(text)
         return str(Pattern.parse(found["chosen"]["pattern"])), found
-    return str(Pattern.parse(text)), {}
+    return str(Pattern.of(model, text)), {}
 
 
 def _inner(

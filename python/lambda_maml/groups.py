@@ -36,10 +36,8 @@ def checked(part: str, text: str) -> str:
 
 
 def bits_of(stage: str, names: Sequence[str], network: str) -> str:
-    """The bits that a stage stands for in a network with layers of these names."""
+    """The bits that a stage's name stands for in a network with layers of these names."""
     last = len(names) - 1
-    if is_bits(stage):
-        return stage
     if stage == "MAML":
         return "1" * len(names)
     if stage == "BOIL":

@@ -133,15 +133,14 @@ class Pattern:
             ValueError: it has another number of bits than the network layers, or names what the network has not.
         """
         names = [layer.name for layer in layers]
-        found = self
-        if not all(map(is_bits, self.stages)):
-            found = Pattern(",".join(bits_of(stage, names, network) for stage in self.stages))
-        if found.layers != len(layers):
-            raise ValueError(
-                f"pattern {str(self)!r} has {found.layers} bits, {network} has {len(layers)} layers "
-                f"({', '.join(names)}): give one bit for each"
-            )
-        return found
+        stages = [stage if is_bits(stage) else bits_of(stage, names, network) for stage in self.stages]
+        for stage in stages:
+            if len(stage) != len(layers):
+                raise ValueError(
+                    f"pattern {str(self)!r} has {len(stage)} bits, {network} has {len(layers)} layers "
+                    f"({', '.join(names)}): give one bit for each"
+                )
+        return self if all(map(is_bits, self.stages)) else Pattern(",".join(stages))
 
     def parameters(self, model: nn.Module, norm: str = "follow", step: int = 0) -> tuple[str, ...]:
         """The names of the parameters that a step updates; `norm` is "follow" or "never" (gamma and beta stay).
@@ -154,22 +153,30 @@ class Pattern:
         return tuple(n for bit, layer in zip(bits, layers) if bit == "1" for n in layer.adapted(norm))
 
     def describe(self, model: nn.Module, sample: Any = None, norm: str = "follow") -> str:
-        """A legend of the network's layers under the pattern: bit (of each stage), path, kind, number of parameters.
+        """A legend: for each layer its bit, path, kind, number of parameters, and share of them or of the cost.
 
-        The last column is the share of the parameters or, with `sample`, of the multiply-adds of a forward pass; see
-        `cost`.
+        >>> print(Pattern("00011").describe(model, (5, 1, 28, 28)))
+        bit  layer        kind                 parameters  share of cost
+        0    block1.conv  Conv2d, BatchNorm2d          96          27.8%
+        0    block2.conv  Conv2d, BatchNorm2d         600          55.7%
+        0    block3.conv  Conv2d, BatchNorm2d         600          13.9%
+        1    block4.conv  Conv2d, BatchNorm2d         600           2.6%
+        1    head         Linear                       45           0.0%
+        norm='follow': gamma and beta of norms follow their layer's bit
 
-        >>> print(Pattern("0001,1111").describe(nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8))))
+        Args:
+            sample: an input or its shape, as in `cost`: the share is then that of the forward pass's multiply-adds.
+            norm: "follow" or "never", as in `adapt`.
 
         Raises:
-            ValueError: the pattern does not fit the network, or the network does not run on `sample`.
+            ValueError: the pattern does not fit the network, or the network cannot be run without values.
         """
         layers = layers_of(model)
         pattern = self.on(layers, type(model).__name__)
         counts = [sum(model.get_parameter(n).numel() for n in layer.weights + layer.norm) for layer in layers]
         costs = counts if sample is None else layer_costs(model, sample)
         total = max(1, sum(costs))
-        rows = [("bit", "layer", "kind", "parameters", "of all" if sample is None else "of cost")]
+        rows = [("bit", "layer", "kind", "parameters", f"share of {'parameters' if sample is None else 'cost'}")]
         for bits, layer, count, cost in zip(zip(*pattern.stages), layers, counts, costs):
             rows.append((",".join(bits), layer.name, _kind(model, layer), f"{count:,}", f"{cost / total:.1%}"))
         widths = [max(map(len, column)) for column in zip(*rows)]
@@ -178,7 +185,7 @@ class Pattern:
             for row in rows
         ]
         says = "follow their layer's bit" if norm == "follow" else "are never updated"
-        return "\n".join([*lines, f"norm={norm!r}: the norms' gamma and beta {says}"])
+        return "\n".join([*lines, f"norm={norm!r}: gamma and beta of norms {says}"])
 
     def cost(self, model: nn.Module, sample: Any, step: int = 0) -> Cost:
         """Multiply-adds of an adaptation on a support set: forward, input and weight gradients.

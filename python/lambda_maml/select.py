@@ -79,7 +79,10 @@ class Selection:
     def __getitem__(self, pattern: Pattern | str) -> Candidate:
         """The candidate of this pattern."""
         wanted = Pattern.parse(pattern)
-        return next(c for c in self.table if c.pattern == wanted)
+        for candidate in self.table:
+            if candidate.pattern == wanted:
+                return candidate
+        raise KeyError(f"{wanted} is none of the candidates: {', '.join(str(c.pattern) for c in self.table)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The form of pattern.json, schema 1: times in ms, accuracies as fractions, None for what is undefined."""
@@ -199,9 +202,8 @@ def select_pattern(
         _check_disjoint(tasks, test_tasks)
     layers = len(models.layer_names(model))
     full = Pattern.full(layers)
-    candidates = list(
-        dict.fromkeys([*map(Pattern.parse, patterns if patterns is not None else Pattern.all(layers)), full])
-    )
+    given = Pattern.all(layers) if patterns is None else (Pattern.of(model, p) for p in patterns)
+    candidates = list(dict.fromkeys([*given, full]))
     ways, shots = _ways_shots(tasks[0])
     xs, ys, xq, _ = (part[0] for part in stack(tasks[:1], model))
     warnings: list[str] = []

@@ -130,7 +130,7 @@ def measure_times(
 
         return run
 
-    runs: dict[str, Callable[[], object]] = {str(p): ours(p) for p in map(Pattern.parse, patterns)}
+    runs: dict[str, Callable[[], object]] = {str(p): ours(p) for p in (Pattern.of(model, p) for p in patterns)}
     plain = stock and rule is None and isinstance(lr, (int, float))
     yardstick = _Stock(model, xs, ys, steps, float(lr), norm, xq) if plain else None  # type: ignore[arg-type]
     if yardstick is not None:
@@ -164,7 +164,7 @@ def measure_time(
     times = measure_times(
         model, xs, ys, patterns=[pattern], steps=steps, lr=lr, rule=rule, norm=norm, stock=False, repeats=repeats
     )
-    return times[str(Pattern.parse(pattern))].median
+    return times[str(Pattern.of(model, pattern))].median
 
 
 def timing_info(
@@ -173,7 +173,7 @@ def timing_info(
     """What a benchmark states of itself, for pytest-benchmark's `extra_info`; `read_timings` matches on it."""
     return {
         "kind": STOCK if stock else "adapt",
-        "pattern": str(Pattern.parse(pattern)),
+        "pattern": str(Pattern.of(model, pattern)),
         "network": models.config_of(model),
         "shots": shots,
         "steps": steps,
