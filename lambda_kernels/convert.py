@@ -38,7 +38,7 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._is_tracing():
             return cls.forward(self, *inputs, **named)
         self = unpatched(self)
         program = program_for(self, inputs, named, called=False)

@@ -52,7 +52,7 @@ def unpatched(module: Any) -> nn.Module:
     """
     patch = sys.modules.get("higher.patch")
     if patch is None or not isinstance(module, patch._MonkeyPatchBase):
-        return module  # type: ignore[no-any-return]
+        return module
     root: Any = module.root
     twin = _TWINS.get(root)
     if twin is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from torch import fx, nn
 
@@ -142,7 +141,7 @@ class _Builder:
             facts["parameters"] = (str(node.target),)
         else:
             kind, target = "function", node.target
-            call = MethodCall(target) if isinstance(target, str) else FunctionCall(cast("Callable[..., Any]", target))
+            call = MethodCall(target) if isinstance(target, str) else FunctionCall(target)
         reads = tuple(dict.fromkeys(slots((args, kwargs))))
         if kind in _OURS:  # a result of its own, whatever torch's layer would give
             known = last.meta["deeds"].memory if "deeds" in last.meta else frozenset()

@@ -48,7 +48,6 @@ class _Family:
         self.walked: Program | None = None
         self.captured: list[_Captured] = []
         self.opaque: Bounded[Program] = Bounded(_MOST)  # by why
-        self.refused: Bounded[str] = Bounded(4 * _MOST)  # by a call's form
         self.checked: Bounded[str] = Bounded(4 * _MOST)  # why not, "" where it is right, by program and form
 
 
@@ -66,6 +65,7 @@ class _Known:
 
 _FAMILIES: Bounded[_Family] = Bounded(128)
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_REFUSED: WeakKeyDictionary[nn.Module, Bounded[str]] = WeakKeyDictionary()  # why a call is not captured, by its form
 
 
 def _plain(root: nn.Module) -> nn.Module | None:
@@ -179,7 +179,7 @@ def _walked(root: nn.Module, family: _Family, x: Tensor) -> Program:
                 return family.walked
             except Refusal as refusal:
                 why = str(refusal)
-                family.refused.put(form, why)
+                refused.put(form, why)
     return _opaque(root, family, why)
 
 
@@ -200,15 +200,16 @@ def _captured(
     family = known.family
     program = _held(known, seen, args, kwargs, called)
     if program is None:
-        form = called, torch.is_grad_enabled(), _form(args, kwargs)
-        why = family.refused.get(form)
+        form = called, torch.is_grad_enabled(), root.training, _form(args, kwargs)
+        refused = _REFUSED.get(root) or _REFUSED.setdefault(root, Bounded(_MOST))
+        why = refused.get(form)
         if why is None:
             with _LOCK:
                 program = _held(known, seen, args, kwargs, called)
                 if program is None:
                     program, why = _made(root, known, seen, args, kwargs, called)
             if why is not None:
-                family.refused.put(form, why)
+                refused.put(form, why)
         if program is None:
             return _opaque(root, family, why or "")
     return program

@@ -30,7 +30,7 @@ def is_walkable(root: nn.Module) -> bool:
 
 def _is_ours(module: nn.Module) -> bool:
     cls = plain_class(module)
-    if not f"{cls.__module__}.".startswith(_HOMES) or has_hooks(module) or torch.jit.is_scripting():
+    if not f"{cls.__module__}.".startswith(_HOMES) or has_hooks(module):
         return False
     if isinstance(module, torch.jit.ScriptModule):
         return False

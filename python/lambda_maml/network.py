@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lambda_kernels.program import NORMS
+from lambda_kernels.program import NORMS, notes_of
 
 __all__ = ["Layer", "layers_of", "module_of"]
 
@@ -56,6 +56,14 @@ def layers_of(model: nn.Module) -> tuple[Layer, ...]:
     Raises:
         ValueError: the network has no parameter of real or complex numbers, or one that is not made yet (lazy layers).
     """
+    notes = notes_of(model)  # for as long as the model's structure stays what it is
+    found: tuple[Layer, ...] | None = notes.get("layers")
+    if found is None:
+        found = notes["layers"] = _find(model)
+    return found
+
+
+def _find(model: nn.Module) -> tuple[Layer, ...]:
     lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
     if lazy:
         raise ValueError(

@@ -20,15 +20,11 @@ from lambda_kernels.program import LinearCall, Program
 from .network import layers_of
 from .say import say_once
 
-__all__ = ["Frozen", "Layout", "Part", "Plan", "moving_steps", "plan_of", "why_opaque", "with_copies"]
-
-
-def moving_steps(program: Program, updated: frozenset[str]) -> set[int]:
-    """The indices of a program's steps that differ from one inner step to the next."""
-    return _moving(program, updated)
+__all__ = ["Frozen", "Layout", "Part", "Plan", "plan_of", "why_opaque", "with_copies"]
 
 
 def _moving(program: Program, updated: frozenset[str]) -> set[int]:
+    """The indices of a program's steps that differ from one inner step to the next."""
     moving: set[int] = set()
     while True:
         known = len(moving)
