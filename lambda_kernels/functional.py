@@ -180,6 +180,8 @@ def block_and_statistics(
     spec = _conv_spec("conv_block", stride, padding, dilation, groups)
     shapes = (None if t is None else t.shape for t in (bias, gamma, beta))
     count = check_conv_block(x.shape, weight.shape, *shapes, spec, pool)
+    if x.shape[-4] == 0:
+        return _block_of_no_images(x, weight, gamma, beta, spec, pool)
     block = BlockSpec(spec, eps, pool)
     backend = choose("conv_block", x, weight, spec, pool)
     ranks = ((x, 4), (weight, 4), (bias, 1), (gamma, 1), (beta, 1))
@@ -200,6 +202,18 @@ def block_and_statistics(
         return (shifted, variance) if tasks else (shifted.squeeze(0), variance.squeeze(0))
 
     return y if tasks else y.squeeze(0), statistics
+
+
+def _block_of_no_images(
+    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, spec: ConvSpec, pool: int
+) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
+    """What is left of a block where there is nothing to normalise: a shape, and gradients of 0."""
+    y = conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)
+    scale, shift = (t if t is None or t.dim() == 1 else t.unsqueeze(-2) for t in (gamma, beta))
+    y = y if scale is None else y * scale[..., None, None]
+    y = y if shift is None else y + shift[..., None, None]
+    none = x.new_zeros(weight.shape[-4])
+    return y[..., : y.shape[-2] // pool, : y.shape[-1] // pool], lambda: (none, none)
 
 
 def _asks_for_a_gradient(*tensors: Tensor | None) -> bool:

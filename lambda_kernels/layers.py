@@ -223,16 +223,24 @@ def running_update(
     variance: Tensor,
     count: int,
 ) -> Update:
-    """The update of the running statistics by a batch of `count` values per channel; it may be made K times."""
-    unbiased = variance.detach() * (count / (count - 1))
+    """The update of the running statistics by a batch of `count` values per channel; it may be made K times.
+
+    As torch has it, a batch of none is counted, and statistics that are None are not kept.
+    """
+    unbiased = variance.detach() * (count / (count - 1)) if count > 1 else variance.detach()
 
     def update() -> None:
         running_mean, running_var, seen = (state[k] for k in ("running_mean", "running_var", "num_batches_tracked"))
-        assert running_mean is not None and running_var is not None and seen is not None
-        seen.add_(1)
-        share = 1.0 / float(seen) if norm.momentum is None else norm.momentum
-        running_mean.lerp_(mean.detach().to(running_mean.dtype), share)
-        running_var.lerp_(unbiased.to(running_var.dtype), share)
+        if seen is not None:
+            seen.add_(1)
+        if norm.momentum is not None:
+            share = norm.momentum
+        else:
+            share = 0.0 if seen is None else 1.0 / float(seen)
+        if running_mean is not None and count:
+            running_mean.lerp_(mean.detach().to(running_mean.dtype), share)
+        if running_var is not None and count:
+            running_var.lerp_(unbiased.to(running_var.dtype), share)
 
     return update
 

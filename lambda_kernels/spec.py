@@ -150,7 +150,7 @@ def check_conv_block(
     if not isinstance(pool, int) or pool < 1:
         raise ValueError(f"{op}: pool must be a whole number of at least 1 (1 = no pooling), got {pool!r}")
     size = output_size(x, weight, spec)
-    if x[-4] * size[0] * size[1] < 2:
+    if x[-4] * size[0] * size[1] == 1:  # of no image there is nothing to normalise, as torch has it
         raise ValueError(
             f"{op}: batch statistics need more than one value per channel, got N={x[-4]} images of "
             f"{size[0]}x{size[1]} (x {_list(x)})"

@@ -201,3 +201,19 @@ def test_block_with_tasks() -> None:
     with pytest.raises(ValueError, match=r"running statistics are of one network, x \[2, 4, 3, 9, 7\]"):
         tracking(x)
     assert tracking.norm.num_batches_tracked is not None and not tracking.norm.num_batches_tracked.any()
+
+
+@pytest.mark.parametrize("statistics", ["the batch's", "running", "lost"])
+def test_a_block_of_no_images_is_torchs(statistics: str) -> None:
+    mine: Any = lk.ConvBlock(2, 3, pool=2, track_running_stats=statistics != "the batch's").double()
+    if statistics == "lost":  # as after norm.running_mean = norm.running_var = None
+        mine.norm.running_mean = mine.norm.running_var = None
+    stock = lk.to_torch(mine)
+    for block in (mine, stock):
+        block(torch.ones(2, 2, 6, 6, dtype=torch.float64) * torch.arange(6.0))
+        y = block(torch.empty(0, 2, 7, 6, dtype=torch.float64))
+        assert y.shape == (0, 3, 3, 3)
+        y.sum().backward()
+    for (name, a), (_, b) in zip(mine.named_buffers(), stock.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    assert all(not p.grad.any() for p in mine.norm.parameters())
