@@ -74,7 +74,7 @@ INSIDE = {
         "models": {"network"},
         "plan": {"network", "say"},
         "patterns": {"cost", "groups", "network"},
-        "inner": {"network", "patterns", "plan", "say"},
+        "inner": {"data", "network", "patterns", "plan", "say"},
         "learner": {"inner", "plan"},
         "adapt": {"inner", "learner", "patterns", "say"},
         "explain": {"inner", "learner", "patterns"},

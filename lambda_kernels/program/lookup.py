@@ -48,6 +48,7 @@ class _Family:
         self.walked: Program | None = None
         self.captured: list[_Captured] = []
         self.opaque: Bounded[Program] = Bounded(_MOST)  # by why
+        self.refused: Bounded[str] = Bounded(_MOST)  # why an input is not walked with, by its form
         self.checked: Bounded[str] = Bounded(4 * _MOST)  # why not, "" where it is right, by program and form
 
 
@@ -179,7 +180,7 @@ def _walked(root: nn.Module, family: _Family, x: Tensor) -> Program:
                 return family.walked
             except Refusal as refusal:
                 why = str(refusal)
-                refused.put(form, why)
+                family.refused.put(form, why)
     return _opaque(root, family, why)
 
 

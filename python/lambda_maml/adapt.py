@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .inner import batch, checks, recorded, remembered
-from .inner.adaptation import describe
+from .inner.adaptation import Adaptation, describe
 from .inner.checks import Loss
 from .inner.loop import descend, outcome
 from .inner.rates import DEFAULT_LR, Rate
@@ -90,8 +91,8 @@ def adapt(
 def adapt_tasks(
     model: nn.Module,
     xs: Any,
-    ys: Any,
-    xq: Any,
+    ys: Any = None,
+    xq: Any = None,
     *,
     pattern: str | Pattern | None,
     steps: int = 5,
@@ -111,33 +112,78 @@ def adapt_tasks(
     >>> adapt_tasks(model, xs, ys, xq, pattern="00011", steps=5, lr=0.03).shape  # [T, Q, ways]
     torch.Size([2, 75, 5])
 
+    Tasks that differ in their numbers of images, ways or queries are given as lists, one entry per task. Those of equal
+    shapes run as one batch; the results are a list, in the order of the tasks.
+
+    >>> [logits.shape for logits in adapt_tasks(model, tasks, pattern="00011", steps=5, lr=0.03)]
+    [torch.Size([75, 5]), torch.Size([75, 5])]
+
     Args:
         xs: [T, N, C, H, W]; ys: [T, N]; xq: [T, Q, C, H, W], or structures of tensors with T in front; the others as in
-            `adapt`.
+            `adapt`. Or three lists of what `adapt` and its learner take, [N, C, H, W], [N] and [Q, C, H, W], where ys
+            may be None; or one list of `Task`.
 
     Returns:
-        Query logits [T, Q, ways], or what the network gives, in its own structure, with T in front of every tensor.
-        Gradients reach the model's parameters as in `adapt`.
+        Query logits [T, Q, ways], or what the network gives, in its own structure, with T in front of every tensor; for
+        lists a list of them, without T. Gradients reach the model's parameters as in `adapt`.
 
     Raises:
-        As `adapt`.
+        ValueError: lists of unequal length; else as `adapt`.
     """
     model = network_of(model)
+    given: dict[str, Any] = dict(
+        pattern=pattern, steps=steps, rule=rule_of(lr, rule), norm=norm, second_order=second_order, loss=loss
+    )
+    tasks = batch.listed(xs, ys, xq)
+    if tasks is None:
+        return _together(_described(model, xs, ys, xq, given), xs, ys, xq, given)
+    return _listed(model, tasks, given)
+
+
+def _listed(model: nn.Module, tasks: list[batch.Given], given: dict[str, Any]) -> list[Any]:
+    """The query results of each task of a list; tasks of equal shapes run as one batch, one of its own as `adapt`."""
+    groups = []
+    for places in batch.alike(tasks):
+        values = batch.stacked_tasks([tasks[i] for i in places])
+        with checks.told_of(places):
+            a = _described(model, *values, given) if len(places) > 1 else None
+        if a is not None and (why := _why_alone(a)) is not None:
+            return _one_by_one(model, why, tasks, given)  # random numbers are drawn in the order of the tasks
+        groups.append((places, values, a))
+    results: list[Any] = [None] * len(tasks)
+    for places, values, a in groups:
+        with checks.told_of(places):
+            if a is None:
+                x, y, q = tasks[places[0]]
+                checks.check_query(x, q)
+                results[places[0]] = adapt(model, x, y, **given)(q)
+                continue
+            found = _together(a, *values, given)
+            for at, place in enumerate(places):
+                results[place] = batch.task(found, at)
+    return results
+
+
+def _described(model: nn.Module, xs: Any, ys: Any, xq: Any, given: dict[str, Any]) -> Adaptation:
+    """The adaptation to stacked tasks, which are checked."""
     tasks = checks.check_tasks(xs, ys, xq)
-    rule = rule_of(lr, rule)
-    a = describe(model, batch.task(xs, 0), pattern, rule, steps, norm, second_order, loss)
+    a = describe(model, batch.task(xs, 0), **given)
     checks.check_support(a.parameters, xs, ys, tasks)
     checks.check_query(xs, xq)
+    return a
+
+
+def _why_alone(a: Adaptation) -> str | None:
+    return a.plan.why_not_batched or a.why_unmapped
+
+
+def _together(a: Adaptation, xs: Any, ys: Any, xq: Any, given: dict[str, Any]) -> Any:
+    """The query results of stacked tasks, with T in front."""
 
     def one_by_one(why: str) -> Any:
-        say_once(f"{type(model).__name__} is adapted one task at a time: {why}")
-        given: dict[str, Any] = dict(
-            pattern=pattern, steps=steps, rule=rule, norm=norm, second_order=second_order, loss=loss
-        )
-        each = ((batch.task(value, t) for value in (xs, ys, xq)) for t in range(tasks))
-        return batch.stacked([adapt(model, x, y, **given)(q) for x, y, q in each])
+        return batch.stacked(_one_by_one(a.model, why, batch.unstacked(xs, ys, xq), given))
 
-    if (why := a.plan.why_not_batched or a.why_unmapped) is not None:
+    if (why := _why_alone(a)) is not None:
         return one_by_one(why)
     try:
         return batch.adapt_and_classify(a, xs, ys, xq)
@@ -149,3 +195,8 @@ def adapt_tasks(
         found = one_by_one(reason)
         a.plan.unmapped.put(a.code, reason)
         return found
+
+
+def _one_by_one(model: nn.Module, why: str, tasks: Iterable[batch.Given], given: dict[str, Any]) -> list[Any]:
+    say_once(f"{type(model).__name__} is adapted one task at a time: {why}")
+    return [adapt(model, x, y, **given)(q) for x, y, q in tasks]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapt import adapt_tasks
 from .data.episodes import Task
+from .inner.batch import alike
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Rule
 from .patterns import Pattern
@@ -50,24 +51,19 @@ def evaluate(
     """Adapt to each task's support set and classify its query set.
 
     The accuracies (fractions, float64, [len(tasks)]) stay in the order of `tasks`, so that two patterns can be compared
-    task by task. At most `batch` tasks of equal shapes are adapted together. `lr` and `rule` are those of `adapt`.
-    Raises ValueError without tasks.
+    task by task. Of `batch` tasks at a time, those of equal shapes are adapted together; they may differ in their
+    numbers of images, ways and queries. `lr` and `rule` are those of `adapt`. Raises ValueError without tasks.
     """
     if not tasks:
         raise ValueError("evaluate: there are no tasks")
-    found: list[Tensor] = []
-    done = 0
-    while done < len(tasks):
-        shapes = [part.shape for part in tasks[done]]
-        end = done + 1
-        while end < min(done + batch, len(tasks)) and [part.shape for part in tasks[end]] == shapes:
-            end += 1
-        xs, ys, xq, yq = stack(tasks[done:end], model)
-        with torch.no_grad():  # the query pass; adapt_tasks turns gradients on for itself
-            logits = adapt_tasks(model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm)
-        found.append((logits.argmax(-1) == yq).double().mean(-1).cpu())
-        done = end
+    accuracies = torch.empty(len(tasks), dtype=torch.float64)
+    for begin in range(0, len(tasks), batch):
+        part = tasks[begin : begin + batch]
+        for places in alike(part):
+            xs, ys, xq, yq = stack([part[i] for i in places], model)
+            with torch.no_grad():  # the query pass; adapt_tasks turns gradients on for itself
+                logits = adapt_tasks(model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm)
+            accuracies[[begin + i for i in places]] = (logits.argmax(-1) == yq).double().mean(-1).cpu()
         if progress is not None:
-            progress(done, len(tasks), "tasks")
-    accuracies = torch.cat(found)
+            progress(begin + len(part), len(tasks), "tasks")
     return Evaluation(accuracies, *mean_ci95(accuracies))

@@ -21,6 +21,7 @@ from .adapt import adapt_tasks
 from .data.episodes import Task
 from .data.imageset import ImageSet
 from .evaluate import Progress, evaluate, stack
+from .inner.batch import alike
 from .inner.rates import DEFAULT_LR
 from .inner.rule import Rule
 from .patterns import Pattern
@@ -98,11 +99,13 @@ def meta_gradient(
 ) -> float:
     """Add the gradient of the mean query loss after adaptation to the parameters' `.grad`; return that loss.
 
+    tasks: they may differ in their numbers of images, ways and queries; each counts as much as any other.
+
     rule: how an inner step goes, in place of the settings' lr; its parameters get gradients too.
-    batched: adapt all tasks together, else one after another, which needs less memory.
+    batched: adapt tasks of equal shapes together, else all of them one after another, which needs less memory.
     """
     pattern = settings.pattern or Pattern.full(len(models.layer_names(model)))
-    parts = [tasks] if batched else [[task] for task in tasks]
+    parts = [[tasks[i] for i in places] for places in alike(tasks)] if batched else [[task] for task in tasks]
     total = 0.0
     for part in parts:
         xs, ys, xq, yq = stack(part, model)
@@ -110,7 +113,7 @@ def meta_gradient(
             model, xs, ys, xq, pattern=pattern, steps=settings.steps, norm=settings.norm,
             second_order=settings.second_order, **_descent(settings, rule),
         )  # fmt: skip
-        loss = F.cross_entropy(logits.flatten(0, 1), yq.flatten()) / len(parts)
+        loss = F.cross_entropy(logits.flatten(0, 1), yq.flatten()) / (len(tasks) / len(part))
         loss.backward()
         total += loss.item()
     return total

@@ -2,20 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lambda_kernels import cuda_graph
 from lambda_kernels.program import flatten
+from lambda_kernels.program.structure import opened
 
+from ..data.episodes import Task
 from . import chain, recorded
 from .adaptation import Adaptation
 from .loop import classify, descend, outcome
 
-__all__ = ["adapt_and_classify", "stacked", "task"]
+__all__ = ["Given", "adapt_and_classify", "alike", "listed", "stacked", "stacked_tasks", "task", "unstacked"]
+
+
+class Given(NamedTuple):
+    """What one task is adapted and classified with: inputs, targets, query inputs."""
+
+    xs: Any
+    ys: Any
+    xq: Any
+
+
+def listed(xs: Any, ys: Any, xq: Any) -> list[Given] | None:
+    """The tasks of three lists, of which `ys` may be None, or of one list of `Task`; None for stacked tasks.
+
+    Raises:
+        ValueError: the lists are empty, or of unequal length.
+        TypeError: a list alone holds something else than `Task`.
+    """
+    if ys is None and xq is None and isinstance(xs, (list, tuple)):
+        wrong = next((type(t).__name__ for t in xs if not isinstance(t, Task)), None)
+        if wrong is not None:
+            raise TypeError(
+                f"adapt_tasks: a list by itself must hold Task(xs, ys, xq, yq), got a {wrong} in it: give xs, ys and "
+                "xq as three lists, or stacked"
+            )
+        xs, ys, xq = ([getattr(t, name) for t in xs] for name in ("xs", "ys", "xq"))
+    if not (isinstance(xs, list) and isinstance(xq, list) and (ys is None or isinstance(ys, list))):
+        return None
+    counts = {"xs": len(xs), "ys": len(xs) if ys is None else len(ys), "xq": len(xq)}
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"{count} in {name}" for name, count in counts.items())
+        raise ValueError(f"adapt_tasks: lists have one entry per task, got {told}: make them equally long")
+    if not xs:
+        raise ValueError("adapt_tasks: there are no tasks (the lists are empty)")
+    return [Given(*one) for one in zip(xs, [None] * len(xs) if ys is None else ys, xq)]
+
+
+def alike(tasks: Sequence[tuple[Any, ...]]) -> list[list[int]]:
+    """The places of tasks that can be stacked, group by group, in the order of each group's first task."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, given in enumerate(tasks):
+        groups.setdefault(tuple(map(_form, given)), []).append(place)
+    return list(groups.values())
+
+
+def stacked_tasks(tasks: Sequence[Given]) -> Given:
+    """Tasks of one form as stacked inputs, targets and query inputs."""
+    return Given(*(stacked(values) for values in zip(*tasks)))
+
+
+def unstacked(xs: Any, ys: Any, xq: Any) -> Iterator[Given]:
+    """Stacked tasks one after another."""
+    return (Given(*(task(value, t) for value in (xs, ys, xq))) for t in range(flatten(xs)[0][0].shape[0]))
+
+
+def _form(value: Any) -> Hashable:
+    """What has to be equal for two values to be stacked: the structure, shapes, dtypes, devices, all that is no
+    tensor."""
+    if isinstance(value, Tensor):
+        return type(value), value.shape, value.dtype, value.device
+    if (found := opened(value)) is not None:
+        frame, parts = found
+        return repr(frame), tuple(map(_form, parts))
+    return (type(value), value) if isinstance(value, Hashable) else id(value)
 
 
 def adapt_and_classify(a: Adaptation, xs: Any, ys: Any, xq: Any) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "diverged",
     "ignored_label",
     "scalar",
+    "told_of",
 ]
 
 Loss = Callable[[Any, Any], Tensor]
@@ -105,6 +107,8 @@ def check_support(parameters: Mapping[str, Tensor], xs: Any, ys: Any, tasks: int
 def check_query(xs: Any, xq: Any) -> None:
     """ValueError or TypeError where query inputs are of another kind than those of the support set."""
     support, query = flatten(xs)[0], flatten(xq)[0]
+    if not query:
+        raise TypeError(f"adapt_tasks: xq must be a tensor, or hold tensors, got {type(xq).__name__}")
     for x, q in zip(support, query):
         if q.dtype != x.dtype or q.device != x.device:
             raise TypeError(
@@ -128,6 +132,19 @@ def check_tasks(xs: Any, ys: Any, xq: Any) -> int:
     if tasks == 0:
         raise ValueError("adapt_tasks: there are no tasks (T = 0)")
     return tasks
+
+
+@contextmanager
+def told_of(places: Sequence[int]) -> Iterator[None]:
+    """What is raised inside names the tasks of a list that it is about."""
+    try:
+        yield
+    except (ValueError, TypeError, FloatingPointError) as error:
+        if type(error) not in (ValueError, TypeError, FloatingPointError):
+            raise
+        few = ", ".join(map(str, places[:5])) + (", ..." if len(places) > 5 else "")
+        which = f"one of the tasks {few}" if len(places) > 1 else f"task {few}"
+        raise type(error)(f"{error} ({which} of the list, counted from 0)") from error
 
 
 def ignored_label(loss: Loss) -> int | None:
