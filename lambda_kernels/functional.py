@@ -18,13 +18,12 @@ from ._torch import functorch_active
 from .backends import choose
 from .spec import (
     BlockSpec,
-    ConvSpec,
     check_affine,
     check_conv2d,
     check_conv_block,
     check_linear,
     check_same,
-    pair,
+    conv_spec,
     same_padding,
 )
 
@@ -69,7 +68,7 @@ def conv2d(
         if padding not in ("same", "valid"):
             raise ValueError(f"conv2d: padding must be 'same', 'valid', an int or a pair, got {padding!r}")
         padding = 0
-    spec = _conv_spec("conv2d", stride, padding, dilation, groups)
+    spec = conv_spec("conv2d", stride, padding, dilation, groups, weight.shape[-2:])
     if same:
         x = F.pad(x, same_padding(weight.shape, spec.stride, spec.dilation))
     check_conv2d("conv2d", x.shape, weight.shape, None if bias is None else bias.shape, spec)
@@ -153,12 +152,13 @@ def conv_block(
         pool: 1 for no pooling; surplus rows and columns of a size that it does not divide are dropped, as torch does.
 
     Returns:
-        [N, O, H', W'] or [T, N, O, H', W'], in channels-last memory on the native backend.
+        [N, O, H', W'] or [T, N, O, H', W'], contiguous where x is.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit, or there is one value per channel only.
     """
-    return block_and_statistics(x, weight, bias, gamma, beta, padding, eps, pool, stride, dilation, groups)[0]
+    y, _ = block_and_statistics(x, weight, bias, gamma, beta, padding, eps, pool, stride, dilation, groups)
+    return y.contiguous() if x.is_contiguous() else y
 
 
 def block_and_statistics(
@@ -174,10 +174,11 @@ def block_and_statistics(
     dilation: IntOrPair,
     groups: int,
 ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
-    """`conv_block`'s result, and what gives the mean and variance [O] or [T, O] of the convolution's output."""
+    """`conv_block`'s result in the backend's memory layout, and what gives the mean and variance [O] or [T, O] of the
+    convolution's output."""
     x, weight, bias = _autocast("conv_block", x, weight, bias)
     check_affine("conv_block", x, gamma, beta)
-    spec = _conv_spec("conv_block", stride, padding, dilation, groups)
+    spec = conv_spec("conv_block", stride, padding, dilation, groups, weight.shape[-2:])
     shapes = (None if t is None else t.shape for t in (bias, gamma, beta))
     count = check_conv_block(x.shape, weight.shape, *shapes, spec, pool)
     if x.shape[-4] == 0:
@@ -221,15 +222,6 @@ def _asks_for_a_gradient(*tensors: Tensor | None) -> bool:
         return False
     hidden = functorch_active()  # a mapped tensor does not say whether it requires one
     return hidden or any(t is not None and t.requires_grad for t in tensors)
-
-
-def _conv_spec(op: str, stride: IntOrPair, padding: IntOrPair, dilation: IntOrPair, groups: int) -> ConvSpec:
-    return ConvSpec(
-        pair(f"{op}: stride", stride, 1),
-        pair(f"{op}: padding", padding, 0),
-        pair(f"{op}: dilation", dilation, 1),
-        groups,
-    )
 
 
 def _lift(tensor: Tensor, rank: int) -> Tensor:

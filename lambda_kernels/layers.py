@@ -139,7 +139,7 @@ class ConvBlock(nn.Module):
         )
         if update is not None:
             update()
-        return y
+        return y.contiguous() if input.is_contiguous() else y
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -186,7 +186,8 @@ def fused_block(
 ) -> tuple[Tensor, Update | None]:
     """conv, norm with the batch's statistics, ReLU and pool as one, with the given parameters.
 
-    Returns the result, and the update of `state`'s running statistics by this batch where the norm tracks them.
+    Returns the result in the backend's memory layout, and the update of `state`'s running statistics by this batch
+    where the norm tracks them.
     """
     assert not isinstance(conv.padding, str)
     if norm.training and norm.track_running_stats and x.dim() > 4:

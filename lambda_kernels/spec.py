@@ -42,6 +42,25 @@ class BlockSpec(_BlockSpec):
     _asdict = None  # type: ignore[assignment]
 
 
+def conv_spec(
+    op: str,
+    stride: int | tuple[int, ...],
+    padding: int | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+    groups: int,
+    kernel: tuple[int, ...],
+) -> ConvSpec:
+    """The spec of a convolution with a kernel (kh, kw), from torch's arguments; ValueError where one is out of range.
+
+    A kernel side of 1 is not dilated: its dilation changes nothing, and oneDNN faults on it in channels-last memory
+    (images one pixel wide, dilation 2, stride 2).
+    """
+    down, across = pair(f"{op}: dilation", dilation, 1)
+    if len(kernel) == 2:  # else the weight is none, which is said where the shapes are checked
+        down, across = 1 if kernel[0] == 1 else down, 1 if kernel[1] == 1 else across
+    return ConvSpec(pair(f"{op}: stride", stride, 1), pair(f"{op}: padding", padding, 0), (down, across), groups)
+
+
 def output_size(size: torch.Size, kernel: torch.Size, spec: ConvSpec) -> Pair:
     """(H', W') of a convolution of images [..., H, W] with a weight [..., kh, kw]."""
     height, width = (

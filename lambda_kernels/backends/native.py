@@ -155,8 +155,9 @@ def _filters(x: torch.Size, weight: torch.Size, spec: ConvSpec, dtype: torch.dty
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether images [1|T, N, C, H, W] lie channels-last; from another layout ATen is faster than a copy and this."""
-    return x.permute(0, 1, 3, 4, 2).is_contiguous()
+    """Whether images [1|T, N, C, H, W] lie channels-last and not also in order, as images of one pixel do, whose
+    results have to be in order too. From another layout ATen is faster than a copy and this."""
+    return x.permute(0, 1, 3, 4, 2).is_contiguous() and not x.is_contiguous()
 
 
 def _constants(updated: list[bool], blocks: list[BlockSpec]) -> tuple[list[int], list[int], list[float]]:

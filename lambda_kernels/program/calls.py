@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import functional, layers
 from ..layers import Update
-from ..spec import BlockSpec, ConvSpec, pair
+from ..spec import BlockSpec, conv_spec, pair
 from .shadow import leads_nowhere, shadow, shallow
 from .steps import Arguments, Effects, Fusion, OwnState, State
 
@@ -150,15 +150,19 @@ def _present(path: str, module: nn.Module, *names: str) -> tuple[str, ...]:
 
 
 class BlockCall(_Leaf):
+    """A fused block. Its result is contiguous, as that of the layers it stands for is where the images are; one that is
+    `between` blocks hands its result on to other blocks alone, in the backend's own memory layout."""
+
+    between = False  # set by the program that the block is a step of
+
     def __init__(self, fusion: Fusion, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
         super().__init__(fusion.conv)
         self.norm, self.size = fusion.norm, fusion.size
         self.names = _present(self.path, conv, "weight") + _present(self.norm, norm, "weight", "bias")
         self.inputs, self.outputs = conv.in_channels, conv.out_channels
         self.kernel = pair("kernel", conv.kernel_size, 1)
-        stride, dilation = pair("stride", conv.stride, 1), pair("dilation", conv.dilation, 1)
         assert not isinstance(conv.padding, str)
-        convolution = ConvSpec(stride, pair("padding", conv.padding, 0), dilation, conv.groups)
+        convolution = conv_spec("conv_block", conv.stride, conv.padding, conv.dilation, conv.groups, self.kernel)
         self.spec = BlockSpec(convolution, norm.eps, fusion.size)
 
     def __call__(self, modules: Any, state: State, effects: Effects | None, x: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ class BlockCall(_Leaf):
         y, update = layers.fused_block(conv, norm, self.size, x, weight, bias, own)
         if update is not None:
             _do(update, effects)
-        return y
+        return y if self.between else y.contiguous()
 
 
 def _do(update: Update, effects: Effects | None) -> None:

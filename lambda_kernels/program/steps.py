@@ -89,6 +89,16 @@ class Program:
     memory: tuple[int, ...] = (0, 1)  # for each slot a number; slots that may share memory have the same
     called: bool = True  # what a call of the module does, its hooks included; else what its forward does
 
+    def __post_init__(self) -> None:
+        for step in self.steps:
+            if step.kind == "block":
+                step.call.between = self.blocks_alone_read(step.slot)  # type: ignore[attr-defined]
+
+    def blocks_alone_read(self, slot: int) -> bool:
+        """Whether fused blocks, and sizes, are all that reads a value, so that nobody sees how it lies in memory."""
+        readers = {step.kind for step in self.steps if slot in step.reads}
+        return slot not in self.result_slots and "block" in readers and readers <= {"block", "size"}
+
     def bind(self, root: nn.Module) -> dict[str, nn.Module]:
         """The modules that the steps use, by path.
 

@@ -44,7 +44,7 @@ class Prefix:
         self.a, self.part, self.support = a, part, support
         with torch.set_grad_enabled(a.second_order):
             if support.tasks is None:
-                self._frozen = part.freeze(a.modules, state, a.inputs(self._laid_out(support.xs)))
+                self._frozen = part.freeze(a.modules, state, self._laid_out(a.inputs(support.xs)))
                 self.boundary = self._frozen.boundary
             else:
                 self.boundary = a.each_task(state, support.tasks, self._freeze, support.xs)
@@ -57,11 +57,16 @@ class Prefix:
     def _freeze(self, state: Mapping[str, Tensor], x: Any) -> tuple[Any, ...]:
         return self.part.freeze(self.a.modules, state, self.a.inputs(x)).boundary
 
-    def _laid_out(self, x: Any) -> Any:
-        """Images in the memory layout in which a CPU's convolutions are fastest; what follows keeps it."""
-        known = all(step.not_reusable is None for step in self.a.plan.program.steps)
-        images = isinstance(x, Tensor) and x.dim() == 4 and not x.is_cuda
-        return x.contiguous(memory_format=torch.channels_last) if known and images else x
+    def _laid_out(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Images that only fused blocks see, in the memory layout in which a CPU's convolutions are fastest: laid out
+        once, not in every step. Any other input stays as it was given."""
+        program = self.a.plan.program
+        return tuple(
+            x.contiguous(memory_format=torch.channels_last)
+            if isinstance(x, Tensor) and x.dim() == 4 and not x.is_cuda and program.blocks_alone_read(slot)
+            else x
+            for slot, x in enumerate(inputs)
+        )
 
     def losses(self, state: dict[str, Tensor]) -> Tensor:
         """The support loss, or [T] of them, with the parameters of the moment."""
