@@ -18,6 +18,7 @@ from ._torch import functorch_active
 from .backends import choose
 from .spec import (
     BlockSpec,
+    ConvSpec,
     check_affine,
     check_conv2d,
     check_conv_block,
