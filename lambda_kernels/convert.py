@@ -9,12 +9,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._say import say_once
 from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, torch_class
 from .neighbours import unpatched
-from .program import NORMS, Program, flatten, plain, program_for, program_seen
+from .program import NORMS, Program, plain, program_for, program_seen
 
 __all__ = ["convert", "report", "to_torch"]
 
@@ -45,20 +45,9 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
         if program.untraceable is not None:
             say_once(f"{cls.__name__} runs layer by layer, without fused blocks: {program.untraceable}")
             return cls.forward(plain(self), *inputs, **named)
-        y = program(self, *inputs, **named)
-        # A fused block's result may be channels-last, where the caller's view() refuses what it did before.
-        return _in_order(y) if all(x.is_contiguous() for x in flatten((inputs, named))[0]) else y
+        return program(self, *inputs, **named)
 
     return forward
-
-
-def _in_order(result: Any) -> Any:
-    """A result of any structure with contiguous tensors."""
-    if isinstance(result, Tensor):
-        return result.contiguous() if result.layout is torch.strided else result
-    tensors, rebuild = flatten(result)
-    ordered = [_in_order(t) for t in tensors]
-    return result if all(a is b for a, b in zip(ordered, tensors)) else rebuild(ordered)
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from benches import module
 from cases import EXACT
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,3 +110,46 @@ def test_a_patched_network_follows_its_modes(task: tuple[Tensor, Tensor, Tensor]
         patched = higher.monkeypatch(network)
         results.append([patched(task[2]), patched.eval()(task[2]), patched.train()(task[2])])
     torch.testing.assert_close(results[0], results[1], **EXACT)
+
+
+def test_a_network_in_torchopts_differentiable_optimiser_fuses_and_gives_the_same(
+    task: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    torchopt = pytest.importorskip("torchopt", reason="TorchOpt is not installed")
+    xs, ys, xq = task
+    for build in NETWORKS.values():
+        results = []
+        ours = lk.convert(build().double())
+        for network in (ours, lk.to_torch(ours)):
+            weights = list(network.parameters())
+            inner = torchopt.MetaSGD(network, lr=0.1)
+            with Seen() as seen:
+                for _ in range(2):
+                    inner.step(F.cross_entropy(network(xs), ys))
+                loss = network(xq).square().sum()
+            results.append([loss, *torch.autograd.grad(loss, weights)])
+            fused = "lambda_kernels.norm_relu_pool.default" in seen.names
+            assert fused is (network is ours), seen.names
+        torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_in_learn2learns_maml_fuses_and_gives_the_same(
+    name: str, task: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    try:
+        maml = module("peers").learn2learn_maml()
+    except module("harness").Skip as why:
+        pytest.skip(str(why))
+    xs, ys, xq = task
+    ours = lk.convert(NETWORKS[name]().double())
+    results = []
+    for network in (ours, lk.to_torch(ours)):
+        task_learner = maml(network, lr=0.1, first_order=False).clone()
+        with Seen() as seen:
+            for _ in range(2):
+                task_learner.adapt(F.cross_entropy(task_learner(xs), ys))
+            loss = task_learner(xq).square().sum()
+        results.append([loss, *torch.autograd.grad(loss, list(network.parameters()))])
+        assert ("lambda_kernels.norm_relu_pool.default" in seen.names) is (network is ours)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)

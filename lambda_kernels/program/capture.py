@@ -312,13 +312,15 @@ def _classes(root: nn.Module, output: Any) -> list[type]:
 
 def _catches(code: types.CodeType) -> str | None:
     """Whether a user's code asks by an exception what there is: Dynamo has no guard on what is missing."""
-    name: str = code.co_qualname  # type: ignore[attr-defined]
-    if code.co_filename.startswith((torch.__path__[0], sysconfig.get_path("stdlib"))) and "suppress" not in name:
-        return None
-    if name == "suppress.__exit__":
+    path, name = code.co_filename, getattr(code, "co_qualname", code.co_name)  # a qualified name from Python 3.11 on
+    if code is contextlib.suppress.__exit__.__code__:
         return "its forward uses contextlib.suppress: ask with hasattr, or getattr with a default"
+    library = path.startswith(sysconfig.get_path("stdlib")) and "-packages" not in path
+    if library or path.startswith(torch.__path__[0]):
+        return None
     names = [step.opname for step in dis.get_instructions(code)]
-    if names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START"):
+    caught = names.count("PUSH_EXC_INFO") > names.count("WITH_EXCEPT_START")
+    if caught or "SETUP_FINALLY" in names:  # as compiled from Python 3.11 on, and by 3.10
         return f"{name} catches exceptions: ask with hasattr, or getattr with a default"
     return None
 
