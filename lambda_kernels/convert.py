@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ._say import say_once
 from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, torch_class
