@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from programs import program_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import lambda_kernels as lk
-from lambda_kernels.program import program_of
 from lambda_maml import adapt, models
 from lambda_maml.network import Layer, layers_of
 
@@ -197,8 +197,8 @@ def test_a_converted_network_that_went_to_torch_and_back_is_fused_again() -> Non
     stock = lk.to_torch(model)
     assert all(type(m).__module__.startswith("torch.") for m in stock.modules() if m is not stock)
     back = lk.convert(copy.deepcopy(stock))
-    assert len(program_of(back).fusions) == len(program_of(model).fusions) == 4
     x, y = torch.randn(4, 1, 16, 16), torch.arange(2).repeat(2)
+    assert len(program_of(back, x).fusions) == len(program_of(model, x).fusions) == 4
     given: dict[str, Any] = {"pattern": "00011", "steps": 2, "lr": 0.1}
     want = adapt(model, x, y, **given)(x)
     for other in (stock, back):
