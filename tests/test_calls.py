@@ -288,7 +288,7 @@ class Toy(nn.Module):
 def test_a_network_without_known_layers_is_one_layer(kind: type[nn.Module]) -> None:
     model = seeded(kind())
     images = torch.randn(15, 1, 6, 6, dtype=D)
-    assert [layer.name for layer in layers_of(model)] == [kind.__name__]
+    assert len(layers_of(model)) == 1
     every_way(model, images[:6], Y, images[6:])
 
 

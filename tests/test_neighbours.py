@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from benches import module
-from cases import EXACT
+from cases import EXACT, GRADIENT
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,7 +95,7 @@ def test_a_network_in_highers_loop_fuses_and_gives_the_same(
         loss, gradients = meta_gradient(ours, task, track)
     want, wanted = meta_gradient(stock, task, track)
     torch.testing.assert_close(loss, want, **EXACT)
-    torch.testing.assert_close(gradients, wanted, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(gradients, wanted, **GRADIENT)
     for (key, mine), theirs in zip(ours.named_buffers(), stock.buffers()):
         torch.testing.assert_close(mine, theirs, **EXACT, msg=key)
     assert not any("batch_norm" in name for name in seen.names), seen.names
@@ -130,7 +130,7 @@ def test_a_network_in_torchopts_differentiable_optimiser_fuses_and_gives_the_sam
             results.append([loss, *torch.autograd.grad(loss, weights)])
             fused = "lambda_kernels.norm_relu_pool.default" in seen.names
             assert fused is (network is ours), seen.names
-        torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(results[0], results[1], **GRADIENT)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -152,4 +152,4 @@ def test_a_network_in_learn2learns_maml_fuses_and_gives_the_same(
             loss = task_learner(xq).square().sum()
         results.append([loss, *torch.autograd.grad(loss, list(network.parameters()))])
         assert ("lambda_kernels.norm_relu_pool.default" in seen.names) is (network is ours)
-    torch.testing.assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(results[0], results[1], **GRADIENT)

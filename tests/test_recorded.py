@@ -224,7 +224,7 @@ def own_loss(logits: Tensor, labels: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "random": (lambda: Case(Drops().double(), [([], []), ([], [])], (1, 5, 5)), {}, "random numbers"),
     "running": (lambda: loops.residual(track=True), {}, "running statistics"),
-    "code": (loops.untraceable, {}, "cannot trace"),
+    "code": (loops.untraceable, {}, "ata-dependent branching"),
     "second": (loops.residual, {"second_order": True}, "second order"),
     "loss": (loops.residual, {"loss": own_loss}, "none of torch.nn.functional"),
 }
