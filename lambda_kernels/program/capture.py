@@ -260,10 +260,11 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fun
 
     given = {"root": root, "args": args, "kwargs": kwargs}
     found = _Found()
-    # Hooks are guarded too; a number is a constant; a new shape is a new capture. A parameter that is changed in its
-    # place (`p.data = ...`) is not seen by its guard: `Snapshot.forms` sees it.
+    # A number is a constant; a new shape is a new capture. Hooks are guarded where there are any: a `Snapshot` sees that
+    # one is set, and `Snapshot.forms` that a parameter is changed in its place (`p.data = ...`).
+    hooked = any(has_hooks(module) for module in root.modules())
     settings = config.patch(
-        skip_nnmodule_hook_guards=False, specialize_float=True, specialize_int=True, automatic_dynamic_shapes=False,
+        skip_nnmodule_hook_guards=not hooked, specialize_float=True, specialize_int=True, automatic_dynamic_shapes=False,
         assume_static_by_default=True, capture_scalar_outputs=False, allow_rnn=True,
     )  # fmt: skip
     with (

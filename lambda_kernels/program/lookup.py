@@ -47,6 +47,7 @@ class _Family:
         self.walkable = walkable
         self.walked: Program | None = None
         self.captured: list[_Captured] = []
+        self.last: _Captured | None = None  # that held last
         self.opaque: Bounded[Program] = Bounded(_MOST)  # by why
         self.refused: Bounded[str] = Bounded(_MOST)  # why an input is not walked with, by its form
         self.checked: Bounded[str] = Bounded(4 * _MOST)  # why not, "" where it is right, by program and form
@@ -220,9 +221,12 @@ def _held(
     known: _Known, seen: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], called: bool
 ) -> Program | None:
     named, forms = kwargs if type(kwargs) is dict else dict(kwargs), known.snapshot.forms()
-    for made in reversed(known.family.captured):
+    family = known.family
+    last = family.last
+    for made in ((last,) if last is not None else ()) + tuple(reversed(family.captured)):
         fits = made.program.called is called and made.forms == forms
         if fits and made.capture.holds(seen, args, named) and made.stamp.holds():
+            family.last = made
             return made.program
     return None
 

@@ -24,6 +24,7 @@ __all__ = ["BASE", "SCALARS", "Snapshot", "Stamp", "fingerprint", "outline"]
 SCALARS = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
 BASE = frozenset(nn.Module().__dict__)
 _HOOKS = tuple(name for name in BASE if name.endswith("_hooks"))
+_RUN = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # when a module is called
 
 
 def _native(name: str) -> Any:
@@ -105,9 +106,10 @@ class Snapshot:
         return True
 
     def _take_contents(self, module: nn.Module) -> bool:
-        """Note a module's parameters, buffers and children; False where an attribute may lead back to the network."""
-        self._containers += [module.__dict__[name] for name in ("_parameters", "_buffers", "_modules")]
-        return all(_is_closed(value, 4) for name, value in module.__dict__.items() if name not in BASE)
+        """Note a module's parameters, buffers, children and hooks; False where an attribute may lead back to the network."""
+        self._containers += [module.__dict__[name] for name in ("_parameters", "_buffers", "_modules", *_RUN)]
+        hooked = any(module.__dict__[name] for name in _RUN)
+        return not hooked and all(_is_closed(v, 4) for name, v in module.__dict__.items() if name not in BASE)
 
 
 def versioned(cls: type) -> type:
@@ -217,7 +219,8 @@ def fingerprint(root: nn.Module) -> tuple[Any, ...]:
 def outline(root: nn.Module) -> tuple[Any, ...]:
     """What the modules of one captured program have in common, beside what its guards see.
 
-    Classes, modes, the names of attributes, which parameters and buffers there are and which of them are shared.
+    Classes, modes, the names of attributes, how many hooks, which parameters and buffers there are and which of them
+    are shared.
     """
     parts: list[Any] = []
     seen: dict[int, str] = {}
@@ -225,6 +228,7 @@ def outline(root: nn.Module) -> tuple[Any, ...]:
     for path, module in root.named_modules(remove_duplicate=False):
         state = module.__dict__
         parts += (path, type(module), module.training, numbers.setdefault(id(module), len(numbers)), *state)
+        parts += [len(state[name]) for name in _RUN]
         for group in (state["_parameters"], state["_buffers"]):
             for name, tensor in group.items():
                 parts += (name, tensor is None or seen.setdefault(id(tensor), f"{path}.{name}"))
