@@ -9,10 +9,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ._say import say_once
-from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, torch_class
+from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, Scriptless, torch_class
 from .neighbours import unpatched
 from .program import NORMS, Program, plain, program_for, program_seen
 
@@ -21,7 +21,7 @@ __all__ = ["convert", "report", "to_torch"]
 _DROP_IN: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: Conv2d, nn.Linear: Linear}
 
 
-class Fused:
+class Fused(Scriptless):
     """Runs a module's program, in which conv-norm-ReLU-pool runs are one block, in place of its forward."""
 
     fuses: type[nn.Module]
@@ -38,7 +38,7 @@ def _forward_of(cls: Any) -> Callable[..., Any]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._is_tracing():
+        if torch.compiler.is_compiling() or torch._C._is_tracing() or any(isinstance(x, fx.Proxy) for x in inputs):
             return cls.forward(self, *inputs, **named)
         self = unpatched(self)
         program = program_for(self, inputs, named, called=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,25 @@ def is_captured() -> bool:
 is_captured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class Conv2d(nn.Conv2d):
+def is_read(x: object) -> bool:
+    """Whether a layer is called for its graph, as torch's own layer would be: by Dynamo for `captured`, torch.jit.trace
+    or torch.fx."""
+    if torch.compiler.is_compiling():
+        return is_captured()
+    return torch._C._is_tracing() or not isinstance(x, Tensor)
+
+
+class Scriptless(nn.Module):
+    """Modules that torch.jit.script cannot read: it asks them first."""
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"torch.jit.script cannot read a {type(self).__name__} of lambda_kernels: "
+            "script lambda_kernels.to_torch(model)"
+        )
+
+
+class Conv2d(Scriptless, nn.Conv2d):
     """`torch.nn.Conv2d` on `functional.conv2d`: the input of a frozen layer is not kept for the backward pass.
 
     >>> layer = Conv2d(3, 16, 3, padding=1)
@@ -48,12 +67,12 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and is_captured():
+        if is_read(input):
             return super().forward(input)
         return convolve(self, input, self.weight, self.bias)
 
 
-class Linear(nn.Linear):
+class Linear(Scriptless, nn.Linear):
     """`torch.nn.Linear` on `functional.linear`.
 
     >>> layer = Linear(64, 5)
@@ -62,12 +81,12 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and is_captured():
+        if is_read(input):
             return super().forward(input)
         return functional.linear(input, self.weight, self.bias)
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Scriptless, nn.Module):
     """Convolution, batch norm, ReLU and max-pool as one fused block: the block of MAML's conv4.
 
     Its children are `conv` (Conv2d), `norm` (BatchNorm2d), `relu` and `pool`, with the state_dict keys that these four
@@ -129,7 +148,7 @@ class ConvBlock(nn.Module):
         if (block := unpatched(self)) is not self:
             return block.forward(input)
         parts = self.conv, self.norm, self.relu, self.pool
-        if torch.compiler.is_compiling() and is_captured():
+        if is_read(input):
             return self.pool(self.relu(self.norm(self.conv(input))))
         apart = not self.is_whole() or any(has_hooks(part) for part in parts)
         if apart or not uses_batch_statistics(self.norm):

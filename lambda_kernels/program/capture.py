@@ -260,12 +260,12 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fun
 
     given = {"root": root, "args": args, "kwargs": kwargs}
     found = _Found()
-    # A number is a constant; a new shape is a new capture. Hooks are guarded where there are any: a `Snapshot` sees that
-    # one is set, and `Snapshot.forms` that a parameter is changed in its place (`p.data = ...`).
+    # A number is a constant, a new shape a new capture. Hooks are guarded where there are any: a `Snapshot` sees that one
+    # is set, and `Snapshot.forms` that a parameter is changed in its place (`p.data = ...`).
     hooked = any(has_hooks(module) for module in root.modules())
     settings = config.patch(
-        skip_nnmodule_hook_guards=not hooked, specialize_float=True, specialize_int=True, automatic_dynamic_shapes=False,
-        assume_static_by_default=True, capture_scalar_outputs=False, allow_rnn=True,
+        skip_nnmodule_hook_guards=not hooked, specialize_float=True, specialize_int=True,
+        automatic_dynamic_shapes=False, assume_static_by_default=True, capture_scalar_outputs=False, allow_rnn=True,
     )  # fmt: skip
     with (
         layers.captured(),

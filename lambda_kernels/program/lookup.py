@@ -335,7 +335,18 @@ def memo_of(root: nn.Module, *args: Any) -> dict[Any, Any] | None:
 
 
 def tensors_of(root: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The parameters and the buffers of a module, by every name that they have."""
+    """The parameters and the buffers of a module, by every name that they have.
+
+    Raises:
+        TypeError: a part is a module of torch.jit.
+    """
     snapshot = _known(root).snapshot
+    if not snapshot.complete:
+        for path, module in root.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"{path or type(root).__name__} is a module of torch.jit: its tensors cannot be replaced; adapt the "
+                    "network that it was made of"
+                )
     parameters, buffers = ({n: group[k] for n, group, k in found} for found in (snapshot.parameters, snapshot.buffers))
     return parameters, buffers

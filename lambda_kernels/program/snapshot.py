@@ -65,7 +65,7 @@ class Snapshot:
             [
                 (f"{path}.{name}" if path else name, group, name)
                 for path, module in root.named_modules(remove_duplicate=False)
-                for group in (module.__dict__[kind],)
+                for group in (module.__dict__.get(kind, {}),)
                 for name, tensor in group.items()
                 if tensor is not None
             ]
@@ -106,7 +106,9 @@ class Snapshot:
         return True
 
     def _take_contents(self, module: nn.Module) -> bool:
-        """Note a module's parameters, buffers, children and hooks; False where an attribute may lead back to the network."""
+        """Note a module's parameters, buffers, children and hooks; False where something may lead back to the network."""
+        if isinstance(module, torch.jit.ScriptModule):  # its tensors are held elsewhere
+            return False
         self._containers += [module.__dict__[name] for name in ("_parameters", "_buffers", "_modules", *_RUN)]
         hooked = any(module.__dict__[name] for name in _RUN)
         return not hooked and all(_is_closed(v, 4) for name, v in module.__dict__.items() if name not in BASE)
@@ -228,8 +230,8 @@ def outline(root: nn.Module) -> tuple[Any, ...]:
     for path, module in root.named_modules(remove_duplicate=False):
         state = module.__dict__
         parts += (path, type(module), module.training, numbers.setdefault(id(module), len(numbers)), *state)
-        parts += [len(state[name]) for name in _RUN]
-        for group in (state["_parameters"], state["_buffers"]):
+        parts += [len(state.get(name, ())) for name in _RUN]
+        for group in (state.get("_parameters", {}), state.get("_buffers", {})):
             for name, tensor in group.items():
                 parts += (name, tensor is None or seen.setdefault(id(tensor), f"{path}.{name}"))
     return tuple(parts)
