@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from cases import GRADIENT, STEPS
 from machine import fresh, needs_native, on_threads
+from programs import program_of
 from torch import Tensor, nn
 
 import lambda_kernels as lk
 from lambda_kernels.agreement import errors
 from lambda_kernels.chain import Chain
-from lambda_kernels.program import program_of
 from lambda_maml import Pattern, adapt, adapt_tasks, models
 from lambda_maml.plan import plan_of
 
@@ -87,8 +87,9 @@ def test_every_pattern_equals_the_general_path(
     torch.manual_seed(0)
     model = build().double()
     xs, ys, xq = tasks(3, channels, size, torch.float64)
-    for pattern in Pattern.all(len(plan_of(model).layers)):
-        assert plan_of(model).part(plan_of(model).updated(str(pattern), norm)).chain is not None, pattern
+    plan = plan_of(model, program_of(model, xs[0]))
+    for pattern in Pattern.all(len(plan.layers)):
+        assert plan.part(plan.updated(str(pattern), norm)).chain is not None, pattern
         given: dict[str, Any] = dict(pattern=pattern, steps=3, lr=0.2, norm=norm)
         want = adapt(model, xs[0], ys[0], loss=general, **given)
         have = adapt(model, xs[0], ys[0], **given)
@@ -257,7 +258,7 @@ NO_CHAIN: dict[str, tuple[nn.Module, str]] = {
 @pytest.mark.parametrize("name", NO_CHAIN)
 def test_why_a_network_is_no_chain(name: str) -> None:
     model, words = NO_CHAIN[name]
-    program = program_of(model)
+    program = program_of(model, torch.randn(4, 2, 5, 5))
     assert Chain.find(program, program.steps) is None
     assert re.search(words, Chain.why_not(program, program.steps)), Chain.why_not(program, program.steps)
 
@@ -265,7 +266,7 @@ def test_why_a_network_is_no_chain(name: str) -> None:
 def test_why_a_shared_parameter_and_an_untraceable_network_are_no_chain() -> None:
     first, second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
     second.weight = first.weight
-    program = program_of(nn.Sequential(first, second))
+    program = program_of(nn.Sequential(first, second), torch.randn(2, 4))
     assert Chain.why_not(program, program.steps).startswith("two layers share a parameter (")
 
     class Odd(nn.Module):
@@ -276,16 +277,16 @@ def test_why_a_shared_parameter_and_an_untraceable_network_are_no_chain() -> Non
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(x) if x.sum() > 0 else x
 
-    program = program_of(Odd())
-    assert Chain.why_not(program, program.steps).startswith("torch.fx cannot trace the network (")
-    program = program_of(conv4())
+    program = program_of(Odd(), torch.randn(2, 4))
+    assert Chain.why_not(program, program.steps).startswith("the network is not looked into: Data-dependent branching")
+    program = program_of(conv4(), torch.randn(4, 2, 17, 17))
     assert Chain.why_not(program, program.steps) == "" and Chain.find(program, program.steps) is not None
     assert Chain.why_not(program, ()) == "no layer depends on an updated parameter"
 
 
 @needs_native
 def test_why_a_backend_takes_no_call() -> None:
-    program = program_of(conv4())
+    program = program_of(conv4(), torch.randn(4, 2, 17, 17))
     chain = Chain.find(program, program.steps)
     assert chain is not None
     xs, ys, _ = tasks(2, 2, 17, torch.float32)
@@ -317,7 +318,7 @@ def test_why_a_backend_takes_no_call() -> None:
 
 @needs_native
 def test_an_inner_loop_by_names() -> None:
-    program = program_of(conv4())
+    program = program_of(conv4(), torch.randn(4, 2, 17, 17))
     chain = Chain.find(program, program.steps)
     assert chain is not None
     model = conv4()
@@ -341,9 +342,10 @@ def test_an_inner_loop_by_names() -> None:
 @pytest.mark.parametrize("build", [residual, tracking, shared_block])
 def test_what_is_no_chain_takes_the_general_path(build: Callable[[], nn.Module]) -> None:
     model = build()
-    bits = "1" * len(plan_of(model).layers)
-    assert plan_of(model).part(plan_of(model).updated(bits, "follow")).chain is None
     xs, ys, _ = tasks(1, 2, 5, torch.float32)
+    plan = plan_of(model, program_of(model, xs[0]))
+    bits = "1" * len(plan.layers)
+    assert plan.part(plan.updated(bits, "follow")).chain is None
     adapt(model, xs[0], ys[0], pattern=bits, steps=2, lr=0.01)
 
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from cases import EXACT
 from converted import MODELS, Residual, assert_same, outcome, run
-from test_forwards import Base, ByShape
+from programs import program_of
+from test_forwards import Base, ByValue
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 import lambda_kernels as lk
 from lambda_kernels.agreement import within
 from lambda_kernels.convert import Fused
-from lambda_kernels.program import program_of
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_converted_models_do_the_same(name: str, x: Tensor) -> None:
         a is b for a, b in zip(model.modules(), modules)
     )
     assert not any(type(m) in (nn.Conv2d, nn.Linear) for m in model.modules())
-    assert len(program_of(model).fusions) == blocks
+    assert len(program_of(model, x).fusions) == blocks
     for mode in (True, False, True):
         plain.train(mode), model.train(mode)
         assert all(m.training is mode for m in model.modules())
@@ -234,7 +234,7 @@ def test_a_submodule_first_and_the_root_later(x: Tensor) -> None:
     lk.convert(model[0])
     assert_same(outcome(model, x), outcome(plain, x))
     lk.convert(model)
-    assert len(program_of(model).fusions) == 2 and lk.report(model).startswith("Sequential: 2 fused blocks")
+    assert len(program_of(model, x).fusions) == 2 and lk.report(model).startswith("Sequential: 2 fused blocks")
     assert_same(outcome(model, x), outcome(plain, x))
 
 
@@ -259,7 +259,9 @@ def test_report() -> None:
     model = Residual()
     before = lk.report(model)
     assert "  head: Linear, torch's" in before.splitlines()
-    text = lk.report(lk.convert(model))
+    x = torch.randn(6, 3, 8, 8)
+    assert "report(model, x)" in lk.report(lk.convert(model)).splitlines()[0]
+    text = lk.report(model, x)
     assert text == lk.report(lk.convert(model)) and text.startswith("Residual: 2 fused blocks")
     for line in (
         "  stem: lambda_kernels.Conv2d, fused with norm1 (norm, ReLU)",
@@ -269,8 +271,8 @@ def test_report() -> None:
         "  head: lambda_kernels.Linear",
     ):
         assert line in text.splitlines()
-    assert "not fused: the norm is in evaluation mode" in lk.report(model.eval())
-    assert "torch.fx cannot trace it, so nothing is fused" in lk.report(lk.convert(ByShape()))
+    assert "not fused: the norm is in evaluation mode" in lk.report(model.eval(), x)
+    assert "nothing is fused: Data-dependent branching" in lk.report(lk.convert(ByValue()), x)
 
 
 def test_a_model_converted_in_evaluation_mode_is_fused_once_it_trains():

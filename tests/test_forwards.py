@@ -121,6 +121,11 @@ class ByShape(Base):
         return self.net(x) if x.shape[0] > 3 else self.net(x) * 2
 
 
+class ByValue(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) if x.sum() > -1e9 else self.net(x) * 2
+
+
 class Loops(Base):
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([self.net(x[i : i + 2]).sum() for i in range(len(x) - 1)])
@@ -142,6 +147,7 @@ AWKWARD = [
     Star,
     DoubleStar,
     ByShape,
+    ByValue,
     Loops,
 ]
 

@@ -3,63 +3,72 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import loops
 import pytest
 import torch
 from loops import NETWORKS
+from programs import program_of
 from torch import Tensor, nn
 
 import lambda_kernels as lk
 from lambda_kernels.program import tensors_of
-from lambda_kernels.program.lookup import _PROGRAMS
+from lambda_kernels.program.lookup import _FAMILIES
 from lambda_maml import Pattern, adapt, models
 from lambda_maml import plan as plans
-from lambda_maml.plan import plan_of, with_copies
+from lambda_maml.plan import Plan, plan_of, with_copies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def labels(model: nn.Module, bits: str) -> tuple[list[str], list[str]]:
+def planned(model: nn.Module, x: Any) -> Plan:
+    return plan_of(model, program_of(model, x))
+
+
+def labels(model: nn.Module, bits: str, x: Any) -> tuple[list[str], list[str]]:
     """The steps of the prefix and of the rest."""
-    plan = plan_of(model)
+    plan = planned(model, x)
     part = plan.part(plan.updated(bits, "follow"))
     return [step.label for step, _ in part.prefix], [step.label for step, _ in part.rest]
 
 
 def test_the_prefix_of_conv4_ends_at_the_first_updated_layer() -> None:
-    names = ["block1", "block2", "block3", "block4", "flatten", "head"]
+    names, x = ["block1", "block2", "block3", "block4", "flatten", "head"], torch.randn(4, 1, 16, 16)
     for pattern in map(str, Pattern.all(5)):
         first = pattern.index("1") + (pattern == "00001")
         stock = lk.convert(loops.torch_conv4())
-        assert labels(models.conv4(2, 1, 3, 16), pattern) == (names[:first], names[first:])
-        prefix, rest = labels(stock, pattern)
+        assert labels(models.conv4(2, 1, 3, 16), pattern, x) == (names[:first], names[first:])
+        prefix, rest = labels(stock, pattern, x)
         assert (len(prefix), len(rest)) == (first, 6 - first)
 
 
 def test_branches_that_no_updated_parameter_reaches_are_prefix_too() -> None:
-    model = loops.branches().network
-    prefix, rest = labels(model, "1000")  # left, right, join, head
+    case = loops.branches()
+    prefix, rest = labels(case.network, "1000", case.task()[0])  # left, right, join, head
     assert "right" in prefix and "gelu" in prefix and "left" in rest and "cat" in rest
-    model = loops.residual().network
-    prefix, rest = labels(model, "000010")
+    case = loops.residual()
+    prefix, rest = labels(case.network, "000010", case.task()[0])
     assert "conv4" in " ".join(prefix) and any("down" in label for label in rest)
     assert not any("conv4" in label for label in rest)
 
 
 def test_what_is_written_in_place_is_made_anew() -> None:
-    prefix, rest = labels(loops.writes_prefix("value").network, "010")
+    case = loops.writes_prefix("value")
+    prefix, rest = labels(case.network, "010", case.task()[0])
     assert "first" in prefix and "add_" in rest and "mul" in rest  # mul made the value that add_ writes to
-    prefix, rest = labels(loops.writes_prefix("relu").network, "010")
+    case = loops.writes_prefix("relu")
+    prefix, rest = labels(case.network, "010", case.task()[0])
     assert "relu_" in prefix and "second" in rest
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_prefix_and_rest_are_the_program(name: str) -> None:
     case = NETWORKS[name]()
-    program = plan_of(case.network).program
+    x = case.task()[0]
+    program = program_of(case.network, x)
     for pattern in Pattern.all(len(case.groups)):
-        prefix, rest = labels(case.network, str(pattern))
+        prefix, rest = labels(case.network, str(pattern), x)
         assert sorted(prefix + rest) == sorted(step.label for step in program.steps)
 
 
@@ -67,7 +76,7 @@ def test_the_value_of_the_prefix_is_not_changed_by_the_rest() -> None:
     for name in ("residual", "in-place-relu", "in-place-value", "in-place-view", "in-place-setitem", "in-place-order"):
         case = NETWORKS[name]()
         xs, *_ = case.task()
-        plan, state = plan_of(case.network), with_copies(*tensors_of(case.network))
+        plan, state = planned(case.network, xs), with_copies(*tensors_of(case.network))
         modules = plan.program.bind(case.network)
         want = case.network(xs.clone())
         for pattern in Pattern.all(len(case.groups)):
@@ -95,29 +104,35 @@ def test_the_state_holds_copies_of_buffers_and_the_parameters_themselves() -> No
 
 def test_the_mode_of_the_network_has_a_plan_of_its_own() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 2))
-    assert labels(model, "01") == (["_0"], ["_1", "_2"])
-    training = plan_of(model)
+    x = torch.randn(4, 3)
+    assert labels(model, "01", x) == (["_0"], ["_1", "_2"])
+    training = planned(model, x)
     model.eval()
-    assert labels(model, "01") == (["_0", "_1"], ["_2"])
+    assert labels(model, "01", x) == (["_0", "_1"], ["_2"])
     model.train()
-    assert plan_of(model) is training
+    assert planned(model, x) is training
 
 
 def test_networks_of_the_same_structure_share_a_plan() -> None:
     model = loops.torch_conv4()
-    assert plan_of(model) is plan_of(copy.deepcopy(model))
-    assert plan_of(model) is not plan_of(loops.torch_conv4(width=6))
+    x = torch.randn(4, 1, 16, 16)
+    assert planned(model, x) is planned(copy.deepcopy(model), x)
+    assert planned(model, x) is not planned(loops.torch_conv4(width=6), x)
 
 
 def test_why_tasks_are_not_batched() -> None:
-    assert plan_of(loops.residual().network).why_not_batched is None
-    assert plan_of(loops.residual(track=True).network).why_not_batched == "it updates running statistics"
-    assert "random" in str(plan_of(nn.Sequential(nn.Linear(2, 2), nn.Dropout())).why_not_batched)
-    assert plan_of(loops.untraceable().network).why_not_batched is not None
+    def why(case: Any) -> str | None:
+        return planned(case.network, case.task()[0]).why_not_batched
+
+    assert why(loops.residual()) is None
+    assert why(loops.residual(track=True)) == "it updates running statistics"
+    drops = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    assert "random" in str(planned(drops, torch.randn(3, 2)).why_not_batched)
+    assert why(loops.untraceable()) is not None
 
 
 def test_programs_and_plans_are_bounded() -> None:
-    for width in range(_PROGRAMS.size + 40):
+    for width in range(_FAMILIES.size + 40):
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2 + width))
         adapt(model, torch.randn(2, 4), torch.arange(2), pattern="1", steps=1)
-    assert len(_PROGRAMS) <= _PROGRAMS.size and len(plans._PLANS) <= plans._LIMIT
+    assert len(_FAMILIES) <= _FAMILIES.size and len(plans._PLANS) <= plans._LIMIT

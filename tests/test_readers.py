@@ -1,4 +1,4 @@
-"""torch's readers of networks: torch.jit.trace, torch.jit.script and torch.fx see torch's own operations, or say why not."""
+"""torch's readers of networks: torch.jit and torch.fx see torch's own operations, or it is said what to do."""
 
 from __future__ import annotations
 

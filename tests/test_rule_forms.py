@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plain import far
+from programs import program_of
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -223,4 +224,4 @@ def test_what_vmap_cannot_follow_slows_down_nothing_else(caplog: pytest.LogCaptu
 
     for weight in (1.0, 2.0):  # another object each time, of the same code
         adapt_tasks(model, x, y, x, pattern="11", loss=functools.partial(loss, weight))
-    assert len(plan_of(model).unmapped) == 2
+    assert len(plan_of(model, program_of(model, xs)).unmapped) == 2

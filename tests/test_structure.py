@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import EXACT
+from programs import program_of
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_kernels.program import flatten, program_of
+from lambda_kernels.program import flatten
 from lambda_kernels.program.structure import opened
 from lambda_maml import LambdaMAML, adapt
 
@@ -136,9 +137,9 @@ def same(got: Any, want: Any) -> None:
 @KIND
 def test_a_traced_forward_keeps_its_result(kind: str) -> None:
     stock, ours = network(kind), lk.convert(network(kind))
-    program = program_of(ours)
-    assert program.untraceable is None and len(program.fusions) == 1
     x, _ = task()
+    program = program_of(ours, x)
+    assert program.untraceable is None and len(program.fusions) == 1
     same(ours(x), stock(x))
     state = {name: p * 0.5 for name, p in stock.named_parameters()}
     same(program.evaluate(program.bind(ours), state, x), torch.func.functional_call(stock, state, (x,)))
@@ -208,7 +209,7 @@ def test_a_structure_goes_to_a_module_that_is_not_traced_as_it_is() -> None:
             return self.reads(Data(x + 1, x)) + 1
 
     model, x = Whole(), torch.ones(2)
-    program = program_of(model)
+    program = program_of(model, x)
     assert program.untraceable is None
     assert torch.equal(program(model, x), torch.full((2,), 5.0))
 

@@ -43,7 +43,10 @@ def _called(root: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _forward(root: Any, args: Any, kwargs: Any) -> Any:
-    return root.forward(*args, **kwargs)
+    return type(root).forward(root, *args, **kwargs)
+
+
+_GLOBALS: dict[str, Any] = {"__builtins__": builtins}  # of the captured functions: Dynamo adds to them
 
 
 @dataclass
@@ -260,8 +263,8 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fun
 
     given = {"root": root, "args": args, "kwargs": kwargs}
     found = _Found()
-    # A number is a constant, a new shape a new capture. Hooks are guarded where there are any: a `Snapshot` sees that one
-    # is set, and `Snapshot.forms` that a parameter is changed in its place (`p.data = ...`).
+    # A number is a constant, a new shape a new capture. Hooks are guarded where there are any: a `Snapshot` sees that
+    # one is set, and `Snapshot.forms` that a parameter is changed in its place (`p.data = ...`).
     hooked = any(has_hooks(module) for module in root.modules())
     settings = config.patch(
         skip_nnmodule_hook_guards=not hooked, specialize_float=True, specialize_int=True,
@@ -276,7 +279,7 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fun
         compile_context(CompileContext(frames.get_compile_id({}))),
     ):
         done = _compile_frame()(
-            function.__code__, function.__globals__, given, vars(builtins), (),
+            function.__code__, _GLOBALS, given, vars(builtins), (),
             compiler_fn=found, one_graph=True, restart_reasons=set(),
         )  # fmt: skip
         if found.graph is None:
@@ -292,7 +295,8 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fun
         if (why := _catches(code)) is not None:
             raise Refusal(why)
     markers = [torch.empty(0) for _ in _outputs(found.graph)]
-    run = done.graph_capture_output().get_runtime_env().forward_callable(found.backend, lambda *_: tuple(markers))
+    environment = done.graph_capture_output().get_runtime_env()
+    run = environment.forward_callable(found.backend, lambda *_: tuple(markers), extra_globals=_GLOBALS)
     result = run(*given.values())
     graph = _Rewritten(root, args, kwargs, found).graph_of(result, markers)
     functions = [f for cls in classes for f in vars(cls).values() if isinstance(f, types.FunctionType)]
@@ -377,7 +381,8 @@ class _Rewritten:
                 continue
             group = inside.get(node)
             if group is None:
-                made = self.new.node_copy(node, self._read)
+                args, kwargs = (fx.map_arg(part, self._read) for part in (node.args, node.kwargs))
+                made = self.new.create_node(node.op, node.target, args, kwargs, name=_name(node))
                 made.meta = {"deeds": self.found.deeds[node.name], "batch": self.found.batches.get(node.name)}
                 self.env[node] = made
             elif node is group.last:

@@ -43,7 +43,7 @@ def difference(
     random = any(step.not_reusable for step in program.steps)
     try:
         with _Rehearsal() if random else contextlib.nullcontext():
-            want = twin(*args, **kwargs) if called else twin.forward(*args, **kwargs)
+            want = twin(*args, **kwargs) if called else type(twin).forward(twin, *args, **kwargs)
     except Exception as error:
         raise Incomparable from error
     state = {**parameters, **_copies(root)}

@@ -345,8 +345,8 @@ def tensors_of(root: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for path, module in root.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 raise TypeError(
-                    f"{path or type(root).__name__} is a module of torch.jit: its tensors cannot be replaced; adapt the "
-                    "network that it was made of"
+                    f"{path or type(root).__name__} is a module of torch.jit: its tensors cannot be replaced; adapt "
+                    "the network that it was made of"
                 )
     parameters, buffers = ({n: group[k] for n, group, k in found} for found in (snapshot.parameters, snapshot.buffers))
     return parameters, buffers

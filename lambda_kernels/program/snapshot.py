@@ -106,7 +106,7 @@ class Snapshot:
         return True
 
     def _take_contents(self, module: nn.Module) -> bool:
-        """Note a module's parameters, buffers, children and hooks; False where something may lead back to the network."""
+        """Note what a module holds beside attributes; False where something may lead back to the network."""
         if isinstance(module, torch.jit.ScriptModule):  # its tensors are held elsewhere
             return False
         self._containers += [module.__dict__[name] for name in ("_parameters", "_buffers", "_modules", *_RUN)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..layers import has_hooks
+from .shadow import shadow
 from .snapshot import BASE, SCALARS
 from .watch import Deeds, Watch, storages
 
@@ -77,13 +78,14 @@ def look(root: nn.Module, graph: fx.Graph, x: Tensor) -> str | None:
     try:
         # Contiguous, whatever x is: where a view is possible at all, it is one then.
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Watch() as watch:
+            twin = shadow(root)  # what is written to buffers is written to copies
             value: Any = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             start = Deeds(memory=storages(value))
             for node in graph.nodes:
                 if node.op == "placeholder":
                     node.meta["deeds"], node.meta["kept"] = start, value
                 elif node.op == "call_module":
-                    module = root.get_submodule(str(node.target))
+                    module = twin.get_submodule(str(node.target))
                     value, node.meta["deeds"] = watch.run(module, value)
                     node.meta["kept"] = value  # so that no storage's number is given to another
     except Exception as error:  # whatever a module raises on such an input, or torch on a fake one
