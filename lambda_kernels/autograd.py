@@ -58,8 +58,10 @@ def _note_inputs(ctx: Any, *tensors: Tensor | None) -> None:
 
 
 def _sum_to(g: Tensor, tasks: int) -> Tensor:
-    """Per-task gradients [T, ...] of an operand with `tasks` (1 or T) tasks."""
-    return g if g.shape[0] == tasks else g.sum(0, keepdim=True)
+    """Per-task gradients [T, ...], or those [1, ...] of all tasks, of an operand with `tasks` (1 or T) tasks."""
+    if g.shape[0] == tasks:
+        return g
+    return g.sum(0, keepdim=True) if tasks == 1 else _expand(g, tasks)
 
 
 def _expand(t: Tensor | None, tasks: int) -> Tensor:
@@ -98,6 +100,29 @@ def _merge(batch: int, dims: tuple[int | None, ...], tensors: tuple[Tensor | Non
     return _Merged(merged, (batch, tasks))
 
 
+class Laid(torch.autograd.Function):
+    """Contiguous images in the layout in which a backend's fused block reads them; their gradient is contiguous again.
+
+    ATen's batch norm computes a wrong gradient on the CPU where its input lies otherwise than what flows back.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, backend: Backend) -> Tensor:
+        return backend.layout(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Backend], output: Tensor) -> None:
+        ctx.backend = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g.contiguous(), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return ctx.backend.layout(tangent)
+
+
 class Conv2d(Function):
     """y = convolution(x, weight) + bias; x is kept only for a gradient of weight, weight only for one of x."""
 
@@ -111,7 +136,7 @@ class Conv2d(Function):
         _note_inputs(ctx, x, weight, bias)
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        ctx.x_shape, ctx.weight_shape = x.shape, weight.shape
+        ctx.x_shape, ctx.weight_shape, ctx.contiguous = x.shape, weight.shape, x.is_contiguous()
         ctx.bias_tasks = None if bias is None else bias.shape[0]
 
     @staticmethod
@@ -119,6 +144,7 @@ class Conv2d(Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = asked(ctx)[:3]
         gx = Conv2dInputGrad.apply(gy, weight, ctx.x_shape, ctx.spec, ctx.backend) if need_x else None
+        gx = gx.contiguous() if gx is not None and ctx.contiguous else gx  # see Laid
         gw = Conv2dWeightGrad.apply(gy, x, ctx.weight_shape, ctx.spec, ctx.backend) if need_weight else None
         gb = _sum_to(gy.sum((1, 3, 4)), ctx.bias_tasks) if need_bias else None
         return gx, gw, gb, None, None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import autograd
 from ._torch import functorch_active
-from .backends import choose
+from .backends import Backend, choose
 from .spec import (
     BlockSpec,
     ConvSpec,
@@ -190,7 +190,7 @@ def block_and_statistics(
     tasks = any(t is not None and t.dim() > rank for t, rank in ranks)
     gamma = x.new_ones(weight.shape[-4]) if gamma is None else gamma
     beta = x.new_zeros(weight.shape[-4]) if beta is None else beta
-    operands = backend.layout(_lift(x, 4)), _lift(weight, 4), _lift(gamma, 1), _lift(beta, 1)
+    operands = _laid(_lift(x, 4), backend), _lift(weight, 4), _lift(gamma, 1), _lift(beta, 1)
     if _asks_for_a_gradient(*operands, bias) or torch.compiler.is_compiling():
         z = autograd.Conv2d.apply(*operands[:2], None, spec, backend)
         z = z.expand(max(z.shape[0], count), *z.shape[1:])
@@ -223,6 +223,12 @@ def _asks_for_a_gradient(*tensors: Tensor | None) -> bool:
         return False
     hidden = functorch_active()  # a mapped tensor does not say whether it requires one
     return hidden or any(t is not None and t.requires_grad for t in tensors)
+
+
+def _laid(x: Tensor, backend: Backend) -> Tensor:
+    """Images in the backend's layout; of contiguous ones the gradient is contiguous too."""
+    flows = x.requires_grad and x.is_contiguous() and not (torch.compiler.is_compiling() or functorch_active())
+    return autograd.Laid.apply(x, backend) if flows else backend.layout(x)  # type: ignore[no-any-return]
 
 
 def _lift(tensor: Tensor, rank: int) -> Tensor:
