@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lambda_kernels._torch import for_good, stand_ins_made
 from lambda_kernels.program import OwnState, aliases_of, modes_of, program_for, replace, shadow, tensors_of
 
 from .inner.state import Outcome
@@ -47,7 +50,13 @@ class AdaptedNetwork(nn.Module):
     def __init__(self, model: nn.Module, modes: Mapping[str, bool], outcome: Outcome) -> None:
         super().__init__()
         self.__dict__.update(
-            training=model.training, _network=None, _shown=False, _held=(model, modes, outcome), _bound={}
+            training=model.training,
+            _network=None,
+            _shown=False,
+            _held=(model, modes, outcome),
+            _bound={},
+            _parts={},
+            _exported=None,
         )
 
     @property
@@ -62,7 +71,7 @@ class AdaptedNetwork(nn.Module):
         if found is not None:
             return found
         model, modes, outcome = self.__dict__["_held"]
-        network = shadow(model, outcome.state, modes)
+        network = for_good(lambda: shadow(model, outcome.state, modes))
         self.__dict__.update(_network=network, _bound={})
         self.__dict__.update({name: network.__dict__[name] for name in _CONTENTS})
         return network
@@ -89,16 +98,28 @@ class AdaptedNetwork(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted network's result, for what the model itself is called with."""
+        if torch.compiler.is_compiling():
+            return self._compiled(*args, **kwargs)
         plan, network, state = self._call(args, kwargs)
         return plan.program.evaluate(self._bind(plan, network), state, *args, **kwargs)
+
+    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """What torch.compile and torch.export trace: the network's own forward. By Dynamo's hand torch.export takes
+        for parameters what `named_parameters` gave it."""
+        if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
+            return self.__dict__["_exported"](*args, **kwargs)
+        return self.module(*args, **kwargs)
 
     def _bind(self, plan: Plan, network: nn.Module) -> Mapping[str, nn.Module]:
         """The modules that the plan's steps use, one binding per learner: what a forward writes to them stays."""
         bound: dict[Any, Mapping[str, nn.Module]] = self.__dict__["_bound"]
         key = plan.program if plan.program.untraceable is None else ""
-        if key not in bound:
-            bound[key] = plan.program.bind(network)
-        return bound[key]
+        modules = bound.get(key)
+        if modules is None:
+            modules = plan.program.bind(network)
+            if not stand_ins_made():
+                bound[key] = modules
+        return modules
 
     def parameters_dict(self) -> dict[str, Tensor]:
         """All parameters by name, the adapted ones in place of the model's.
@@ -109,6 +130,28 @@ class AdaptedNetwork(nn.Module):
         state = self._state()
         self.__dict__["_shown"] = True
         return {name: state[name] for name, _ in self.__dict__["_held"][0].named_parameters()}
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """As the model's, with the adapted tensors, which may be part of a graph. torch.export, which takes no such
+        tensor for a parameter, gets parameters that share their values."""
+        asks = sys._getframe(1).f_globals.get("__name__", "")
+        if asks.startswith(("torch.export.", "torch._export.")):
+            return self._to_export().named_parameters(*args, **kwargs)
+        return super().named_parameters(*args, **kwargs)
+
+    def _to_export(self) -> nn.Module:
+        """The network around parameters that are part of no graph: the same ones as long as the network has its own."""
+        parameters, buffers = tensors_of(self.module)
+        known: dict[int, tuple[Tensor, Tensor]] = {}
+        for p in parameters.values():
+            given, own = self.__dict__["_parts"].get(id(p), (None, None))
+            if given is not p:
+                own = p if isinstance(p, nn.Parameter) else nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+            known[id(p)] = p, own
+        tensors = {n: known[id(p)][1] for n, p in parameters.items()}
+        twin = for_good(lambda: shadow(self.module, {**tensors, **buffers}))
+        self.__dict__.update(_parts=known, _exported=twin)
+        return twin
 
     def to_module(self) -> nn.Module:
         """A copy of the network with the adapted parameters and buffers as its own; no graph leads out of it.

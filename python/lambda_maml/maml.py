@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lambda_kernels._torch import stand_ins_made
 from lambda_kernels.chain import backend_in_force
 from lambda_kernels.program import aliases_of, flatten, modes_of, replace, tensors_of
 
@@ -106,6 +107,10 @@ class LambdaMAML(nn.Module):
         >>> task(xs).shape
         torch.Size([5, 5])
         """
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # else its tensors could never be adapted
+                return self.clone(first_order, allow_unused, allow_nograd)
+        checks.check_mode()
         model = self.module
         layout = Layout(model)
         parameters, buffers = tensors_of(model)
@@ -187,11 +192,13 @@ class TaskLearner(AdaptedNetwork):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result with the parameters adapted so far; for the same input the frozen prefix runs once."""
+        if torch.compiler.is_compiling():
+            return self._compiled(*args, **kwargs)
         plan, network, state = self._call(args, kwargs)
         part = plan.part(self._settings.names(self._step))
         modules = self._bind(plan, network)
         inputs = plan.program.pack(args, kwargs)
-        if not part.prefix or kwargs or not all(isinstance(x, Tensor) for x in args):
+        if not part.prefix or kwargs or not all(isinstance(x, Tensor) for x in args) or stand_ins_made():
             self.__dict__["_prefix"] = None
             return part.freeze(modules, state, inputs)(modules, state)
         read = self._frozen(state, part)

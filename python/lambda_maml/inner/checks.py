@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lambda_kernels._torch import functorch_active
 from lambda_kernels.program import flatten
 
 from ..plan import Plan
@@ -56,6 +57,13 @@ def check_steps(steps: Any) -> int:
 
 
 def check_mode() -> None:
+    """RuntimeError where torch is in a mode in which no inner loop can run."""
+    if functorch_active():
+        raise RuntimeError(
+            "adaptation steps by torch.autograd, which no transform of torch.func can see through: adapt outside of "
+            "grad, vmap and jvp, with second_order=True where a gradient shall go through the steps, and by "
+            "adapt_tasks for many tasks"
+        )
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "adaptation needs gradients: call it under torch.no_grad() instead of torch.inference_mode(), or inside "

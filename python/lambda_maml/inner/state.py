@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lambda_kernels._torch import for_good
+
 __all__ = ["Outcome", "tied", "verdict"]
 
 
@@ -27,7 +29,11 @@ class Outcome:
     @cached_property
     def state(self) -> dict[str, Tensor]:
         """In first order, its gradient with respect to the model's parameters is the identity. What was computed in
-        autograd's graph (`in_graph`: second order, learned rates) stays there."""
+        autograd's graph (`in_graph`: second order, learned rates) stays there. It is of plain tensors, whatever mode or
+        transform of torch is on when it is first read."""
+        return for_good(self._made)
+
+    def _made(self) -> dict[str, Tensor]:
         meta, adapted = self._meta, self._adapted
         if self._in_graph:
             return adapted
