@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from users import D, Q, X, Y, doubled, every_way, first, mlp, seeded
 
 import lambda_kernels as lk
-from lambda_maml import LambdaMAML, adapt, adapt_tasks, say
+from lambda_maml import LambdaMAML, Pattern, adapt, adapt_tasks, say
 from lambda_maml.network import layers_of
 
 
@@ -355,8 +355,38 @@ def test_learn2learns_arguments() -> None:
             ValueError, match="does not depend on pooler.weight, pooler.bias, and allow_unused is False"
         ):
             refuse()
-    with pytest.raises(ValueError, match='first_order must be True or False, got .00011.*pattern="00011"'):
-        LambdaMAML(model, 0.1, "00011")  # type: ignore[arg-type]
+
+
+def test_the_third_place_is_learn2learns_first_order_or_a_pattern() -> None:
+    model = mlp()
+    for maml, first_order, pattern in (
+        (LambdaMAML(model, 0.1, True), True, "11"),
+        (LambdaMAML(model, 0.1, True, pattern="01"), True, "01"),
+        (LambdaMAML(model, 0.1, "01"), False, "01"),
+        (LambdaMAML(model, 0.1, "01", first_order=True), True, "01"),
+        (LambdaMAML(model, 0.1, Pattern("10"), True, first_order=True), True, "10"),
+        (LambdaMAML(model, 0.1, None), False, "11"),
+    ):
+        assert (maml.first_order, str(maml.pattern)) == (first_order, pattern)
+        want = plain(model, lambda c: F.cross_entropy(c(X), Y), 2, names=[
+            n for n, _ in model.named_parameters() if pattern[int(n[0]) // 2] == "1"
+        ])  # fmt: skip
+        task = maml.clone()
+        for _ in range(2):
+            task.adapt(F.cross_entropy(task(X), Y))
+        assert far(task(Q), want(Q)) < 1e-12
+
+
+def test_a_loss_of_something_else_moves_nothing_where_the_user_allows_it() -> None:
+    """As learn2learn has it with allow_unused=True; a loss without any graph is refused all the same."""
+    model = mlp()
+    task = LambdaMAML(model, 0.1).clone()
+    task.adapt(F.cross_entropy(model(X), Y), allow_unused=True)
+    assert far(task(Q), model(Q)) == 0.0
+    with pytest.raises(ValueError, match="does not depend on the parameters"):
+        task.adapt(F.cross_entropy(model(X), Y))
+    with pytest.raises(ValueError, match="it has no graph"):
+        task.adapt(F.cross_entropy(model(X), Y).detach(), allow_unused=True)
 
 
 def test_parameters_that_the_user_froze_stay_frozen_unless_a_pattern_names_them(

@@ -27,6 +27,26 @@ from .plan import Frozen, Layout, Part, with_copies
 __all__ = ["LambdaMAML", "TaskLearner"]
 
 
+_LEARN2LEARNS = ("first_order", "allow_unused", "allow_nograd")
+
+
+def _by_name(positional: tuple[Any, ...]) -> dict[str, Any]:
+    """What follows the rate by its place: learn2learn's switches, where a pattern may stand for the first."""
+    if len(positional) > len(_LEARN2LEARNS):
+        raise TypeError(
+            f"LambdaMAML takes model, lr and up to three more by their places ({', '.join(_LEARN2LEARNS)}), got "
+            f"{len(positional)} more: name them"
+        )
+    first = "pattern" if positional and isinstance(positional[0], (str, Pattern)) else _LEARN2LEARNS[0]
+    return dict(zip((first, *_LEARN2LEARNS[1:]), positional))
+
+
+def _check_switches(**switches: bool | None) -> None:
+    for name, value in switches.items():
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 class LambdaMAML(nn.Module):
     """A model to be meta-trained, whose clones adapt to one task each (Finn et al. 2017).
 
@@ -39,9 +59,11 @@ class LambdaMAML(nn.Module):
     Args:
         model: any module; it becomes the submodule `module`, and its methods are this module's too.
         lr: inner learning rate, as in `adapt`; a parameter given here is learned with the model's.
+        positional: up to three of learn2learn's arguments in its order, first_order, allow_unused and allow_nograd; a
+            pattern may stand in the place of the first: `LambdaMAML(model, 0.03, "00011")`.
         first_order: treat the inner gradients as constants (first-order MAML).
         allow_unused: False refuses a loss that does not depend on all parameters that the pattern updates; else those
-            are left as they are.
+            are left as they are. True takes also a loss that depends on none of them.
         allow_nograd: for learn2learn's sake: parameters that do not require a gradient stay frozen, unless a pattern
             names them.
         pattern: one bit per layer, or a schedule over the calls of `adapt`; None updates every layer.
@@ -50,37 +72,37 @@ class LambdaMAML(nn.Module):
 
     Raises:
         ValueError: the pattern does not fit the model, or a setting is out of range.
+        TypeError: an argument is given twice, there are too many, or the model is none that can be adapted.
     """
 
     def __init__(
         self,
         model: nn.Module,
         lr: Rate = DEFAULT_LR,
-        first_order: bool = False,
+        *positional: str | Pattern | bool | None,
+        first_order: bool | None = None,
         allow_unused: bool | None = None,
-        allow_nograd: bool = False,
-        *,
+        allow_nograd: bool | None = None,
         pattern: str | Pattern | None = None,
         norm: str = "follow",
         rule: Rule | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(first_order, bool):
-            raise ValueError(
-                f"first_order must be True or False, got {first_order!r}: the third argument is learn2learn's; name "
-                'the pattern, as in LambdaMAML(model, lr=0.03, pattern="00011")'
-            )
+        given = dict(first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd, pattern=pattern)
+        for name, value in _by_name(positional).items():
+            if given[name] is not None and value is not None:
+                raise TypeError(f"LambdaMAML got {name} twice: {value!r} by its place, {given[name]!r} by its name")
+            given[name] = given[name] if value is None else value
+        orders: Any = {name: given[name] for name in _LEARN2LEARNS}
+        _check_switches(**orders)
+        pattern = given["pattern"]  # type: ignore[assignment]
         checks.check_norm(norm)
         self.rule = rule_of(lr, rule)
         self.module = network_of(model)
         self.pattern, _ = named(tensors_of(self.module)[0], Layout(self.module), pattern, norm)
-        self.every_layer = pattern is None
-        self.first_order, self.allow_unused, self.allow_nograd, self.norm = (
-            first_order,
-            allow_unused,
-            allow_nograd,
-            norm,
-        )
+        self.every_layer, self.norm = pattern is None, norm
+        self.first_order, self.allow_unused = bool(orders["first_order"]), orders["allow_unused"]
+        self.allow_nograd = bool(orders["allow_nograd"])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "lr":  # the rates belong to the rule, which registers those that are learned
@@ -107,6 +129,7 @@ class LambdaMAML(nn.Module):
         >>> task(xs).shape
         torch.Size([5, 5])
         """
+        _check_switches(first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # else its tensors could never be adapted
                 return self.clone(first_order, allow_unused, allow_nograd)
@@ -252,6 +275,7 @@ class TaskLearner(AdaptedNetwork):
             ValueError: no updated parameter has a part in the loss.
             FloatingPointError: the loss is infinite or NaN.
         """
+        _check_switches(allow_nograd=allow_nograd)
         self._update(self.gradients(loss, first_order, allow_unused), loss, self._first_order(first_order))
 
     def __copy__(self) -> Any:
@@ -268,7 +292,9 @@ class TaskLearner(AdaptedNetwork):
         Raises:
             ValueError, FloatingPointError: as `adapt`.
         """
+        _check_switches(first_order=first_order, allow_unused=allow_unused)
         settings, index = self._settings, self._step
+        unused_too = settings.allow_unused if allow_unused is None else allow_unused
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"adapt: the loss must be a tensor of one number, got {_told(loss)}: take its mean")
         value = loss.detach().item()
@@ -280,9 +306,11 @@ class TaskLearner(AdaptedNetwork):
         state = self._state()
         now = {n: state[n] for n in settings.names(index)}
         create_graph = not self._first_order(first_order)
-        grads = autograd.gradients(settings.pattern, now, loss, create_graph=create_graph)
+        grads = autograd.gradients(
+            settings.pattern, now, loss, create_graph=create_graph, none=unused_too is True and loss.requires_grad
+        )
         unused = [n for n in now if n not in grads]
-        if unused and (settings.allow_unused if allow_unused is None else allow_unused) is False:
+        if unused and unused_too is False:
             raise ValueError(
                 f"adapt: the loss does not depend on {', '.join(unused)}, and allow_unused is False: leave them as "
                 "they are with allow_unused=True, or give their layers the bit 0"
@@ -343,6 +371,7 @@ class TaskLearner(AdaptedNetwork):
         >>> twin = task.clone()
         >>> twin.adapt(loss_fn(twin(xs), ys))     # `task` stays where it is
         """
+        _check_switches(first_order=first_order, allow_unused=allow_unused, allow_nograd=allow_nograd)
         model, modes, _ = self.__dict__["_held"]
         settings = self._settings
         if first_order is not None:
