@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._say import say_once
-from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, Scriptless, torch_class
+from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, as_torchs, torch_class
 from .neighbours import unpatched
 from .program import NORMS, Program, plain, program_for, program_seen
 
@@ -21,13 +21,16 @@ __all__ = ["convert", "report", "to_torch"]
 _DROP_IN: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: Conv2d, nn.Linear: Linear}
 
 
-class Fused(Scriptless):
+class Fused:
     """Runs a module's program, in which conv-norm-ReLU-pool runs are one block, in place of its forward."""
 
     fuses: type[nn.Module]
 
     def __init_subclass__(cls, **named: Any) -> None:
         """Without the model's own, which may keep a register of its classes."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_torchs(self, self.fuses)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _revive, (self.fuses,), super().__reduce_ex__(2)[2]

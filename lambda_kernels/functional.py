@@ -228,7 +228,7 @@ def _asks_for_a_gradient(*tensors: Tensor | None) -> bool:
 def _laid(x: Tensor, backend: Backend) -> Tensor:
     """Images in the backend's layout; of contiguous ones the gradient is contiguous too."""
     flows = x.requires_grad and x.is_contiguous() and not (torch.compiler.is_compiling() or functorch_active())
-    return autograd.Laid.apply(x, backend) if flows else backend.layout(x)  # type: ignore[no-any-return]
+    return autograd.Laid.apply(x, backend) if flows else backend.layout(x)
 
 
 def _lift(tensor: Tensor, rank: int) -> Tensor:

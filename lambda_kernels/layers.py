@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,17 +47,7 @@ def is_read(x: object) -> bool:
     return torch._C._is_tracing() or not isinstance(x, Tensor)
 
 
-class Scriptless(nn.Module):
-    """Modules that torch.jit.script cannot read: it asks them first."""
-
-    def __prepare_scriptable__(self) -> Any:
-        raise RuntimeError(
-            f"torch.jit.script cannot read a {type(self).__name__} of lambda_kernels: "
-            "script lambda_kernels.to_torch(model)"
-        )
-
-
-class Conv2d(Scriptless, nn.Conv2d):
+class Conv2d(nn.Conv2d):
     """`torch.nn.Conv2d` on `functional.conv2d`: the input of a frozen layer is not kept for the backward pass.
 
     >>> layer = Conv2d(3, 16, 3, padding=1)
@@ -71,8 +60,11 @@ class Conv2d(Scriptless, nn.Conv2d):
             return super().forward(input)
         return convolve(self, input, self.weight, self.bias)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_torchs(self, nn.Conv2d)
 
-class Linear(Scriptless, nn.Linear):
+
+class Linear(nn.Linear):
     """`torch.nn.Linear` on `functional.linear`.
 
     >>> layer = Linear(64, 5)
@@ -85,8 +77,11 @@ class Linear(Scriptless, nn.Linear):
             return super().forward(input)
         return functional.linear(input, self.weight, self.bias)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_torchs(self, nn.Linear)
 
-class ConvBlock(Scriptless, nn.Module):
+
+class ConvBlock(nn.Module):
     """Convolution, batch norm, ReLU and max-pool as one fused block: the block of MAML's conv4.
 
     Its children are `conv` (Conv2d), `norm` (BatchNorm2d), `relu` and `pool`, with the state_dict keys that these four
@@ -159,6 +154,20 @@ class ConvBlock(Scriptless, nn.Module):
         if update is not None:
             update()
         return y.contiguous() if input.is_contiguous() else y
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return as_torchs(self, nn.Sequential)  # its children in their order
+
+
+def as_torchs(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """The module as one of torch's own class, with the same tensors: what torch.jit.script compiles.
+
+    Its children are other objects too, down to the last: torch.jit.script puts what it compiles in their places.
+    """
+    twin = object.__new__(cls)
+    children = {name: c and as_torchs(c, getattr(c, "fuses", torch_class(c))) for name, c in module._modules.items()}
+    twin.__dict__.update(module.__dict__, _modules=children)
+    return twin
 
 
 def has_hooks(module: nn.Module) -> bool:

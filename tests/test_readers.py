@@ -54,13 +54,11 @@ def test_a_graph_of_torch_fx_is_of_torchs_operations(name: str, x: Tensor) -> No
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_torch_jit_cannot_script_says_what_to_script(name: str, x: Tensor) -> None:
+def test_a_scripted_network_is_of_torchs_layers_and_the_network_stays_converted(name: str, x: Tensor) -> None:
     stock, ours = both(name)
-    with pytest.raises(
-        RuntimeError, match=r"cannot read a \w+ of lambda_kernels: script lambda_kernels.to_torch\(model\)"
-    ):
-        torch.jit.script(ours)
-    torch.testing.assert_close(torch.jit.script(lk.to_torch(ours))(x), stock(x), **EXACT)
+    kinds = [type(module) for module in ours.modules()]
+    torch.testing.assert_close(torch.jit.script(ours)(x), stock(x), **EXACT)
+    assert name == "no block" or [type(module) for module in ours.modules()] == kinds
 
 
 def test_a_part_that_torch_jit_holds_runs_and_cannot_be_adapted(x: Tensor) -> None:

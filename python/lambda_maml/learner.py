@@ -98,14 +98,14 @@ class AdaptedNetwork(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted network's result, for what the model itself is called with."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return self._compiled(*args, **kwargs)
         plan, network, state = self._call(args, kwargs)
         return plan.program.evaluate(self._bind(plan, network), state, *args, **kwargs)
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
-        """What torch.compile and torch.export trace: the network's own forward. By Dynamo's hand torch.export takes
-        for parameters what `named_parameters` gave it."""
+        """What torch.compile, torch.export and torch.jit trace: the network's own forward. By Dynamo's hand
+        torch.export takes for parameters what `named_parameters` gave it."""
         if torch.compiler.is_exporting() and torch.compiler.is_dynamo_compiling():
             return self.__dict__["_exported"](*args, **kwargs)
         return self.module(*args, **kwargs)
@@ -263,5 +263,18 @@ def _restored(kind: type[AdaptedNetwork], network: nn.Module) -> AdaptedNetwork:
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """The network to adapt: a learner's adapted one, or the model itself."""
-    return model.module if isinstance(model, AdaptedNetwork) else model
+    """The network to adapt: a learner's adapted one, or the model itself.
+
+    Raises:
+        TypeError: it is no module, or one whose parameters cannot be replaced.
+    """
+    if isinstance(model, AdaptedNetwork):
+        return model.module
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {model!r}: an instance, not its class or a function")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"{type(model).__name__} is a module of torch.jit, whose parameters cannot be replaced: adapt the module "
+            "that it was made of, and script or trace learner.to_module()"
+        )
+    return model

@@ -137,6 +137,7 @@ class LambdaMAML(nn.Module):
         model = self.module
         layout = Layout(model)
         parameters, buffers = tensors_of(model)
+        checks.check_device(parameters)
         state = with_copies(parameters, buffers)
         # An optimiser's step must not reach the learner. Under no_grad the copies are leaves, which can be adapted.
         distinct = {id(p): p for p in parameters.values()}
@@ -215,7 +216,7 @@ class TaskLearner(AdaptedNetwork):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result with the parameters adapted so far; for the same input the frozen prefix runs once."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return self._compiled(*args, **kwargs)
         plan, network, state = self._call(args, kwargs)
         part = plan.part(self._settings.names(self._step))

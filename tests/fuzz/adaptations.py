@@ -134,7 +134,10 @@ def truth(net: Network, s: Setting, tasks: list[Task]) -> Result:
     found: list[tuple[Values, Values, Tensor]] = []
     outer = torch.zeros((), dtype=torch.float64)
     for task in tasks:
-        xs, xq = task.xs.clone(memory_format=torch.contiguous_format), task.xq.clone(memory_format=torch.contiguous_format)
+        xs, xq = (
+            task.xs.clone(memory_format=torch.contiguous_format),
+            task.xq.clone(memory_format=torch.contiguous_format),
+        )
         fast: Values = dict(meta)
         buffers = {n: b.clone() for n, b in model.named_buffers()}
         for step in range(s.steps):

@@ -35,7 +35,9 @@ class Call(NamedTuple):
 
 def _laid(rng: random.Random, generator: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Random values in some layout: in order, sliced, transposed, expanded, or with the channels last."""
-    how = rng.choice(["order", "order", "order", "sliced", "every-other", "transposed", "last", "last", "offset", "expanded"])
+    how = rng.choice(
+        ["order", "order", "order", "sliced", "every-other", "transposed", "last", "last", "offset", "expanded"]
+    )
     shape = list(shape)
 
     def values(*size: int) -> Tensor:
@@ -80,7 +82,12 @@ def call(seed: int) -> Call:
             first, second = rng.choice(options), rng.choice(options)
             return first if both else (first, second)
 
-        constants = {"stride": sides(1, 1, 2, 3), "padding": sides(0, 1, 1, 2), "dilation": sides(1, 1, 2), "groups": groups}
+        constants = {
+            "stride": sides(1, 1, 2, 3),
+            "padding": sides(0, 1, 1, 2),
+            "dilation": sides(1, 1, 2),
+            "groups": groups,
+        }
         pads, apart = (v if isinstance(v, tuple) else (v, v) for v in (constants["padding"], constants["dilation"]))
         for axis, size in enumerate((h, w)):
             while size + 2 * pads[axis] < apart[axis] * (kernel[axis] - 1) + 1:
@@ -142,7 +149,9 @@ def describe_call(seed: int) -> str:
     return "\n".join([f"call {seed}: {c.op}({constants}) on {c.backend} in {x.dtype}", *told, f"second by {c.wanted}"])
 
 
-def _plain(op: str, constants: dict[str, Any], x: Tensor, weight: Tensor, bias: Any, gamma: Any = None, beta: Any = None) -> Tensor:
+def _plain(
+    op: str, constants: dict[str, Any], x: Tensor, weight: Tensor, bias: Any, gamma: Any = None, beta: Any = None
+) -> Tensor:
     """One task by ATen."""
     if op == "linear":
         return F.linear(x, weight, bias)
@@ -191,12 +200,15 @@ def check_call(seed: int) -> Found:
         if not tasks:
             return _plain(c.op, c.constants, **operands)
         each = [
-            {n: t[i] if t is not None and t.dim() > c.ranks[n] else t for n, t in operands.items()} for i in range(tasks)
+            {n: t[i] if t is not None and t.dim() > c.ranks[n] else t for n, t in operands.items()}
+            for i in range(tasks)
         ]
         return torch.stack([_plain(c.op, c.constants, **own) for own in each])
 
     copies = {
-        n: None if t is None else t.detach().double().clone(memory_format=torch.contiguous_format).requires_grad_(t.requires_grad)
+        n: None
+        if t is None
+        else t.detach().double().clone(memory_format=torch.contiguous_format).requires_grad_(t.requires_grad)
         for n, t in c.operands.items()
     }
     want = _derivatives(c, copies, plain, weights)

@@ -143,7 +143,12 @@ class Writer:
             kernel, stride, dilation = pick(1, 3), 1, 1
             padding: Any = kernel // 2
         else:
-            kernel, stride, dilation, padding = pick(1, 2, 3, 3, (1, 3), (3, 1)), pick(1, 1, 1, 2), pick(1, 1, 2), pick(0, 1, 1)
+            kernel, stride, dilation, padding = (
+                pick(1, 2, 3, 3, (1, 3), (3, 1)),
+                pick(1, 1, 1, 2),
+                pick(1, 1, 2),
+                pick(0, 1, 1),
+            )
         groups = pick(1, 1, 1, c) if c <= 4 else 1
         o = outputs or pick(1, 2, 3, 4, 8) * (groups if groups > 1 and c < 4 else 1)
         groups = groups if o % groups == 0 and c % groups == 0 else 1
@@ -156,7 +161,9 @@ class Writer:
         if min(sizes) < 1:
             kernel, stride, dilation, padding = 3, 1, 1, 1
             sizes = [height, width]
-        options = f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, bias={pick(True, True, False)}"
+        options = (
+            f"stride={stride}, padding={padding}, dilation={dilation}, groups={groups}, bias={pick(True, True, False)}"
+        )
         if padding and not same and min(height, width) > 1 and self.rng.random() < 0.1:
             options += f", padding_mode={pick('reflect', 'circular', 'replicate')!r}"
         self.shape = (o, *sizes)
@@ -480,7 +487,9 @@ def stacked(w: Writer) -> None:
     """A layer and what often follows it, all of them modules in a row."""
     if w.images and w.rng.random() < 0.2:
         size, pool = w.pick(1, 2, 3), 2 if min(w.shape[1:]) > 1 and w.rng.random() < 0.5 else 1
-        w.forward.append(w.module("block", f"lk.ConvBlock({w.channels}, {size}, pool={pool}, affine={w.pick(True, False)})"))
+        w.forward.append(
+            w.module("block", f"lk.ConvBlock({w.channels}, {size}, pool={pool}, affine={w.pick(True, False)})")
+        )
         w.shape = (size, *(n // pool for n in w.shape[1:]))
         return
     if w.images:
@@ -491,7 +500,14 @@ def stacked(w: Writer) -> None:
     if w.rng.random() < 0.7:
         row.append(w.norm())
     if w.rng.random() < 0.8:
-        acts = ("nn.ReLU()", "nn.ReLU()", "nn.ReLU(inplace=True)", "nn.Tanh()", "nn.GELU()", "nn.LeakyReLU(0.1, inplace=True)")
+        acts = (
+            "nn.ReLU()",
+            "nn.ReLU()",
+            "nn.ReLU(inplace=True)",
+            "nn.Tanh()",
+            "nn.GELU()",
+            "nn.LeakyReLU(0.1, inplace=True)",
+        )
         row.append(w.module("act", w.pick(*acts)))
     if w.images and min(w.shape[1:]) > 1 and w.rng.random() < 0.5:
         row.append(w.module("pool", w.pick("nn.MaxPool2d(2)", "nn.MaxPool2d(2)", "nn.AvgPool2d(2)")))
@@ -507,7 +523,11 @@ def network(seed: int, without: Collection[int] = ()) -> Network:
     rng = random.Random(f"network {seed}")
     training, tree = rng.random() < 0.6, rng.random() < 0.25
     flat = rng.random() < 0.2
-    shape = (rng.choice([2, 3, 5]),) if flat else (rng.choice([1, 2, 3]), rng.choice([3, 4, 5, 7]), rng.choice([1, 3, 4, 6, 7]))
+    shape = (
+        (rng.choice([2, 3, 5]),)
+        if flat
+        else (rng.choice([1, 2, 3]), rng.choice([3, 4, 5, 7]), rng.choice([1, 3, 4, 6, 7]))
+    )
     count, ways = rng.choice([1, 2, 2, 3, 3, 4, 5, 6]), rng.choice([2, 3])
     w = Writer(shape)
     w.training = training
@@ -523,7 +543,12 @@ def network(seed: int, without: Collection[int] = ()) -> Network:
         size = c * height * width
         wide = ["h = h.flatten(1)", "h = torch.flatten(h, 1)", "h = h.reshape(h.shape[0], -1)", "h = h.flatten(start_dim=1)",
                 "h = h.reshape(h.size(0), -1)"]  # fmt: skip
-        average = ["h = h.mean((2, 3))", "h = F.adaptive_avg_pool2d(h, 1).flatten(1)", "h = h.amax((2, 3))", "h = h.sum(dim=[-1, -2])"]
+        average = [
+            "h = h.mean((2, 3))",
+            "h = F.adaptive_avg_pool2d(h, 1).flatten(1)",
+            "h = h.amax((2, 3))",
+            "h = h.sum(dim=[-1, -2])",
+        ]
         flatten = tree or (rng.random() < 0.6 and size <= 200)
         w.line("nn.Flatten()" if tree else w.rng.choice(wide if flatten else average))
         w.shape = (size if flatten else c,)

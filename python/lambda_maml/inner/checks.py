@@ -21,6 +21,7 @@ from ..say import say_once
 
 __all__ = [
     "Loss",
+    "check_device",
     "check_gradients",
     "check_labels",
     "check_mode",
@@ -87,6 +88,16 @@ def check_one_input(model: nn.Module) -> None:
         )
 
 
+def check_device(parameters: Mapping[str, Tensor]) -> None:
+    """ValueError where a network has no values."""
+    for name, p in parameters.items():
+        if p.is_meta:
+            raise ValueError(
+                f"the network's {name} is on the meta device, which holds shapes and no values: give it values first, "
+                'with to_empty(device="cpu") and load_state_dict, or load_state_dict(state, assign=True)'
+            )
+
+
 def check_support(parameters: Mapping[str, Tensor], xs: Any, ys: Any, tasks: int | None = None) -> None:
     """ValueError or TypeError for a support set that a network cannot be adapted to.
 
@@ -99,6 +110,7 @@ def check_support(parameters: Mapping[str, Tensor], xs: Any, ys: Any, tasks: int
     own = 0 if tasks is None else 1  # axes in front of a task's own
     if isinstance(xs, Tensor) and (xs.dim() <= own or xs.shape[own] == 0):
         raise ValueError(f"support set: xs [N, ...] with N of at least 1 expected, got {list(xs.shape[own:])}")
+    check_device(parameters)
     first = next(iter(parameters.values()))
     places = {t.device for t in (first, *inputs, *targets)}
     if len(places) > 1:
@@ -226,6 +238,10 @@ def check_gradients(pattern: object, names: tuple[str, ...], losses: Tensor, fou
     why = ""
     if not losses.requires_grad:
         why = " (it has no graph: it was detached, or computed under torch.no_grad() or torch.inference_mode())"
+        if torch.is_inference_mode_enabled():
+            why += ". Inside inference mode, call the clone and take the loss under torch.inference_mode(False)"
+        elif not torch.is_grad_enabled():
+            why += ". Inside torch.no_grad(), call the clone and take the loss under torch.enable_grad()"
     raise ValueError(
         f"pattern {str(pattern)!r}: the loss does not depend on the parameters that it updates ({', '.join(names)}), "
         f"so there is no gradient{why}: compute the loss from this network's result, with gradients on"
