@@ -13,7 +13,7 @@ from plain import far, plain
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_maml import LambdaMAML, adapt, adapt_tasks, explain, models
+from lambda_maml import LambdaMAML, adapt, adapt_tasks, explain, models, rules, select_pattern
 
 D = torch.float64
 XS, YS, XQ = torch.randn(6, 2, 6, 6, dtype=D), torch.arange(3).repeat(2), torch.randn(4, 2, 6, 6, dtype=D)
@@ -110,6 +110,64 @@ def test_a_query_of_no_images_gives_what_torch_gives(track: bool | None) -> None
         stacked = adapt_tasks(model, XS[None], YS[None], XQ[None, :0], pattern="11", steps=1)
         assert stacked.shape == (1, 0, 3)
         assert learner(XQ).shape == (4, 3)
+
+
+def wrong(**given: Any) -> None:
+    adapt(body(), given.pop("xs", XS), given.pop("ys", YS), pattern="11", **given)
+
+
+def maml(*places: Any, **given: Any) -> Any:
+    return LambdaMAML(body(), 0.1, *places, **given)
+
+
+def selected(tasks: Any) -> None:
+    select_pattern(body(), tasks, steps=1)
+
+
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no loss": (lambda: wrong(loss=None), TypeError, "loss must be a function.* got None"),
+    "a loss's class": (
+        lambda: wrong(loss=nn.CrossEntropyLoss),
+        TypeError,
+        r"got the class CrossEntropyLoss: make one, CrossEntropyLoss\(\)",
+    ),
+    "a rule's class": (lambda: wrong(rule=rules.sgd), TypeError, "got the class sgd"),
+    "labels in a list": (lambda: wrong(ys=YS.tolist()), TypeError, r"torch.as_tensor\(ys\)"),
+    "labels of NumPy": (lambda: wrong(ys=YS.numpy()), TypeError, r"torch.as_tensor\(ys\)"),
+    "images of NumPy": (lambda: wrong(xs=XS.numpy()), TypeError, r"torch.as_tensor\(xs\)"),
+    "sparse images": (lambda: wrong(xs=XS.to_sparse()), TypeError, r"with .to_dense\(\)"),
+    "a complex loss": (
+        lambda: wrong(loss=lambda z, _: z.sum() * 1j),
+        ValueError,
+        "the loss must be a real number, got torch.complex128",
+    ),
+    "a complex loss of a clone": (lambda: stepped(lambda c: c.adapt(c(XS).sum() * 1j)), ValueError, "a real number"),
+    "gradients in a list": (lambda: stepped(lambda c: c.update([XS])), TypeError, "a mapping from parameter names"),
+    "gradients that are None": (lambda: stepped(lambda c: c.update({"5.bias": None})), TypeError, "names to tensors"),
+    "a gradient's shape": (
+        lambda: stepped(lambda c: c.update({"5.bias": torch.zeros(1, dtype=D)})),
+        ValueError,
+        r"5.bias \[3\], got \[1\]",
+    ),
+    "tuples to select by": (lambda: selected([(XS, YS, XQ, YS)]), TypeError, "list of Task"),
+    "stacked tasks to select by": (lambda: selected(XS), TypeError, "list of Task"),
+    "a positional too many": (lambda: maml(True, True, True, True), TypeError, "got 4 more"),
+    "an order given twice": (lambda: maml(True, first_order=False), TypeError, "first_order twice"),
+    "a pattern given twice": (lambda: maml("11", pattern="01"), TypeError, "pattern twice"),
+    "a number for an order": (lambda: maml(1), ValueError, "must be True or False, got 1"),
+    "a clone's order": (lambda: maml().clone("01"), ValueError, "first_order must be True"),
+}  # fmt: skip
+
+
+def stepped(step: Callable[[Any], Any]) -> None:
+    step(LambdaMAML(body(), 0.1).clone())
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_refused_with_the_way_out(name: str) -> None:
+    call, kind, words = WRONG[name]
+    with pytest.raises(kind, match=words):
+        call()
 
 
 # torch.jit and torch.fx, which know only torch's own operators.

@@ -198,5 +198,5 @@ def _together(a: Adaptation, xs: Any, ys: Any, xq: Any, given: dict[str, Any]) -
 
 
 def _one_by_one(model: nn.Module, why: str, tasks: Iterable[batch.Given], given: dict[str, Any]) -> list[Any]:
-    say_once(f"{type(model).__name__} is adapted one task at a time: {why}")
+    say_once(f"{type(model).__name__} is adapted one task at a time: {why}. `explain` lists what each way needs")
     return [adapt(model, x, y, **given)(q) for x, y, q in tasks]

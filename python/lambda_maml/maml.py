@@ -298,6 +298,8 @@ class TaskLearner(AdaptedNetwork):
         unused_too = settings.allow_unused if allow_unused is None else allow_unused
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"adapt: the loss must be a tensor of one number, got {_told(loss)}: take its mean")
+        if loss.is_complex():
+            raise ValueError(f"adapt: the loss must be a real number, got {loss.dtype}: take its abs() or .real")
         value = loss.detach().item()
         if not cmath.isfinite(value):
             raise FloatingPointError(
@@ -325,13 +327,19 @@ class TaskLearner(AdaptedNetwork):
         >>> task.update({name: g / 2 for name, g in grads.items()})
 
         Raises:
-            ValueError: a name is not one of the parameters that the next step updates.
+            ValueError: a name is not one of the parameters that the next step updates, or a gradient has another shape.
+            TypeError: it is no mapping from names to tensors.
         """
-        known = self._settings.names(self._step)
+        known, state = self._settings.names(self._step), self._state()
+        if not isinstance(grads, Mapping) or not all(isinstance(g, Tensor) for g in grads.values()):
+            raise TypeError("update: gradients are a mapping from parameter names to tensors, as `gradients` gives it")
         if unknown := [n for n in grads if n not in known]:
             raise ValueError(
                 f"update: {', '.join(unknown)} is not updated in step {self._step + 1}, {', '.join(known)} are"
             )
+        if wrong := [n for n, g in grads.items() if g.shape != state[n].shape]:
+            told = ", ".join(f"{n} {list(state[n].shape)}, got {list(grads[n].shape)}" for n in wrong)
+            raise ValueError(f"update: a gradient has its parameter's shape: {told}")
         first = next(iter(grads.values()), torch.zeros(()))
         self._update(grads, first.new_full((), torch.nan), self._first_order(first_order))
 

@@ -196,6 +196,8 @@ def select_pattern(
     descent: dict[str, Any] = {"lr": lr, "rule": inner}
     if not 0 <= max_drop <= 1:
         raise ValueError(f"max_drop is {max_drop}, expected a fraction from 0 to 1")
+    if not all(isinstance(task, Task) for task in tasks):
+        raise TypeError("select_pattern: tasks must be a list of Task(xs, ys, xq, yq), as data.sample_tasks gives it")
     if not tasks:
         raise ValueError("select_pattern: there are no tasks")
     if test_tasks:

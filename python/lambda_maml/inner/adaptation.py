@@ -192,6 +192,7 @@ def describe(
         ValueError, TypeError: a setting is out of range or does not fit the network.
     """
     checks.check_norm(norm)
+    checks.check_loss(loss)
     steps = checks.check_steps(steps)
     checks.check_mode()
     with torch.enable_grad():  # as the steps run

@@ -24,6 +24,7 @@ __all__ = [
     "check_device",
     "check_gradients",
     "check_labels",
+    "check_loss",
     "check_mode",
     "check_norm",
     "check_one_input",
@@ -44,6 +45,13 @@ Loss = Callable[[Any, Any], Tensor]
 def check_norm(norm: str) -> None:
     if norm not in ("follow", "never"):
         raise ValueError(f"norm must be 'follow' or 'never', got {norm!r}")
+
+
+def check_loss(loss: Any) -> None:
+    """TypeError where a loss cannot be called with the network's result and the targets."""
+    if isinstance(loss, type) or not callable(loss):
+        given = f"the class {loss.__name__}: make one, {loss.__name__}()" if isinstance(loss, type) else repr(loss)
+        raise TypeError(f"loss must be a function of the network's result and ys, as F.cross_entropy is, got {given}")
 
 
 def check_steps(steps: Any) -> int:
@@ -106,7 +114,12 @@ def check_support(parameters: Mapping[str, Tensor], xs: Any, ys: Any, tasks: int
     inputs, targets = flatten(xs)[0], flatten(ys)[0]
     for name, value, found in (("xs", xs, inputs), ("ys", ys, targets)):
         if not found and (name == "xs" or isinstance(value, (tuple, list, dict))):
-            raise TypeError(f"support set: {name} must be a tensor, or hold tensors, got {type(value).__name__}")
+            raise TypeError(
+                f"support set: {name} must be a tensor, or hold tensors, got {type(value).__name__}: "
+                f"torch.as_tensor({name}) makes one of numbers"
+            )
+    if (odd := next((t for t in inputs if t.layout is not torch.strided), None)) is not None:
+        raise TypeError(f"support set: xs has the layout {odd.layout}: convert it with .to_dense()")
     own = 0 if tasks is None else 1  # axes in front of a task's own
     if isinstance(xs, Tensor) and (xs.dim() <= own or xs.shape[own] == 0):
         raise ValueError(f"support set: xs [N, ...] with N of at least 1 expected, got {list(xs.shape[own:])}")
@@ -183,7 +196,10 @@ def class_numbers(loss: Loss, ys: Any) -> Tensor | None:
     if ignored_label(loss) is None:
         return None
     if not isinstance(ys, Tensor):
-        raise TypeError(f"support set: ys must be a tensor of class numbers, got {type(ys).__name__}")
+        raise TypeError(
+            f"support set: ys must be a tensor of class numbers, got {type(ys).__name__}: make it by "
+            "torch.as_tensor(ys), or give a loss that takes what it is"
+        )
     if ys.is_floating_point():
         return None  # a probability per class
     if ys.dtype == torch.bool or ys.is_complex():
@@ -256,6 +272,8 @@ def scalar(value: Any) -> Tensor:
         raise ValueError(
             f"the loss must be one number per task, got {list(value.shape)}: take the mean over the support set"
         )
+    if value.is_complex():
+        raise ValueError(f"the loss must be a real number, got {value.dtype}: take its abs() or .real")
     return value
 
 

@@ -269,6 +269,9 @@ def rule_of(lr: Rate, rule: Rule | None = None) -> Rule:
     """
     if rule is None:
         return _descent(lr)
+    given: Any = rule
+    if isinstance(given, type):
+        raise TypeError(f"rule must be a rule, got the class {given.__name__}: make one, as in {given.__name__}(...)")
     if not is_rule(rule):
         raise TypeError(f"rule must have init and update, as lambda_maml.rules.sgd(0.1) has, got {rule!r}")
     if lr is not DEFAULT_LR:
