@@ -10,11 +10,12 @@ supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 1
     "lambda-kernels needs Python 3.10 to 3.13, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench peers timings gpu format lint wheel tried-wheel clean distclean force
+.PHONY: help demo test fuzz bench peers timings gpu format lint wheel tried-wheel clean distclean force
 
 help:
 	@echo "make demo     train on an embedded image set, choose a pattern, draw the picture: runs/demo"
 	@echo "make test     all tests"
+	@echo "make fuzz     random networks and calls beside plain PyTorch for SECONDS=600, from SEED=0 on"
 	@echo "make bench    benchmarks: make peers, which writes docs/performance.md, then make timings: bench/results/local.json"
 	@echo "make gpu      build, tests and benchmarks on a GPU machine with $(PYTHON) as it is: bench/results, docs/gpu.md"
 	@echo "make lint     ruff and mypy, and the forms of ruff format and clang-format; make format writes these"
@@ -27,6 +28,12 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(BIN)/python -m pytest tests -p no:benchmark
+
+# Random networks and calls beside plain PyTorch, each with a seed that shows it again.
+SECONDS ?= 600
+SEED ?= 0
+fuzz: $(VENV)/.built
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(SECONDS) --first $(SEED)
 
 bench:
 	@$(MAKE) --no-print-directory peers

@@ -202,15 +202,9 @@ def test_torch_jit_traces_a_learner() -> None:
     assert far(made(XS), learner(XS)) < 1e-12
 
 
-def test_torch_fx_traces_what_is_not_fused_and_refuses_the_rest() -> None:
-    model = MODELS["not fused"]()
-    traced = torch.fx.symbolic_trace(model)
-    assert far(traced(XQ), model(XQ)) < 1e-12
-    with pytest.raises(
-        TypeError, match=r"cannot trace a Sequential whose layers are fused: trace lambda_kernels.to_torch"
-    ):
-        torch.fx.symbolic_trace(lk.convert(body()))
-    assert far(torch.fx.symbolic_trace(lk.to_torch(lk.convert(body())))(XQ), body()(XQ)) < 1e-12
+def test_torch_fx_traces_converted_models() -> None:
+    for model in (MODELS["not fused"](), lk.convert(body())):
+        assert far(torch.fx.symbolic_trace(model)(XQ), model(XQ)) < 1e-12
 
 
 # Networks whose frozen part hands over more than tensors.

@@ -68,8 +68,10 @@ def stacked_tasks(tasks: Sequence[Given]) -> Given:
 
 
 def unstacked(xs: Any, ys: Any, xq: Any) -> Iterator[Given]:
-    """Stacked tasks one after another."""
-    return (Given(*(task(value, t) for value in (xs, ys, xq))) for t in range(flatten(xs)[0][0].shape[0]))
+    """Stacked tasks one after another, in memory of their own: a forward may write into its input, and what autograd
+    kept of one task must not seem changed by another's."""
+    tasks = range(flatten(xs)[0][0].shape[0])
+    return (Given(*(_each(value, lambda x: x[t].clone()) for value in (xs, ys, xq))) for t in tasks)
 
 
 def _form(value: Any) -> Hashable:
