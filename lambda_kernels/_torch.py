@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 # The way in which autograd.Function.apply itself enters a transform: our Functions come here without the checks that
 # `apply` repeats in each call.
@@ -14,18 +15,24 @@ from torch._functorch.autograd_function import custom_function_call
 
 # A call's form is looked at outside of the transforms of torch.func that are on; torch.func has no way out of them.
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 __all__ = [
     "custom_function_call",
     "for_good",
+    "forward_mode",
     "functorch_active",
     "is_functorch_wrapped_tensor",
+    "is_old_batch",
     "looked_at",
     "mode_active",
+    "primals_of",
     "stand_ins_made",
     "temporarily_clear_interpreter_stack",
     "transform_active",
     "will_engine_run",
+    "with_forward_mode",
+    "without_old_batches",
 ]
 
 T = TypeVar("T")
@@ -35,6 +42,10 @@ functorch_active = torch._C._are_functorch_transforms_active
 is_functorch_wrapped_tensor = torch._C._functorch.is_functorch_wrapped_tensor
 # Whether the backward pass that runs now will come to a node: else it would compute a gradient that nothing uses.
 will_engine_run = torch._C._will_engine_execute_node
+# Whether a tensor is mapped by the vmap before torch.func's, which torch.autograd still uses for batched gradients.
+is_old_batch = torch._C._functorch.is_legacy_batchedtensor
+# torch switches forward mode off while a Function's jvp runs; the context switch is public for backward mode only.
+with_forward_mode = forward_ad._set_fwd_grad_enabled
 # How many modes see every operator, or every function of torch, that is called. There is no public count.
 _watching_operators = torch._C._len_torch_dispatch_stack
 _watching_functions = torch._C._len_torch_function_stack
@@ -47,12 +58,74 @@ def looked_at() -> bool:
     return bool(_watching_operators() or _watching_functions())
 
 
+def forward_mode() -> bool:
+    """Whether derivatives are taken in forward mode now, by torch.func.jvp or in a level of torch.autograd.forward_ad.
+
+    torch has no such question: a tensor can be asked for its tangent, which is slow.
+    """
+    return forward_ad._current_level >= 0
+
+
+def primals_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """The tensors without their tangents."""
+    return tuple(None if t is None else forward_ad.unpack_dual(t).primal for t in tensors)
+
+
+def without_old_batches(
+    function: Callable[..., Tensor | tuple[Tensor | None, ...]], given: Sequence[Tensor | None]
+) -> Any:
+    """function(*given), where some of the tensors are mapped by the older vmap: computed by torch.func's vmap.
+
+    The older vmap knows few operators. What it maps is taken off, becomes leading axes, and is put back at the end.
+    """
+    plain, levels = zip(*(_without_old_batch(t) for t in given))
+    every = sorted({level for own in levels for level in own})
+    there: list[bool] = []
+    single = False
+
+    def present(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        nonlocal single
+        results = function(*tensors)
+        single = isinstance(results, Tensor)
+        flat = (results,) if isinstance(results, Tensor) else results
+        there[:] = [r is not None for r in flat]
+        return tuple(r for r in flat if r is not None)
+
+    mapped: Callable[..., tuple[Tensor, ...]] = present
+    for level in every:
+        mapped = torch.func.vmap(mapped, tuple(0 if level in own else None for own in levels))
+    results = iter(_with_old_batch(r, every) for r in mapped(*plain))
+    full = tuple(next(results) if is_there else None for is_there in there)
+    return full[0] if single else full
+
+
+def _without_old_batch(tensor: Tensor | None) -> tuple[Tensor | None, list[int]]:
+    """The tensor with an axis in front for each level of the older vmap that maps it, the last level first."""
+    levels: list[int] = []
+    level = 0
+    while tensor is not None and is_old_batch(tensor):
+        level += 1
+        without = torch._remove_batch_dim(tensor, level, 0, 0)  # a level that does not map it: an axis of size 0
+        if without.shape[0]:
+            tensor = without
+            levels.append(level)
+    return tensor, levels
+
+
+def _with_old_batch(tensor: Tensor, levels: list[int]) -> Tensor:
+    for i, level in enumerate(levels):
+        tensor = torch._add_batch_dim(tensor, len(levels) - 1 - i, level)
+    return tensor
+
+
 def transform_active(device_type: str) -> str | None:
     """What makes torch's operators compute something else than their names say on such a device; None without it."""
     if torch.compiler.is_compiling():
         return "torch.compile is tracing the call"
     if functorch_active():
         return "a transform of torch.func is active"
+    if forward_mode():
+        return "forward-mode differentiation is on"
     return "autocast is on" if torch.is_autocast_enabled(device_type) else None
 
 

@@ -7,30 +7,108 @@ differentiation: each one's backward calls the others. Only the norm needs a sec
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._torch import custom_function_call, functorch_active, will_engine_run
+from ._torch import (
+    custom_function_call,
+    forward_mode,
+    functorch_active,
+    is_old_batch,
+    primals_of,
+    will_engine_run,
+    with_forward_mode,
+    without_old_batches,
+)
 from .backends import Backend, Reference
+from .backends.reference import norm_relu_pool_grad_jvp, norm_relu_pool_jvp
 from .spec import BlockSpec, ConvSpec
 
 _REFERENCE = Reference()
 
 
-class Function(torch.autograd.Function):
-    """torch's Function with a short way in: its own `apply` inspects the signature of forward anew in every call."""
+class Function:
+    """A function with rules for its derivatives and for vmap, as torch.autograd.Function has them as static methods.
+
+    The backend is its last argument. A graph that others than autograd look into (a transform of torch.func within
+    torch.compile, an exported program) is made of torch's own operators, by the reference.
+    """
+
+    forward: Callable[..., Any]
+    autograd: type[torch.autograd.Function]
+    compiled: type[torch.autograd.Function]  # the same without jvp: torch.compile takes no Function that has one
+    recorded: Callable[..., Any]
+
+    def __init_subclass__(cls) -> None:
+        rules = {name: rule for name, rule in vars(cls).items() if isinstance(rule, staticmethod)}
+        cls.autograd = type(cls.__name__, (torch.autograd.Function,), rules)
+        cls.compiled = type(cls.__name__, (torch.autograd.Function,), {k: r for k, r in rules.items() if k != "jvp"})
+        # torch's own `apply` does this, and inspects the signature of forward anew in every call.
+        cls.recorded = super(torch.autograd.Function, cls.autograd).apply  # type: ignore[misc]
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
         if torch.compiler.is_compiling():
-            return super().apply(*args)
+            if functorch_active() or torch.compiler.is_exporting():
+                return cls.forward(*args[:-1], _REFERENCE)
+            return cls.compiled.apply(*args)
         if functorch_active():
-            return custom_function_call(cls, *args)
-        if not torch.is_grad_enabled():
+            return custom_function_call(cls.autograd, *args)
+        if not (torch.is_grad_enabled() or forward_mode()):
             return cls.forward(*args)
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        return cls.recorded(*args)
+
+
+def backward_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward of a Function, which torch's older vmap (is_grads_batched, vectorize=True) may call as well."""
+
+    @wraps(rule)
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.compiler.is_compiling() or not _any_old_batch(gradients):
+            return rule(ctx, *gradients)
+        return without_old_batches(lambda *g: rule(ctx, *g), gradients)
+
+    return backward
+
+
+def forward_rule(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The jvp of a Function, from rule(ctx, kept, *tangents) with the tensors that `_keep` kept.
+
+    torch switches forward mode off around a jvp: a nested jvp would lose its tangents in silence. It is on in here, and
+    the kept tensors come without their own tangents of this level.
+    """
+
+    @wraps(rule)
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        with with_forward_mode(True):
+            kept = primals_of(ctx.saved_tensors)
+            if _any_old_batch(tangents):
+                return without_old_batches(lambda *t: rule(ctx, kept, *t), tangents)
+            return rule(ctx, kept, *tangents)
+
+    return jvp
+
+
+def _any_old_batch(tensors: tuple[Tensor | None, ...]) -> bool:
+    return any(t is not None and is_old_batch(t) for t in tensors)
+
+
+def _keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Keep what the jvp reads, where there may be one."""
+    if not torch.compiler.is_compiling() and forward_mode():
+        ctx.save_for_forward(*tensors)
+
+
+def _total(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """The sum of a result's tangents, in its shape."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total.expand(shape)
 
 
 def asked(ctx: Any) -> tuple[bool, ...]:
@@ -100,7 +178,7 @@ def _merge(batch: int, dims: tuple[int | None, ...], tensors: tuple[Tensor | Non
     return _Merged(merged, (batch, tasks))
 
 
-class Laid(torch.autograd.Function):
+class Laid(Function):
     """Contiguous images in the layout in which a backend's fused block reads them; their gradient is contiguous again.
 
     ATen's batch norm computes a wrong gradient on the CPU where its input lies otherwise than what flows back.
@@ -108,19 +186,26 @@ class Laid(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, backend: Backend) -> Tensor:
-        return backend.layout(x)
+        return _own(backend.layout(x))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Backend], output: Tensor) -> None:
         ctx.backend = inputs[1]
 
     @staticmethod
+    @forward_rule
+    def jvp(ctx: Any, kept: tuple[Tensor, ...], tangent: Tensor, *_: None) -> Tensor:
+        return Laid.apply(tangent, ctx.backend)
+
+    @staticmethod
+    @backward_rule
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
         return g.contiguous(), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return ctx.backend.layout(tangent)
+    def vmap(info: Any, in_dims: Any, x: Tensor, backend: Any) -> Any:
+        merged = _merge(info.batch_size, in_dims[:1], (x,))
+        return merged.split(Laid.apply(*merged.operands, backend)), 0
 
 
 class Conv2d(Function):
@@ -136,11 +221,28 @@ class Conv2d(Function):
         _note_inputs(ctx, x, weight, bias)
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        ctx.x_shape, ctx.weight_shape, ctx.contiguous = x.shape, weight.shape, x.is_contiguous()
+        _keep(ctx, x, weight)
+        ctx.x_shape, ctx.weight_shape, ctx.y_shape = x.shape, weight.shape, output.shape
+        ctx.contiguous = x.is_contiguous()
         ctx.bias_tasks = None if bias is None else bias.shape[0]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+    @forward_rule
+    def jvp(
+        ctx: Any, kept: tuple[Tensor, ...], tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None
+    ) -> Tensor:
+        x, weight = kept
+        parts = [] if tx is None else [Conv2d.apply(tx, weight, None, ctx.spec, ctx.backend)]
+        parts += [] if tw is None else [Conv2d.apply(x, tw, None, ctx.spec, ctx.backend)]
+        parts += [] if tb is None else [tb[:, None, :, None, None]]
+        return _total(parts, ctx.y_shape)
+
+    @staticmethod
+    @backward_rule
+    def backward(ctx: Any, gy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gy is None:
+            return (None,) * 5
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = asked(ctx)[:3]
         gx = Conv2dInputGrad.apply(gy, weight, ctx.x_shape, ctx.spec, ctx.backend) if need_x else None
@@ -168,10 +270,23 @@ class Conv2dInputGrad(Function):
         _note_inputs(ctx, gy, weight)
         need_gy, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(gy if need_weight else None, weight if need_gy else None)
-        ctx.gy_tasks, ctx.weight_shape = gy.shape[0], weight.shape
+        _keep(ctx, gy, weight)
+        ctx.gy_tasks, ctx.weight_shape, ctx.x_shape = gy.shape[0], weight.shape, output.shape
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    @forward_rule
+    def jvp(ctx: Any, kept: tuple[Tensor, ...], tgy: Tensor | None, tw: Tensor | None, *_: None) -> Tensor:
+        gy, weight = kept
+        parts = [] if tgy is None else [Conv2dInputGrad.apply(tgy, weight, ctx.x_shape, ctx.spec, ctx.backend)]
+        parts += [] if tw is None else [Conv2dInputGrad.apply(gy, tw, ctx.x_shape, ctx.spec, ctx.backend)]
+        return _total(parts, ctx.x_shape)
+
+    @staticmethod
+    @backward_rule
+    def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, ...]:
+        if v is None:
+            return (None,) * 5
         gy, weight = ctx.saved_tensors
         need_gy, need_weight = asked(ctx)[:2]
         ggy = _sum_to(Conv2d.apply(v, weight, None, ctx.spec, ctx.backend), ctx.gy_tasks) if need_gy else None
@@ -198,10 +313,23 @@ class Conv2dWeightGrad(Function):
         _note_inputs(ctx, gy, x)
         need_gy, need_x = ctx.needs_input_grad[:2]
         ctx.save_for_backward(gy if need_x else None, x if need_gy else None)
-        ctx.gy_tasks, ctx.x_shape = gy.shape[0], x.shape
+        _keep(ctx, gy, x)
+        ctx.gy_tasks, ctx.x_shape, ctx.weight_shape = gy.shape[0], x.shape, output.shape
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    @forward_rule
+    def jvp(ctx: Any, kept: tuple[Tensor, ...], tgy: Tensor | None, tx: Tensor | None, *_: None) -> Tensor:
+        gy, x = kept
+        parts = [] if tgy is None else [Conv2dWeightGrad.apply(tgy, x, ctx.weight_shape, ctx.spec, ctx.backend)]
+        parts += [] if tx is None else [Conv2dWeightGrad.apply(gy, tx, ctx.weight_shape, ctx.spec, ctx.backend)]
+        return _total(parts, ctx.weight_shape)
+
+    @staticmethod
+    @backward_rule
+    def backward(ctx: Any, v: Tensor | None) -> tuple[Tensor | None, ...]:
+        if v is None:
+            return (None,) * 5
         gy, x = ctx.saved_tensors
         need_gy, need_x = asked(ctx)[:2]
         ggy = _sum_to(Conv2d.apply(x, v, None, ctx.spec, ctx.backend), ctx.gy_tasks) if need_gy else None
@@ -228,10 +356,27 @@ class Linear(Function):
         _note_inputs(ctx, x, weight, bias)
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        _keep(ctx, x, weight)
         ctx.tasks = x.shape[0], weight.shape[0], None if bias is None else bias.shape[0]
+        ctx.y_shape = output.shape
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+    @forward_rule
+    def jvp(
+        ctx: Any, kept: tuple[Tensor, ...], tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, *_: None
+    ) -> Tensor:
+        x, weight = kept
+        parts = [] if tx is None else [Linear.apply(tx, weight, None, ctx.backend)]
+        parts += [] if tw is None else [Linear.apply(x, tw, None, ctx.backend)]
+        parts += [] if tb is None else [tb.unsqueeze(1)]
+        return _total(parts, ctx.y_shape)
+
+    @staticmethod
+    @backward_rule
+    def backward(ctx: Any, gy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if gy is None:
+            return (None,) * 4
         x, weight = ctx.saved_tensors
         x_tasks, weight_tasks, bias_tasks = ctx.tasks
         need_x, need_weight, need_bias = asked(ctx)[:3]
@@ -296,8 +441,18 @@ class NormReluPool(Function):
         ctx.bias_shape = None if bias is None else bias.shape
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(z, gamma, index, mean, rstd)
+        _keep(ctx, z, gamma, index)
 
     @staticmethod
+    @forward_rule
+    def jvp(
+        ctx: Any, kept: tuple[Tensor, ...], tz: Tensor | None, tgamma: Tensor | None, tbeta: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        z, gamma, index = kept
+        return norm_relu_pool_jvp(z, gamma, index, ctx.block, tz, tgamma, tbeta), None, None, None
+
+    @staticmethod
+    @backward_rule
     def backward(ctx: Any, gy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if gy is None:
             return (None,) * 6
@@ -340,7 +495,8 @@ class NormReluPoolGrad(Function):
         backend: Backend,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dz, dgamma, dbeta = backend.norm_relu_pool_grad(gy, z, gamma, index, mean, rstd, block, need_z)
-        return z.new_empty(z.shape[0], 0) if dz is None else dz, dgamma, dbeta
+        dz = z.new_empty(z.shape[0], 0) if dz is None else dz
+        return (_own(dz), _own(dgamma), _own(dbeta)) if forward_mode() else (dz, dgamma, dbeta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -349,8 +505,19 @@ class NormReluPoolGrad(Function):
         _note_inputs(ctx, *tensors)
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(*tensors)
+        _keep(ctx, *tensors[:4])
 
     @staticmethod
+    @forward_rule
+    def jvp(
+        ctx: Any, kept: tuple[Tensor, ...], tgy: Tensor | None, tz: Tensor | None, tgamma: Tensor | None, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        gy, z, gamma, index = kept
+        tdz, tdgamma, tdbeta = norm_relu_pool_grad_jvp(gy, z, gamma, index, ctx.block, tgy, tz, tgamma, ctx.need_z)
+        return z.new_empty(z.shape[0], 0) if tdz is None else tdz, tdgamma, tdbeta
+
+    @staticmethod
+    @backward_rule
     def backward(
         ctx: Any, v: Tensor | None, v_gamma: Tensor | None, v_beta: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -362,7 +529,7 @@ class NormReluPoolGrad(Function):
         v_gamma = torch.zeros_like(mean) if v_gamma is None else v_gamma
         v_beta = torch.zeros_like(mean) if v_beta is None else v_beta
         # Only the reference can be differentiated once more: it takes the statistics from z.
-        again = torch.is_grad_enabled() or functorch_active()
+        again = torch.is_grad_enabled() or functorch_active() or forward_mode()
         d_gy, d_z, d_gamma = (_REFERENCE if again else ctx.backend).norm_relu_pool_grad_grad(
             gy, z, gamma, index, mean, rstd, ctx.block, v, v_gamma, v_beta, need_z
         )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd
-from ._torch import functorch_active
+from ._torch import forward_mode, functorch_active
 from .backends import Backend, choose
 from .spec import (
     BlockSpec,
@@ -191,7 +191,7 @@ def block_and_statistics(
     gamma = x.new_ones(weight.shape[-4]) if gamma is None else gamma
     beta = x.new_zeros(weight.shape[-4]) if beta is None else beta
     operands = _laid(_lift(x, 4), backend), _lift(weight, 4), _lift(gamma, 1), _lift(beta, 1)
-    if _asks_for_a_gradient(*operands, bias) or torch.compiler.is_compiling():
+    if _asks_for_a_derivative(*operands, bias):
         z = autograd.Conv2d.apply(*operands[:2], None, spec, backend)
         z = z.expand(max(z.shape[0], count), *z.shape[1:])
         y, _, mean, rstd = autograd.NormReluPool.apply(z, *operands[2:], _lift_if(bias, 1), block, backend)
@@ -218,7 +218,9 @@ def _block_of_no_images(
     return y[..., : y.shape[-2] // pool, : y.shape[-1] // pool], lambda: (none, none)
 
 
-def _asks_for_a_gradient(*tensors: Tensor | None) -> bool:
+def _asks_for_a_derivative(*tensors: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or forward_mode():
+        return True
     if not torch.is_grad_enabled():
         return False
     hidden = functorch_active()  # a mapped tensor does not say whether it requires one
@@ -227,7 +229,7 @@ def _asks_for_a_gradient(*tensors: Tensor | None) -> bool:
 
 def _laid(x: Tensor, backend: Backend) -> Tensor:
     """Images in the backend's layout; of contiguous ones the gradient is contiguous too."""
-    flows = x.requires_grad and x.is_contiguous() and not (torch.compiler.is_compiling() or functorch_active())
+    flows = x.is_contiguous() and _asks_for_a_derivative(x) and not torch.compiler.is_compiling()
     return autograd.Laid.apply(x, backend) if flows else backend.layout(x)
 
 

@@ -204,36 +204,26 @@ class Reference(Backend):
         v: Tensor | None, v_gamma: Tensor, v_beta: Tensor, need_z: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
         # It is made of differentiable operations, with mean and rstd taken from z anew.
-        # With P(u) = u - mean(u) - xhat mean(u xhat): dz = gamma rstd P(g), dgamma = sum(g xhat), dbeta = sum(g), and
-        # xhat moves with z as rstd P, rstd as -rstd^2 xhat / M. g is gy, scattered to the maxima.
-        pixels = (1, 3, 4)
+        # dz = gamma rstd P(g), dgamma = sum(g xhat), dbeta = sum(g), with g = gy, scattered to the maxima, and
+        # P(u) = u - mean(u) - xhat mean(u xhat); xhat moves with z as rstd P, rstd as -rstd^2 xhat / M.
+        xhat, r = _standardised(z, block.eps)
         wide = mean.dtype
-        variance, average_z = torch.var_mean(z.to(wide), pixels, correction=0, keepdim=True)
-        r = torch.rsqrt(variance + block.eps)
-        xhat = (z.to(wide) - average_z) * r
         scale = over_pixels(gamma.to(wide)) * r
-
-        def average(u: Tensor) -> Tensor:
-            return u.mean(pixels, keepdim=True)
-
-        def project(u: Tensor) -> Tensor:
-            return u - average(u) - xhat * average(u * xhat)
-
         g = scatter_windows(gy.to(wide), index, block.pool, z.shape[-2], z.shape[-1])
         along = over_pixels(v_gamma) * xhat + over_pixels(v_beta)
         u = over_pixels(v_gamma) * g
         d_gamma, turn = torch.zeros_like(mean), None
         if v is not None:
             v = v.to(wide)
-            pv = project(v)
+            pv = _projected(v, xhat)
             along = along + scale * pv
-            u = u - scale * (v * average(g * xhat) + g * average(v * xhat))
-            d_gamma = (r * (pv * g).sum(pixels, keepdim=True)).flatten(1)
-            turn = scale * r * xhat * average(pv * g)
+            u = u - scale * (v * _average(g * xhat) + g * _average(v * xhat))
+            d_gamma = (r * (pv * g).sum(_PIXELS, keepdim=True)).flatten(1)
+            turn = scale * r * xhat * _average(pv * g)
         d_gy = gather_windows(along, index, block.pool).to(gy.dtype)
         d_z = None
         if need_z:
-            d_z = (r * project(u) - (0 if turn is None else turn)).to(z.dtype)
+            d_z = (r * _projected(u, xhat) - (0 if turn is None else turn)).to(z.dtype)
         return d_gy, d_z, d_gamma.to(gamma.dtype)
 
     def image_moments(self, x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:
@@ -298,6 +288,70 @@ def _patches(x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:
     """x [1|T, N, C, H, W] -> what a convolution multiplies its weight with, [1|T, N H' W', C kh kw]."""
     columns = F.unfold(x.flatten(0, 1), kernel, spec.dilation, spec.padding, spec.stride)
     return columns.mT.unflatten(0, x.shape[:2]).flatten(1, 2)
+
+
+_PIXELS = 1, 3, 4  # the axes of z [T, N, C, H, W] over which a norm takes its statistics
+
+
+def _average(u: Tensor) -> Tensor:
+    return u.mean(_PIXELS, keepdim=True)
+
+
+def _standardised(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(z - mean) rstd and rstd [T, 1, C, 1, 1], in operations that can be differentiated to any order."""
+    a = z.to(torch.promote_types(z.dtype, torch.float32))
+    variance, mean = torch.var_mean(a, _PIXELS, correction=0, keepdim=True)
+    rstd = torch.rsqrt(variance + eps)
+    return (a - mean) * rstd, rstd
+
+
+def _projected(u: Tensor, xhat: Tensor) -> Tensor:
+    """P(u) = u - mean(u) - xhat mean(u xhat): rstd P is the derivative of xhat by z, and its own adjoint."""
+    return u - _average(u) - xhat * _average(u * xhat)
+
+
+def norm_relu_pool_jvp(
+    z: Tensor, gamma: Tensor, index: Tensor, block: BlockSpec, tz: Tensor | None, tgamma: Tensor | None,
+    tbeta: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The tangent of `norm_relu_pool`'s y, from the tangents of z, gamma and beta; None is zero.
+
+    Operands are those of `Backend.norm_relu_pool`; differentiable to any order.
+    """
+    xhat, r = _standardised(z, block.eps)
+    moved = torch.zeros_like(xhat)
+    if tz is not None:
+        moved = moved + over_pixels(gamma.to(xhat.dtype)) * r * _projected(tz.to(xhat.dtype), xhat)
+    if tgamma is not None:
+        moved = moved + over_pixels(tgamma.to(xhat.dtype)) * xhat
+    if tbeta is not None:
+        moved = moved + over_pixels(tbeta.to(xhat.dtype))
+    return gather_windows(moved, index, block.pool).to(z.dtype)
+
+
+def norm_relu_pool_grad_jvp(
+    gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, block: BlockSpec, tgy: Tensor | None, tz: Tensor | None,
+    tgamma: Tensor | None, need_z: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """The tangents of `norm_relu_pool_grad`'s results, from those of gy, z and gamma; None is zero.
+
+    Operands are those of `Backend.norm_relu_pool_grad`; differentiable to any order.
+    """
+    xhat, r = _standardised(z, block.eps)
+    wide, size = xhat.dtype, z.shape[-2:]
+    g = scatter_windows(gy.to(wide), index, block.pool, *size)
+    tg = torch.zeros_like(g) if tgy is None else scatter_windows(tgy.to(wide), index, block.pool, *size)
+    scale = over_pixels(gamma.to(wide))
+    tdbeta, tdgamma = tg.sum(_PIXELS), (tg * xhat).sum(_PIXELS)
+    turned = _projected(tg, xhat)  # the tangent of P(g)
+    tscale = torch.zeros_like(scale) if tgamma is None else over_pixels(tgamma.to(wide)) * r  # and of gamma rstd
+    if tz is not None:
+        txhat = r * _projected(tz.to(wide), xhat)
+        tdgamma = tdgamma + (g * txhat).sum(_PIXELS)
+        turned = turned - txhat * _average(g * xhat) - xhat * _average(g * txhat)
+        tscale = tscale - scale * r * r * _average(xhat * tz.to(wide))
+    tdz = (scale * r * turned + tscale * _projected(g, xhat)).to(z.dtype) if need_z else None
+    return tdz, tdgamma.to(gamma.dtype), tdbeta.to(gamma.dtype)
 
 
 def _relu_pool(a: Tensor, pool: int) -> tuple[Tensor, Tensor]:
