@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 from ._say import say_once
 from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, as_torchs, torch_class
 from .neighbours import unpatched
-from .program import NORMS, Program, plain, program_for, program_seen
+from .norms import exact_norms
+from .program import NORMS, Program, plain_view, program_for, program_seen
 
 __all__ = ["convert", "report", "to_torch"]
 
@@ -25,6 +26,7 @@ class Fused:
     """Runs a module's program, in which conv-norm-ReLU-pool runs are one block, in place of its forward."""
 
     fuses: type[nn.Module]
+    blocks: bool
 
     def __init_subclass__(cls, **named: Any) -> None:
         """Without the model's own, which may keep a register of its classes."""
@@ -33,34 +35,44 @@ class Fused:
         return as_torchs(self, self.fuses)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _revive, (self.fuses,), super().__reduce_ex__(2)[2]
+        return _revive, (self.fuses, self.blocks), super().__reduce_ex__(2)[2]
 
 
-def _forward_of(cls: Any) -> Callable[..., Any]:
-    """The forward of a fused class, with the signature of the one that it takes the place of."""
+def _forward_of(cls: Any, blocks: bool) -> Callable[..., Any]:
+    """The forward of a fused class, with the signature of the one that it takes the place of; without `blocks` there
+    are none to be found, and only norms are other than torch's under a transform."""
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._is_tracing() or any(isinstance(x, fx.Proxy) for x in inputs):
             return cls.forward(self, *inputs, **named)
         self = unpatched(self)
-        program = program_for(self, inputs, named, called=False)
-        if program.untraceable is not None:
+        program = program_for(self, inputs, named, called=False) if blocks else None
+        if program is not None and program.untraceable is not None:
             say_once(f"{cls.__name__} runs layer by layer, without fused blocks: {program.untraceable}")
-            return cls.forward(plain(self), *inputs, **named)
-        return program(self, *inputs, **named)
+            program = None
+        with exact_norms():
+            if program is None:
+                return cls.forward(plain_view(self, cls), *inputs, **named)
+            return program(self, *inputs, **named)
 
     return forward
 
 
 @cache
-def _fused_class(cls: Any) -> type[nn.Module]:
-    names = {"fuses": cls, "forward": _forward_of(cls), "__module__": cls.__module__, "__doc__": cls.__doc__}
+def _fused_class(cls: Any, blocks: bool) -> type[nn.Module]:
+    names = {
+        "fuses": cls,
+        "blocks": blocks,
+        "forward": _forward_of(cls, blocks),
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+    }
     return type(cls)(cls.__name__, (Fused, cls), names)
 
 
-def _revive(cls: Any) -> nn.Module:
-    fused = _fused_class(cls)
+def _revive(cls: Any, blocks: bool = True) -> nn.Module:
+    fused = _fused_class(cls, blocks)
     return fused.__new__(fused)
 
 
@@ -82,15 +94,12 @@ def convert(model: nn.Module) -> nn.Module:
         if drop_in is not None:
             module.__class__ = drop_in
     cls: Any = type(model)
-    if not isinstance(model, Fused) and cls not in TORCH_CLASS and _may_fuse(model):
-        model.__class__ = _fused_class(cls)
+    if not isinstance(model, Fused) and cls not in TORCH_CLASS:
+        kinds = {type(module) for module in model.modules()}
+        blocks = bool(kinds & {nn.Conv2d, Conv2d}) and nn.BatchNorm2d in kinds or ConvBlock in kinds
+        if blocks or any(issubclass(kind, NORMS) for kind in kinds):
+            model.__class__ = _fused_class(cls, blocks)
     return model
-
-
-def _may_fuse(model: nn.Module) -> bool:
-    """Whether a forward of the model may hold a run of layers that one block computes."""
-    kinds = {type(module) for module in model.modules()}
-    return bool(kinds & {nn.Conv2d, Conv2d}) and nn.BatchNorm2d in kinds or ConvBlock in kinds
 
 
 def to_torch(model: nn.Module) -> nn.Module:

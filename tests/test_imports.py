@@ -24,6 +24,7 @@ BELOW = {
     "_say": set(),
     "_torch": set(),
     "neighbours": set(),
+    "norms": {"_torch"},
     "agreement": set(),
     "cache": set(),
     "spec": set(),
@@ -34,7 +35,7 @@ BELOW = {
     "program": {"_C", "_build", "_torch", "agreement", "cache", "functional", "layers", "spec"},
     "chain": {"_torch", "backends", "cache", "program", "spec"},
     "cuda_graph": {"_torch", "backends", "cache"},
-    "convert": {"_say", "layers", "neighbours", "program"},
+    "convert": {"_say", "layers", "neighbours", "norms", "program"},
     "info": {"", "_C", "_build", "backends"},
     "": {"backends", "convert", "functional", "layers"},
 }
@@ -64,7 +65,7 @@ INSIDE = {
         "build": {"calls", "capture", "fuse", "steps", "structure", "watch"},
         "check": {"shadow", "steps", "structure", "watch"},
         "lookup": {"build", "capture", "check", "shadow", "snapshot", "steps", "structure", "walk"},
-        "": {"calls", "fuse", "lookup", "shadow", "steps", "structure"},
+        "": {"calls", "fuse", "lookup", "shadow", "steps", "structure", "walk"},
     },
     "lambda_maml": {
         "data": set(),
@@ -113,7 +114,7 @@ INSIDE = {
     },
 }  # fmt: skip
 # The modules of lambda_kernels that the adapter may reach, beside the names of its top level.
-OPEN = {"_torch", "agreement", "cache", "chain", "cuda_graph", "functional", "info", "layers", "program"}
+OPEN = {"_torch", "agreement", "cache", "chain", "cuda_graph", "functional", "info", "layers", "norms", "program"}
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:

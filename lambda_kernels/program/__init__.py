@@ -14,10 +14,11 @@ all modules of the same structure share one.
 
 from .calls import BlockCall, LinearCall
 from .fuse import EVALUATION
-from .lookup import aliases_of, memo_of, modes_of, notes_of, plain, program_for, program_seen, tensors_of
+from .lookup import aliases_of, memo_of, modes_of, notes_of, program_for, program_seen, tensors_of
 from .shadow import replace, shadow
 from .steps import LAYERS, NORMS, Arguments, Fusion, OwnState, Program, Slot, Step
 from .structure import flatten
+from .walk import plain_view
 
 __all__ = [
     "EVALUATION",
@@ -36,7 +37,7 @@ __all__ = [
     "memo_of",
     "modes_of",
     "notes_of",
-    "plain",
+    "plain_view",
     "program_for",
     "program_seen",
     "replace",

@@ -25,9 +25,9 @@ from .shadow import shadow
 from .snapshot import Snapshot, Stamp, fingerprint, outline
 from .steps import Program
 from .structure import flatten
-from .walk import is_walkable, look, plain_class, walk
+from .walk import is_walkable, look, plain_class, plain_view, walk
 
-__all__ = ["aliases_of", "memo_of", "modes_of", "notes_of", "plain", "program_for", "program_seen", "tensors_of"]
+__all__ = ["aliases_of", "memo_of", "modes_of", "notes_of", "program_for", "program_seen", "tensors_of"]
 
 _MOST = 64  # captures of one structure: more of them, and the forward asks for something that never stays
 _LOCK = threading.RLock()  # one thread makes a program, the others wait for it
@@ -59,7 +59,8 @@ class _Known:
     def __init__(self, root: nn.Module, snapshot: Snapshot, family: _Family) -> None:
         self.snapshot, self.family = snapshot, family
         self.modes, self.aliases = modes(root), aliases(root)
-        self.view = _plain(root)
+        cls = plain_class(root)
+        self.view = None if cls is type(root) else plain_view(root, cls)
         self.notes: dict[Any, Any] = {}
         self.memos: Bounded[dict[Any, Any]] = Bounded(_MOST)  # by program
         self.seen: Program | None = None  # the last one
@@ -68,16 +69,6 @@ class _Known:
 _FAMILIES: Bounded[_Family] = Bounded(128)
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 _REFUSED: WeakKeyDictionary[nn.Module, Bounded[str]] = WeakKeyDictionary()  # why a call is not captured, by its form
-
-
-def _plain(root: nn.Module) -> nn.Module | None:
-    """A network as it was before `convert` gave it a class of its own, around the same attributes; None for itself."""
-    cls = plain_class(root)
-    if cls is type(root):
-        return None
-    view = object.__new__(cls)
-    view.__dict__ = root.__dict__
-    return view
 
 
 def _known(root: nn.Module) -> _Known:
@@ -122,18 +113,29 @@ def _find(root: nn.Module, known: _Known, args: tuple[Any, ...], kwargs: Mapping
     if family.walkable:
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             return _opaque(root, family, _other_call(args, kwargs))
-        program = family.walked or _walked(root, family, args[0])
+        program = family.walked
+        if program is None:
+            program = (
+                _outside(root, known, args, kwargs, called) if functorch_active() else _walked(root, family, args[0])
+            )
         return program if program.untraceable else _checked(root, known, program, args, kwargs, called)
     seen = known.view or root
     if functorch_active():
-        try:
-            seen, args, kwargs = _stand_ins(seen, args, kwargs)
-        except TypeError as error:
-            return _opaque(root, family, str(error))
-        with temporarily_clear_interpreter_stack():
-            return _captured(root, known, seen, args, kwargs, called)
+        return _outside(root, known, args, kwargs, called)
     program = _captured(root, known, seen, args, kwargs, called)
     return program if program.untraceable else _checked(root, known, program, args, kwargs, called)
+
+
+def _outside(root: nn.Module, known: _Known, args: tuple[Any, ...], kwargs: Mapping[str, Any], called: bool) -> Program:
+    """The program of a call under transforms of torch.func, looked for outside of them by a call of the same shapes."""
+    try:
+        seen, args, kwargs = _stand_ins(known.view or root, args, kwargs)
+    except TypeError as error:
+        return _opaque(root, known.family, str(error))
+    with temporarily_clear_interpreter_stack():
+        if known.family.walkable:
+            return _walked(seen, known.family, args[0])
+        return _captured(root, known, seen, args, kwargs, called)
 
 
 def _other_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -308,11 +310,6 @@ def aliases_of(root: nn.Module) -> dict[str, str]:
 def notes_of(root: nn.Module) -> dict[Any, Any]:
     """A place for what was read off a module's structure, empty once that is another."""
     return _known(root).notes
-
-
-def plain(root: nn.Module) -> nn.Module:
-    """A network as it was before `convert` gave it a class of its own, around the same attributes."""
-    return _known(root).view or root
 
 
 def memo_of(root: nn.Module, *args: Any) -> dict[Any, Any] | None:

@@ -13,7 +13,7 @@ from .shadow import shadow
 from .snapshot import BASE, SCALARS
 from .watch import Deeds, Watch, storages
 
-__all__ = ["is_walkable", "look", "plain_class", "walk"]
+__all__ = ["is_walkable", "look", "plain_class", "plain_view", "walk"]
 
 _HOMES = ("torch.nn.modules.", "lambda_kernels.layers")
 
@@ -22,6 +22,13 @@ def plain_class(module: nn.Module) -> Any:
     """The class that a module had before `convert` made a fused one of it."""
     cls: Any = type(module)
     return getattr(cls, "fuses", cls)
+
+
+def plain_view(module: nn.Module, cls: Any) -> nn.Module:
+    """A module as one of another class, around the same attributes."""
+    view: nn.Module = object.__new__(cls)
+    view.__dict__ = module.__dict__
+    return view
 
 
 def is_walkable(root: nn.Module) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lambda_kernels._torch import for_good, stand_ins_made
+from lambda_kernels.norms import exact_norms
 from lambda_kernels.program import OwnState, aliases_of, modes_of, program_for, replace, shadow, tensors_of
 
 from .inner.state import Outcome
@@ -101,7 +102,8 @@ class AdaptedNetwork(nn.Module):
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return self._compiled(*args, **kwargs)
         plan, network, state = self._call(args, kwargs)
-        return plan.program.evaluate(self._bind(plan, network), state, *args, **kwargs)
+        with exact_norms():
+            return plan.program.evaluate(self._bind(plan, network), state, *args, **kwargs)
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.compile, torch.export and torch.jit trace: the network's own forward. By Dynamo's hand

@@ -71,7 +71,7 @@ def unstacked(xs: Any, ys: Any, xq: Any) -> Iterator[Given]:
     """Stacked tasks one after another, in memory of their own: a forward may write into its input, and what autograd
     kept of one task must not seem changed by another's."""
     tasks = range(flatten(xs)[0][0].shape[0])
-    return (Given(*(_each(value, lambda x: x[t].clone()) for value in (xs, ys, xq))) for t in tasks)
+    return (Given(*(_each(task(value, t), torch.clone) for value in (xs, ys, xq))) for t in tasks)
 
 
 def _form(value: Any) -> Hashable:

@@ -1,0 +1,137 @@
+"""Second derivatives of norms under nested transforms of torch.func, against a loop over the tasks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import GRADIENT
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+import lambda_kernels as lk
+from lambda_kernels.norms import ByDefinition
+from lambda_maml import adapt
+
+LABELS = torch.arange(3).repeat(2)
+NORMS: dict[str, Any] = {
+    "batch": lambda c, side: nn.BatchNorm2d(c, track_running_stats=False),
+    "batch, no affine": lambda c, side: nn.BatchNorm2d(c, affine=False, track_running_stats=False),
+    "instance": lambda c, side: nn.InstanceNorm2d(c, affine=True),
+    "group": lambda c, side: nn.GroupNorm(2, c),
+    "layer": lambda c, side: nn.LayerNorm([c, side, side]),
+    "layer, no bias": lambda c, side: nn.LayerNorm([c, side, side], bias=False),
+    "rms": lambda c, side: nn.RMSNorm([c, side, side]),
+}
+
+
+def layers(norm: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), norm(4, 6), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1), norm(4, 3),
+        nn.LeakyReLU(), nn.Flatten(), nn.Linear(36, 3),
+    ).double()  # fmt: skip
+
+
+class Residual(nn.Module):
+    """Pre-activation, and a forward of its own; `looks` makes it one that cannot be captured."""
+
+    def __init__(self, norm: Any, looks: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm, self.conv = nn.Conv2d(3, 4, 1), norm(4, 6), nn.Conv2d(4, 4, 3, padding=1)
+        self.head, self.looks = nn.Linear(4 * 36, 3), looks
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        if self.looks:
+            self.seen = len(x)
+        return self.head((h + self.conv(F.silu(self.norm(h)))).flatten(1))
+
+
+NETWORKS: dict[str, Any] = {
+    "layers": layers,
+    "captured": lambda norm: Residual(norm, False).double(),
+    "as written": lambda norm: Residual(norm, True).double(),
+}
+
+
+def adapted(network: nn.Module, weights: dict[str, Tensor], x: Tensor, xq: Tensor, differentiate: Any) -> Tensor:
+    """The query's log-sum of one task after one inner step."""
+
+    def loss(p: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(functional_call(network, p, (x,)), LABELS)
+
+    gradients = differentiate(loss, weights)
+    fast = {n: p - 0.1 * gradients[n] for n, p in weights.items()}
+    result: Tensor = functional_call(network, fast, (xq,)).logsumexp(1).sum()
+    return result
+
+
+def by_transforms(network: nn.Module, xs: Tensor, xq: Tensor) -> dict[str, Tensor]:
+    def total(p: dict[str, Tensor]) -> Tensor:
+        one = vmap(lambda x, q: adapted(network, p, x, q, lambda f, w: grad(f)(w)))
+        result: Tensor = one(xs, xq).sum()
+        return result
+
+    return grad(total)({n: p.detach() for n, p in network.named_parameters()})
+
+
+def by_a_loop(network: nn.Module, xs: Tensor, xq: Tensor) -> dict[str, Tensor]:
+    def step(f: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(weights, torch.autograd.grad(f(weights), list(weights.values()), create_graph=True)))
+
+    weights = dict(network.named_parameters())
+    total = torch.stack([adapted(network, weights, x, q, step) for x, q in zip(xs, xq)]).sum()
+    return dict(zip(weights, torch.autograd.grad(total, list(weights.values()))))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_meta_gradient_by_transforms_is_that_of_a_loop(name: str, norm: str) -> None:
+    stock = NETWORKS[name](NORMS[norm])
+    xs, xq = (torch.randn(2, n, 3, 6, 6, dtype=torch.float64) for n in (6, 3))
+    want = by_a_loop(stock, xs, xq)
+    got = by_transforms(lk.convert(copy.deepcopy(stock)), xs, xq)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], **GRADIENT, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_a_learner_under_transforms_computes_its_norms_by_their_definition() -> None:
+    model, x = layers(NORMS["batch"]), torch.randn(6, 3, 6, 6, dtype=torch.float64)
+    learner = adapt(model, x, LABELS, pattern="ANIL", steps=1, lr=0.1)
+    network = learner.to_module()
+
+    def curvature(f: Any) -> Tensor:
+        inner = vmap(grad(lambda q: f(q).logsumexp(1).pow(2).sum()))
+        return grad(lambda q: inner(torch.stack([q, 2 * q])).pow(2).sum())(x)
+
+    def definition(q: Tensor) -> Tensor:
+        with ByDefinition():
+            result: Tensor = network(q)
+        return result
+
+    torch.testing.assert_close(curvature(learner), curvature(definition), **GRADIENT)
+
+
+def test_norms_by_their_definition_are_torchs() -> None:
+    x = torch.randn(5, 4, 3, 2, dtype=torch.float64)
+    w, b, mean, var = (torch.rand(4, dtype=torch.float64) + 0.5 for _ in range(4))
+    calls: list[Any] = [
+        lambda: F.batch_norm(x, None, None, w, b, True, eps=0.1),
+        lambda: F.batch_norm(x, None, None, training=True),
+        lambda: F.batch_norm(x, mean, var, w, b, False),
+        lambda: F.instance_norm(x, weight=w, bias=b),
+        lambda: F.instance_norm(x, mean, var, use_input_stats=False),
+        lambda: F.group_norm(x, 2, w, b),
+        lambda: F.group_norm(x[:, :, 0, 0], 4, eps=0.3),
+        lambda: F.layer_norm(x, (3, 2), eps=0.2),
+        lambda: F.layer_norm(x, [2], weight=w[:2], bias=b[:2]),
+    ]
+    for number, call in enumerate(calls):
+        with ByDefinition():
+            got = call()
+        torch.testing.assert_close(got, call(), **GRADIENT, msg=lambda m, number=number: f"call {number}: {m}")
