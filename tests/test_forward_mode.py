@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BACKENDS, explicit_block, by_task
+from cases import BACKENDS, by_task, explicit_block
 from operations import TINY, call, tiny
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, jacobian
-from torch.func import functional_call, grad, jacfwd, jacrev, jvp, linearize, vmap
+from torch.func import grad, jacfwd, jacrev, jvp, linearize, vmap
 from torch.func import hessian as hessian_of
 
 import lambda_kernels as lk

@@ -31,8 +31,8 @@ NORMS: dict[str, Any] = {
 def layers(norm: Any) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), norm(4, 6), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1), norm(4, 3),
-        nn.LeakyReLU(), nn.Flatten(), nn.Linear(36, 3),
+        nn.Conv2d(3, 4, 3, padding=1), norm(4, 6), nn.GELU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, padding=1),
+        norm(4, 3), nn.LeakyReLU(), nn.Flatten(), nn.Linear(36, 3),
     ).double()  # fmt: skip
 
 

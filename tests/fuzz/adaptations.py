@@ -109,8 +109,9 @@ def describe(seed: int, without: Collection[int] = ()) -> str:
     order = "second order" if s.second_order else "first order"
     loss = "cross_entropy" if s.loss is F.cross_entropy else "squared"
     return (
-        f"{net.source}\n# {shapes}, {s.layout}\n# pattern={s.pattern!r}, steps={s.steps}, lr={s.lr}, norm={s.norm!r}, {order}, "
-        f"loss={loss}, {'converted' if s.converted else 'as it is'}, {'training' if net.training else 'evaluation'} mode"
+        f"{net.source}\n# {shapes}, {s.layout}\n# pattern={s.pattern!r}, steps={s.steps}, lr={s.lr}, norm={s.norm!r}, "
+        f"{order}, loss={loss}, {'converted' if s.converted else 'as it is'}, "
+        f"{'training' if net.training else 'evaluation'} mode"
     )
 
 

@@ -213,8 +213,8 @@ class Writer:
         if relu is None:
             relu = f"{self.module('relu', self.pick('nn.ReLU()', 'nn.ReLU()', 'nn.ReLU(inplace=True)'))}({value})"
         smooth = self.pick(
-            f"torch.tanh({value})", f"F.gelu({value})", f"F.silu({value})", f"{value}.sigmoid()", f"F.softplus({value})",
-            f"F.leaky_relu({value}, 0.1)", f"{self.module('act', 'nn.ELU()')}({value})",
+            f"torch.tanh({value})", f"F.gelu({value})", f"F.silu({value})", f"{value}.sigmoid()",
+            f"F.softplus({value})", f"F.leaky_relu({value}, 0.1)", f"{self.module('act', 'nn.ELU()')}({value})",
         )  # fmt: skip
         return str(self.rng.choices([relu, smooth], [3, 1])[0])
 
@@ -302,7 +302,8 @@ def in_place(w: Writer) -> None:
     if w.rng.random() < 0.85:
         w.fresh()
     choices = [
-        "h.mul_(0.9)", "h += 0.1", "h *= SCALE", "h[:, 0] = 0.3", "h[:, :1] *= 2", "h.clamp_(min=-1.5)", "h[0].add_(0.2)",
+        "h.mul_(0.9)", "h += 0.1", "h *= SCALE", "h[:, 0] = 0.3", "h[:, :1] *= 2", "h.clamp_(min=-1.5)",
+        "h[0].add_(0.2)",
         "h.select(1, 0).mul_(0.5)", "h.detach().mul_(0.99)", "torch.tanh_(h)", "h[..., -1] = h[..., 0] * 0.5",
         "h.narrow(1, 0, 1).neg_()", "h = h.add_(1)", "h.sub_(h.mean(0, keepdim=True).detach())", "h.data.mul_(0.98)",
         "y = h; y += 0.25", "torch.mul(h, 0.9, out=h) if not torch.is_grad_enabled() else h.mul_(0.9)",
@@ -428,7 +429,8 @@ def question(w: Writer) -> None:
         "self.partial": "self.partial = functools.partial(F.leaky_relu, negative_slope=0.3)",
         "self.flag": "self.register_buffer('flag', torch.tensor(0.9))",
         "self.tupled": "self.tupled = Tupled()",
-        "self.listed": f"self.listed = nn.ModuleList([nn.Tanh(), {'nn.Identity()' if c == 1 else f'Scaled({c})'}, nn.ReLU()])",
+        "self.listed": "self.listed = nn.ModuleList([nn.Tanh(), "
+        f"{'nn.Identity()' if c == 1 else f'Scaled({c})'}, nn.ReLU()])",
         "self.named_acts": "self.named_acts = nn.ModuleDict({'tanh': nn.Tanh(), 'relu': nn.ReLU(), 'gelu': nn.GELU()})",
         "self.plain_tensor": "self.plain_tensor = torch.tensor(0.9, dtype=torch.float64)",
         "self.offset": "self.offset = nn.Parameter(torch.tensor(0.1))",
@@ -541,7 +543,8 @@ def network(seed: int, without: Collection[int] = ()) -> Network:
     if w.images:
         c, height, width = w.shape
         size = c * height * width
-        wide = ["h = h.flatten(1)", "h = torch.flatten(h, 1)", "h = h.reshape(h.shape[0], -1)", "h = h.flatten(start_dim=1)",
+        wide = ["h = h.flatten(1)", "h = torch.flatten(h, 1)", "h = h.reshape(h.shape[0], -1)",
+                "h = h.flatten(start_dim=1)",
                 "h = h.reshape(h.size(0), -1)"]  # fmt: skip
         average = [
             "h = h.mean((2, 3))",
@@ -582,8 +585,10 @@ def _program(body: str, made: str, w: Writer, seed: int) -> str:
     return (
         f"# network {seed}, inputs {list(w.shape)}{HEADER}\nimport lambda_kernels as lk\n\n\n{body}\n\ndef make():\n"
         f"    torch.manual_seed({seed})\n    net = {made}.double()\n    with torch.no_grad():\n"
-        "        for p in net.parameters():\n            if p.dim() < 2:\n                p.add_(0.2 * torch.randn_like(p))\n"
+        "        for p in net.parameters():\n            if p.dim() < 2:\n"
+        "                p.add_(0.2 * torch.randn_like(p))\n"
         "        for name, b in net.named_buffers():\n            if name.endswith('running_mean'):\n"
-        "                b.normal_(0.0, 0.3)\n            if name.endswith('running_var'):\n                b.uniform_(0.5, 1.5)\n"
+        "                b.normal_(0.0, 0.3)\n            if name.endswith('running_var'):\n"
+        "                b.uniform_(0.5, 1.5)\n"
         f"    net.train({w.training})\n{after}    return net\n"
     )

@@ -28,7 +28,8 @@ class Failure(NamedTuple):
     told: str
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.seed}: {self.told}\n    PYTHONPATH=tests python -m fuzz --kind {self.kind} --seed {self.seed}"
+        again = f"PYTHONPATH=tests python -m fuzz --kind {self.kind} --seed {self.seed}"
+        return f"{self.kind} {self.seed}: {self.told}\n    {again}"
 
 
 def _check(kind: str) -> Callable[[int], Any]:
