@@ -89,6 +89,7 @@ def convert(model: nn.Module) -> nn.Module:
     >>> type(model[0]) is Conv2d, list(model.state_dict())
     (True, ['0.weight', '0.bias', '3.weight', '3.bias'])
     """
+    _check_module("convert", model)
     for module in model.modules():
         drop_in = _DROP_IN.get(type(module))
         if drop_in is not None:
@@ -102,12 +103,18 @@ def convert(model: nn.Module) -> nn.Module:
     return model
 
 
+def _check_module(what: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{what}: a torch.nn.Module expected, got {type(model).__name__}: {what}(model), not its class")
+
+
 def to_torch(model: nn.Module) -> nn.Module:
     """A deep copy of the model in which every layer of this package is torch's own again: the yardstick's network.
 
     >>> type(to_torch(convert(nn.Linear(8, 5)))) is nn.Linear
     True
     """
+    _check_module("to_torch", model)
     held = [t for m in model.modules() for t in m.__dict__.values() if isinstance(t, Tensor) and not t.is_leaf]
     twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in held})  # what hooks computed, as those of prune do
     for module in twin.modules():
@@ -129,6 +136,7 @@ def report(model: nn.Module, *inputs: Any) -> str:
       2: ReLU, computed in the block of 0
       4: lambda_kernels.Linear
     """
+    _check_module("report", model)
     program = program_for(model, inputs, {}) if inputs else program_seen(model)
     lines = [f"{type(model).__name__}: {_summary(program)}"]
     fusions = () if program is None else program.fusions

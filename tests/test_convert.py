@@ -284,3 +284,10 @@ def test_a_model_converted_in_evaluation_mode_is_fused_once_it_trains():
     torch.testing.assert_close(model.train()(x), twin.train()(x), **within(torch.float32))
     assert "1 fused block," in lk.report(model)
     torch.testing.assert_close(model[1].running_mean, twin[1].running_mean)
+
+
+@pytest.mark.parametrize("function", [lk.convert, lk.to_torch, lk.report])
+def test_what_is_no_module_is_named(function: Any) -> None:
+    for thing in (None, nn.Linear, [nn.Linear(2, 2)]):
+        with pytest.raises(TypeError, match=rf"{function.__name__}: a torch.nn.Module expected, got "):
+            function(thing)

@@ -568,7 +568,8 @@ def _class(w: Writer, seed: int) -> str:
     init = "".join(f"        {line}\n" for line in w.init)
     forward = "".join(f"        {line}\n" for line in w.forward)
     helper = "    def helper(self, h, *terms):\n        for t in terms:\n            h = h + t\n        return h\n"
-    body = f"class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n{init}{helper if 'self.helper' in forward else ''}"
+    body = f"class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n{init}"
+    body += helper if "self.helper" in forward else ""
     body += f"    def forward(self, {w.arguments}):\n        h = x\n{forward}"
     return _program(body, "Net()", w, seed)
 
