@@ -62,6 +62,30 @@ def test_what_is_written_in_place_is_made_anew() -> None:
     assert "relu_" in prefix and "second" in rest
 
 
+def test_a_copy_that_is_a_view_of_a_fused_blocks_result_is_made_anew_where_it_is_written_to() -> None:
+    """Flattening channels-last memory is a copy, and a view where the block's result is contiguous."""
+
+    class Flattens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3, track_running_stats=False)
+            self.mid, self.head = nn.Linear(48, 48), nn.Linear(48, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = torch.relu(self.norm(self.conv(x))).flatten(1)
+            rows.add_(torch.tanh(self.mid(rows.clone())))
+            return self.head(rows)
+
+    groups = [(loops.pair("conv"), loops.pair("norm")), (loops.pair("mid"), []), (loops.pair("head"), [])]
+    case = loops.Case(Flattens().double(), groups, (2, 4, 4))
+    xs, ys, xq, yq = case.task()
+    xs, xq = (x.contiguous(memory_format=torch.channels_last) for x in (xs, xq))
+    prefix, rest = labels(case.network, "010", xs)
+    assert not prefix and "add_" in rest and program_of(case.network, xs).fusions
+    want = loops.plain_loop(case.network, case.groups, "010", xs, ys, xq, yq, steps=3, lr=0.1)
+    loops.close(adapt(case.network, xs, ys, pattern="010", steps=3, lr=0.1)(xq), want.logits, "logits")
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_prefix_and_rest_are_the_program(name: str) -> None:
     case = NETWORKS[name]()

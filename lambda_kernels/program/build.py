@@ -77,6 +77,7 @@ class _Builder:
         self.paths: set[str] = set()
         self.memory: list[int] = []
         self._stored: dict[int, set[int]] = {}  # storages, by slot
+        self._loose: set[int] = set()  # slots whose memory may lie otherwise than torch's would
 
     def program(self) -> Program:
         result: Any = None
@@ -154,6 +155,8 @@ class _Builder:
         if self.fuser.flattens(node):
             kind = "flatten"
         slot = Slot(len(self.inputs) + len(self.steps))
+        if kind in _OURS or not self._loose.isdisjoint(reads):
+            self._loose.add(slot.index)
         self._share(reads, deeds)
         self.steps.append(Step(slot.index, str(node.name), kind, call, args, kwargs, reads, **facts))
         run = {node}
@@ -165,12 +168,16 @@ class _Builder:
         return run
 
     def _share(self, read: tuple[int, ...], deeds: Deeds | None) -> None:
-        """Give the next slot a number in `memory`, the same as that of slots whose storages it has; of a step of which
-        nothing is known, as that of the given ones. Those become one."""
+        """Give the next slot a number in `memory`, the same as that of slots whose storages it has, or may have where
+        memory lies otherwise than torch's; of a step of which nothing is known, as that of the given ones. Those
+        become one."""
         if deeds is None:
             shared = list(read)
         else:
             shared = [slot for slot, stored in self._stored.items() if stored & deeds.memory]
+            shared += [
+                slot for slot in self._loose.intersection(read) if self._stored.get(slot, set()) & deeds.otherwise
+            ]
             self._stored[len(self.memory)] = set(deeds.memory)
         joined = {self.memory[slot] for slot in shared}
         number = min(joined, default=len(self.memory))

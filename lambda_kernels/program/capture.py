@@ -194,11 +194,9 @@ class _Found:
                     if (why := _unknown(node)) is not None:
                         return why
                     args, kwargs = (fx.map_arg(part, env.__getitem__) for part in (node.args, node.kwargs))
-                    function = node.target
+                    function = _method(node.target) if isinstance(node.target, str) else node.target
                     if args and isinstance(args[0], Tensor) and args[0].dim():
                         self.batches[node.name] = args[0].shape[0]
-                    if isinstance(function, str):
-                        function, args = getattr(args[0], function), args[1:]
                     env[node], deeds = watch.run(cast("Callable[..., Any]", function), *args, **kwargs)
                     in_place = env[node] is None and bool(deeds.writes)  # x[i] = y
                     if not (in_place or _is_value(env[node])):
@@ -244,6 +242,10 @@ def _unknown(node: fx.Node) -> str | None:
     if node.op == "call_function" and home not in ("torch", "_operator", "math", "builtins"):
         return f"its forward calls {_name(node)}, into which Dynamo was told not to look"
     return None
+
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda value, *args, **kwargs: getattr(value, name)(*args, **kwargs)
 
 
 def _is_value(value: Any) -> bool:
@@ -502,4 +504,5 @@ def _joined(deeds: list[Deeds]) -> Deeds:
         set().union(*(d.writes for d in deeds)),
         deeds[-1].memory,
         any(d.statistics for d in deeds),
+        frozenset().union(*(d.otherwise for d in deeds)),
     )

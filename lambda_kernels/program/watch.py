@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 __all__ = ["Deeds", "Watch", "is_random", "storages", "written"]
 
@@ -26,6 +26,9 @@ class Deeds:
     writes: set[int] = field(default_factory=set)  # storages
     memory: frozenset[int] = frozenset()  # storages of its result
     statistics: bool = False  # writes running statistics, of which the schema says nothing
+    otherwise: frozenset[int] = (
+        frozenset()
+    )  # storages that its result would have too, were its inputs laid out otherwise
 
 
 def storages(value: Any) -> frozenset[int]:
@@ -99,4 +102,33 @@ class Watch(TorchDispatchMode):
         self._deeds = deeds = Deeds()
         result = function(*args, **kwargs)
         deeds.memory = storages(result)
+        deeds.otherwise = self._otherwise(function, args, kwargs) - deeds.memory
         return result, deeds
+
+    def _otherwise(self, function: Callable[..., Any], args: Any, kwargs: Any) -> frozenset[int]:
+        """The storages of arguments that the result shares where all of them are contiguous, or channels-last.
+
+        `flatten` and `contiguous` give a view or a copy, as the memory lies.
+        """
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        found: set[int] = set()
+        for layout in (torch.contiguous_format, torch.channels_last):
+            laid = {id(t): torch.empty_like(t, memory_format=layout) for t in given if _may_lie(t, layout)}
+            memory = self._memory_of(function, args, kwargs, laid)
+            found.update(*(storages(t) for t in given if id(t) in laid and storages(laid[id(t)]) & memory))
+        return frozenset(found)
+
+    def _memory_of(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, tensors: dict[int, Tensor]
+    ) -> frozenset[int]:
+        """The storages of the function's result, with others in the places of its tensors; what it does is left out."""
+        self._deeds = Deeds()
+        args, kwargs = tree_map_only(Tensor, lambda t: tensors.get(id(t), t), (args, kwargs))
+        try:
+            return storages(function(*args, **kwargs))
+        except Exception:  # `view`, say, refuses some memory
+            return frozenset()
+
+
+def _may_lie(t: Tensor, layout: torch.memory_format) -> bool:
+    return t.layout is torch.strided and (layout is torch.contiguous_format or t.dim() == 4)
