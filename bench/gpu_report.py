@@ -64,8 +64,8 @@ graph's rules on a tape of operators. Unproven until there are results:
   schedules, with rates per step, and with the query forward (`backends/inner_loop.py`);
 - that backends of your own, and the choice by measurement, work on a device with blocks as one argument and calls seen
   as a whole;
-- that TorchDynamo captures a `forward` there as it does here: captures were tried with torch 2.13 on CPUs alone, and the
-  first-call check of a program has not run on a device;
+- that TorchDynamo captures a `forward` there as it does here: captures were tried with torch 2.13 on CPUs alone, and
+  the first-call check of a program has not run on a device;
 - every speed, and the goals below.
 """
 HOW = """

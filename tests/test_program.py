@@ -44,7 +44,7 @@ def test_steps_name_what_they_touch() -> None:
         "conv1": "block",
         "conv2": "conv",
         "norm2": "norm",
-        "y": "function",
+        "add": "function",
         "flatten": "flatten",
         "dropout": "function",
         "head": "linear",
@@ -56,7 +56,7 @@ def test_steps_name_what_they_touch() -> None:
     layers = {step.label: step.layer for step in program.steps if step.layer is not None}
     assert layers == {"conv1": "conv1", "conv2": "conv2", "head": "head"}
     assert {label for label, step in by_label.items() if step.tracks} == {"conv1", "norm2"}
-    assert by_label["scale"].parameters == ("scale",) and by_label["y"].reads == (by_label["norm2"].slot, block.slot)
+    assert by_label["scale"].parameters == ("scale",) and by_label["add"].reads == (by_label["norm2"].slot, block.slot)
     used = [name for step in program.steps for name in step.parameters]
     assert sorted(used) == sorted(name for name, _ in Net().named_parameters())
 
