@@ -10,8 +10,8 @@ _log = logging.getLogger("lambda_kernels")
 _said: set[str] = set()
 
 
-def say_once(message: str) -> None:
+def say_once(message: str, log: logging.Logger = _log) -> None:
     """Log a warning that was not given before in this process."""
     if message not in _said:
         _said.add(message)
-        _log.warning(message)
+        log.warning(message)

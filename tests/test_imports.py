@@ -114,7 +114,19 @@ INSIDE = {
     },
 }  # fmt: skip
 # The modules of lambda_kernels that the adapter may reach, beside the names of its top level.
-OPEN = {"_torch", "agreement", "cache", "chain", "cuda_graph", "functional", "info", "layers", "norms", "program"}
+OPEN = {
+    "_say",
+    "_torch",
+    "agreement",
+    "cache",
+    "chain",
+    "cuda_graph",
+    "functional",
+    "info",
+    "layers",
+    "norms",
+    "program",
+}
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:

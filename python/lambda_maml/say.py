@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+
+from lambda_kernels import _say
 
 __all__ = ["say_once"]
 
-_log = logging.getLogger("lambda_maml")
-_said: set[str] = set()
-
-
-def say_once(message: str) -> None:
-    """Log a warning that was not given before in this process."""
-    if message not in _said:
-        _said.add(message)
-        _log.warning(message)
+_said = _say._said
+say_once = partial(_say.say_once, log=logging.getLogger("lambda_maml"))
