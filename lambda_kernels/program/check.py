@@ -99,19 +99,17 @@ class _Rehearsal(TorchDispatchMode):
                 value.copy_(self._numbers(value, None))
             return filled[0]
         on_meta = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="meta"), (args, kwargs or {}))
-        on_meta[1].pop("device", None)
-        results = op(*on_meta[0], **on_meta[1])
         source = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), None)
-        return tree_map_only(Tensor, lambda t: self._numbers(t, source), results)
+        device = given.get("device") if source is None else source.device
+        if any(argument.name == "device" for argument in op._schema.arguments):
+            on_meta[1]["device"] = "meta"
+        results = op(*on_meta[0], **on_meta[1])
+        return tree_map_only(Tensor, lambda t: self._numbers(t, source).to(device or "cpu"), results)
 
     def _numbers(self, like: Tensor, source: Tensor | None) -> Tensor:
-        """Numbers of a tensor's shape and dtype, on `source`'s device and times its values where the shapes agree."""
+        """Numbers of a tensor's shape and dtype, times `source`'s values where the shapes agree."""
         numbers = torch.rand(like.shape, generator=self._generator)
-        if like.device.type != "meta":
-            return numbers.to(like.dtype).to(like.device)
-        if source is None:
-            return numbers.to(like.dtype)
-        if not like.is_floating_point():
-            return (2 * numbers).to(like.dtype).to(source.device)
+        if source is None or not like.is_floating_point():
+            return (2 * numbers).to(like.dtype)
         own = numbers.to(like.dtype).to(source.device)
         return own * source.detach() if source.shape == like.shape and source.dtype == like.dtype else own
