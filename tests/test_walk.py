@@ -65,7 +65,7 @@ def attribute(network: Any) -> None:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "torch's layers": (plain, True),
     "converted": (lambda: lk.convert(plain()), True),
-    "nested": (lambda: nn.Sequential(OrderedDict(stem=plain()[:3], head=nn.Sequential(*plain()[3:]))), True),
+    "nested": (lambda: nn.Sequential(OrderedDict(stem=plain()[:3], head=plain()[3:])), True),
     "blocks of ours": (lambda: around(lk.ConvBlock(2, 2, pool=1)), True),
     "a layer alone": (lambda: nn.Conv2d(2, 3, 3).double(), True),
     "an attention layer": (lambda: attention("relu"), True),
