@@ -153,6 +153,12 @@ def _own(result: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(result, result.shape)
 
 
+def _of_images(result: Tensor) -> Tensor:
+    """A convolution's result [T, N, C, H, W]; that of one image is in order. Of a channels-last one, views that take
+    its axes apart give strides with which ATen's backward of a norm is wrong."""
+    return result.contiguous() if result.shape[1] == 1 else result
+
+
 class _Merged(NamedTuple):
     """Operands whose mapped axis V has been merged with their task axis, and the way back."""
 
@@ -213,7 +219,7 @@ class Conv2d(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, backend: Backend) -> Tensor:
-        return _own(backend.conv2d(x, weight, bias, spec))
+        return _own(_of_images(backend.conv2d(x, weight, bias, spec)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -262,7 +268,7 @@ class Conv2dInputGrad(Function):
 
     @staticmethod
     def forward(gy: Tensor, weight: Tensor, x_shape: torch.Size, spec: ConvSpec, backend: Backend) -> Tensor:
-        return backend.conv2d_input_grad(gy, weight, x_shape, spec)
+        return _of_images(backend.conv2d_input_grad(gy, weight, x_shape, spec))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -5,6 +5,7 @@ Truth is the plain loop on contiguous images. What could end the process runs in
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -206,3 +207,35 @@ def test_images_that_are_given_channels_last_adapt_as_contiguous_ones() -> None:
         for bits in map(str, Pattern.all(2)):
             want = adapt(network, xs, ys, pattern=bits, steps=3, lr=0.1)(xq)
             assert far(adapt(network, last[0], ys, pattern=bits, steps=3, lr=0.1)(last[1]), want) < 1e-12
+
+
+class LaidByItself(nn.Module):
+    """A norm whose result the network itself lays channels-last, in front of a convolution or a block."""
+
+    def __init__(self, norm: nn.Module, fused: bool, last: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.conv = nn.Conv2d(2, 4, 3, padding=1), norm, nn.Conv2d(4, 3, 3, padding=1)
+        self.behind = nn.BatchNorm2d(3, track_running_stats=False) if fused else None
+        self.layout = torch.channels_last if last else torch.contiguous_format
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(self.norm(self.first(x)).contiguous(memory_format=self.layout))
+        return h if self.behind is None else torch.relu(self.behind(h))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("fused", [False, True], ids=["conv", "block"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.InstanceNorm2d(4, affine=True)], ids=["batch", "instance"])
+def test_a_norm_in_front_of_images_that_a_network_lays_out_has_its_gradient(
+    norm: nn.Module, fused: bool, images: int
+) -> None:
+    """ATen's backward of a norm is wrong for one channels-last image of certain strides. Truth is taken contiguous."""
+    x = torch.randn(images, 2, 5, 4, dtype=D)
+    stock = LaidByItself(copy.deepcopy(norm), fused, last=False).to(D)
+    ours = lk.convert(LaidByItself(copy.deepcopy(norm), fused, last=True).to(D))
+    for net in (stock, ours):
+        y = net(x)
+        (y * torch.linspace(-1, 1, y.numel(), dtype=D).view(y.shape)).sum().backward()
+    for a, b in zip(stock.parameters(), ours.parameters()):
+        assert a.grad is not None and b.grad is not None and far(a.grad, b.grad) < 1e-11
