@@ -12,6 +12,7 @@ import torch
 from fuzz import adaptations, runner
 from fuzz.adaptations import check
 from fuzz.calls import check_call
+from fuzz.grammar import network
 from machine import on_threads
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def test_the_fuzz_sees_a_wrong_step_and_a_wrong_gradient(monkeypatch: pytest.Mon
 
 
 def test_a_network_of_a_seed_is_the_same_in_every_call() -> None:
-    one, two = (adaptations.network(7).make() for _ in range(2))
+    one, two = (network(7).make() for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
     assert adaptations.describe(7) == adaptations.describe(7)
 

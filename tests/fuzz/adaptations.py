@@ -96,7 +96,7 @@ def setting(net: Network, seed: int, model: nn.Module) -> Setting:
         )
         for _ in range(rng.choice([1, 2, 2, 3]))
     ]
-    loss = rng.choice([F.cross_entropy, F.cross_entropy, F.cross_entropy, squared])
+    loss: Any = rng.choice([F.cross_entropy, F.cross_entropy, F.cross_entropy, squared])
     norm, second = rng.choice(["follow", "follow", "never"]), rng.random() < 0.4
     return Setting(pattern, steps, lr, norm, second, loss, rng.random() < 0.5, layout, tasks)
 
