@@ -17,7 +17,7 @@ from .steps import Program
 from .structure import flatten
 from .watch import by_name, is_random, written
 
-__all__ = ["Incomparable", "difference"]
+__all__ = ["Incomparable", "Rehearsal", "difference"]
 
 
 class Incomparable(Exception):
@@ -42,13 +42,13 @@ def difference(
         return None
     random = any(step.not_reusable for step in program.steps)
     try:
-        with _Rehearsal() if random else contextlib.nullcontext():
+        with Rehearsal() if random else contextlib.nullcontext():
             want = twin(*args, **kwargs) if called else type(twin).forward(twin, *args, **kwargs)
     except Exception as error:
         raise Incomparable from error
     state = {**parameters, **_copies(root)}
     try:
-        with _Rehearsal() if random else contextlib.nullcontext():
+        with Rehearsal() if random else contextlib.nullcontext():
             got = program.evaluate(program.bind(root), state, *args, **kwargs)
     except Exception as error:
         return f"its program fails where the network does not ({type(error).__name__}: {error})"
@@ -81,7 +81,7 @@ def _unlike(got: list[Tensor], want: list[Tensor], what: str) -> str | None:
     return None
 
 
-class _Rehearsal(TorchDispatchMode):
+class Rehearsal(TorchDispatchMode):
     """Operators that draw get their numbers from a generator of this mode's own: two runs draw alike."""
 
     def __init__(self) -> None:

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .inner import batch, checks, recorded, remembered
+from lambda_kernels.program import modes_of, tensors_of
+
+from .inner import batch, channels, checks, recorded, remembered
 from .inner.adaptation import Adaptation, describe
 from .inner.checks import Loss
 from .inner.loop import descend, outcome
@@ -71,6 +73,8 @@ def adapt(
     model = network_of(model)
     if rule is not None or type(lr) is not float:
         lr, rule = DEFAULT_LR, rule_of(lr, rule)
+    if isinstance(pattern, Pattern) and pattern.rows:
+        return _by_channels(model, xs, ys, pattern, steps, rule_of(lr, rule), norm, second_order, loss)
     plain = loss is F.cross_entropy and not second_order
     if plain and (known := remembered.again(model, xs, ys, pattern, steps, lr, rule, norm)) is not None:
         return Learner(model, known.plan.program.modes, known.outcome)
@@ -86,6 +90,21 @@ def adapt(
         if plain:
             remembered.keep(a, support, pattern, rule)
     return Learner(model, a.plan.program.modes, outcome(a, state))
+
+
+def _by_channels(
+    model: nn.Module, xs: Any, ys: Any, pattern: Pattern, steps: int, rule: Rule, norm: str, second_order: bool,
+    loss: Loss,
+) -> Learner:  # fmt: skip
+    """`adapt` under a pattern of channels: the network with split layers is adapted, the learner is the model's."""
+    checks.check_support(tensors_of(model)[0], xs, ys)
+    network = channels.split(model, pattern, norm, rule)
+    network.check(xs)
+    a = describe(network.model, xs, network.pattern, rule, steps, norm, second_order, loss)
+    support = a.check_labels(a.support(xs, ys))
+    result = descend(a, support)
+    a.check_finite(result.verdict.tolist(), xs)
+    return Learner(model, modes_of(model), network.outcome(outcome(a, result.state).state))
 
 
 def adapt_tasks(
@@ -135,6 +154,14 @@ def adapt_tasks(
         pattern=pattern, steps=steps, rule=rule_of(lr, rule), norm=norm, second_order=second_order, loss=loss
     )
     tasks = batch.listed(xs, ys, xq)
+    if isinstance(pattern, Pattern) and pattern.rows:
+        if tasks is None:
+            checks.check_tasks(xs, ys, xq)
+        x, y = (batch.task(xs, 0), batch.task(ys, 0)) if tasks is None else tasks[0][:2]
+        checks.check_support(tensors_of(model)[0], x, y)
+        network = channels.split(model, pattern, norm, given["rule"])
+        network.check(x)
+        model, given["pattern"] = network.model, network.pattern
     if tasks is None:
         return _together(_described(model, xs, ys, xq, given), xs, ys, xq, given)
     return _listed(model, tasks, given)

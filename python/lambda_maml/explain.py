@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lambda_kernels import cuda_graph
 from lambda_kernels.program import flatten
 
-from .inner import recorded, remembered
+from .inner import channels, recorded, remembered
 from .inner.adaptation import Adaptation, Support, describe
 from .inner.checks import Loss
 from .inner.loop import ways
@@ -53,7 +53,12 @@ def explain(
         ValueError, TypeError: as `adapt`, for its settings.
     """
     model = network_of(model)
-    a = describe(model, xs, pattern, rule_of(lr, rule), steps, norm, second_order, loss)
+    rule, told = rule_of(lr, rule), pattern
+    if isinstance(pattern, Pattern) and pattern.rows:
+        network = channels.split(model, pattern, norm, rule)
+        network.check(xs)
+        model, pattern = network.model, network.pattern
+    a = describe(model, xs, pattern, rule, steps, norm, second_order, loss)
     inputs = flatten(xs)[0]
     if ys is None and inputs:
         ys = torch.zeros(inputs[0].shape[0], dtype=torch.int64, device=inputs[0].device)
@@ -61,7 +66,12 @@ def explain(
     if ys is not None and support.labels is not None:
         support = a.check_labels(support)
     order = "second order" if a.second_order else "first order"
-    lines = [f"{type(model).__name__} under {a.pattern}, {a.steps} steps of {a.rule!r}, {order}"]
+    which = a.pattern if pattern is told else told
+    lines = [f"{type(model).__name__} under {which}, {a.steps} steps of {a.rule!r}, {order}"]
+    if pattern is not told:
+        lines.append(
+            "  chosen channels are layers of their own, joined with the frozen ones: no fused block computes that"
+        )
     for stretch in a.stretches:
         found = ways(a, stretch, support)
         taken = next(way for way, why in found if not why)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import total_ordering
 from typing import Any, NamedTuple
 
@@ -43,7 +43,10 @@ class Pattern:
         ValueError: the text is empty, is neither bits nor a name, has no 1 at all, or patterns of unequal length.
     """
 
-    __slots__ = ("stages",)
+    __slots__ = ("rows", "stages")
+
+    rows: tuple[tuple[str, tuple[int, ...]], ...]
+    """The output channels of layers of which only some are updated, by the layer's path; see `channels`."""
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str):
@@ -57,6 +60,7 @@ class Pattern:
                 raise ValueError(
                     f"pattern {text!r} mixes {lengths[0]} and {length} layers: all steps need the same number"
                 )
+        self.rows = ()
         self.stages = tuple(s for i, s in enumerate(stages) if i == 0 or any(t != stages[i - 1] for t in stages[i:]))
 
     @classmethod
@@ -101,6 +105,54 @@ class Pattern:
     def full(cls, layers: int) -> Pattern:
         """All layers updated: MAML."""
         return cls("1" * layers)
+
+    def channels(self, model: nn.Module, chosen: Mapping[str, Iterable[int]]) -> Pattern:
+        """The pattern that updates only some output channels of layers, the rows of their weight and bias.
+
+        Under norm="follow" the same rows of their norms' gamma and beta are updated. Only these rows of the weight
+        gradient are computed. `adapt`, `adapt_tasks` and `explain` take such a pattern; its steps run by autograd.
+        `parameters`, `describe` and `cost` speak of whole layers.
+
+        >>> pattern = Pattern("00011").channels(model, {"block4.conv": range(4)})
+        >>> pattern.rows
+        (('block4.conv', (0, 1, 2, 3)),)
+
+        Args:
+            chosen: channels, counted from 0, by the path of a layer that the pattern updates, a Conv1d, Conv2d, Conv3d
+                or Linear without groups. Layers that it leaves out are updated as a whole.
+
+        Raises:
+            ValueError: a path is no layer, or one with the bit 0; there are no channels, or some that it has not; when
+                it is adapted: a layer of another class, with groups or hooks, or shared.
+        """
+        layers = layers_of(model)
+        pattern = self.on(layers, type(model).__name__)
+        places = {layer.name: i for i, layer in enumerate(layers)}
+        rows: dict[str, tuple[int, ...]] = {}
+        for name, numbers in chosen.items():
+            if name not in places:
+                raise ValueError(f"channels: {name!r} is no layer of {type(model).__name__}: {', '.join(places)} are")
+            if all(bits[places[name]] == "0" for bits in pattern.stages):
+                raise ValueError(f"channels: {name} has the bit 0 in {pattern.whole()}: give it the bit 1")
+            own = list(numbers)
+            count = len(model.get_parameter(layers[places[name]].weights[0]))
+            wrong = [n for n in own if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < count]
+            if wrong or not own or len(set(own)) < len(own):
+                raise ValueError(
+                    f"channels of {name}: each of some numbers from 0 to {count - 1} once expected, got {own}"
+                )
+            rows[name] = tuple(sorted(own))
+        found = Pattern(",".join(pattern.stages))
+        found.rows = tuple(sorted(rows.items()))
+        return found
+
+    def whole(self) -> Pattern:
+        """The same of whole layers.
+
+        >>> str(Pattern("00011").channels(model, {"head": [0]}).whole())
+        '00011'
+        """
+        return self if not self.rows else Pattern(",".join(self.stages))
 
     def at(self, step: int) -> str:
         """The bits of a step, counted from 0."""
@@ -211,19 +263,23 @@ class Pattern:
         return Cost(sum(f for i, f in enumerate(forward) if i not in moving), sum(every[i] for i in moving), sum(every))
 
     def __str__(self) -> str:
-        return ",".join(self.stages)
+        told = "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in self.rows)
+        return ",".join(self.stages) + (f" [channels of {told}]" if told else "")
 
     def __repr__(self) -> str:
-        return f"Pattern({str(self)!r})"
+        own = f"Pattern({','.join(self.stages)!r})"
+        return f"{own}.channels(model, {dict(self.rows)!r})" if self.rows else own
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pattern) and self.stages == other.stages
+        return isinstance(other, Pattern) and (self.stages, self.rows) == (other.stages, other.rows)
 
     def __lt__(self, other: Pattern) -> bool:
-        return self.stages < other.stages if isinstance(other, Pattern) else NotImplemented
+        if not isinstance(other, Pattern):
+            return NotImplemented
+        return (self.stages, self.rows) < (other.stages, other.rows)
 
     def __hash__(self) -> int:
-        return hash(self.stages)
+        return hash((self.stages, self.rows))
 
 
 def _kind(model: nn.Module, layer: Layer) -> str:

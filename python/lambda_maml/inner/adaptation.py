@@ -249,6 +249,11 @@ def named(
     it, and it is said once.
     """
     chosen = Pattern.parse("MAML" if pattern is None else pattern).on(plan.layers, plan.network)
+    if chosen.rows:
+        raise ValueError(
+            f"pattern {chosen}: patterns of channels are for adapt, adapt_tasks and explain; "
+            f"{str(chosen.whole())!r} updates the whole layers"
+        )
     fixed = frozenset([n for n, p in parameters.items() if not p.requires_grad])
     if not fixed:
         return chosen, fixed

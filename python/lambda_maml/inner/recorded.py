@@ -16,6 +16,7 @@ from lambda_kernels.program import tensors_of
 from ..plan import why_opaque
 from ..say import say_once
 from .adaptation import Adaptation, Support
+from .channels import has_split
 from .loop import Result, classify, descend
 
 __all__ = ["RECORDINGS", "adapted", "classified", "refusals"]
@@ -26,6 +27,8 @@ RECORDINGS = cuda_graph.Recordings(16)
 def refusals(a: Adaptation, support: Support) -> list[str]:
     """Why this adaptation cannot be one graph, on any device; empty where it can."""
     why = []
+    if has_split(a.model):
+        why.append("a pattern of channels makes its layers anew in every call")
     if a.second_order:
         why.append("second order differentiates through the steps")
     if any(s.rates is None for s in a.stretches):
