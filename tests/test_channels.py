@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lambda_kernels import convert
 from lambda_maml import LambdaMAML, Pattern, adapt, adapt_tasks, explain, rules
 
 
@@ -50,12 +51,17 @@ class Listed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head = nn.Linear(4, 5), nn.Linear(5, 2)
-        self.chain = [self.body, torch.tanh, self.head]
+        self.chain: list[Callable[[Tensor], Tensor]] = [self.body, torch.tanh, self.head]
 
     def forward(self, x: Tensor) -> Tensor:
         for part in self.chain:
             x = part(x)
         return x
+
+
+def converted() -> Case:
+    case = residual()
+    return case._replace(network=convert(case.network))
 
 
 def listed() -> Case:
@@ -68,6 +74,7 @@ SPLITS = {
     "schedule": Split(own_network, "01001,00001", {"block2.conv": [0, 1], "head": [1]}),
     "norms-stay": Split(own_network, "00110", {"block3.conv": [0]}, "never"),
     "residual-without-biases": Split(residual, "001101", {"conv3": [1], "conv4": [0, 2]}),
+    "converted": Split(converted, "011001", {"conv2": [0, 2], "fc": [1]}),
     "running-statistics": Split(lambda: residual(track=True), "000111", {"down.0": [2], "fc": [0]}),
     "mlp": Split(batch_norm_mlp, "110", {"0": [5, 1, 2], "3": [0]}),
     "layer-norm-behind-a-linear-layer": Split(layer_norm, "010", {"4": [3, 4]}),
@@ -211,6 +218,32 @@ def test_a_learned_rate_gets_its_gradient() -> None:
     close(rate.grad, (found[1] - found[0]) / 2e-4, "rate", rtol=1e-5)
 
 
+@torch.no_grad()
+def test_without_gradients_the_values_are_the_same_and_of_no_graph() -> None:
+    split = SPLITS["two-layers-of-conv4"]
+    case = split.case()
+    xs, ys, xq, _ = task = case.task()
+    with torch.enable_grad():
+        want = masked_loop(split, case, task, 2, 0.1, False)
+    learner = adapt(case.network, xs, ys, pattern=pattern_of(split, case), steps=2, lr=0.1)
+    assert not any(p.requires_grad for p in learner.parameters_dict().values())
+    close(learner(xq), want.logits, "logits")
+
+
+def test_random_numbers_are_those_of_the_steps_alone() -> None:
+    network = nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 2)).double()
+    x, y = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+    pattern = Pattern("11").channels(network, {"0": [2, 5]})
+    torch.manual_seed(3)
+    new = adapt(network, x, y, pattern=pattern, steps=1, lr=0.5).parameters_dict()
+    torch.manual_seed(3)
+    grads = torch.autograd.grad(F.cross_entropy(network(x), y), list(network.parameters()))
+    for (name, p), g in zip(network.named_parameters(), grads):
+        mask = torch.zeros_like(p)
+        mask[[2, 5] if name[0] == "0" else slice(None)] = 1.0
+        close(new[name], p - 0.5 * g * mask, name)
+
+
 def test_channels_belong_to_a_pattern() -> None:
     network = torch_conv4()
     one, two = (Pattern("00011").channels(network, {"head": [i]}) for i in (0, 1))
@@ -312,6 +345,6 @@ def test_rates_of_layers_and_clones_are_refused() -> None:
     pattern = Pattern("011").channels(case.network, {"3": [0]})
     for lr in ([0.1, 0.2, 0.3], {"3.weight": 0.1, "3.bias": 0.1}):
         with pytest.raises(ValueError, match="one rate for all layers"):
-            adapt(case.network, xs, ys, pattern=pattern, lr=lr)  # type: ignore[arg-type]
+            adapt(case.network, xs, ys, pattern=pattern, lr=lr)
     with pytest.raises(ValueError, match="patterns of channels are for adapt"):
         LambdaMAML(case.network, pattern=pattern)
