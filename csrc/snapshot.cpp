@@ -71,8 +71,8 @@ py::bytes forms(const py::list& tensors) {
   found.reserve(512);
   for (py::handle tensor : tensors) {
     const at::Tensor& t = THPVariable_Unpack(tensor.ptr());
-    found.insert(found.end(), {static_cast<int64_t>(t.scalar_type()), static_cast<int64_t>(t.device().type()), t.device().index(),
-                               t.requires_grad(), static_cast<int64_t>(t.layout()), t.dim()});
+    found.insert(found.end(), {static_cast<int64_t>(t.scalar_type()), static_cast<int64_t>(t.device().type()),
+                               t.device().index(), t.requires_grad(), static_cast<int64_t>(t.layout()), t.dim()});
     found.insert(found.end(), t.sizes().begin(), t.sizes().end());
     if (t.layout() == at::kStrided) found.insert(found.end(), t.strides().begin(), t.strides().end());
   }

@@ -259,7 +259,7 @@ def as_before() -> Iterator[None]:
     TENSOR.fill_(1.0)
     if hasattr(Net, "extra"):
         del Net.extra
-    Helper.method = method
+    setattr(Helper, "method", method)  # noqa: B010
     with_default.__code__, with_default.__defaults__ = code, defaults
     F.relu = relu
 
@@ -291,6 +291,7 @@ class Effects(Net):
     def __init__(self, what: str) -> None:
         super().__init__()
         self.what, self.calls, self.log = what, 0, [0]
+        self.number: Tensor
 
     def forward(self, x: Tensor) -> Any:
         y = self.head(self.features(x))
@@ -344,7 +345,7 @@ EFFECTS = {
 @pytest.mark.parametrize("what", EFFECTS)
 def test_what_no_graph_holds_runs_as_it_is_written(what: str, x: Tensor) -> None:
     stock = Effects(what).double()
-    ours = lk.convert(copy.deepcopy(stock))
+    ours: Any = lk.convert(copy.deepcopy(stock))
     for _ in range(3):
         torch.testing.assert_close(ours(x.clone()), stock(x.clone()), **within(torch.float32))
     why = program_for(ours, (x,), {}).untraceable

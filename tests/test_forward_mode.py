@@ -26,7 +26,7 @@ pytestmark = [
 
 Function = Callable[..., Tensor]
 Point = tuple[Tensor, ...]
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # third derivatives of a norm over few pixels lose some digits
+CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}  # third derivatives of a norm over few pixels lose some digits
 
 
 @pytest.fixture(params=BACKENDS)
@@ -86,8 +86,8 @@ def batched_twice(f: Function, point: Point, way: Point) -> Any:
     leaves = leaves_of(point)
     y = f(*leaves)
     v = torch.stack([y, y.sin()]).detach()
-    first = torch.autograd.grad(y, leaves, v, is_grads_batched=True, create_graph=True)
-    first = [g + 0 * sum(t.sum() for t in leaves) for g in first]  # a constant gradient has no graph
+    gradients = torch.autograd.grad(y, leaves, v, is_grads_batched=True, create_graph=True)
+    first = [g + 0 * sum(t.sum() for t in leaves) for g in gradients]  # a constant gradient has no graph
     second = [torch.stack([g, g.cos(), 2 * g]).detach() for g in first]
     return torch.autograd.grad(first, leaves, second, is_grads_batched=True, materialize_grads=True)
 

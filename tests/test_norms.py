@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -84,7 +85,7 @@ def by_a_loop(network: nn.Module, xs: Tensor, xq: Tensor) -> dict[str, Tensor]:
     def step(f: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict(zip(weights, torch.autograd.grad(f(weights), list(weights.values()), create_graph=True)))
 
-    weights = dict(network.named_parameters())
+    weights: dict[str, Tensor] = dict(network.named_parameters())
     total = torch.stack([adapted(network, weights, x, q, step) for x, q in zip(xs, xq)]).sum()
     return dict(zip(weights, torch.autograd.grad(total, list(weights.values()))))
 
@@ -97,7 +98,7 @@ def test_a_meta_gradient_by_transforms_is_that_of_a_loop(name: str, norm: str) -
     want = by_a_loop(stock, xs, xq)
     got = by_transforms(lk.convert(copy.deepcopy(stock)), xs, xq)
     for key in want:
-        torch.testing.assert_close(got[key], want[key], **GRADIENT, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(got[key], want[key], **GRADIENT, msg=functools.partial("{}: {}".format, key))
 
 
 def test_a_learner_under_transforms_computes_its_norms_by_their_definition() -> None:
@@ -134,4 +135,4 @@ def test_norms_by_their_definition_are_torchs() -> None:
     for number, call in enumerate(calls):
         with ByDefinition():
             got = call()
-        torch.testing.assert_close(got, call(), **GRADIENT, msg=lambda m, number=number: f"call {number}: {m}")
+        torch.testing.assert_close(got, call(), **GRADIENT, msg=functools.partial("call {}: {}".format, number))

@@ -63,7 +63,8 @@ def test_a_scripted_network_is_of_torchs_layers_and_the_network_stays_converted(
 
 def test_a_part_that_torch_jit_holds_runs_and_cannot_be_adapted(x: Tensor) -> None:
     stock, other = both("layers")[0], lk.to_torch(both("layers")[1])
-    whole = nn.Sequential(torch.jit.script(other[:4]), other[4], other[5])  # type: ignore[index]
+    parts: Any = other
+    whole = nn.Sequential(torch.jit.script(parts[:4]), parts[4], parts[5])
     torch.testing.assert_close(lk.convert(whole)(x), stock(x), **EXACT)
     for network in (whole, torch.jit.script(stock), torch.jit.trace(stock, (x,))):
         with pytest.raises(TypeError, match="is a module of torch.jit"):
