@@ -215,7 +215,7 @@ def test_a_learned_rate_gets_its_gradient() -> None:
     options: dict[str, Any] = dict(steps=2, lr=rate, second_order=True)
     F.cross_entropy(adapt(case.network, xs, ys, pattern=pattern_of(split, case), **options)(xq), yq).backward()
     assert rate.grad is not None
-    close(rate.grad, (found[1] - found[0]) / 2e-4, "rate", rtol=1e-5)
+    close(rate.grad, (found[1] - found[0]) / 2e-4, "rate", rtol=1e-5)  # a difference of two losses
 
 
 @torch.no_grad()
