@@ -39,14 +39,21 @@ def _per_channel(x: Tensor, first: int, weight: Tensor | None, bias: Tensor | No
 
 
 def _batch(x: dict[str, Any]) -> Tensor | None:
-    if not x["training"] or x["running_mean"] is not None:
+    if not x["training"]:
         return None
+    if x["running_mean"] is not None:  # torch's own, without parameters to differentiate, for its effect on them
+        F.batch_norm(
+            x["input"].detach(), x["running_mean"], x["running_var"], None, None, True, x["momentum"], x["eps"]
+        )
     return _per_channel(x["input"], 0, x["weight"], x["bias"], x["eps"])
 
 
 def _instance(x: dict[str, Any]) -> Tensor | None:
-    if not x["use_input_stats"] or x["running_mean"] is not None:
+    if not x["use_input_stats"]:
         return None
+    if x["running_mean"] is not None:
+        state = x["running_mean"], x["running_var"]
+        F.instance_norm(x["input"].detach(), *state, None, None, True, x["momentum"], x["eps"])
     return _per_channel(x["input"], 2, x["weight"], x["bias"], x["eps"])
 
 

@@ -101,6 +101,80 @@ def test_a_meta_gradient_by_transforms_is_that_of_a_loop(name: str, norm: str) -
         torch.testing.assert_close(got[key], want[key], **GRADIENT, msg=functools.partial("{}: {}".format, key))
 
 
+OTHERS: dict[str, Any] = {
+    "vectors": lambda: nn.Sequential(
+        nn.Flatten(), nn.Linear(108, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.GELU(), nn.Linear(5, 3)
+    ),
+    "sequences": lambda: nn.Sequential(
+        nn.Flatten(2), nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4, track_running_stats=False), nn.Tanh(), nn.Flatten(),
+        nn.Linear(136, 3),
+    ),
+    "volumes": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 3)), nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4, track_running_stats=False),
+        nn.GELU(), nn.Flatten(), nn.Linear(432, 3),
+    ),
+    "within": lambda: nn.Sequential(layers(NORMS["batch"]), nn.LayerNorm(3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_meta_gradient_of_other_shapes_is_that_of_a_loop(name: str) -> None:
+    torch.manual_seed(0)
+    stock = OTHERS[name]().double()
+    xs, xq = (torch.randn(2, n, 3, 6, 6, dtype=torch.float64) for n in (6, 3))
+    want, got = by_a_loop(stock, xs, xq), by_transforms(lk.convert(copy.deepcopy(stock)), xs, xq)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], **GRADIENT, msg=lambda m, key=key: f"{key}: {m}")
+
+
+RUNNING: dict[str, Any] = {
+    "batch": lambda c, side: nn.BatchNorm2d(c),
+    "instance": lambda c, side: nn.InstanceNorm2d(c, affine=True, track_running_stats=True),
+}
+
+
+def with_statistics(network: nn.Module, x: Tensor) -> Any:
+    """The loss of weights and statistics, and what the statistics are then."""
+
+    def loss(p: dict[str, Tensor], buffers: dict[str, Tensor]) -> Any:
+        own = {n: b.clone() for n, b in buffers.items()}
+        return F.cross_entropy(functional_call(network, (p, own), (x,)), LABELS), own
+
+    return loss
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop.*lerp_:UserWarning")  # torch maps it task by task
+@pytest.mark.parametrize("norm", RUNNING)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_meta_gradient_through_running_statistics_of_each_task(name: str, norm: str) -> None:
+    stock = NETWORKS[name](RUNNING[norm])
+    ours, xs = lk.convert(copy.deepcopy(stock)), torch.randn(2, 6, 3, 6, 6, dtype=torch.float64)
+    buffers = {n: torch.stack([b, b]) for n, b in stock.named_buffers()}
+
+    def mapped(p: dict[str, Tensor]) -> Any:
+        def one(x: Tensor, own: dict[str, Tensor]) -> Any:
+            loss = with_statistics(ours, x)
+            gradients, own = grad(loss, has_aux=True)(p, own)
+            return loss({n: t - 0.1 * gradients[n] for n, t in p.items()}, own)
+
+        losses, kept = vmap(one)(xs, buffers)
+        return losses.sum(), kept
+
+    got, kept = grad(mapped, has_aux=True)({n: p.detach() for n, p in ours.named_parameters()})
+    weights, total = dict(stock.named_parameters()), list[Tensor]()
+    for task, x in enumerate(xs):
+        loss = with_statistics(stock, x)
+        value, own = loss(weights, dict(stock.named_buffers()))
+        gradients = torch.autograd.grad(value, list(weights.values()), create_graph=True)
+        value, own = loss({n: p - 0.1 * g for (n, p), g in zip(weights.items(), gradients)}, own)
+        total.append(value)
+        for key, value in own.items():
+            torch.testing.assert_close(kept[key][task], value, **GRADIENT)
+    want = torch.autograd.grad(torch.stack(total).sum(), list(weights.values()))
+    for key, value in zip(weights, want):
+        torch.testing.assert_close(got[key], value, **GRADIENT, msg=lambda m, key=key: f"{key}: {m}")
+
+
 def test_a_learner_under_transforms_computes_its_norms_by_their_definition() -> None:
     model, x = layers(NORMS["batch"]), torch.randn(6, 3, 6, 6, dtype=torch.float64)
     learner = adapt(model, x, LABELS, pattern="ANIL", steps=1, lr=0.1)
