@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _build
 from ..spec import BlockSpec, ConvSpec
+from . import flops
 from .base import Call, InnerLoop
 from .reference import Reference, channels_last
 
@@ -173,6 +174,7 @@ def _geometry(block: BlockSpec) -> list[int]:
 
 
 if not _WHY:
+    flops.register()
 
     @torch.library.register_fake("lambda_kernels::norm_relu_pool")
     def _(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
