@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ._say import say_once
+from ._torch import functorch_active
 from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, as_torchs, torch_class
 from .neighbours import unpatched
-from .norms import exact_norms
+from .norms import ByDefinition, exact_norms
 from .program import NORMS, Program, plain_view, program_for, program_seen
 
 __all__ = ["convert", "report", "to_torch"]
@@ -44,6 +45,9 @@ def _forward_of(cls: Any, blocks: bool) -> Callable[..., Any]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling() and functorch_active():
+            with ByDefinition():
+                return cls.forward(self, *inputs, **named)
         if torch.compiler.is_compiling() or torch._C._is_tracing() or any(isinstance(x, fx.Proxy) for x in inputs):
             return cls.forward(self, *inputs, **named)
         self = unpatched(self)

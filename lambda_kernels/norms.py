@@ -8,7 +8,6 @@ their definition wherever a transform is on. Group norm is right there, but cann
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,47 +37,53 @@ def _per_channel(x: Tensor, first: int, weight: Tensor | None, bias: Tensor | No
     return _normalised(x, axes, [-1, *(1 for _ in range(x.dim() - 2))], weight, bias, eps)
 
 
-def _batch(x: dict[str, Any]) -> Tensor | None:
-    if not x["training"]:
-        return None
-    if x["running_mean"] is not None:  # torch's own, without parameters to differentiate, for its effect on them
-        F.batch_norm(
-            x["input"].detach(), x["running_mean"], x["running_var"], None, None, True, x["momentum"], x["eps"]
-        )
-    return _per_channel(x["input"], 0, x["weight"], x["bias"], x["eps"])
+# The rules have the signatures of torch's functions.
 
 
-def _instance(x: dict[str, Any]) -> Tensor | None:
-    if not x["use_input_stats"]:
-        return None
-    if x["running_mean"] is not None:
-        state = x["running_mean"], x["running_var"]
-        F.instance_norm(x["input"].detach(), *state, None, None, True, x["momentum"], x["eps"])
-    return _per_channel(x["input"], 2, x["weight"], x["bias"], x["eps"])
+def _batch(
+    input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
+    bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if running_mean is not None:  # torch's own, without parameters to differentiate, for its effect on them
+        F.batch_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+    return _per_channel(input, 0, weight, bias, eps)
 
 
-def _layer(x: dict[str, Any]) -> Tensor | None:
-    axes = range(-len(x["normalized_shape"]), 0)
-    return _normalised(x["input"], axes, x["normalized_shape"], x["weight"], x["bias"], x["eps"])
+def _instance(
+    input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None,
+    bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    if not use_input_stats:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if running_mean is not None:
+        F.instance_norm(input.detach(), running_mean, running_var, None, None, True, momentum, eps)
+    return _per_channel(input, 2, weight, bias, eps)
 
 
-def _group(x: dict[str, Any]) -> Tensor:
-    whole = x["input"]
-    parts = whole.reshape(whole.shape[0], x["num_groups"], -1)
-    y = _normalised(parts, [2], (), None, None, x["eps"]).reshape(whole.shape)
-    shape = [-1, *(1 for _ in range(whole.dim() - 2))]
-    y = y if x["weight"] is None else y * x["weight"].reshape(shape)
-    return y if x["bias"] is None else y + x["bias"].reshape(shape)
+def _layer(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    return _normalised(input, range(-len(normalized_shape), 0), normalized_shape, weight, bias, eps)
 
 
-_RULES: dict[Any, tuple[inspect.Signature, Callable[[dict[str, Any]], Tensor | None]]] = {
-    function: (inspect.signature(function), rule)
-    for function, rule in (
-        (F.batch_norm, _batch),
-        (F.instance_norm, _instance),
-        (F.layer_norm, _layer),
-        (F.group_norm, _group),
-    )
+def _group(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    parts = input.reshape(input.shape[0], num_groups, -1)
+    y = _normalised(parts, [2], (), None, None, eps).reshape(input.shape)
+    shape = [-1, *(1 for _ in range(input.dim() - 2))]
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape)
+
+
+_RULES: dict[Any, Callable[..., Tensor]] = {
+    F.batch_norm: _batch,
+    F.instance_norm: _instance,
+    F.layer_norm: _layer,
+    F.group_norm: _group,
 }
 
 
@@ -90,14 +95,7 @@ class ByDefinition(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = _RULES.get(func)
-        if found is not None:
-            bound = found[0].bind(*args, **(kwargs or {}))
-            bound.apply_defaults()
-            result = found[1](bound.arguments)
-            if result is not None:
-                return result
-        return func(*args, **(kwargs or {}))
+        return _RULES.get(func, func)(*args, **(kwargs or {}))
 
 
 def exact_norms() -> contextlib.AbstractContextManager[Any]:

@@ -35,7 +35,7 @@ BELOW = {
     "program": {"_C", "_build", "_torch", "agreement", "cache", "functional", "layers", "spec"},
     "chain": {"_torch", "backends", "cache", "program", "spec"},
     "cuda_graph": {"_torch", "backends", "cache"},
-    "convert": {"_say", "layers", "neighbours", "norms", "program"},
+    "convert": {"_say", "_torch", "layers", "neighbours", "norms", "program"},
     "info": {"", "_C", "_build", "backends"},
     "": {"backends", "convert", "functional", "layers"},
 }

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from cases import EXACT, GRADIENT
 from chains import LR, MIXED, given, run
 from machine import needs_native
+from test_norms import by_a_loop, by_transforms
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,6 +87,17 @@ def test_transforms_inside_a_compiled_function(name: str, x: Tensor) -> None:
         for q in (x.clone().requires_grad_(), (2 * x).requires_grad_())
     ]
     torch.testing.assert_close(gradients(both_tasks), torch.stack(want), **GRADIENT)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nested_transforms_inside_a_compiled_function(name: str) -> None:
+    """torch.compile of torch's own layers gives the wrong second derivatives of torch's own norms."""
+    stock, ours = both(name)
+    xs, xq = (torch.randn(2, n, 3, 8, 8, dtype=torch.float64) for n in (6, 4))
+    compiled = torch.compile(lambda a, b: by_transforms(ours, a, b), backend="aot_eager", fullgraph=True)
+    got, want = compiled(xs, xq), by_a_loop(stock, xs, xq)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], **GRADIENT, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def test_a_compiled_function_that_adapts(x: Tensor) -> None:

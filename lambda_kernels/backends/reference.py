@@ -123,7 +123,8 @@ class Reference(Backend):
             )
 
         if weight.shape[0] == 1 and (bias is None or bias.shape[0] == 1):
-            return one(x.flatten(0, 1), weight[0], None if bias is None else bias[0]).unflatten(0, x.shape[:2])
+            y = one(x.flatten(0, 1), weight[0], None if bias is None else bias[0])
+            return torch.unflatten(y, 0, x.shape[:2])  # Tensor.unflatten is none of the functions that Dynamo follows
         return per_task(one, x, weight) if bias is None else per_task(one, x, weight, bias)
 
     def conv2d_input_grad(self, gy: Tensor, weight: Tensor, x_shape: torch.Size, spec: ConvSpec) -> Tensor:
@@ -359,7 +360,7 @@ def _relu_pool(a: Tensor, pool: int) -> tuple[Tensor, Tensor]:
     best, at = F.max_pool2d(a.flatten(0, 1), pool, return_indices=True)
     row, column = at // a.shape[-1], at % a.shape[-1]
     index = torch.where(best <= 0, pool * pool, row % pool * pool + column % pool).to(torch.uint8)
-    return F.relu(best).unflatten(0, a.shape[:2]), index.unflatten(0, a.shape[:2])
+    return torch.unflatten(F.relu(best), 0, a.shape[:2]), torch.unflatten(index, 0, a.shape[:2])
 
 
 def _is_channels_last(x: Tensor) -> bool:
