@@ -124,7 +124,7 @@ def test_a_meta_gradient_of_other_shapes_is_that_of_a_loop(name: str) -> None:
     xs, xq = (torch.randn(2, n, 3, 6, 6, dtype=torch.float64) for n in (6, 3))
     want, got = by_a_loop(stock, xs, xq), by_transforms(lk.convert(copy.deepcopy(stock)), xs, xq)
     for key in want:
-        torch.testing.assert_close(got[key], want[key], **GRADIENT, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(got[key], want[key], **GRADIENT, msg=functools.partial("{}: {}".format, key))
 
 
 RUNNING: dict[str, Any] = {
@@ -172,7 +172,7 @@ def test_a_meta_gradient_through_running_statistics_of_each_task(name: str, norm
             torch.testing.assert_close(kept[key][task], value, **GRADIENT)
     want = torch.autograd.grad(torch.stack(total).sum(), list(weights.values()))
     for key, value in zip(weights, want):
-        torch.testing.assert_close(got[key], value, **GRADIENT, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(got[key], value, **GRADIENT, msg=functools.partial("{}: {}".format, key))
 
 
 def test_a_learner_under_transforms_computes_its_norms_by_their_definition() -> None:

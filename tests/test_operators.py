@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from chains import FEW, LR, MIXED, Network, given, in_other_memory
 from machine import needs_native
 
 from lambda_kernels.backends import native
-from lambda_kernels.spec import BlockSpec
+from lambda_kernels.backends.reference import channels_last
+from lambda_kernels.spec import BlockSpec, ConvSpec
 
 pytestmark = needs_native
 
@@ -23,6 +25,41 @@ def test_every_operator_knows_its_shapes_without_data() -> None:
     names = [name for name in every if name.startswith("lambda_kernels::")]
     assert len(names) == 11
     assert [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "Meta")] == []
+
+
+def calls() -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator."""
+    geometry = native._geometry(BlockSpec(ConvSpec((1, 1), (1, 1), (1, 1), 1), 1e-5, 2))
+    z, x, images = (channels_last(torch.randn(2, 3, *size)) for size in ((4, 6, 7), (16, 9, 9), (3, 8, 9)))
+    gamma, beta, weight = torch.randn(2, 4), torch.randn(2, 4), torch.randn(1, 64, 16, 3, 3)
+    filters = torch.randn(1, 4, 3, 3, 3)
+    y, index, mean, rstd = OPS.norm_relu_pool(z, gamma, beta, 1e-5, 2)
+    wide, moments = OPS.winograd(x, weight, [1, 1]), OPS.image_moments(images, [3, 3], geometry)
+    pooled, places, _, scale = OPS.image_block(images, filters, gamma, beta, moments, geometry, 1e-5)
+    network = FEW["5x5"][0]
+    task, updated = given(network, torch.float32), network.from_layer(0)
+    constants = (*native._constants(updated, network.specs), 2, [LR])
+    return {
+        "norm_relu_pool": (z, gamma, beta, 1e-5, 2),
+        "norm_relu_pool_grad": (y, z, gamma, index, mean, rstd, 2, True),
+        "norm_relu_pool_grad_grad": (y, z, gamma, index, mean, rstd, 2, z, gamma, beta, True),
+        "winograd": (x, weight, [1, 1]),
+        "winograd_input_grad": (wide, weight, x.shape, [1, 1]),
+        "winograd_weight_grad": (wide, x, weight.shape, [1, 1]),
+        "frozen_block": (images, filters, gamma, beta, geometry, 1e-5),
+        "image_moments": (images, [3, 3], geometry),
+        "image_block": (images, filters, gamma, beta, moments, geometry, 1e-5),
+        "image_block_grad": (pooled, images, filters, gamma, places, scale, moments, geometry),
+        "inner_loop": (task.x, task.labels, task.parameters, *constants, task.query),
+    }
+
+
+def test_every_operator_keeps_all_of_torchs_rules() -> None:
+    known = calls()
+    every = torch._C._dispatch_get_all_op_names()
+    assert known.keys() == {n.split("::")[1] for n in every if n.startswith("lambda_kernels::")}
+    for name, arguments in known.items():
+        torch.library.opcheck(getattr(OPS, name).default, arguments)
 
 
 SHAPES = ("test_schema", "test_faketensor")
