@@ -16,14 +16,16 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+
+if not torch.cuda.is_available():
+    # Read when triton is imported, which torch's flop counter does: the kernels run on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from cuda_checks import RUNNERS, Runner
 from cuda_emulator import build
 from machine import on_threads
 
 from lambda_kernels.backends.cuda import Cuda
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is made: they run on the CPU
 
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("project")
