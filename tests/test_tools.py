@@ -140,35 +140,5 @@ def test_the_flop_counter_counts_as_for_torchs_layers(name: str, x: Tensor) -> N
 
 
 @needs_native
-@pytest.mark.parametrize("width", [4, 16, 32])  # by the patches of the images, by ATen, by Winograd's algorithm
-def test_the_flop_counter_knows_the_operators_of_a_block(width: int, x: Tensor) -> None:
-    """Called by itself: where a whole network is counted, the counter's hooks keep it from fusing."""
-    for shape in ((6, 3, 8, 8), (6, 32, 8, 8), (2, 5, 32, 6, 6)):
-        images = torch.randn(*shape, requires_grad=True)
-        weight, ones = torch.randn(width, shape[-3], 3, 3, requires_grad=True), torch.ones(width, requires_grad=True)
-        counted = []
-        for backend, graph in product(("reference", "native"), (True, False)):
-            with lk.use_backend(backend), torch.set_grad_enabled(graph), FlopCounterMode(display=False) as counter:
-                y = lk.functional.conv_block(images, weight, None, ones, ones)
-                if graph:
-                    y.sum().backward()
-            counted.append(counter.get_total_flops())
-        assert counted[:2] == counted[2:] and counted[0] == 3 * counted[1] > 0
 
 
-@needs_native
-@pytest.mark.parametrize("name", MIXED)
-def test_the_flop_counter_counts_an_inner_loop_as_its_steps_in_torchs_operators(name: str) -> None:
-    network = MIXED[name]
-    steps, layers = 3, len(network.layers)
-    for tasks, own, first, query in product((1, 2), (False, True), range(layers + 1), (False, True)):
-        task, updated = given(network, torch.float32, tasks=tasks, own=own), network.from_layer(first)
-        each = sum(updated)
-        rates = [[LR], [LR] * each + [0.0] * each + [0.0] * (each - 1) + [LR]]  # all; one step none, one the last bias
-        for row in rates:
-            counted = []
-            for backend in (Reference(), Native()):
-                with FlopCounterMode(display=False) as counter:
-                    run(backend, network, task, updated, steps, row, query)
-                counted.append(counter.get_total_flops())
-            assert counted[0] == counted[1] > 0, (tasks, own, first, query, row)

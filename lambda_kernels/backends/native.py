@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import _build
 from ..spec import BlockSpec, ConvSpec
-from . import flops
 from .base import Call, InnerLoop
 from .reference import Reference, channels_last
 
@@ -174,7 +173,6 @@ def _geometry(block: BlockSpec) -> list[int]:
 
 
 if not _WHY:
-    flops.register()
 
     @torch.library.register_fake("lambda_kernels::norm_relu_pool")
     def _(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
