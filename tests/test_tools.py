@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
-from itertools import product
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import EXACT, GRADIENT
-from chains import LR, MIXED, given, run
-from machine import needs_native
 from test_norms import by_a_loop, by_transforms
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lambda_kernels as lk
-from lambda_kernels.backends import Native, Reference
 from lambda_maml import adapt
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo's own, about what it does not look into
@@ -137,8 +133,3 @@ def test_the_flop_counter_counts_as_for_torchs_layers(name: str, x: Tensor) -> N
                     y.sum().backward()
             counted.append(counter.get_total_flops())
     assert counted[:2] == counted[2:] and min(counted) > 0
-
-
-@needs_native
-
-
