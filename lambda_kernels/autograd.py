@@ -103,6 +103,14 @@ def _keep(ctx: Any, *tensors: Tensor | None) -> None:
         ctx.save_for_forward(*tensors)
 
 
+def _keep_factors(ctx: Any, a: Tensor, b: Tensor) -> None:
+    """Keep the two operands, the first of its inputs, that a result is linear in: each for the other's gradient."""
+    need_a, need_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a if need_b else None, b if need_a else None)
+    _keep(ctx, a, b)
+    ctx.set_materialize_grads(False)
+
+
 def _total(parts: list[Tensor], shape: torch.Size) -> Tensor:
     """The sum of a result's tangents, in its shape."""
     total = parts[0]
@@ -225,13 +233,10 @@ class Conv2d(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, ctx.spec, ctx.backend = inputs
         _note_inputs(ctx, x, weight, bias)
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        _keep(ctx, x, weight)
+        _keep_factors(ctx, x, weight)
         ctx.x_shape, ctx.weight_shape, ctx.y_shape = x.shape, weight.shape, output.shape
         ctx.contiguous = x.is_contiguous()
         ctx.bias_tasks = None if bias is None else bias.shape[0]
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     @forward_rule
@@ -274,11 +279,8 @@ class Conv2dInputGrad(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         gy, weight, _, ctx.spec, ctx.backend = inputs
         _note_inputs(ctx, gy, weight)
-        need_gy, need_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(gy if need_weight else None, weight if need_gy else None)
-        _keep(ctx, gy, weight)
+        _keep_factors(ctx, gy, weight)
         ctx.gy_tasks, ctx.weight_shape, ctx.x_shape = gy.shape[0], weight.shape, output.shape
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     @forward_rule
@@ -317,11 +319,8 @@ class Conv2dWeightGrad(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         gy, x, _, ctx.spec, ctx.backend = inputs
         _note_inputs(ctx, gy, x)
-        need_gy, need_x = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(gy if need_x else None, x if need_gy else None)
-        _keep(ctx, gy, x)
+        _keep_factors(ctx, gy, x)
         ctx.gy_tasks, ctx.x_shape, ctx.weight_shape = gy.shape[0], x.shape, output.shape
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     @forward_rule
@@ -360,12 +359,9 @@ class Linear(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, ctx.backend = inputs
         _note_inputs(ctx, x, weight, bias)
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        _keep(ctx, x, weight)
+        _keep_factors(ctx, x, weight)
         ctx.tasks = x.shape[0], weight.shape[0], None if bias is None else bias.shape[0]
         ctx.y_shape = output.shape
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     @forward_rule

@@ -27,6 +27,10 @@ def _normalised(
     """x with mean 0 and variance 1 over the axes, times weight, plus bias, which are viewed as `shape`."""
     variance, mean = torch.var_mean(x, list(axes), correction=0, keepdim=True)
     y = (x - mean) * torch.rsqrt(variance + eps)
+    return _scaled(y, shape, weight, bias)
+
+
+def _scaled(y: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = y if weight is None else y * weight.reshape(shape)
     return y if bias is None else y + bias.reshape(shape)
 
@@ -34,7 +38,12 @@ def _normalised(
 def _per_channel(x: Tensor, first: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Normalised over all axes from `first` on, and the batch where `first` is 0, each channel by itself."""
     axes = [axis for axis in range(first, x.dim()) if axis != 1]
-    return _normalised(x, axes, [-1, *(1 for _ in range(x.dim() - 2))], weight, bias, eps)
+    return _normalised(x, axes, _channels(x), weight, bias, eps)
+
+
+def _channels(x: Tensor) -> list[int]:
+    """The shape of one number per channel beside x [N, C, ...]."""
+    return [-1, *(1 for _ in range(x.dim() - 2))]
 
 
 # The rules have the signatures of torch's functions.
@@ -74,9 +83,7 @@ def _group(
 ) -> Tensor:
     parts = input.reshape(input.shape[0], num_groups, -1)
     y = _normalised(parts, [2], (), None, None, eps).reshape(input.shape)
-    shape = [-1, *(1 for _ in range(input.dim() - 2))]
-    y = y if weight is None else y * weight.reshape(shape)
-    return y if bias is None else y + bias.reshape(shape)
+    return _scaled(y, _channels(input), weight, bias)
 
 
 _RULES: dict[Any, Callable[..., Tensor]] = {

@@ -67,8 +67,6 @@ def walk(root: nn.Module) -> fx.Graph:
                 assert child is not None
                 value = visit(child, value)
             return value
-        if module is root and "" in paths.values():
-            return graph.call_module("", (value,))
         return graph.call_module(paths[id(module)], (value,))
 
     graph.output(visit(root, value))

@@ -26,9 +26,7 @@ class Deeds:
     writes: set[int] = field(default_factory=set)  # storages
     memory: frozenset[int] = frozenset()  # storages of its result
     statistics: bool = False  # writes running statistics, of which the schema says nothing
-    otherwise: frozenset[int] = (
-        frozenset()
-    )  # storages that its result would have too, were its inputs laid out otherwise
+    otherwise: frozenset[int] = frozenset()  # storages that its result would share, were its inputs laid out otherwise
 
 
 def storages(value: Any) -> frozenset[int]:
