@@ -135,6 +135,22 @@ def test_the_right_program_is_kept(make: Callable[[], nn.Module], x: Tensor) -> 
     assert difference(program, model, (x,), {}, True) is None
 
 
+@pytest.mark.parametrize("make", [walked, captured])
+def test_a_program_that_was_dropped_is_not_found_under_a_transform(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch, x: Tensor
+) -> None:
+    linear(lambda y, step: 2 * y)(monkeypatch)
+    model, found = make(), []
+
+    def seen(s: Tensor) -> Tensor:
+        found.append(program_of(model, x))
+        return s
+
+    plain = program_of(model, x)
+    torch.func.grad(seen)(torch.ones(()))
+    assert plain.untraceable is not None and found == [plain]
+
+
 def test_a_program_is_dropped_for_the_forms_in_which_it_differs(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
     linear(lambda y, step: 2 * y if len(y) == 5 else y)(monkeypatch)
     model = walked()

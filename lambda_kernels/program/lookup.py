@@ -113,16 +113,14 @@ def _find(root: nn.Module, known: _Known, args: tuple[Any, ...], kwargs: Mapping
     if family.walkable:
         if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
             return _opaque(root, family, _other_call(args, kwargs))
+    if family.walked is not None:
         program = family.walked
-        if program is None:
-            program = (
-                _outside(root, known, args, kwargs, called) if functorch_active() else _walked(root, family, args[0])
-            )
-        return program if program.untraceable else _checked(root, known, program, args, kwargs, called)
-    seen = known.view or root
-    if functorch_active():
-        return _outside(root, known, args, kwargs, called)
-    program = _captured(root, known, seen, args, kwargs, called)
+    elif functorch_active():
+        program = _outside(root, known, args, kwargs, called)
+    elif family.walkable:
+        program = _walked(root, family, args[0])
+    else:
+        program = _captured(root, known, known.view or root, args, kwargs, called)
     return program if program.untraceable else _checked(root, known, program, args, kwargs, called)
 
 
