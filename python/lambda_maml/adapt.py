@@ -98,8 +98,7 @@ def _by_channels(
 ) -> Learner:  # fmt: skip
     """`adapt` under a pattern of channels: the network with split layers is adapted, the learner is the model's."""
     checks.check_support(tensors_of(model)[0], xs, ys)
-    network = channels.split(model, pattern, norm, rule)
-    network.check(xs)
+    network = channels.split(model, xs, pattern, norm, rule)
     a = describe(network.model, xs, network.pattern, rule, steps, norm, second_order, loss)
     support = a.check_labels(a.support(xs, ys))
     result = descend(a, support)
@@ -159,8 +158,7 @@ def adapt_tasks(
             checks.check_tasks(xs, ys, xq)
         x, y = (batch.task(xs, 0), batch.task(ys, 0)) if tasks is None else tasks[0][:2]
         checks.check_support(tensors_of(model)[0], x, y)
-        network = channels.split(model, pattern, norm, given["rule"])
-        network.check(x)
+        network = channels.split(model, x, pattern, norm, given["rule"])
         model, given["pattern"] = network.model, network.pattern
     if tasks is None:
         return _together(_described(model, xs, ys, xq, given), xs, ys, xq, given)

@@ -55,8 +55,7 @@ def explain(
     model = network_of(model)
     rule, told = rule_of(lr, rule), pattern
     if isinstance(pattern, Pattern) and pattern.rows:
-        network = channels.split(model, pattern, norm, rule)
-        network.check(xs)
+        network = channels.split(model, xs, pattern, norm, rule)
         model, pattern = network.model, network.pattern
     a = describe(model, xs, pattern, rule, steps, norm, second_order, loss)
     inputs = flatten(xs)[0]

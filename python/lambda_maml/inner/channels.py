@@ -81,7 +81,7 @@ class Network(NamedTuple):
     rows: dict[str, tuple[str, Tensor]]  # of split parameters: the name of the chosen rows, and their numbers
     buffers: dict[str, str]  # the split network's names, where they are others
 
-    def check(self, x: Any) -> None:
+    def _check(self, x: Any) -> None:
         """ValueError where the split network computes something else than the model; looked at once for each form."""
         notes = notes_of(self.original)
         form = "channels", tuple(self.rows), tuple((t.shape, t.dtype) for t in flatten(x)[0])
@@ -135,11 +135,11 @@ def has_split(model: nn.Module) -> bool:
     return any(isinstance(module, (_SplitLayer, _SplitNorm)) for module in model.modules())
 
 
-def split(model: nn.Module, pattern: Pattern, norm: str, rule: Rule) -> Network:
-    """The network in which the layers that a pattern's channels speak of are split.
+def split(model: nn.Module, x: Any, pattern: Pattern, norm: str, rule: Rule) -> Network:
+    """The network in which the layers that a pattern's channels speak of are split, for inputs like x.
 
     Raises:
-        ValueError: a layer, its norm or the rule's rates cannot be split.
+        ValueError: a layer, its norm or the rule's rates cannot be split, or the split network is another.
     """
     checks.check_norm(norm)
     checks.check_mode()
@@ -174,7 +174,9 @@ def split(model: nn.Module, pattern: Pattern, norm: str, rule: Rule) -> Network:
             # The twin's own object: whatever else leads to it, leads to the split one.
             twins[path].__class__ = type(part)
             twins[path].__dict__ = part.__dict__
-    return Network(model, twin, _bits(pattern, model, twin, norm, rows), rows, moved)
+    network = Network(model, twin, _bits(pattern, model, twin, norm, rows), rows, moved)
+    network._check(x)
+    return network
 
 
 def _bits(
