@@ -18,6 +18,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 __all__ = [
+    "being_traced",
     "custom_function_call",
     "for_good",
     "forward_mode",
@@ -51,6 +52,11 @@ _watching_operators = torch._C._len_torch_dispatch_stack
 _watching_functions = torch._C._len_torch_function_stack
 # Whether torch.jit.trace is on: torch.jit.is_tracing, which torch's own types do not know.
 _tracing = torch._C._is_tracing
+
+
+def being_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace makes a graph of what is called now."""
+    return torch.compiler.is_compiling() or _tracing()
 
 
 def looked_at() -> bool:
@@ -149,7 +155,7 @@ def mode_active(device_type: str = "cpu") -> str | None:
 def stand_ins_made() -> bool:
     """Whether an operator may now give what means nothing later: a FakeTensor, a wrapper of torch.func, a tracer's
     value. Such must not be kept."""
-    return bool(_watching_operators() or functorch_active() or _tracing() or torch.compiler.is_compiling())
+    return bool(_watching_operators() or functorch_active() or being_traced())
 
 
 def for_good(make: Callable[[], T]) -> T:

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from ._say import say_once
-from ._torch import functorch_active
+from ._torch import being_traced
 from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, as_torchs, torch_class
 from .neighbours import unpatched
-from .norms import ByDefinition, exact_norms
+from .norms import exact_norms
 from .program import NORMS, Program, plain_view, program_for, program_seen
 
 __all__ = ["convert", "report", "to_torch"]
@@ -45,11 +44,9 @@ def _forward_of(cls: Any, blocks: bool) -> Callable[..., Any]:
 
     @functools.wraps(cls.forward)
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling() and functorch_active():
-            with ByDefinition():
+        if being_traced() or any(isinstance(x, fx.Proxy) for x in inputs):
+            with exact_norms():
                 return cls.forward(self, *inputs, **named)
-        if torch.compiler.is_compiling() or torch._C._is_tracing() or any(isinstance(x, fx.Proxy) for x in inputs):
-            return cls.forward(self, *inputs, **named)
         self = unpatched(self)
         program = program_for(self, inputs, named, called=False) if blocks else None
         if program is not None and program.untraceable is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels._torch import for_good, stand_ins_made
+from lambda_kernels._torch import being_traced, for_good, stand_ins_made
 from lambda_kernels.norms import exact_norms
 from lambda_kernels.program import OwnState, aliases_of, modes_of, program_for, replace, shadow, tensors_of
 
@@ -99,7 +99,7 @@ class AdaptedNetwork(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted network's result, for what the model itself is called with."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if being_traced():
             return self._compiled(*args, **kwargs)
         plan, network, state = self._call(args, kwargs)
         with exact_norms():

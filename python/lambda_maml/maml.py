@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels._torch import stand_ins_made
+from lambda_kernels._torch import being_traced, stand_ins_made
 from lambda_kernels.chain import backend_in_force
 from lambda_kernels.program import aliases_of, flatten, modes_of, replace, tensors_of
 
@@ -216,7 +216,7 @@ class TaskLearner(AdaptedNetwork):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result with the parameters adapted so far; for the same input the frozen prefix runs once."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if being_traced():
             return self._compiled(*args, **kwargs)
         plan, network, state = self._call(args, kwargs)
         part = plan.part(self._settings.names(self._step))
