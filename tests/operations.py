@@ -59,6 +59,7 @@ def check_block_rounding(exact: dict[str, Tensor], case: BlockCase) -> None:
     assert_as_exact("y", *results)
     with torch.no_grad():
         sure = decided(exact["x"], exact["weight"], exact["gamma"], exact["beta"], called, 1e-4)
+        # In one order, whatever the memory layout of the result.
         gy = torch.randn_like(results[0], memory_format=torch.channels_last) * sure
     grads = [torch.autograd.grad(y, list(t.values()), gy.to(y.dtype)) for y, t in zip(results, (mine, plain, exact))]
     for name, *three in zip(exact, *grads):
