@@ -24,6 +24,48 @@ class OwnLinear(nn.Linear):
     """A class of a user's that changes nothing."""
 
 
+class Named(nn.Sequential):
+    """A class of a user's that says which layers there are, and what else may be asked of them."""
+
+    def __init__(self) -> None:
+        super().__init__(*plain())
+        self.ways = 2
+
+    def features(self, x: Tensor) -> Tensor:
+        return self[:-1](x)
+
+
+class Heir(Named):
+    ways = 3
+
+
+class Doubled(Named):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Shorter(Named):
+    def __iter__(self) -> Any:
+        return iter(list(self._modules.values())[:-1])
+
+
+class Always(Named):
+    training = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
+
+
+class Metered(type(nn.Module)):  # type: ignore[misc]
+    def __getattribute__(cls, name: str) -> Any:
+        return super().__getattribute__(name)
+
+
+class Mixed(Named, nn.Module):
+    pass
+
+
+class Measured(Named, metaclass=Metered):
+    pass
+
+
 class Swish(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(x)
@@ -74,7 +116,16 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "an attention layer with a user's module": (lambda: attention(Swish()), False),
     "a user's layer": (lambda: around(Swish()), False),
     "a user's class of a layer": (lambda: changed(lambda n: n.append(OwnLinear(2, 2).double())), False),
-    "a user's root": (lambda: models.conv4(2, 2, 3, 16).double(), False),
+    "conv4": (lambda: models.conv4(2, 2, 3, 16).double(), True),
+    "a user's Sequential": (Named, True),
+    "what inherits from it": (Heir, True),
+    "a user's Sequential, converted": (lambda: lk.convert(Named()), True),
+    "a user's Sequential inside": (lambda: nn.Sequential(OrderedDict(net=Named())), True),
+    "a Sequential with a forward of its own": (Doubled, False),
+    "a Sequential that iterates otherwise": (Shorter, False),
+    "a Sequential with a mode of its own": (Always, False),
+    "a Sequential that inherits twice": (Mixed, False),
+    "a Sequential of another kind of class": (Measured, False),
     "a forward hook": (lambda: changed(lambda n: n[4].register_forward_hook(lambda *_: None)), False),
     "a hook before": (lambda: changed(lambda n: n[0].register_forward_pre_hook(lambda *_: None)), False),
     "a backward hook": (lambda: changed(lambda n: n[4].register_full_backward_hook(lambda *_: None)), False),
@@ -90,12 +141,22 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
 def test_which_networks_are_walked(name: str) -> None:
     make, walked = NETWORKS[name]
     network = make()
-    size = 16 if name == "a user's root" else 4
+    size = 16 if name == "conv4" else 4
     x = torch.randn(2, 2, size, size, dtype=torch.float64)
     assert is_walkable(network) is walked
     program = program_of(network, x)
     assert lookup._KNOWN[network].family.walkable is walked if network in lookup._KNOWN else not walked
     torch.testing.assert_close(program(network, x), network(x), **EXACT)
+
+
+def test_a_method_given_to_a_walked_class_later_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = Heir(), torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    program_of(network, x)
+    assert is_walkable(network)
+    original = nn.Sequential.forward
+    monkeypatch.setattr(Named, "forward", lambda self, x: 2 * original(self, x), raising=False)
+    assert not is_walkable(network)
+    torch.testing.assert_close(program_of(network, x)(network, x), network(x), **EXACT)
 
 
 def test_a_replaced_forward_of_torchs_own_class_is_run(monkeypatch: pytest.MonkeyPatch) -> None:

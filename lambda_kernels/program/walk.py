@@ -16,6 +16,8 @@ from .watch import Deeds, Watch, storages
 __all__ = ["is_walkable", "look", "plain_class", "plain_view", "walk"]
 
 _HOMES = ("torch.nn.modules.", "lambda_kernels.layers")
+# What a class holds that runs at no call of its objects.
+_SILENT = frozenset((*vars(type("", (), {})), "__init__", "__annotations__", "__annotate_func__"))
 
 
 def plain_class(module: nn.Module) -> Any:
@@ -31,13 +33,27 @@ def plain_view(module: nn.Module, cls: Any) -> nn.Module:
     return view
 
 
+def _written(cls: Any) -> Any:
+    """Torch's Sequential for a class that adds to it a constructor and names of its own alone; else the class."""
+    own = cls
+    while own is not nn.Sequential:
+        if len(own.__bases__) != 1 or type(own) is not type:
+            return cls
+        (base,) = own.__bases__
+        for name in vars(own).keys() - _SILENT:
+            if name.startswith("__") or name in BASE or hasattr(base, name):
+                return cls
+        own = base
+    return own
+
+
 def is_walkable(root: nn.Module) -> bool:
-    """Whether a call of the module runs torch's code and ours only."""
+    """Whether a call of the module runs torch's code and ours only; a class may add a constructor to Sequential."""
     return all(_is_ours(module) for module in root.modules())
 
 
 def _is_ours(module: nn.Module) -> bool:
-    cls = plain_class(module)
+    cls = _written(plain_class(module))
     if not f"{cls.__module__}.".startswith(_HOMES) or has_hooks(module):
         return False
     if isinstance(module, torch.jit.ScriptModule):
@@ -62,7 +78,7 @@ def walk(root: nn.Module) -> fx.Graph:
     value = graph.placeholder("x")
 
     def visit(module: nn.Module, value: fx.Node) -> fx.Node:
-        if plain_class(module) is nn.Sequential:
+        if _written(plain_class(module)) is nn.Sequential:
             for child in module._modules.values():
                 assert child is not None
                 value = visit(child, value)
