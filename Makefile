@@ -27,7 +27,7 @@ demo: $(VENV)/.built
 	$(BIN)/lambda-maml demo --out runs/demo
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest tests -p no:benchmark
+	$(BIN)/python -m pytest tests -p no:benchmark --numprocesses 2 --dist worksteal
 
 # Random networks and calls beside plain PyTorch, each with a seed that shows it again.
 SECONDS ?= 600

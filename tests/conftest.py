@@ -21,6 +21,9 @@ if not torch.cuda.is_available():
     # Read when triton is imported, which torch's flop counter does: the kernels run on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# A test that starts pytest in a process of its own starts a plain one, not a worker of this run's pytest-xdist.
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+
 from cuda_checks import RUNNERS, Runner
 from cuda_emulator import build
 from machine import on_threads
