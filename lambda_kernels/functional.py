@@ -183,7 +183,7 @@ def block_and_statistics(
     shapes = (None if t is None else t.shape for t in (bias, gamma, beta))
     count = check_conv_block(x.shape, weight.shape, *shapes, spec, pool)
     if x.shape[-4] == 0:
-        return _block_of_no_images(x, weight, gamma, beta, spec, pool)
+        return _block_of_no_images(x, weight, bias, gamma, beta, spec, pool)
     block = BlockSpec(spec, eps, pool)
     backend = choose("conv_block", x, weight, spec, pool)
     ranks = ((x, 4), (weight, 4), (bias, 1), (gamma, 1), (beta, 1))
@@ -197,6 +197,8 @@ def block_and_statistics(
         y, _, mean, rstd = autograd.NormReluPool.apply(z, *operands[2:], _lift_if(bias, 1), block, backend)
     else:
         y, mean, rstd = autograd.Block.apply(*operands, block, backend)
+        if y.shape[0] < count:  # the tasks differ in the bias alone, which cancels
+            y, mean, rstd = (t.repeat(count, *[1] * (t.dim() - 1)) for t in (y, mean, rstd))
 
     def statistics() -> tuple[Tensor, Tensor]:
         shifted = mean if bias is None else mean + bias.detach()
@@ -207,10 +209,10 @@ def block_and_statistics(
 
 
 def _block_of_no_images(
-    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, spec: ConvSpec, pool: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, spec: ConvSpec, pool: int
 ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
     """What is left of a block where there is nothing to normalise: a shape, and gradients of 0."""
-    y = conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)
+    y = conv2d(x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups)
     scale, shift = (t if t is None or t.dim() == 1 else t.unsqueeze(-2) for t in (gamma, beta))
     y = y if scale is None else y * scale[..., None, None]
     y = y if shift is None else y + shift[..., None, None]

@@ -199,10 +199,20 @@ def test_block_with_tasks_is_torchs_task_by_task(own: tuple[str, ...], backend: 
     got = conv_block(**operands)
     want = by_task(lambda *t: stock_block(*t, 1e-5, case), T, *zip(tensors, (4, 4, 1, 1, 1)))
     torch.testing.assert_close(got, want, **EXACT)
+    with torch.no_grad():
+        torch.testing.assert_close(conv_block(**operands), want, **EXACT)
     gy = torch.randn_like(want)
     torch.testing.assert_close(
         torch.autograd.grad(got, tensors, gy), torch.autograd.grad(want, tensors, gy), **GRADIENT
     )
+
+
+@pytest.mark.parametrize("own", ["weight", "bias", "gamma"])
+def test_block_of_no_images_has_the_task_axis(own: str, backend: str) -> None:
+    operands = block_operands(BLOCKS[0])
+    operands[own] = operands[own].expand(T, *operands[own].shape)
+    expected = (T, 0, *conv_block(**operands).shape[2:])
+    assert conv_block(**{**operands, "x": operands["x"][:0]}).shape == expected
 
 
 def test_block_pool_3_needs_the_reference() -> None:
