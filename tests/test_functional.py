@@ -67,6 +67,7 @@ def test_conv2d_and_its_gradients_are_torchs(case: ConvCase, layout: str) -> Non
     torch.testing.assert_close(torch.autograd.grad(got, mine, gy), torch.autograd.grad(want, plain, gy), **EXACT)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CONVS, ids=ids(CONVS))
 def test_conv2d_rounds_no_worse_than_torch(case: ConvCase, dtype: torch.dtype) -> None:
