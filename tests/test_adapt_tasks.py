@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import loops
@@ -125,6 +126,49 @@ def test_tasks_that_cannot_be_batched() -> None:
     want = torch.stack([adapt(random.network, x, y, pattern="01", steps=3)(q) for x, y, q in zip(xs, ys, xq)])
     torch.manual_seed(1)
     close(adapt_tasks(random.network, xs, ys, xq, pattern="01", steps=3), want, "logits")
+
+
+class Written(nn.Module):
+    """Writes in place into what may be its own memory or a copy, as that lies."""
+
+    def __init__(self, view: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.second, self.head, self.view = nn.Conv2d(8, 8, 1), nn.Linear(24, 2), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.norm(self.conv(x)))
+        h = torch.add(h, self.second(h))
+        self.view(h).mul_(0.5)
+        return self.head(h.flatten(1))
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda h: h.contiguous(),
+    "reshape": lambda h: h.reshape(h.shape[0], -1),
+    "flatten": lambda h: h.flatten(2),
+    "channels-last": lambda h: h.contiguous(memory_format=torch.channels_last),
+    "view": lambda h: h.unsqueeze(0),
+}
+
+
+@pytest.mark.parametrize("pattern", ["101", "001", "111"])
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_write_into_a_view_or_a_copy_is_what_it_is_for_one_task(name: str, pattern: str) -> None:
+    torch.manual_seed(0)
+    model, ys = Written(VIEWS[name]).double().eval(), torch.tensor([0, 1] * 3)
+    xs, xq = torch.randn(2, 6, 1, 3, 1).double(), torch.randn(2, 1, 1, 3, 1).double()
+    given: dict[str, Any] = dict(pattern=pattern, steps=2, lr=0.1, second_order=True)
+    want = []
+    for x, q in zip(xs, xq):
+        fast = dict(model.named_parameters())
+        for _ in range(2):
+            loss = F.cross_entropy(torch.func.functional_call(model, fast, (x,)), ys)
+            moving = [n for n in fast if pattern[["conv", "seco", "head"].index(n[:4].replace("norm", "conv"))] == "1"]
+            slopes = torch.autograd.grad(loss, [fast[n] for n in moving], create_graph=True)
+            fast |= {n: fast[n] - 0.1 * g for n, g in zip(moving, slopes)}
+        want.append(torch.func.functional_call(model, fast, (q,)))
+    close(adapt_tasks(model, xs, ys.expand(2, -1), xq, **given), torch.stack(want), "logits")
 
 
 def test_wrong_tasks() -> None:

@@ -149,6 +149,7 @@ class _Builder:
             deeds = Deeds(memory=known.difference(*self._stored.values()))
         elif deeds is not None:
             facts["not_reusable"] = f"{deeds.random} draws random numbers" if deeds.random else None
+            facts["uncertain"] = deeds.uncertain
             facts["writes"] = tuple(slot for slot in reads if self._stored.get(slot, set()) & deeds.writes)
             if deeds.statistics:
                 facts["not_reusable"] = f"{_name(node)} updates running statistics"

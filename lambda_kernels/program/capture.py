@@ -505,4 +505,5 @@ def _joined(deeds: list[Deeds]) -> Deeds:
         deeds[-1].memory,
         any(d.statistics for d in deeds),
         frozenset().union(*(d.otherwise for d in deeds)),
+        any(d.uncertain for d in deeds),
     )

@@ -71,6 +71,7 @@ class Step:
     not_reusable: str | None = None  # why a second run with the same inputs may not be left out
     writes: tuple[int, ...] = ()  # slots whose tensors are written in place
     tracks: bool = False  # updates running statistics
+    uncertain: bool = False  # gives a view or a copy, as the memory of what it reads lies
 
 
 @dataclass(frozen=True, eq=False)

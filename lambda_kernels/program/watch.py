@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 __all__ = ["Deeds", "Watch", "is_random", "storages", "written"]
 
 
+_LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
 @dataclass
 class Deeds:
     """What one operation does."""
@@ -27,6 +30,7 @@ class Deeds:
     memory: frozenset[int] = frozenset()  # storages of its result
     statistics: bool = False  # writes running statistics, of which the schema says nothing
     otherwise: frozenset[int] = frozenset()  # storages that its result would share, were its inputs laid out otherwise
+    uncertain: bool = False  # whether its result shares a storage at all depends on how its inputs lie
 
 
 def storages(value: Any) -> frozenset[int]:
@@ -100,32 +104,54 @@ class Watch(TorchDispatchMode):
         self._deeds = deeds = Deeds()
         result = function(*args, **kwargs)
         deeds.memory = storages(result)
-        deeds.otherwise = self._otherwise(function, args, kwargs) - deeds.memory
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        views = [self._views(function, args, kwargs, given, layout) for layout in _LAYOUTS]
+        deeds.otherwise = frozenset().union(*filter(None, views)) - deeds.memory
+        now = deeds.memory & storages(given)
+        if now or deeds.otherwise:
+            views += [self._views_mapped(function, args, kwargs, given, behind) for behind in (False, True)]
+        deeds.uncertain = any(found is not None and found != now for found in views)
         return result, deeds
 
-    def _otherwise(self, function: Callable[..., Any], args: Any, kwargs: Any) -> frozenset[int]:
-        """The storages of arguments that the result shares where all of them are contiguous, or channels-last.
+    def _views(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], layout: torch.memory_format
+    ) -> frozenset[int] | None:
+        """The storages of arguments that the result shares where all of them lie in this layout; None where it cannot
+        be had.
 
         `flatten` and `contiguous` give a view or a copy, as the memory lies.
         """
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        found: set[int] = set()
-        for layout in (torch.contiguous_format, torch.channels_last):
-            laid = {id(t): torch.empty_like(t, memory_format=layout) for t in given if _may_lie(t, layout)}
-            memory = self._memory_of(function, args, kwargs, laid)
-            found.update(*(storages(t) for t in given if id(t) in laid and storages(laid[id(t)]) & memory))
-        return frozenset(found)
+        laid = {id(t): torch.empty_like(t, memory_format=layout) for t in given if _may_lie(t, layout)}
+        return self._shared(given, laid, lambda: _instead(function, args, kwargs, laid))
 
-    def _memory_of(
-        self, function: Callable[..., Any], args: Any, kwargs: Any, tensors: dict[int, Tensor]
-    ) -> frozenset[int]:
-        """The storages of the function's result, with others in the places of its tensors; what it does is left out."""
+    def _views_mapped(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, given: list[Tensor], behind: bool
+    ) -> frozenset[int] | None:
+        """The same for tensors of two tasks, mapped by torch.func.vmap, whose axis lies in front or behind."""
+        many = [t.new_empty((*t.shape, 2) if behind else (2, *t.shape)) for t in given]
+
+        def one(*tensors: Tensor) -> Any:
+            result = _instead(function, args, kwargs, {id(t): own for t, own in zip(given, tensors)})
+            return tuple(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+
+        axes = tuple(t.dim() if behind else 0 for t in given)
+        own = {id(t): whole for t, whole in zip(given, many)}
+        return self._shared(given, own, lambda: torch.func.vmap(one, in_dims=axes)(*many))
+
+    def _shared(self, given: list[Tensor], own: dict[int, Tensor], result: Callable[[], Any]) -> frozenset[int] | None:
+        """The storages of given tensors whose stand-ins a result shares; what is done to get it is left out."""
         self._deeds = Deeds()
-        args, kwargs = tree_map_only(Tensor, lambda t: tensors.get(id(t), t), (args, kwargs))
         try:
-            return storages(function(*args, **kwargs))
-        except Exception:  # `view`, say, refuses some memory
-            return frozenset()
+            memory = storages(result())
+        except Exception:  # `view`, say, refuses some memory, and vmap has no rule for some operators
+            return None
+        return frozenset().union(*(storages(t) for t in given if id(t) in own and storages(own[id(t)]) & memory))
+
+
+def _instead(function: Callable[..., Any], args: Any, kwargs: Any, tensors: dict[int, Tensor]) -> Any:
+    """function(*args, **kwargs) with other tensors in the places of some."""
+    args, kwargs = tree_map_only(Tensor, lambda t: tensors.get(id(t), t), (args, kwargs))
+    return function(*args, **kwargs)
 
 
 def _may_lie(t: Tensor, layout: torch.memory_format) -> bool:

@@ -47,6 +47,19 @@ def _moving(program: Program, updated: frozenset[str]) -> set[int]:
             return moving
 
 
+def _write_that_vmap_may_lose(program: Program) -> str | None:
+    """Why an in-place write of a program might go elsewhere under torch.func.vmap, which lays tensors out in its own
+    way; None where it cannot."""
+    loose = {
+        program.memory[slot]: step for step in program.steps if step.uncertain for slot in (step.slot, *step.reads)
+    }
+    for step in program.steps:
+        for slot in step.writes:
+            if (view := loose.get(program.memory[slot])) is not None:
+                return f"{step.label} writes in place, and {view.label} gives a view or a copy, as the memory lies"
+    return None
+
+
 def with_copies(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters and copies of buffers as one state; shared buffers stay shared."""
     state = dict(parameters)
@@ -152,6 +165,8 @@ class Plan(Layout):
         """Why several tasks cannot be adapted as one batch, or None where they can."""
         if any(step.tracks for step in self.program.steps):
             return "it updates running statistics"
+        if (why := _write_that_vmap_may_lose(self.program)) is not None:
+            return why
         return next((step.not_reusable for step in self.program.steps if step.not_reusable), None)
 
     @cached_property
