@@ -239,3 +239,43 @@ def test_a_norm_in_front_of_images_that_a_network_lays_out_has_its_gradient(
         (y * torch.linspace(-1, 1, y.numel(), dtype=D).view(y.shape)).sum().backward()
     for a, b in zip(stock.parameters(), ours.parameters()):
         assert a.grad is not None and b.grad is not None and far(a.grad, b.grad) < 1e-11
+
+
+def named_channels_last(t: Tensor) -> Tensor:
+    """The same memory of one channel, by the strides of channels-last."""
+    return t.as_strided(t.shape, (t.stride(0), 1, *t.stride()[2:]))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("name", ["images", "weight", "both", "neither"])
+@pytest.mark.parametrize("width, kernel, padding, step", [(1, 4, 2, 2), (5, 5, 1, 3), (3, 3, 0, 2)])
+def test_one_channel_in_steps_to_a_single_column(
+    width: int, kernel: int, padding: int, step: int, name: str, backend: str
+) -> None:
+    x, weight = torch.randn(15, 1, 4, width), torch.randn(4, 1, 2, kernel)
+    given = dict(stride=(1, step), padding=(1, padding))
+    want = F.conv2d(x.double(), weight.double(), **given)
+    assert want.shape[3] == 1
+    x = named_channels_last(x) if name in ("images", "both") else x
+    weight = named_channels_last(weight) if name in ("weight", "both") else weight
+    with lk.use_backend(backend):
+        got = lk.functional.conv2d(x, weight, None, **given)
+        block = lk.functional.conv_block(x, weight, None, None, None, pool=1, **given)
+    assert far(got.double(), want) < 1e-5  # float32
+    assert (
+        far(block.double(), F.relu(F.batch_norm(want, None, None, training=True))) < 1e-4
+    )  # and a norm over few pixels
+
+
+def test_steps_of_one_channel_to_a_single_column_on_a_chain() -> None:
+    """Patches of 49 numbers: torch's library takes the first block."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 4, (7, 7), stride=2, padding=(3, 1))
+    model = nn.Sequential(conv, nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    for weight in (conv.weight.data, named_channels_last(conv.weight.data)):
+        conv.weight.data = weight
+        xs, ys = torch.randn(15, 1, 8, 6), torch.arange(15) % 2
+        got = adapt(model, xs, ys, pattern="11", steps=2, lr=0.1).parameters_dict()
+        twin = copy.deepcopy(model).double()
+        want = adapt(twin, xs.double(), ys, pattern="11", steps=2, lr=0.1).parameters_dict()
+        assert all(far(got[n].double(), want[n]) < 1e-4 for n in want)  # float32, two steps

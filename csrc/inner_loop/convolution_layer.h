@@ -195,7 +195,9 @@ template <typename T>
 class LibraryLayer : public ConvolutionLayer<T> {
  public:
   LibraryLayer(const Convolution& c, const at::Tensor& weight, bool updated, bool below)
-      : c_(c), weight_(weight), updated_(updated), below_(below) {}
+      : c_(c), weight_(weight), updated_(updated), below_(below) {
+    if (weight.size(1) == 1 && weight.is_contiguous()) weight_ = weight.view({-1}).view(weight.sizes());  // as images()
+  }
 
   const T* forward(const T* x) override {
     x_ = images(x, c_.inputs, c_.height, c_.width);
@@ -220,7 +222,8 @@ class LibraryLayer : public ConvolutionLayer<T> {
  private:
   at::Tensor images(const T* data, int64_t channels, int64_t height, int64_t width) const {
     const int64_t sizes[] = {c_.images, channels, height, width};
-    const int64_t strides[] = {height * width * channels, 1, width * channels, channels};
+    // Of one channel by the strides of contiguous memory: see _in_order in reference.py.
+    const int64_t strides[] = {height * width * channels, channels == 1 ? height * width : 1, width * channels, channels};
     return at::from_blob(const_cast<T*>(data), sizes, strides, weight_.options());
   }
 

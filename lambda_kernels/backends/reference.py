@@ -73,6 +73,12 @@ def channels_last(x: Tensor) -> Tensor:
     return x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
 
 
+def _in_order(t: Tensor) -> Tensor:
+    """Images or a weight of one channel by the strides of contiguous memory: by those of channels-last, which name the
+    same values, ATen gives wrong float32 values for a step of more than 1 to a single column (torch 2.13, oneDNN)."""
+    return t.flatten().view(t.shape) if t.shape[1] == 1 and t.is_contiguous() else t
+
+
 def each_rate(parameters: list[Tensor], rates: Sequence[float]) -> list[float]:
     """One rate per parameter, from that or a single one; ValueError for another number of them."""
     if len(rates) not in (1, len(parameters)):
@@ -118,6 +124,8 @@ class Reference(Backend):
 
     def conv2d(self, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
         def one(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            if weight.shape[1] == 1 and spec.stride[1] > 1:
+                x, weight = _in_order(x), _in_order(weight)
             return torch.convolution(
                 x, weight, bias, spec.stride, spec.padding, spec.dilation, False, (0, 0), spec.groups
             )
