@@ -105,7 +105,12 @@ class ImageConvolution {
     const Arena::Mark mark = arena.mark();
     const int64_t side = taps_ + 1;
     ImageBlock<T> p = describe(0);
+    p.kernel_y = c_.kernel[0], p.kernel_x = c_.kernel[1];
+    p.dense = std::max({c_.stride[0], c_.stride[1], c_.dilation[0], c_.dilation[1]}) == 1;
+    // A dense convolution takes whole images.
+    p.slabs = p.dense ? std::clamp<int64_t>(p.images, 1, kImageSlabs) : p.slabs;
     p.partial = arena.take<double>(p.slabs * side * side);
+    p.scratch = p.dense ? arena.take<double>(p.slabs * image_moments_scratch(p)) : nullptr;
     const auto& kernels = image_block_kernels<T>();
     const int64_t work = c_.pixels() * side * side / p.slabs;
     at::parallel_for(0, p.slabs, 1 + kGrain / (work + 1),
@@ -199,6 +204,110 @@ class ImageConvolution {
   void block_grad(const T* gy, const T* weight, const T* gamma, const uint8_t* index, const T* rstd, const Patches& patches,
                   T* dweight, T* dgamma, T* dbeta, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
+    const int64_t padded = up(c_.outputs, kLanes);
+    const double* const sums = gradient_sums(gy, index, patches, arena);
+    // With A = sum(g (p - average)): dbeta = sum(g), dgamma = rstd <w, A>, dw = gamma rstd (A - dgamma rstd covariance w)
+    std::vector<double> along(taps_);
+    for (int64_t o = 0; o < c_.outputs; ++o, weight += taps_, dweight += taps_) {
+      const double r = double(rstd[o]), g = double(gamma[o]);
+      double centred = 0.0;  // <w, A>
+      patches.apply(weight, along.data());
+      for (int64_t k = 0; k < taps_; ++k) centred += double(weight[k]) * sums[k * padded + o];
+      const double slope = centred * r;
+      for (int64_t k = 0; k < taps_; ++k) dweight[k] = T(g * r * (sums[k * padded + o] - slope * r * along[k]));
+      dgamma[o] = T(slope), dbeta[o] = T(sums[int64_t(offsets_.size()) * padded + o]);
+    }
+    arena.rewind(mark);
+  }
+
+  // A block's parameters, or their derivatives (null for zeros): weight [O, K], gamma and beta [O]
+  struct Affine {
+    const T *weight, *gamma, *beta;
+  };
+
+  // The derivative of y along that of the parameters, at the maxima that `index` tells.
+  void follow(const Affine& now, const Affine& dot, const T* rstd, const uint8_t* index, const Patches& patches, T* y_dot,
+              Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    ImageBlock<T> p = describe(c_.outputs);
+    T* const rows = arena.take<T>((taps_ + 2) * p.padded_outputs);
+    std::fill(rows, rows + (taps_ + 2) * p.padded_outputs, T(0));
+    std::vector<double> along(taps_);
+    // y = gamma rstd <w, p - average> + beta moves as <f, p - average> + beta_dot: one filter f
+    for (int64_t o = 0; o < c_.outputs; ++o) {
+      const T *w = now.weight + o * taps_, *w_dot = dot.weight == nullptr ? nullptr : dot.weight + o * taps_;
+      const double r = double(rstd[o]), g = double(now.gamma[o]);
+      double of_w = dot.gamma == nullptr ? 0.0 : double(dot.gamma[o]) * r, level = 0.0;
+      if (w_dot != nullptr) {
+        double turn = 0.0;  // <w_dot, covariance w>
+        patches.apply(w, along.data());
+        for (int64_t k = 0; k < taps_; ++k) turn += double(w_dot[k]) * along[k];
+        of_w -= g * r * r * r * turn;
+      }
+      for (int64_t k = 0; k < taps_; ++k) {
+        const double f = of_w * double(w[k]) + (w_dot == nullptr ? 0.0 : g * r * double(w_dot[k]));
+        level += f * (patches.average[k] - levels_[k]);
+        rows[k * p.padded_outputs + o] = T(f);
+      }
+      rows[taps_ * p.padded_outputs + o] = T(level);
+      rows[(taps_ + 1) * p.padded_outputs + o] = dot.beta == nullptr ? T(0) : dot.beta[o];
+    }
+    p.weight = rows, p.mean = rows + taps_ * p.padded_outputs, p.beta = p.mean + p.padded_outputs;
+    p.y = y_dot, p.index = const_cast<uint8_t*>(index);
+    const int64_t work = p.columns * pool_ * pool_ * taps_ * c_.outputs;  // multiply-adds of an item
+    at::parallel_for(0, p.images * p.rows, 1 + kGrain / (work + 1),
+                     [&](int64_t begin, int64_t end) { image_block_kernels<T>().follow(p, begin, end); });
+    arena.rewind(mark);
+  }
+
+  // Where a block's gradients go: dweight [O, K], dgamma, dbeta [O]
+  struct AffineGrad {
+    T *weight, *gamma, *beta;
+  };
+
+  // The gradients as block_grad gives them, and their derivatives along that of gy and the parameters.
+  void block_grad(const T* gy, const T* gy_dot, const Affine& now, const Affine& dot, const uint8_t* index, const T* rstd,
+                  const Patches& patches, const AffineGrad& to, const AffineGrad& to_dot, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    const int64_t padded = up(c_.outputs, kLanes), all = int64_t(offsets_.size()) * padded;
+    const double* const sums = gradient_sums(gy, index, patches, arena);
+    const double* const sums_dot = gradient_sums(gy_dot, index, patches, arena);
+    std::vector<double> along(taps_), along_dot(taps_);  // covariance w, covariance w_dot
+    for (int64_t o = 0; o < c_.outputs; ++o) {
+      const T *w = now.weight + o * taps_, *w_dot = dot.weight == nullptr ? nullptr : dot.weight + o * taps_;
+      const double r = double(rstd[o]), g = double(now.gamma[o]);
+      const double g_dot = dot.gamma == nullptr ? 0.0 : double(dot.gamma[o]);
+      patches.apply(w, along.data());
+      if (w_dot != nullptr) patches.apply(w_dot, along_dot.data());
+      double turn = 0.0, centred = 0.0, centred_dot = 0.0;  // <w_dot, covariance w>, <w, A> and its derivative
+      for (int64_t k = 0; k < taps_; ++k) {
+        const double a = sums[k * padded + o];
+        centred += double(w[k]) * a;
+        centred_dot += double(w[k]) * sums_dot[k * padded + o];
+        if (w_dot != nullptr) turn += double(w_dot[k]) * along[k], centred_dot += double(w_dot[k]) * a;
+      }
+      const double r_dot = -r * r * r * turn, slope = centred * r, slope_dot = centred_dot * r + centred * r_dot;
+      for (int64_t k = 0; k < taps_; ++k) {
+        const double whole = sums[k * padded + o] - slope * r * along[k];
+        const double whole_dot = sums_dot[k * padded + o] - (slope_dot * r + slope * r_dot) * along[k] -
+                                 (w_dot == nullptr ? 0.0 : slope * r * along_dot[k]);
+        to.weight[o * taps_ + k] = T(g * r * whole);
+        to_dot.weight[o * taps_ + k] = T((g_dot * r + g * r_dot) * whole + g * r * whole_dot);
+      }
+      to.gamma[o] = T(slope), to.beta[o] = T(sums[all + o]);
+      to_dot.gamma[o] = T(slope_dot), to_dot.beta[o] = T(sums_dot[all + o]);
+    }
+    arena.rewind(mark);
+  }
+
+ private:
+  static constexpr int64_t kImageSlabs = 8;  // likewise, of whole images
+  static constexpr int64_t kSlabs = 32;      // a sum's parts, whatever the number of threads, so that it has one order
+  static constexpr int64_t kParts = 8;       // of a row's sum, which do not wait for one another
+  static constexpr int64_t kGrain = 100000;  // multiply-adds that a thread must have before splitting pays
+
+  // Sums over the maxima of g (patch - average), [padded taps, padded outputs], and below them of g.
+  double* gradient_sums(const T* gy, const uint8_t* index, const Patches& patches, Arena& arena) const {
     ImageBlock<T> p = describe(c_.outputs);
     const int64_t size = (p.padded_taps + 1) * p.padded_outputs;
     p.gy = gy;
@@ -210,31 +319,12 @@ class ImageConvolution {
                      [&](int64_t begin, int64_t end) { kernels.reduce(p, begin, end); });
     for (int64_t slab = 1; slab < p.slabs; ++slab)
       for (int64_t i = 0; i < size; ++i) p.partial[i] += p.partial[slab * size + i];
-    // With A = g^T p: dbeta = sum(g), dgamma = rstd (<w, A> - mean dbeta),
-    // dw = gamma rstd (A - dbeta average - dgamma rstd covariance w)
-    std::vector<double> along(taps_);
-    for (int64_t o = 0; o < c_.outputs; ++o, weight += taps_, dweight += taps_) {
-      const double sum = p.partial[p.padded_taps * p.padded_outputs + o];
-      const double r = double(rstd[o]), g = double(gamma[o]);
-      double centred = 0.0;  // <w, A - dbeta average>
-      patches.apply(weight, along.data());
-      for (int64_t k = 0; k < taps_; ++k) {
-        double& a = p.partial[k * p.padded_outputs + o];
-        a -= sum * (patches.average[k] - levels_[k]);
-        centred += double(weight[k]) * a;
-      }
-      const double slope = centred * r;
-      for (int64_t k = 0; k < taps_; ++k)
-        dweight[k] = T(g * r * (p.partial[k * p.padded_outputs + o] - slope * r * along[k]));
-      dgamma[o] = T(slope), dbeta[o] = T(sum);
-    }
-    arena.rewind(mark);
+    for (int64_t k = 0; k < taps_; ++k)
+      for (int64_t o = 0; o < c_.outputs; ++o)
+        p.partial[k * p.padded_outputs + o] -=
+            p.partial[p.padded_taps * p.padded_outputs + o] * (patches.average[k] - levels_[k]);
+    return p.partial;
   }
-
- private:
-  static constexpr int64_t kSlabs = 32;      // a sum's parts, whatever the number of threads, so that it has one order
-  static constexpr int64_t kParts = 8;       // of a row's sum, which do not wait for one another
-  static constexpr int64_t kGrain = 100000;  // multiply-adds that a thread must have before splitting pays
 
   ImageBlock<T> describe(int64_t outputs) const {
     ImageBlock<T> p{};

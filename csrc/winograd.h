@@ -37,7 +37,7 @@ class WinogradConvolution {
     const Arena::Mark mark = arena.mark();
     Winograd<T> p = divided(c_);
     p.x = x, p.u = transform(false, arena), p.y = y;
-    run(p, arena);
+    run(p, winograd_kernels<T>().forward, 1, arena);
     arena.rewind(mark);
   }
 
@@ -52,7 +52,7 @@ class WinogradConvolution {
     p.x = x, p.u = u, p.pooled = pooled;
     const int64_t groups = share(p.images * p.tile_rows * p.tile_columns, p.group);
     p.partial = arena.take<double>(groups * 3 * padded);
-    run(p, arena);
+    run(p, winograd_kernels<T>().forward, 1, arena);
     // Chan, Golub, LeVeque 1983, eq. 2.1: joins the parts' means and squares
     for (int64_t o = 0; o < c_.outputs; ++o) {
       double seen = 0.0, squares = 0.0;
@@ -70,40 +70,58 @@ class WinogradConvolution {
     arena.rewind(mark);
   }
 
+  // x and its derivative (null for zeros) -> y and its derivative; along: the derivative of the weight, or null
+  void forward(const T* x, const T* x_dot, const WinogradConvolution* along, T* y, T* y_dot, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    WinogradTangent<T> p = divided<WinogradTangent>(c_);
+    p.x = x, p.x_dot = x_dot, p.y = y, p.y_dot = y_dot;
+    p.u = transform(false, arena), p.u_dot = along == nullptr ? nullptr : along->transform(false, arena);
+    run(p, winograd_kernels<T>().forward_tangent, 2, arena);
+    arena.rewind(mark);
+  }
+
   // gradient of y -> gradient of x
   void input_gradient(const T* gy, T* gx, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
-    Convolution back = c_;
-    std::swap(back.inputs, back.outputs), std::swap(back.height, back.rows), std::swap(back.width, back.columns);
-    for (int axis : {0, 1}) back.padding[axis] = 2 - c_.padding[axis];
-    Winograd<T> p = divided(back);
+    Winograd<T> p = divided(turned());
     p.x = gy, p.u = transform(true, arena), p.y = gx;
-    run(p, arena);
+    run(p, winograd_kernels<T>().forward, 1, arena);
+    arena.rewind(mark);
+  }
+
+  // gradient of y and its derivative -> gradient of x and its derivative; along: the derivative of the weight, or null
+  void input_gradient(const T* gy, const T* gy_dot, const WinogradConvolution* along, T* gx, T* gx_dot, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    WinogradTangent<T> p = divided<WinogradTangent>(turned());
+    p.x = gy, p.x_dot = gy_dot, p.y = gx, p.y_dot = gx_dot;
+    p.u = transform(true, arena), p.u_dot = along == nullptr ? nullptr : along->transform(true, arena);
+    run(p, winograd_kernels<T>().forward_tangent, 2, arena);
     arena.rewind(mark);
   }
 
   // weight += scale times the weight's gradient
   void add_weight_gradient(const T* x, const T* gy, T scale, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
-    Winograd<T> p = describe(c_);
-    const int64_t tiles = p.images * p.tile_rows * p.tile_columns;
-    // A function of the sizes alone, so that sums are taken in one order whatever the number of threads.
-    p.slabs = std::clamp<int64_t>(tiles / kSlab, tiles > 1 ? 2 : 1, kMostSlabs);
-    const int64_t most = tiles < kMostSlabs * kSlab ? kGroup : 2 * kGroup;
-    p.group = share(share(tiles, p.slabs), share(share(tiles, p.slabs), most));
-    p.slabs = std::min(p.slabs, share(tiles, p.group));
+    Winograd<T> p = in_slabs<Winograd>();
     p.x = x, p.gy = gy;
     p.du = arena.take<T>(p.slabs * kPoints * p.inputs * p.padded_outputs);
-    const int64_t own = winograd_scratch(p);
-    T* const scratch = arena.take<T>(threads() * own);
-    const auto& kernels = winograd_kernels<T>();
-    at::parallel_for(0, p.slabs, grain(p, p.slabs), [&](int64_t begin, int64_t end) {
-      kernels.gradient(p, begin, end, scratch + at::get_thread_num() * own);
-    });
-    WinogradWeight<T> w = describe(false);
-    w.du = p.du, w.slabs = p.slabs, w.scale = scale;
-    at::parallel_for(0, p.inputs, kWeightGrain / p.outputs + 1,
-                     [&](int64_t begin, int64_t end) { kernels.add_gradient(w, begin, end); });
+    run_slabs(p, winograd_kernels<T>().gradient, 1, arena);
+    add(p.du, p.slabs, scale);
+    arena.rewind(mark);
+  }
+
+  // The gradient's derivative is added to this weight, and `scale` times the gradient to that of `slope` unless it is null.
+  void add_weight_gradient(const T* x, const T* x_dot, const T* gy, const T* gy_dot, const WinogradConvolution* slope,
+                           T scale, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    WinogradTangent<T> p = in_slabs<WinogradTangent>();
+    p.x = x, p.x_dot = x_dot, p.gy = gy, p.gy_dot = gy_dot;
+    const int64_t size = p.slabs * kPoints * p.inputs * p.padded_outputs;
+    p.du_dot = arena.take<T>(size);
+    p.du = slope == nullptr ? nullptr : arena.take<T>(size);
+    run_slabs(p, winograd_kernels<T>().gradient_tangent, 2, arena);
+    add(p.du_dot, p.slabs, T(1));
+    if (slope != nullptr) slope->add(p.du, p.slabs, scale);
     arena.rewind(mark);
   }
 
@@ -121,14 +139,23 @@ class WinogradConvolution {
     return std::max<int64_t>(1, kGrain * items / work);
   }
 
-  static Winograd<T> describe(const Convolution& c) {
-    Winograd<T> p{};
+  template <template <typename> class Params>
+  static Params<T> describe(const Convolution& c) {
+    Params<T> p{};
     p.images = c.images, p.height = c.height, p.width = c.width, p.inputs = c.inputs;
     p.rows = c.rows, p.columns = c.columns, p.outputs = c.outputs;
     p.pad_y = c.padding[0], p.pad_x = c.padding[1];
     p.padded_inputs = up(c.inputs, kLanes), p.padded_outputs = up(c.outputs, kLanes);
     p.tile_rows = share(c.rows, 2), p.tile_columns = share(c.columns, 2);
     return p;
+  }
+
+  // The convolution that takes the gradient of y to that of x.
+  Convolution turned() const {
+    Convolution back = c_;
+    std::swap(back.inputs, back.outputs), std::swap(back.height, back.rows), std::swap(back.width, back.columns);
+    for (int axis : {0, 1}) back.padding[axis] = 2 - c_.padding[axis];
+    return back;
   }
 
   WinogradWeight<T> describe(bool turned) const {
@@ -148,20 +175,50 @@ class WinogradConvolution {
   }
 
   // In groups that are a function of the sizes alone, as a survey's sums are taken by groups; few tiles make small ones.
-  static Winograd<T> divided(const Convolution& c) {
-    Winograd<T> p = describe(c);
+  template <template <typename> class Params = Winograd>
+  static Params<T> divided(const Convolution& c) {
+    Params<T> p = describe<Params>(c);
     p.group = p.images * p.tile_rows * p.tile_columns < 8 * kGroup ? kGroup / 2 : kGroup;
     return p;
   }
 
-  static void run(const Winograd<T>& p, Arena& arena) {
+  template <template <typename> class Params>
+  static void run(const Params<T>& p, void (*kernel)(const Params<T>&, int64_t, int64_t, T*), int64_t parts, Arena& arena) {
     const Arena::Mark mark = arena.mark();
-    const int64_t own = winograd_scratch(p), items = share(p.images * p.tile_rows * p.tile_columns, p.group);
+    const int64_t own = parts * winograd_scratch(p), items = share(p.images * p.tile_rows * p.tile_columns, p.group);
     T* const scratch = arena.take<T>(threads() * own);
-    at::parallel_for(0, items, grain(p, items), [&](int64_t begin, int64_t end) {
-      winograd_kernels<T>().forward(p, begin, end, scratch + at::get_thread_num() * own);
-    });
+    at::parallel_for(0, items, grain(p, items),
+                     [&](int64_t begin, int64_t end) { kernel(p, begin, end, scratch + at::get_thread_num() * own); });
     arena.rewind(mark);
+  }
+
+  template <template <typename> class Params>
+  Params<T> in_slabs() const {
+    Params<T> p = describe<Params>(c_);
+    const int64_t tiles = p.images * p.tile_rows * p.tile_columns;
+    // A function of the sizes alone, so that sums are taken in one order whatever the number of threads.
+    p.slabs = std::clamp<int64_t>(tiles / kSlab, tiles > 1 ? 2 : 1, kMostSlabs);
+    const int64_t most = tiles < kMostSlabs * kSlab ? kGroup : 2 * kGroup;
+    p.group = share(share(tiles, p.slabs), share(share(tiles, p.slabs), most));
+    p.slabs = std::min(p.slabs, share(tiles, p.group));
+    return p;
+  }
+
+  template <template <typename> class Params>
+  static void run_slabs(const Params<T>& p, void (*kernel)(const Params<T>&, int64_t, int64_t, T*), int64_t parts,
+                        Arena& arena) {
+    const int64_t own = parts * winograd_scratch(p);
+    T* const scratch = arena.take<T>(threads() * own);
+    at::parallel_for(0, p.slabs, grain(p, p.slabs),
+                     [&](int64_t begin, int64_t end) { kernel(p, begin, end, scratch + at::get_thread_num() * own); });
+  }
+
+  // weight += scale times the gradient that du [slabs, 16, inputs, padded outputs] holds
+  void add(const T* du, int64_t slabs, T scale) const {
+    WinogradWeight<T> w = describe(false);
+    w.du = du, w.slabs = slabs, w.scale = scale;
+    at::parallel_for(0, c_.inputs, kWeightGrain / c_.outputs + 1,
+                     [&](int64_t begin, int64_t end) { winograd_kernels<T>().add_gradient(w, begin, end); });
   }
 
   Convolution c_;

@@ -19,6 +19,7 @@ from ._torch import transform_active
 from .backends import Backend, Call, choose_for
 from .backends import current as backend_in_force
 from .cache import Bounded
+from .outer import classified
 from .program import BlockCall, LinearCall, Program, Slot, Step
 from .spec import BlockSpec, output_size
 
@@ -206,6 +207,21 @@ class Chain:
             given = self._given(state, updated, x)
             done = self.backend(x, labels).inner_loop(x, labels, *given, self.specs, steps, rates, query)
         return done.rows, dict(zip(self.order(updated), done.updated)), done.logits
+
+    def classify(self, state: Mapping[str, Tensor], x: Tensor) -> Tensor | None:
+        """The logits [T, Q, ways] of x [T, Q, C, H, W] or [T, Q, F] as one operation of autograd; None where that is of
+        no use (nothing requires a gradient) or there is none.
+
+        state: parameters by name, each [...], shared by all tasks, or [T, ...].
+        """
+        tensors, _ = self._given(state, (), x)
+        if not any(t.requires_grad for t in (x, *tensors)) or transform_active(x.device.type) is not None:
+            return None
+        answer = self._answer(x) if x.numel() else []
+        if isinstance(answer, list) or any(t.dtype != x.dtype for t in tensors):
+            return None
+        silent = [state[block.bias] for block in self.blocks if block.bias is not None]
+        return classified(answer, x, tensors, self.specs, silent)
 
     def prepare(
         self, state: Mapping[str, Tensor], updated: Collection[str], x: Tensor, labels: Tensor

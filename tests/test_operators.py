@@ -23,7 +23,7 @@ OPS = torch.ops.lambda_kernels
 def test_every_operator_knows_its_shapes_without_data() -> None:
     every = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
     names = [name for name in every if name.startswith("lambda_kernels::")]
-    assert len(names) == 11
+    assert len(names) == 15
     assert [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "Meta")] == []
 
 
@@ -38,7 +38,13 @@ def calls() -> dict[str, tuple[Any, ...]]:
     pooled, places, _, scale = OPS.image_block(images, filters, gamma, beta, moments, geometry, 1e-5)
     network = FEW["5x5"][0]
     task, updated = given(network, torch.float32), network.from_layer(0)
-    constants = (*native._constants(updated, network.specs), 2, [LR])
+    flags, *shape = native._constants(updated, network.specs)
+    constants = (flags, *shape, 2, [LR])
+    own = [p.unsqueeze(0) for p in task.parameters]
+    ways_back = (flags, *shape, 2, [LR] * (2 * sum(flags)))
+    _, path = OPS.chain_steps(task.x, task.labels, own, *ways_back, False)
+    logits, kept = OPS.chain_logits(task.x, own, *shape, True)
+    every = [1] * len(own)
     return {
         "norm_relu_pool": (z, gamma, beta, 1e-5, 2),
         "norm_relu_pool_grad": (y, z, gamma, index, mean, rstd, 2, True),
@@ -51,6 +57,10 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "image_block": (images, filters, gamma, beta, moments, geometry, 1e-5),
         "image_block_grad": (pooled, images, filters, gamma, places, scale, moments, geometry),
         "inner_loop": (task.x, task.labels, task.parameters, *constants, task.query),
+        "chain_steps": (task.x, task.labels, own, *ways_back, False),
+        "chain_steps_grad": (path[:, -1], task.x, task.labels, own, path, *ways_back, every, False, True, True, True),
+        "chain_logits": (task.x, own, *shape, True),
+        "chain_logits_grad": (logits, task.x, own, kept, *shape, every, True, False),
     }
 
 

@@ -1,5 +1,6 @@
 #include "image_block.h"
 #include "norm_relu_pool.h"
+#include "norm_tangent.h"
 #include "product.h"
 #include "winograd.h"
 
@@ -10,6 +11,7 @@
 #include "vector.inl"
 #include "image_block.inl"
 #include "norm_relu_pool.inl"
+#include "norm_tangent.inl"
 #include "product.inl"
 #include "winograd.inl"
 #endif

@@ -6,6 +6,7 @@
 #include "image_block.h"
 #include "isa.h"
 #include "norm_relu_pool.h"
+#include "norm_tangent.h"
 #include "product.h"
 #include "winograd.h"
 
@@ -15,6 +16,8 @@ namespace lk {
   namespace ISA {                                              \
   extern const NormReluPoolKernels<float> norm_relu_pool_f32;  \
   extern const NormReluPoolKernels<double> norm_relu_pool_f64; \
+  extern const NormTangentKernels<float> norm_tangent_f32;     \
+  extern const NormTangentKernels<double> norm_tangent_f64;    \
   extern const ImageBlockKernels<float> image_block_f32;       \
   extern const ImageBlockKernels<double> image_block_f64;      \
   extern const ProductKernels<float> product_f32;              \
@@ -78,6 +81,16 @@ const NormReluPoolKernels<float>& norm_relu_pool_kernels<float>() {
 template <>
 const NormReluPoolKernels<double>& norm_relu_pool_kernels<double>() {
   return LK_TABLE(norm_relu_pool_f64);
+}
+
+template <>
+const NormTangentKernels<float>& norm_tangent_kernels<float>() {
+  return LK_TABLE(norm_tangent_f32);
+}
+
+template <>
+const NormTangentKernels<double>& norm_tangent_kernels<double>() {
+  return LK_TABLE(norm_tangent_f64);
 }
 
 template <>

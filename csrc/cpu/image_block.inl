@@ -93,6 +93,68 @@ static void image_apply(const ImageBlock<T>& p, int64_t begin, int64_t end) {
     apply_images<T, 1>(p, begin, end);
 }
 
+// `N` vectors of outputs from `first` on, at the places that the row's index tells.
+template <typename T, int P, int N>
+static inline void follow_row(const ImageBlock<T>& p, const T* x, T* y, const uint8_t* index, int64_t first) {
+  using V = Values<T>;
+  constexpr int64_t L = Vector<T>::kLanes;
+  constexpr int64_t kStep = P == 2 ? 1 : 4;
+  for (int64_t j = 0; j < p.columns; j += kStep) {
+    int64_t offset[4];
+    place_offsets<T, P>(p, j, p.columns, offset);
+    const T* corner = x + j * P * p.stride_x * p.inputs;
+    V a[4][N];
+    for (int v = 0; v < N; ++v)
+      for (int i = 0; i < 4; ++i) a[i][v] = load(p.beta + first + v * L) - load(p.mean + first + v * L);
+    for (int64_t k = 0; k < p.taps; ++k) {
+      const T* at = corner + p.offsets[k];
+      const T* w = p.weight + k * p.padded_outputs + first;
+      for (int i = 0; i < 4; ++i) {
+        const T value = at[offset[i]];
+        for (int v = 0; v < N; ++v) a[i][v] += value * load(w + v * L);
+      }
+    }
+    for (int v = 0; v < N; ++v) {
+      const int64_t count = p.outputs - first - v * L;  // that are no padding
+      for (int i = 0; i < (P == 2 ? 1 : 4); ++i) {
+        if (P == 1 && j + i >= p.columns) break;
+        const uint8_t* at = index + (j + i) * p.outputs + first + v * L;
+        V place = {};
+        if (count >= L)
+          place = __builtin_convertvector(*reinterpret_cast<const Bytes<T>*>(at), V);
+        else
+          for (int64_t c = 0; c < count; ++c) place[c] = T(at[c]);
+        V value = place == V{} ? a[i][v] : V{};
+        for (int other = 1; P == 2 && other < 4; ++other) value = place == V{} + T(other) ? a[other][v] : value;
+        store(y + (j + i) * p.outputs + first + v * L, value, count);
+      }
+    }
+  }
+}
+
+template <typename T, int P>
+static void follow_images(const ImageBlock<T>& p, int64_t begin, int64_t end) {
+  constexpr int64_t L = Vector<T>::kLanes;
+  constexpr int kMost = kVectorBytes == 64 ? 4 : 2;  // 4 places of so many vectors fill the registers
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t image = item / p.rows, row = item % p.rows;
+    const T* x = p.x + (image * p.height + row * P * p.stride_y) * p.width * p.inputs;
+    T* y = p.y + item * p.columns * p.outputs;
+    const uint8_t* index = p.index + item * p.columns * p.outputs;
+    int64_t first = 0;
+    for (; first + (kMost - 1) * L < p.outputs; first += kMost * L) follow_row<T, P, kMost>(p, x, y, index, first);
+    for (; first < p.outputs; first += L) follow_row<T, P, 1>(p, x, y, index, first);
+  }
+}
+
+template <typename T>
+static void image_follow(const ImageBlock<T>& p, int64_t begin, int64_t end) {
+  if (p.pool == 2)
+    follow_images<T, 2>(p, begin, end);
+  else
+    follow_images<T, 1>(p, begin, end);
+}
+
 // One place's convolution for N vectors of outputs.
 template <typename T, int N>
 static inline void convolve(const ImageBlock<T>& p, const T* corner, int64_t first, Values<T> (&z)[N]) {
@@ -262,6 +324,92 @@ static void image_reduce(const ImageBlock<T>& p, int64_t begin, int64_t end) {
     reduce_images<T, 1>(p, begin, end);
 }
 
+// sums[s][t] += the products of a row's places t with places t + first + s of the row `distance` below, over rows [from, to),
+// for S shifts and one vector of places.
+template <int S>
+static inline void shifted_products(const double* rows, int64_t step, int64_t from, int64_t to, int64_t distance,
+                                    int64_t first, int64_t t, double* sums) {
+  using V = Values<double>;
+  V sum[S];
+  for (int s = 0; s < S; ++s) sum[s] = load(sums + s * step + t);
+  for (int64_t a = from; a < to; ++a) {
+    const V value = load(rows + a * step + t);
+    const double* other = rows + (a + distance) * step + t + first;
+    for (int s = 0; s < S; ++s) sum[s] += value * load(other + s);
+  }
+  for (int s = 0; s < S; ++s) store(sums + s * step + t, sum[s]);
+}
+
+// The moments of the patches of a dense convolution: two taps whose distance is that of two others have the same products
+// but at the borders, so each product of values is taken once. Sums by place in the row, over the rows that all taps share
+// and over each of the others apart, give every tap's own.
+template <typename T>
+static void dense_moments(const ImageBlock<T>& p, int64_t begin, int64_t end) {
+  constexpr int64_t L = Vector<double>::kLanes;
+  const int64_t kh = p.kernel_y, kw = p.kernel_x, C = p.inputs, K = p.taps, side = K + 1;
+  const int64_t length = p.width * C, shifts = image_shifts(p), most = kw * C - 1, step = image_row(p);
+  const int64_t groups = 2 * kh - 1;  // of rows: shared ones, those above, those below
+  for (int64_t slab = begin; slab < end; ++slab) {
+    double* const memory = p.scratch + slab * image_moments_scratch(p);
+    double* const rows = memory + most;  // zeros around each row
+    double* const sums = memory + step * p.height;
+    for (int64_t i = 0; i < image_moments_scratch(p); ++i) memory[i] = 0.0;
+    const auto place = [&](int64_t distance, int64_t group) { return sums + (distance * groups + group) * shifts * step; };
+    for (int64_t image = p.images * slab / p.slabs; image < p.images * (slab + 1) / p.slabs; ++image) {
+      for (int64_t a = 0; a < p.height; ++a) {
+        const T* from = p.x + (image * p.height + a) * length;
+        for (int64_t t = 0; t < length; ++t) rows[a * step + t] = double(from[t]);
+      }
+      for (int64_t distance = 0; distance < kh; ++distance) {
+        const int64_t apart = kh - 1 - distance, first = distance == 0 ? 0 : -most;
+        const int64_t count = distance == 0 ? most + 1 : shifts;
+        for (int64_t group = 0; group <= 2 * apart; ++group) {
+          const int64_t from = group == 0 ? apart : group <= apart ? group - 1 : p.out_rows + group - apart - 1;
+          const int64_t to = group == 0 ? p.out_rows : from + 1;
+          double* const own = place(distance, group);
+          for (int64_t t = 0; t < length; t += L) {
+            int64_t s = 0;
+            for (; s + 8 <= count; s += 8)
+              shifted_products<8>(rows, step, from, to, distance, first + s, t, own + s * step);
+            for (; s < count; ++s) shifted_products<1>(rows, step, from, to, distance, first + s, t, own + s * step);
+          }
+        }
+      }
+      for (int64_t group = 0; group < groups; ++group) {  // the values themselves
+        const int64_t apart = kh - 1, from = group == 0 ? apart : group <= apart ? group - 1 : p.out_rows + group - apart - 1;
+        const int64_t to = group == 0 ? p.out_rows : from + 1;
+        double* const own = place(kh, group);
+        for (int64_t a = from; a < to; ++a)
+          for (int64_t t = 0; t < length; ++t) own[t] += rows[a * step + t];
+      }
+    }
+    // Of the tap in row i, column j of channel c: rows i to i + out_rows, places (j + w) C + c.
+    double* const to = p.partial + slab * side * side;
+    const auto whole = [&](int64_t distance, int64_t s, int64_t i, int64_t j, int64_t c) {
+      const int64_t apart = (distance == kh ? kh - 1 : kh - 1 - distance);
+      double total = 0.0;
+      for (int64_t group = 0; group <= 2 * apart; ++group) {
+        // the rows above from i on, the rows below up to i
+        if (group > 0 && (group <= apart ? group - 1 < i : group - apart - 1 >= i)) continue;
+        const double* own = place(distance, group) + s * step + j * C + c;
+        for (int64_t w = 0; w < p.out_columns; ++w) total += own[w * C];
+      }
+      return total;
+    };
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t c = k / (kh * kw), i = k / kw % kh, j = k % kw;
+      to[k * side + K] = to[K * side + k] = whole(kh, 0, i, j, c);
+      for (int64_t l = 0; l < K; ++l) {
+        const int64_t e = l / (kh * kw), m = l / kw % kh, n = l % kw, shift = (n - j) * C + e - c;
+        if (m < i || (m == i && shift < 0)) continue;  // the other way round
+        to[k * side + l] = to[l * side + k] = whole(m - i, m == i ? shift : shift + most, i, j, c);
+      }
+    }
+    const int64_t images = p.images * (slab + 1) / p.slabs - p.images * slab / p.slabs;
+    to[K * side + K] = double(images * p.out_rows * p.out_columns);
+  }
+}
+
 // Patches of kPixels places, as doubles with a 1 behind them and zeros up to kSide.
 constexpr int64_t kSide = 40, kPixels = 32;
 
@@ -270,6 +418,7 @@ static void image_moments(const ImageBlock<T>& p, int64_t begin, int64_t end) {
   using V = Values<double>;
   constexpr int64_t L = Vector<double>::kLanes;
   constexpr int kRows = kVectorBytes == 64 ? 8 : 4, kColumns = kVectorBytes == 64 ? 3 : 2;
+  if (p.dense) return dense_moments(p, begin, end);
   const int64_t K = p.taps, side = K + 1, items = p.images * p.out_rows;
   double patch[kPixels][kSide], second[kSide][kSide];
   for (int64_t slab = begin; slab < end; ++slab) {
@@ -311,9 +460,9 @@ static void image_moments(const ImageBlock<T>& p, int64_t begin, int64_t end) {
 extern const ImageBlockKernels<float> image_block_f32;
 extern const ImageBlockKernels<double> image_block_f64;
 const ImageBlockKernels<float> image_block_f32{image_moments<float>, image_apply<float>, image_reduce<float>,
-                                               image_survey<float>};
+                                               image_survey<float>, image_follow<float>};
 const ImageBlockKernels<double> image_block_f64{image_moments<double>, image_apply<double>, image_reduce<double>,
-                                                image_survey<double>};
+                                                image_survey<double>, image_follow<double>};
 
 }  // namespace LK_ISA
 }  // namespace lk

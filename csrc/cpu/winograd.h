@@ -27,6 +27,13 @@ struct Winograd {
   T* du;  // [slabs, 16, inputs, padded_outputs], of the weight's gradient
 };
 
+// The same with derivatives along a direction: of x, u and gy (null for zeros) to those of y and du.
+template <typename T>
+struct WinogradTangent : Winograd<T> {
+  const T *x_dot, *u_dot, *gy_dot;
+  T *y_dot, *du_dot;  // du may be null
+};
+
 // A weight and its transform. turned: the weight of the input's gradient, inputs and outputs exchanged.
 template <typename T>
 struct WinogradWeight {
@@ -48,6 +55,9 @@ struct WinogradKernels {
   void (*gradient)(const Winograd<T>&, int64_t begin, int64_t end, T* scratch);  // slabs: x, gy -> du
   // inputs: weight += scale times the gradient that du holds
   void (*add_gradient)(const WinogradWeight<T>&, int64_t begin, int64_t end);
+  // As forward and gradient, each with its derivative; twice the scratch.
+  void (*forward_tangent)(const WinogradTangent<T>&, int64_t begin, int64_t end, T* scratch);
+  void (*gradient_tangent)(const WinogradTangent<T>&, int64_t begin, int64_t end, T* scratch);
 };
 
 // Elements of scratch that a thread needs.

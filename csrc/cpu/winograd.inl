@@ -51,13 +51,13 @@ static inline void transform_tile(const T* at, int64_t down, int64_t right, cons
 
 // The tiles from `first` on of x, transformed: v [16, count, padded inputs]
 template <typename T>
-static void transform_images(const Winograd<T>& p, int64_t first, int64_t count, T* v) {
+static void transform_images(const Winograd<T>& p, const T* x, int64_t first, int64_t count, T* v) {
   constexpr int64_t L = Vector<T>::kLanes;
   const int64_t C = p.inputs, whole = C / L * L, step = p.group * p.padded_inputs + kWinogradGap, down = p.width * C;
   Tile tile = tile_of(p, first);
   for (int64_t n = 0; n < count; ++n, v += p.padded_inputs, advance(p, tile)) {
     const int64_t top = tile.row - p.pad_y, left = tile.column - p.pad_x;
-    const T* corner = p.x + ((tile.image * p.height + top) * p.width + left) * C;
+    const T* corner = x + ((tile.image * p.height + top) * p.width + left) * C;
     bool here[2][4], inside = true;
     for (int i = 0; i < 4; ++i) {
       here[0][i] = top + i >= 0 && top + i < p.height;
@@ -89,12 +89,12 @@ static inline void from_points(const T* at, int64_t step, Values<T> (&y)[2][2]) 
 }
 
 template <typename T>
-static void place_products(const Winograd<T>& p, int64_t first, int64_t count, const T* products, int64_t step) {
+static void place_products(const Winograd<T>& p, int64_t first, int64_t count, const T* products, int64_t step, T* to) {
   constexpr int64_t L = Vector<T>::kLanes;
   const int64_t O = p.outputs;
   Tile tile = tile_of(p, first);
   for (int64_t n = 0; n < count; ++n, advance(p, tile)) {
-    T* const corner = p.y + ((tile.image * p.rows + tile.row) * p.columns + tile.column) * O;
+    T* const corner = to + ((tile.image * p.rows + tile.row) * p.columns + tile.column) * O;
     const bool below = tile.row + 1 < p.rows, right = tile.column + 1 < p.columns;
     for (int64_t o = 0; o < O; o += L) {
       Values<T> y[2][2];
@@ -160,26 +160,26 @@ static void winograd_forward(const Winograd<T>& p, int64_t begin, int64_t end, T
   T* const products = scratch + kPoints * from;
   for (int64_t group = begin; group < end; ++group) {
     const int64_t first = group * p.group, count = tiles - first < p.group ? tiles - first : p.group;
-    transform_images(p, first, count, scratch);
+    transform_images(p, p.x, first, count, scratch);
     for (int64_t k = 0; k < kPoints; ++k)
       product(Product<T>{scratch + k * from, p.padded_inputs, 1, p.u + k * C * p.padded_outputs, p.padded_outputs,
                          products + k * to, p.padded_outputs, count, p.padded_outputs, C, T(1), false});
     if (p.pooled != nullptr)
       pool_products(p, first, count, products, to, p.partial + group * 3 * p.padded_outputs);
     else
-      place_products(p, first, count, products, to);
+      place_products(p, first, count, products, to, p.y);
   }
 }
 
 // The tiles from `first` on of gy, A gy A^T: to [16, count, padded outputs]
 template <typename T>
-static void transform_gradients(const Winograd<T>& p, int64_t first, int64_t count, T* to) {
+static void transform_gradients(const Winograd<T>& p, const T* gy, int64_t first, int64_t count, T* to) {
   using V = Values<T>;
   constexpr int64_t L = Vector<T>::kLanes;
   const int64_t O = p.outputs, step = p.group * p.padded_outputs + kWinogradGap;
   Tile tile = tile_of(p, first);
   for (int64_t n = 0; n < count; ++n, to += p.padded_outputs, advance(p, tile)) {
-    const T* const corner = p.gy + ((tile.image * p.rows + tile.row) * p.columns + tile.column) * O;
+    const T* const corner = gy + ((tile.image * p.rows + tile.row) * p.columns + tile.column) * O;
     const bool below = tile.row + 1 < p.rows, right = tile.column + 1 < p.columns;
     for (int64_t o = 0; o < p.padded_outputs; o += L) {
       V half[4][2];
@@ -211,11 +211,65 @@ static void winograd_gradient(const Winograd<T>& p, int64_t begin, int64_t end, 
     bool add = false;
     for (int64_t group = groups * slab / p.slabs; group < groups * (slab + 1) / p.slabs; ++group, add = true) {
       const int64_t first = group * p.group, count = tiles - first < p.group ? tiles - first : p.group;
-      transform_images(p, first, count, scratch);
-      transform_gradients(p, first, count, gradients);
+      transform_images(p, p.x, first, count, scratch);
+      transform_gradients(p, p.gy, first, count, gradients);
       for (int64_t k = 0; k < kPoints; ++k)
         product(Product<T>{scratch + k * from, 1, p.padded_inputs, gradients + k * to, p.padded_outputs,
                            du + k * C * p.padded_outputs, p.padded_outputs, C, p.padded_outputs, count, T(1), add});
+    }
+  }
+}
+
+template <typename T>
+static void winograd_forward_tangent(const WinogradTangent<T>& p, int64_t begin, int64_t end, T* scratch) {
+  const int64_t C = p.inputs, size = C * p.padded_outputs;
+  const int64_t from = p.group * p.padded_inputs + kWinogradGap, to = p.group * p.padded_outputs + kWinogradGap;
+  const int64_t tiles = p.images * p.tile_rows * p.tile_columns;
+  T *const v = scratch, *const v_dot = v + kPoints * from, *const m = v_dot + kPoints * from,
+           *const m_dot = m + kPoints * to;
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t first = group * p.group, count = tiles - first < p.group ? tiles - first : p.group;
+    const auto multiply = [&](const T* a, const T* u, T* c, int64_t k, bool add) {
+      product(Product<T>{a + k * from, p.padded_inputs, 1, u + k * size, p.padded_outputs, c + k * to, p.padded_outputs,
+                         count, p.padded_outputs, C, T(1), add});
+    };
+    transform_images(p, p.x, first, count, v);
+    if (p.x_dot != nullptr) transform_images(p, p.x_dot, first, count, v_dot);
+    for (int64_t k = 0; k < kPoints; ++k) {
+      multiply(v, p.u, m, k, false);
+      if (p.x_dot != nullptr) multiply(v_dot, p.u, m_dot, k, false);
+      if (p.u_dot != nullptr) multiply(v, p.u_dot, m_dot, k, p.x_dot != nullptr);
+    }
+    place_products(p, first, count, m, to, p.y);
+    place_products(p, first, count, m_dot, to, p.y_dot);
+  }
+}
+
+template <typename T>
+static void winograd_gradient_tangent(const WinogradTangent<T>& p, int64_t begin, int64_t end, T* scratch) {
+  const int64_t C = p.inputs, size = C * p.padded_outputs;
+  const int64_t from = p.group * p.padded_inputs + kWinogradGap, to = p.group * p.padded_outputs + kWinogradGap;
+  const int64_t tiles = p.images * p.tile_rows * p.tile_columns, groups = (tiles + p.group - 1) / p.group;
+  T *const v = scratch, *const v_dot = v + kPoints * from, *const g = v_dot + kPoints * from,
+           *const g_dot = g + kPoints * to;
+  for (int64_t slab = begin; slab < end; ++slab) {
+    bool more = false;
+    for (int64_t group = groups * slab / p.slabs; group < groups * (slab + 1) / p.slabs; ++group, more = true) {
+      const int64_t first = group * p.group, count = tiles - first < p.group ? tiles - first : p.group;
+      const auto multiply = [&](const T* a, const T* b, T* c, int64_t k, bool add) {
+        product(Product<T>{a + k * from, 1, p.padded_inputs, b + k * to, p.padded_outputs, c + (slab * kPoints + k) * size,
+                           p.padded_outputs, C, p.padded_outputs, count, T(1), add});
+      };
+      const bool turns = p.x_dot != nullptr || p.du != nullptr;  // gy itself is multiplied
+      transform_images(p, p.x, first, count, v);
+      if (p.x_dot != nullptr) transform_images(p, p.x_dot, first, count, v_dot);
+      transform_gradients(p, p.gy_dot, first, count, g_dot);
+      if (turns) transform_gradients(p, p.gy, first, count, g);
+      for (int64_t k = 0; k < kPoints; ++k) {
+        multiply(v, g_dot, p.du_dot, k, more);
+        if (p.x_dot != nullptr) multiply(v_dot, g, p.du_dot, k, true);
+        if (p.du != nullptr) multiply(v, g, p.du, k, more);
+      }
     }
   }
 }
@@ -290,10 +344,12 @@ static void winograd_add_gradient(const WinogradWeight<T>& p, int64_t begin, int
 
 extern const WinogradKernels<float> winograd_f32;
 extern const WinogradKernels<double> winograd_f64;
-const WinogradKernels<float> winograd_f32{winograd_weights<float>, winograd_forward<float>, winograd_gradient<float>,
-                                          winograd_add_gradient<float>};
-const WinogradKernels<double> winograd_f64{winograd_weights<double>, winograd_forward<double>, winograd_gradient<double>,
-                                           winograd_add_gradient<double>};
+const WinogradKernels<float> winograd_f32{winograd_weights<float>,         winograd_forward<float>,
+                                          winograd_gradient<float>,        winograd_add_gradient<float>,
+                                          winograd_forward_tangent<float>, winograd_gradient_tangent<float>};
+const WinogradKernels<double> winograd_f64{winograd_weights<double>,         winograd_forward<double>,
+                                           winograd_gradient<double>,        winograd_add_gradient<double>,
+                                           winograd_forward_tangent<double>, winograd_gradient_tangent<double>};
 
 }  // namespace LK_ISA
 }  // namespace lk

@@ -3,25 +3,19 @@
 #include "inner_loop/inner_loop.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include <algorithm>
 #include <utility>
 
 #include "cpu/product.h"
 #include "inner_loop/task.h"
+#include "tasks.h"
 
 namespace lk {
 namespace {
-
-constexpr int64_t kGeometry = 8;  // numbers per block: stride, padding, dilation (vertical, horizontal each), groups, pool
 
 // 0 where all of `count` values are finite, else NaN.
 template <typename T>
@@ -129,26 +123,6 @@ struct Chains {
     return chain;
   }
 };
-
-// f(task) of every task: over the threads where there are enough, else the kernels use the threads inside a task.
-template <typename F>
-void for_each_task(int64_t tasks, const F& f) {
-  const bool parallel = tasks >= at::get_num_threads();
-  at::parallel_for(0, tasks, parallel ? 1 : tasks, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;
-#ifdef _OPENMP
-    // oneDNN keeps its primitives by the number of threads: one made for two of them waits forever inside a parallel
-    // region, where it gets one. This holds for the present region only.
-    // torch sets a thread's number when it first asks for it, here and in its own library: ask before.
-    if (parallel && at::in_parallel_region()) {
-      at::internal::lazy_init_num_threads();
-      at::get_num_threads();
-      omp_set_num_threads(1);
-    }
-#endif
-    for (int64_t task = begin; task < end; ++task) f(task);
-  });
-}
 
 }  // namespace
 

@@ -17,13 +17,14 @@
 namespace lk {
 
 constexpr int64_t kPerBlock = 3;  // parameters: weight, gamma, beta
+constexpr int64_t kGeometry = 8;  // numbers per block: stride, padding, dilation (vertical, horizontal each), groups, pool
 
 // One task's layers, with their parameters where the task keeps them.
 template <typename T>
 struct Chain {
   std::vector<Block<T>> blocks;
   at::Tensor weight;  // of the linear layer [ways, F]
-  T* bias;            // [ways]
+  T* bias;  // [ways]
   bool update_weight, update_bias;
 
   // The linear layer's input channels for images x [N, C, H, W] or features [N, F].
@@ -89,7 +90,7 @@ void adapt(const at::Tensor& x, const int64_t* labels, Chain<T>& chain, const Ra
   TORCH_CHECK(chain.weight.size(1) == features_of_image, "inner_loop: the linear layer takes ", chain.weight.size(1),
               " features, gets ", features_of_image);
   const auto place = [&](auto block) { return (block - blocks.begin()) * kPerBlock; };  // of its weight's rate
-  int64_t most = 0;                                                                     // values of a z
+  int64_t most = 0;  // values of a z
   for (auto block = first; block != blocks.end(); ++block) {
     block->lay_out(block == blocks.begin() ? &x : nullptr, rates.steps(), rates.one(place(block)), arena);
     if (!block->images) most = std::max(most, block->c.pixels() * block->c.outputs);

@@ -49,6 +49,23 @@ class InnerLoop(NamedTuple):
     logits: Tensor | None  # [T, Q, ways] of the query images
 
 
+class Wanted(NamedTuple):
+    """What gradients are asked for beside those of the updated parameters."""
+
+    parameters: list[bool]  # which of all; the updated ones have theirs whether asked for or not
+    x: bool
+    rates: bool
+
+
+class StepsGrad(NamedTuple):
+    """What `Backend.steps_grad` gives; None for what was not wanted."""
+
+    updated: Tensor  # [T, numbers]: of the first values, side by side
+    others: list[Tensor | None]  # one per parameter, [T, ...]; None for updated ones
+    x: Tensor | None
+    rates: Tensor | None  # [T, steps, number of updated parameters], float64
+
+
 class Backend:
     """The operations. `name` is what `use_backend` takes."""
 
@@ -218,3 +235,49 @@ class Backend:
         has little to do but to compute. It gives the new values, or None where anything is not as it should be: wrong
         labels, infinite results. None where there is no such function."""
         return None
+
+    # The outer gradient: steps that are kept for a way back through them. "Side by side" is all updated parameters
+    # [T, ...] of a task flat in one row, in their order.
+
+    def steps(
+        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
+        rates: Sequence[Sequence[float]], from_images: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`inner_loop` whose way is kept, by operations that `steps_grad` repeats bit for bit: a pixel beside a kink
+        falls the same way in both.
+
+        Args:
+            x, labels: as `inner_loop` takes them; parameters: [1|T, ...].
+            rates: [steps][number of updated parameters].
+            from_images: no gradient of x will be asked for.
+
+        Returns:
+            The losses [steps, T] before each step, in at least float32; the updated parameters side by side before
+            each step and at the end, [T, steps + 1, numbers].
+        """
+        raise NotImplementedError
+
+    def steps_grad(
+        self, v: Tensor, x: Tensor, labels: Tensor, parameters: list[Tensor], path: Tensor, updated: list[bool],
+        blocks: list[BlockSpec], rates: Sequence[Sequence[float]], wanted: Wanted, second_order: bool,
+    ) -> StepsGrad:  # fmt: skip
+        """The way back through `steps`: v [T, numbers] is the gradient with respect to the last values, side by side.
+
+        Without `second_order` a step's gradient counts as a constant.
+        """
+        raise NotImplementedError
+
+    def logits(
+        self, x: Tensor, parameters: list[Tensor], blocks: list[BlockSpec], from_images: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """A chain's logits [T, N, ways] of x [T, N, ...] with parameters [1|T, ...], and what `logits_grad` reads of
+        the pass. None where a backend has no such operation: the blocks are then run one by one."""
+        return None
+
+    def logits_grad(
+        self, g: Tensor, x: Tensor, parameters: list[Tensor], kept: Tensor, blocks: list[BlockSpec],
+        wanted: Sequence[bool], from_images: bool, want_x: bool,
+    ) -> tuple[list[Tensor | None], Tensor | None]:  # fmt: skip
+        """From the gradient of the logits [T, N, ways]: those of the parameters, per task [T, ...], and of x; None for
+        what is not wanted."""
+        raise NotImplementedError

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _build
 from ..spec import BlockSpec, ConvSpec
-from .base import Call, InnerLoop
+from .base import Call, InnerLoop, StepsGrad, Wanted
 from .reference import Reference, channels_last
 
 _WHY = _build.mismatch()
@@ -105,6 +105,53 @@ class Native(Reference):
         call: Callable[..., list[Tensor] | None] = _extension.PreparedCall(parameters, *_constants(updated, blocks))
         return call
 
+    def steps(
+        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
+        rates: Sequence[Sequence[float]], from_images: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if not _backs(blocks):
+            return super().steps(x, labels, parameters, updated, blocks, rates, from_images)
+        flags, geometry, eps = _constants(updated, blocks)
+        losses, path = torch.ops.lambda_kernels.chain_steps(
+            x, labels, parameters, flags, geometry, eps, len(rates), _flat(rates), from_images
+        )
+        return losses, path
+
+    def steps_grad(
+        self, v: Tensor, x: Tensor, labels: Tensor, parameters: list[Tensor], path: Tensor, updated: list[bool],
+        blocks: list[BlockSpec], rates: Sequence[Sequence[float]], wanted: Wanted, second_order: bool,
+    ) -> StepsGrad:  # fmt: skip
+        if not _backs(blocks):
+            return super().steps_grad(v, x, labels, parameters, path, updated, blocks, rates, wanted, second_order)
+        flags, geometry, eps = _constants(updated, blocks)
+        done, others, gx, of_rates = torch.ops.lambda_kernels.chain_steps_grad(
+            v, x, labels, parameters, path, flags, geometry, eps, len(rates), _flat(rates),
+            list(map(int, wanted.parameters)), not wanted.x, wanted.x, wanted.rates, second_order,
+        )  # fmt: skip
+        left = iter(others)
+        own = [next(left) if flag and not moves else None for flag, moves in zip(wanted.parameters, updated)]
+        return StepsGrad(done, own, gx if wanted.x else None, of_rates if wanted.rates else None)
+
+    def logits(
+        self, x: Tensor, parameters: list[Tensor], blocks: list[BlockSpec], from_images: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        if not _backs(blocks):
+            return None
+        _, geometry, eps = _constants([], blocks)
+        logits, kept = torch.ops.lambda_kernels.chain_logits(x, parameters, geometry, eps, from_images)
+        return logits, kept
+
+    def logits_grad(
+        self, g: Tensor, x: Tensor, parameters: list[Tensor], kept: Tensor, blocks: list[BlockSpec],
+        wanted: Sequence[bool], from_images: bool, want_x: bool,
+    ) -> tuple[list[Tensor | None], Tensor | None]:  # fmt: skip
+        _, geometry, eps = _constants([], blocks)
+        found, gx = torch.ops.lambda_kernels.chain_logits_grad(
+            g, x, parameters, kept, geometry, eps, list(map(int, wanted)), from_images, want_x
+        )
+        left = iter(found)
+        return [next(left) if flag else None for flag in wanted], gx if want_x else None
+
     def norm_relu_pool(
         self, z: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -165,6 +212,15 @@ def _constants(updated: list[bool], blocks: list[BlockSpec]) -> tuple[list[int],
     geometry = [n for (stride, padding, dilation, groups), _, pool in blocks
                 for n in (*stride, *padding, *dilation, groups, pool)]  # fmt: skip
     return list(map(int, updated)), geometry, [b.eps for b in blocks]
+
+
+def _flat(rates: Sequence[Sequence[float]]) -> list[float]:
+    return [rate for row in rates for rate in row]
+
+
+def _backs(blocks: list[BlockSpec]) -> bool:
+    """Whether the operators of the outer gradient take the blocks."""
+    return all(block.pool in (1, 2) for block in blocks)
 
 
 def _geometry(block: BlockSpec) -> list[int]:
@@ -251,6 +307,44 @@ if not _WHY:
         logits = x.new_empty(0 if query is None else (tasks, query.shape[1], parameters[-1].shape[-1]))
         return x.new_empty(steps + 1, tasks, dtype=torch.float64), new, logits
 
+    @torch.library.register_fake("lambda_kernels::chain_steps")
+    def _(
+        x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[int], geometry: list[int], eps: list[float],
+        steps: int, rates: list[float], from_images: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        numbers = sum(p[0].numel() for p, flag in zip(parameters, updated) if flag)
+        losses = x.new_empty(steps, x.shape[0], dtype=torch.float64)
+        return losses, x.new_empty(x.shape[0], steps + 1, numbers)
+
+    @torch.library.register_fake("lambda_kernels::chain_steps_grad")
+    def _(
+        v: Tensor, x: Tensor, labels: Tensor, parameters: list[Tensor], path: Tensor, updated: list[int],
+        geometry: list[int], eps: list[float], steps: int, rates: list[float], wanted: list[int], from_images: bool,
+        want_x: bool, want_rates: bool, second_order: bool,
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:  # fmt: skip
+        others = [flag and not moves for flag, moves in zip(wanted, updated)]
+        rows = x.new_empty((x.shape[0], steps, sum(map(bool, updated))) if want_rates else 0, dtype=torch.float64)
+        return (
+            torch.empty_like(v, memory_format=torch.contiguous_format),
+            _each(x, parameters, others),
+            _of(x, want_x),
+            rows,
+        )
+
+    @torch.library.register_fake("lambda_kernels::chain_logits")
+    def _(
+        x: Tensor, parameters: list[Tensor], geometry: list[int], eps: list[float], from_images: bool
+    ) -> tuple[Tensor, Tensor]:
+        size = _kept_bytes(x, parameters, geometry, from_images)
+        return x.new_empty(*x.shape[:2], parameters[-1].shape[1]), x.new_empty(x.shape[0], size, dtype=torch.uint8)
+
+    @torch.library.register_fake("lambda_kernels::chain_logits_grad")
+    def _(
+        g: Tensor, x: Tensor, parameters: list[Tensor], kept: Tensor, geometry: list[int], eps: list[float],
+        wanted: list[int], from_images: bool, want_x: bool,
+    ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+        return _each(x, parameters, wanted), _of(x, want_x)
+
     @torch.library.register_fake("lambda_kernels::winograd")
     def _(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
         rows, columns = (x.shape[3 + a] + 2 * padding[a] - 2 for a in (0, 1))
@@ -264,6 +358,45 @@ if not _WHY:
     @torch.library.register_fake("lambda_kernels::winograd_weight_grad")
     def _(gy: Tensor, x: Tensor, weight: list[int], padding: list[int]) -> Tensor:
         return gy.new_empty(1 if weight[0] == 1 else max(gy.shape[0], x.shape[0]), *weight[1:])
+
+    def _each(x: Tensor, parameters: list[Tensor], wanted: Sequence[int]) -> list[Tensor]:
+        """Gradients per task of the parameters that are wanted."""
+        return [x.new_empty(x.shape[0], *p.shape[1:]) for p, flag in zip(parameters, wanted) if flag]
+
+    def _of(x: Tensor, wanted: bool) -> Tensor:
+        """A gradient of x; empty where it is not wanted."""
+        if not wanted:
+            return x.new_empty(0)
+        return _images(x, x.shape[3], x.shape[4], x.dtype) if x.dim() == 5 else x.new_empty(x.shape)
+
+    def _kept_bytes(x: Tensor, parameters: list[Tensor], geometry: list[int], from_images: bool) -> int:
+        """What a chain's forward pass leaves of a task for its way back, as Activations::lay_out in csrc/outer/block.h
+        lays it out."""
+        size, (images, channels), sides = 0, x.shape[1:3], list(x.shape[3:])
+        for block in range(len(geometry) // 8):
+            own, weight = geometry[8 * block : 8 * block + 8], parameters[3 * block]
+            stride, padding, dilation, (groups, pool) = own[:2], own[2:4], own[4:6], own[6:]
+            kernel, outputs = weight.shape[3:], weight.shape[1]
+            taps = channels * kernel[0] * kernel[1]
+            by_moments = block == 0 and from_images and groups == 1 and taps <= MOST_TAPS and pool in (1, 2)
+            sides = [
+                (n + 2 * p - d * (k - 1) - 1) // s + 1
+                for n, p, d, k, s in zip(sides, padding, dilation, kernel, stride)
+            ]
+            pixels = images * sides[0] * sides[1] * outputs
+            sides = [side // pool for side in sides]
+            pooled, width = images * sides[0] * sides[1] * outputs, x.element_size()
+            counts = [
+                (0 if by_moments else pixels, width),
+                (pooled, width),
+                (outputs, width),
+                (outputs, width),
+                (pooled, 1),
+            ]
+            counts.append(((taps + 1) ** 2 if by_moments else 0, 8))
+            size += sum(((count + 16) * bytes_of + 63) // 64 * 64 for count, bytes_of in counts if count)
+            channels = outputs
+        return size
 
     def _pooled(x: Tensor, kernel: Sequence[int], geometry: list[int]) -> list[int]:
         """Height and width of a block's result."""

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..spec import BlockSpec, ConvSpec, output_size
-from .base import Backend, Call, InnerLoop
+from . import outer_step
+from .base import Backend, Call, InnerLoop, StepsGrad, Wanted
 from .inner_loop import inner_loop
 
 # Operations that a backend may fuse, and what they are made of.
@@ -28,6 +29,7 @@ _PARTS = {
     },
 }  # fmt: skip
 _PARTS["prepared"] = {*_PARTS["inner_loop"], "inner_loop"}
+_PARTS["logits"] = _PARTS["steps"] = _PARTS["steps_grad"] = {*_PARTS["inner_loop"], "norm_relu_pool_grad_grad"}
 
 
 def per_task(op: Callable[..., Tensor], *operands: Tensor) -> Tensor:
@@ -291,6 +293,23 @@ class Reference(Backend):
         steps: int, rates: Sequence[float], query: Tensor | None = None,
     ) -> InnerLoop:  # fmt: skip
         return inner_loop(self, x, labels, parameters, updated, blocks, steps, rates, query)
+
+    def steps(
+        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
+        rates: Sequence[Sequence[float]], from_images: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        return outer_step.steps(self, x, labels, parameters, updated, blocks, rates)
+
+    def steps_grad(
+        self, v: Tensor, x: Tensor, labels: Tensor, parameters: list[Tensor], path: Tensor, updated: list[bool],
+        blocks: list[BlockSpec], rates: Sequence[Sequence[float]], wanted: Wanted, second_order: bool,
+    ) -> StepsGrad:  # fmt: skip
+        return outer_step.steps_grad(self, v, x, labels, parameters, path, updated, blocks, rates, wanted, second_order)
+
+    def logits(
+        self, x: Tensor, parameters: list[Tensor], blocks: list[BlockSpec], from_images: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        return None
 
 
 def _patches(x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:

@@ -159,6 +159,7 @@ class BlockCall(_Leaf):
         super().__init__(fusion.conv)
         self.norm, self.size = fusion.norm, fusion.size
         self.names = _present(self.path, conv, "weight") + _present(self.norm, norm, "weight", "bias")
+        self.bias = None if conv.bias is None else f"{self.path}.bias".lstrip(".")  # cancels in the norm
         self.inputs, self.outputs = conv.in_channels, conv.out_channels
         self.kernel = pair("kernel", conv.kernel_size, 1)
         assert not isinstance(conv.padding, str)
