@@ -185,15 +185,15 @@ def test_known_rates_stay_on_the_chain_and_a_rate_of_0_freezes() -> None:
     assert all(torch.equal(got[n], want[n]) for n in want)
 
 
-def test_other_rules_take_autograd_and_explain_says_so() -> None:
+def test_explain_says_which_way_other_rules_and_learned_rates_take() -> None:
     xs, ys, _, _ = CONV4.task()
     learned = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
-    for rule, words in (
-        (rules.adam(0.1), "no gradient descent with one known rate"),
-        (rules.sgd(learned), "are learned"),
+    for rule, way, words in (
+        (rules.adam(0.1), "autograd", "no gradient descent with one known rate"),
+        (rules.sgd(learned), "a chain with its own way back", "are learned"),
     ):
         said = explain(CONV4.network, xs, ys, pattern="00011", steps=2, rule=rule)
-        assert "steps 1 to 2: autograd" in said and words in said
+        assert f"steps 1 to 2: {way}" in said and words in said
     with torch.no_grad():  # the rates are known here
         assert (
             "a chain"

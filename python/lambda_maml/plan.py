@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lambda_kernels.cache import Bounded
@@ -71,6 +72,12 @@ def with_copies(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor])
     return state
 
 
+def whole_chain(program: Program) -> Chain | None:
+    """The chain that a program is, from its inputs on; None where it is another one."""
+    chain = Chain.find(program, program.steps)
+    return chain if chain is not None and chain.source == 0 else None
+
+
 class Part:
     """A program cut in two by the parameters that are updated: the frozen prefix and the rest.
 
@@ -89,8 +96,7 @@ class Part:
         chain = Chain.find(program, [program.steps[i] for i in sorted(moving)])
         self.chain = chain if chain is not None and self.boundary == (chain.source,) else None
         self._moving = sorted(moving)
-        whole = Chain.find(program, program.steps)
-        self.whole = whole if self.chain is not None and whole is not None and whole.source == 0 else None
+        self.whole = None if self.chain is None else whole_chain(program)
 
     @cached_property
     def why_no_chain(self) -> str:
@@ -168,6 +174,19 @@ class Plan(Layout):
         if (why := _write_that_vmap_may_lose(self.program)) is not None:
             return why
         return next((step.not_reusable for step in self.program.steps if step.not_reusable), None)
+
+    @cached_property
+    def chain(self) -> Chain | None:
+        """The whole network, where it is a chain from its inputs on."""
+        return whole_chain(self.program)
+
+    def classify(self, state: Mapping[str, Tensor], xq: Any, tasks: int | None = None) -> Tensor | None:
+        """The logits of query images [Q, ...], or of T tasks [T, Q, ...], as one operation of autograd; None where
+        there is no such operation, or nothing requires a gradient."""
+        if self.chain is None or not isinstance(xq, Tensor) or not torch.is_grad_enabled():
+            return None
+        logits = self.chain.classify(state, xq if tasks is not None else xq.unsqueeze(0))
+        return logits if logits is None or tasks is not None else logits.squeeze(0)
 
     @cached_property
     def outputs(self) -> int | None:

@@ -13,7 +13,7 @@ from lambda_kernels.program import flatten
 from lambda_kernels.program.structure import opened
 
 from ..data.episodes import Task
-from . import chain, recorded
+from . import chain, outer, recorded
 from .adaptation import Adaptation
 from .loop import classify, descend, outcome
 
@@ -90,7 +90,7 @@ def adapt_and_classify(a: Adaptation, xs: Any, ys: Any, xq: Any) -> Any:
     inputs = flatten(xs)[0]
     tasks = inputs[0].shape[0]
     at_once = max(1, tasks * _values_at_once(inputs[0].device) // max(1, sum(t.numel() for t in inputs)))
-    if at_once < tasks and not torch.is_grad_enabled() and _is_one_call(a, xs, ys, xq):
+    if at_once < tasks and _is_one_call(a, xs, ys, xq):
         at_once = tasks
     if at_once >= tasks:
         return _adapt_batch(a, xs, ys, xq)
@@ -133,13 +133,17 @@ def _adapt_batch(a: Adaptation, xs: Any, ys: Any, xq: Any) -> Any:
 
 
 def _is_one_call(a: Adaptation, xs: Any, ys: Any, xq: Any) -> bool:
-    """Whether one call of a backend's inner loop adapts and classifies all tasks, spreading them itself."""
+    """Whether a call of a backend's adapts all tasks, and the same or another one classifies them, spreading them
+    itself."""
     if not isinstance(xs, Tensor) or not isinstance(xq, Tensor) or len(a.stretches) != 1:
         return False
-    whole = a.stretches[0].part.whole
-    support = a.support(xs, ys, xs.shape[0])
-    graph = cuda_graph.refusal(xs.device) is None
-    return not graph and whole is not None and not chain.refusals(a, a.stretches[0], whole, xs, support)
+    (stretch,) = a.stretches
+    whole, support = stretch.part.whole, a.support(xs, ys, xs.shape[0])
+    if whole is None or cuda_graph.refusal(xs.device) is None:
+        return False
+    if not chain.refusals(a, stretch, whole, xs, support):
+        return True
+    return stretch.part.chain == whole and not outer.refusals(a, stretch, whole, xs, support)
 
 
 def _values_at_once(device: torch.device) -> int:

@@ -14,7 +14,7 @@ from lambda_kernels.chain import Chain
 
 from .adaptation import Adaptation, Stretch, Support
 
-__all__ = ["refusals", "run"]
+__all__ = ["refusals", "run", "unfit"]
 
 
 def refusals(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, support: Support) -> list[str]:
@@ -25,12 +25,18 @@ def refusals(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, suppo
     why = []
     if a.second_order:
         why.append("second order differentiates through the steps")
-    if a.loss is not F.cross_entropy:
-        why.append(f"the loss is {_called(a.loss)}, not torch.nn.functional.cross_entropy")
     if stretch.rates is None and a.in_graph and not a.second_order:
         why.append(f"the rates of {a.rule!r} are learned: they require a gradient, and gradients are on")
     elif stretch.rates is None:
         why.append(f"{a.rule!r} is no gradient descent with one known rate per parameter and step")
+    return [*why, *unfit(a, stretch, chain, x, support)]
+
+
+def unfit(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, support: Support) -> list[str]:
+    """Why these steps, of whatever order and with whatever rates, are not on a chain's cross-entropy."""
+    why = []
+    if a.loss is not F.cross_entropy:
+        why.append(f"the loss is {_called(a.loss)}, not torch.nn.functional.cross_entropy")
     if chain is None:
         why.append(stretch.part.why_no_chain)
     if why or chain is None:

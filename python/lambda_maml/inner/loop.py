@@ -1,7 +1,8 @@
 """The inner loop: K gradient steps on a support set (Finn et al. 2017, algorithm 1), for one task or many.
 
 Steps in succession that update the same parameters are run by the first way that takes them: a chain from the inputs
-on, a chain behind the frozen prefix, or autograd, which takes everything.
+on, a chain behind the frozen prefix, in second order or with learned rates a chain with its own way back, or autograd,
+which takes everything.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import autograd, chain
+from ..plan import plan_of
+from . import autograd, chain, outer
 from .adaptation import Adaptation, Stretch, Support
 from .state import Outcome, verdict
 
@@ -44,6 +46,11 @@ def descend(a: Adaptation, support: Support, query: Tensor | None = None) -> Res
                 prefix.count(stretch.steps)
                 rows.append(losses)
                 continue
+            if part.chain is not None and not outer.refusals(a, stretch, part.chain, prefix.value, support):
+                losses_of_steps, state = outer.run(a, stretch, part.chain, state, prefix.value, support)
+                prefix.count(stretch.steps)
+                rows += losses_of_steps
+                continue
             memory = autograd.remembered(a, state, support) if memory is None else memory
             losses_of_steps, state, memory = autograd.run(a, stretch, prefix, state, memory)
             rows += losses_of_steps
@@ -58,6 +65,9 @@ def outcome(a: Adaptation, state: dict[str, Tensor], tasks: int | None = None) -
 def classify(a: Adaptation, state: dict[str, Tensor], xq: Any, tasks: int | None) -> Any:
     """The network's result for query inputs, with the parameters of a state."""
     program, modules = a.query(xq, tasks)
+    logits = plan_of(a.model, program).classify(state, xq, tasks)
+    if logits is not None:
+        return logits
     return a.each_task(state, tasks, lambda own, x: program.evaluate(modules, own, x), xq)
 
 
@@ -74,4 +84,5 @@ def ways(a: Adaptation, stretch: Stretch, support: Support) -> list[tuple[str, l
             with torch.no_grad():
                 value = autograd.Prefix(a, part, a.start(support.tasks), support).value
         found.append(("a chain behind the frozen prefix", chain.refusals(a, stretch, part.chain, value, support)))
+        found.append(("a chain with its own way back", outer.refusals(a, stretch, part.chain, value, support)))
     return [*found, ("autograd", [])]

@@ -1,0 +1,83 @@
+"""Steps that are differentiated without autograd's graph of them: a chain under cross-entropy, by gradient descent with
+one rate per parameter and step, known beforehand or learned, is one operation with its own way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lambda_kernels.chain import Chain
+from lambda_kernels.outer import adapted
+
+from . import chain as chains
+from .adaptation import Adaptation, Stretch, Support
+from .rules import sgd
+
+__all__ = ["refusals", "run"]
+
+
+def refusals(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, support: Support) -> list[str]:
+    """Why these steps from x on are not one operation with its own way back; empty where they are.
+
+    x: what the frozen prefix hands over, of one task or with T in front.
+    """
+    why = []
+    if not a.in_graph:
+        why.append("first order with known rates does not differentiate through the steps")
+    elif stretch.rates is None and _learned(a, stretch, stretch.part.updated) is None:
+        why.append(f"{a.rule!r} is no gradient descent with one rate per parameter and step")
+    why += chains.unfit(a, stretch, chain, x, support)
+    if not why and isinstance(x, Tensor) and x.dtype not in (torch.float32, torch.float64):
+        why.append(f"the way back is in float32 or float64, not in {str(x.dtype).removeprefix('torch.')}")
+    if not why and chain is not None and not all(chain.names):
+        why.append("a norm or the linear layer of the chain has no weight or no bias")
+    return why
+
+
+def run(
+    a: Adaptation, stretch: Stretch, chain: Chain, state: Mapping[str, Tensor], x: Tensor, support: Support
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """All steps of a stretch: the losses [T] before each, and the state after the last, in autograd's graph."""
+    assert support.labels is not None
+    images = x if support.tasks is not None else x.unsqueeze(0)
+    updated = stretch.part.updated
+    order = chain.order(updated)
+    rates = _known(stretch, order) if stretch.rates is not None else _learned(a, stretch, order)
+    assert rates is not None
+    losses, new = adapted(
+        chain.backend(images, support.labels),
+        images,
+        support.labels,
+        [state[name] for name in chain.names],
+        [name in updated for name in chain.names],
+        chain.specs,
+        rates,
+        second_order=a.second_order,
+    )
+    values = new if support.tasks is not None else [value.squeeze(0) for value in new]
+    return list(losses), a.tie({**state, **dict(zip(order, values))})
+
+
+def _known(stretch: Stretch, order: Sequence[str]) -> Tensor:
+    """The rates [steps, names]."""
+    row = torch.tensor(stretch.row_by_row(order), dtype=torch.float64)
+    return (row if len(row) > 1 else row.expand(stretch.steps * len(order))).reshape(stretch.steps, len(order))
+
+
+def _learned(a: Adaptation, stretch: Stretch, names: Sequence[str]) -> Tensor | None:
+    """The rates [steps, names] in autograd's graph; None where the rule is another than gradient descent, or a rate is
+    of its parameter's shape."""
+    rule = a.rule
+    if not isinstance(rule, sgd) or type(rule).update is not sgd.update:
+        return None
+    found = []
+    for step in range(stretch.first, stretch.first + stretch.steps):
+        for name in names:
+            rate = torch.as_tensor(rule.rates.at(name, step), dtype=torch.float64, device="cpu")
+            if rate.dim() != 0:
+                return None
+            found.append(rate)
+    return torch.stack(found).reshape(stretch.steps, len(names))
