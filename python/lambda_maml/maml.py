@@ -220,6 +220,11 @@ class TaskLearner(AdaptedNetwork):
             return self._compiled(*args, **kwargs)
         plan, network, state = self._call(args, kwargs)
         part = plan.part(self._settings.names(self._step))
+        # Its way back is the shorter one as long as nobody differentiates the gradient.
+        if self._settings.first_order and not part.prefix and len(args) == 1 and not kwargs:
+            logits = plan.classify(state, args[0])
+            if logits is not None:
+                return logits
         modules = self._bind(plan, network)
         inputs = plan.program.pack(args, kwargs)
         if not part.prefix or kwargs or not all(isinstance(x, Tensor) for x in args) or stand_ins_made():
