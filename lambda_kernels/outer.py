@@ -232,14 +232,14 @@ class _Logits(torch.autograd.Function):
             return (None,) * (2 + len(parameters) + len(ctx.silent))
         backend, blocks, from_images = ctx.fixed
         needs = autograd.asked(ctx)[1:]
-        zeros = [g.new_zeros(shape) if n else None for shape, n in zip(ctx.silent, needs[1 + len(parameters) :])]
+        needs, silent = needs[: 1 + len(parameters)], needs[1 + len(parameters) :]
+        zeros = [g.new_zeros(shape) if needed else None for shape, needed in zip(ctx.silent, silent)]
         if torch.is_grad_enabled() or functorch_active():
             found = _gradients_in_graph(
                 lambda x, *own: _logits_in_graph(backend, blocks, x, own), [x, *parameters], g, needs
             )
             return None, *found, *zeros
-        own = needs[1 : 1 + len(parameters)]
-        grads, gx = backend.logits_grad(g, x, parameters, kept, blocks, own, from_images, needs[0])
+        grads, gx = backend.logits_grad(g, x, parameters, kept, blocks, needs[1:], from_images, needs[0])
         return None, gx, *(None if d is None else _like(d, p) for d, p in zip(grads, parameters)), *zeros
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +15,7 @@ from plain import far, plain
 from torch import Tensor
 
 from lambda_kernels import use_backend
-from lambda_maml import adapt, adapt_tasks
+from lambda_maml import LambdaMAML, adapt, adapt_tasks
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), needs_native]
 
@@ -128,3 +131,81 @@ def test_what_the_operation_does_not_take_goes_through_autograd() -> None:
         assert "_StepsBackward" not in nodes(adapt(model, xs, ys, pattern="11111", second_order=True)(xq))
     loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     assert "_StepsBackward" not in nodes(adapt(model, xs, ys, pattern="11111", second_order=True, loss=loss)(xq))
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, LambdaMAML], Tensor]] = {
+    "plain": lambda logits, ys, task: F.cross_entropy(logits, ys),
+    "in two parts": lambda logits, ys, task: F.nll_loss(F.log_softmax(logits, 1), ys),
+    "penalty": lambda logits, ys, task: F.cross_entropy(logits, ys) + sum(p.square().sum() for p in task.parameters()),
+    "sum": lambda logits, ys, task: F.cross_entropy(logits, ys, reduction="sum") / len(ys),
+    "weighted": lambda logits, ys, task: F.cross_entropy(logits, ys, torch.tensor([0.5, 2.0]).double()),
+    "smoothed": lambda logits, ys, task: F.cross_entropy(logits, ys, label_smoothing=0.1),
+    "ignored": lambda logits, ys, task: F.cross_entropy(logits, ys.where(torch.arange(len(ys)) > 0, -100)),
+    "soft": lambda logits, ys, task: F.cross_entropy(logits, F.one_hot(ys, 2).double()),
+    "scaled": lambda logits, ys, task: F.cross_entropy(2 * logits, ys),
+    "axes": lambda logits, ys, task: F.cross_entropy(logits.unsqueeze(2), ys.unsqueeze(1)),
+}
+
+
+@pytest.mark.parametrize("pattern", ["11111", "00011", "11111,00011"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_clones_second_order_steps_are_those_of_a_plain_loop(name: str, pattern: str) -> None:
+    xs, ys, xq, yq = CONV4.task()
+    found = []
+    for backend in ("native", "reference"):
+        model = own_conv4(CONV4.network)
+        with use_backend(backend):
+            task = LambdaMAML(model, 0.1, pattern=pattern, first_order=False).clone()
+            for _ in range(3):
+                task.adapt(LOSSES[name](task(xs), ys, task))
+            logits = task(xq)
+            if pattern == "11111":
+                recognised = backend == "native" and name in ("plain", "in two parts")
+                assert ("_StepsBackward" in nodes(logits)) == recognised
+            found.append(torch.autograd.grad(F.cross_entropy(logits, yq), list(model.parameters())))
+    # second derivatives of norms over a few pixels, through three steps
+    assert max(far(a, b) for a, b in zip(*found)) < 1e-9 * max(1.0, *(float(g.abs().max()) for g in found[1]))
+
+
+def test_a_clones_step_on_an_earlier_pass_or_on_other_parameters_goes_through_autograd() -> None:
+    xs, ys, xq, _ = CONV4.task()
+    for how in ("an earlier pass", "another clone's"):
+        task = LambdaMAML(own_conv4(CONV4.network), 0.1, pattern="11111", first_order=False).clone()
+        loss = F.cross_entropy(task(xs), ys)
+        if how == "an earlier pass":
+            task(xq)
+            task.adapt(loss)
+        else:
+            twin = task.clone()
+            twin(xs)
+            twin.adapt(loss)
+            task = twin
+        assert "_StepsBackward" not in nodes(task(xq)), how
+
+
+@pytest.mark.parametrize("second_order", [True, False], ids=["second", "first"])
+def test_a_clones_learned_rates_have_their_gradients(second_order: bool) -> None:
+    xs, ys, xq, yq = CONV4.task()
+    model, found = own_conv4(CONV4.network), []
+    for way in ("verbs", "adapt"):
+        rates = torch.full((3, 5), 0.1).double().requires_grad_()
+        if way == "adapt":
+            learner: Any = adapt(model, xs, ys, pattern="11111", steps=3, lr=rates, second_order=second_order)
+        else:
+            learner = LambdaMAML(model, rates, pattern="11111", first_order=not second_order).clone()
+            for _ in range(3):
+                learner.adapt(F.cross_entropy(learner(xs), ys))
+        found.append(torch.autograd.grad(F.cross_entropy(learner(xq), yq), [rates, *model.parameters()]))
+    assert max(far(a, b) for a, b in zip(*found)) < 1e-10
+
+
+def test_a_query_behind_a_frozen_prefix_is_one_operation_and_a_second_support_set_shares_its_own() -> None:
+    xs, ys, xq, _ = CONV4.task()
+    task = LambdaMAML(own_conv4(CONV4.network), 0.1, pattern="00011").clone()
+    kinds = []
+    for x in (xs, xs, xq, xq, xq):
+        logits = task(x)
+        kinds.append("_LogitsBackward" in nodes(logits))
+        if x is xs:
+            task.adapt(F.cross_entropy(logits, ys))
+    assert kinds == [False, False, True, False, False]

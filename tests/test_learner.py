@@ -365,12 +365,12 @@ def test_the_prefix_never_serves_an_input_or_a_mode_that_it_was_not_computed_for
         low = task(x)
         assert torch.equal(low, task(x))
     high = task(x)
-    assert torch.equal(high, task(x.clone()))
+    assert far(high, task(x.clone())) < 1e-12
     with torch.no_grad():
         next(task.parameters()).mul_(2.0)  # a frozen weight of the clone's own
-    assert torch.equal(task(x), task(x.clone())) and not torch.equal(task(x), high)
+    assert far(task(x), task(x.clone())) < 1e-12 and far(task(x), high) > 1e-6
     task.double()
-    assert torch.equal(task(x), task(x.clone()))
+    assert far(task(x), task(x.clone())) < 1e-12
 
 
 def test_the_prefix_is_not_held_across_modes_of_the_network() -> None:

@@ -14,7 +14,7 @@ from lambda_kernels._torch import being_traced, stand_ins_made
 from lambda_kernels.chain import backend_in_force
 from lambda_kernels.program import aliases_of, flatten, modes_of, replace, tensors_of
 
-from .inner import autograd, checks
+from .inner import autograd, checks, outer
 from .inner.adaptation import named
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Params, Rule, Step
@@ -22,7 +22,7 @@ from .inner.rules import rule_of
 from .inner.state import Outcome, tied
 from .learner import AdaptedNetwork, network_of
 from .patterns import Pattern
-from .plan import Frozen, Layout, Part, with_copies
+from .plan import Frozen, Layout, Part, Plan, with_copies
 
 __all__ = ["LambdaMAML", "TaskLearner"]
 
@@ -212,7 +212,7 @@ class TaskLearner(AdaptedNetwork):
         step: int = 0,
     ) -> None:
         super().__init__(model, modes, Outcome(state, {}, (), aliases_of(model), in_graph=True))
-        self.__dict__.update(_settings=settings, _step=step, _memory=None, _prefix=None)
+        self.__dict__.update(_settings=settings, _step=step, _memory=None, _prefix=None, _passed=None, _met=None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result with the parameters adapted so far; for the same input the frozen prefix runs once."""
@@ -220,10 +220,11 @@ class TaskLearner(AdaptedNetwork):
             return self._compiled(*args, **kwargs)
         plan, network, state = self._call(args, kwargs)
         part = plan.part(self._settings.names(self._step))
-        # Its way back is the shorter one as long as nobody differentiates the gradient.
-        if self._settings.first_order and not part.prefix and len(args) == 1 and not kwargs:
+        if len(args) == 1 and not kwargs and self._goes_whole(plan, part, args[0]):
             logits = plan.classify(state, args[0])
             if logits is not None:
+                node: Any = logits.grad_fn
+                self.__dict__["_passed"] = plan, weakref.ref(node.next_functions[0][0])
                 return logits
         modules = self._bind(plan, network)
         inputs = plan.program.pack(args, kwargs)
@@ -239,6 +240,21 @@ class TaskLearner(AdaptedNetwork):
             self.__dict__["_prefix"] = held
             self._forget_when_freed(frozen)
         return held.frozen(modules, state)
+
+    def _goes_whole(self, plan: Plan, part: Part, x: Any) -> bool:
+        """Whether a pass is one operation, where there is one: not if it can share a frozen prefix with another pass,
+        nor if its gradient is to be differentiated by autograd.
+
+        After a step, an input that is met for the first time counts as a query: its pass shares with none.
+        """
+        if not part.prefix:
+            return self._settings.first_order or plan.plain_losses
+        held: _Held | None = self._prefix
+        if self._step == 0 or not isinstance(x, Tensor) or (held is not None and held.inputs[0] is x):
+            return False
+        before: Any = self._met
+        self.__dict__["_met"] = weakref.ref(x)
+        return before is None or before() is not x
 
     def _frozen(self, state: Any, part: Part) -> list[Tensor]:
         """What the prefix reads of the state, where a user may have changed it."""
@@ -282,11 +298,27 @@ class TaskLearner(AdaptedNetwork):
             FloatingPointError: the loss is infinite or NaN.
         """
         _check_switches(allow_nograd=allow_nograd)
+        if not self._first_order(first_order) and self._step_at_once(loss):
+            return
         self._update(self.gradients(loss, first_order, allow_unused), loss, self._first_order(first_order))
+
+    def _step_at_once(self, loss: Tensor) -> bool:
+        """A second-order step as one operation, where the loss is cross-entropy of this learner's last pass."""
+        plan, passed = self._passed or (None, lambda: None)
+        if plan is None or passed() is None or not isinstance(loss, Tensor) or loss.numel() != 1:
+            return False
+        settings, index = self._settings, self._step
+        names, state = settings.names(index), self._state()
+        new = outer.step_of(plan.chain, state, names, settings.rule, index, loss, passed())
+        if new is None:
+            return False
+        self._check_loss(loss)
+        self._go_on(new)
+        return True
 
     def __copy__(self) -> Any:
         twin = super().__copy__()
-        twin.__dict__["_prefix"] = None  # its effects are on this one's buffers
+        twin.__dict__.update(_prefix=None, _passed=None)  # effects are on this one's buffers
         return twin
 
     def gradients(self, loss: Tensor, first_order: bool | None = None, allow_unused: bool | None = None) -> Params:
@@ -301,19 +333,12 @@ class TaskLearner(AdaptedNetwork):
         _check_switches(first_order=first_order, allow_unused=allow_unused)
         settings, index = self._settings, self._step
         unused_too = settings.allow_unused if allow_unused is None else allow_unused
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError(f"adapt: the loss must be a tensor of one number, got {_told(loss)}: take its mean")
-        if loss.is_complex():
-            raise ValueError(f"adapt: the loss must be a real number, got {loss.dtype}: take its abs() or .real")
-        value = loss.detach().item()
-        if not cmath.isfinite(value):
-            raise FloatingPointError(
-                f"step {index + 1} of the inner loop: the loss is {value}; lower the rate of "
-                f"{settings.rule!r}, or look for NaN in the images"
-            )
+        self._check_loss(loss)
         state = self._state()
         now = {n: state[n] for n in settings.names(index)}
         create_graph = not self._first_order(first_order)
+        if create_graph and self._passed is not None:
+            self._passed[0].plain_losses = False  # later passes go the way that autograd differentiates at once
         grads = autograd.gradients(
             settings.pattern, now, loss, create_graph=create_graph, none=unused_too is True and loss.requires_grad
         )
@@ -324,6 +349,18 @@ class TaskLearner(AdaptedNetwork):
                 "they are with allow_unused=True, or give their layers the bit 0"
             )
         return grads
+
+    def _check_loss(self, loss: Any) -> None:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"adapt: the loss must be a tensor of one number, got {_told(loss)}: take its mean")
+        if loss.is_complex():
+            raise ValueError(f"adapt: the loss must be a real number, got {loss.dtype}: take its abs() or .real")
+        value = loss.detach().item()
+        if not cmath.isfinite(value):
+            raise FloatingPointError(
+                f"step {self._step + 1} of the inner loop: the loss is {value}; lower the rate of "
+                f"{self._settings.rule!r}, or look for NaN in the images"
+            )
 
     def update(self, grads: Params, first_order: bool | None = None) -> None:
         """One inner step with gradients of your own, by name, each of its parameter's shape.
@@ -352,18 +389,23 @@ class TaskLearner(AdaptedNetwork):
         return self._settings.first_order if first_order is None else first_order
 
     def _update(self, grads: Params, loss: Tensor, first_order: bool) -> None:
-        settings, index = self._settings, self._step
-        names, state = settings.names(index), self._state()
+        settings, index, state = self._settings, self._step, self._state()
         if self._memory is None:
             everything = {n: state[n].detach() for n in dict.fromkeys(n for g in settings.updated for n in g)}
             self.__dict__["_memory"] = (settings.rule.init(everything),)
         step = Step(index, None, loss.detach(), not first_order)
         now = {n: state[n] for n in grads}
         new, memory = autograd.moved(settings.rule, self._memory[0], now, grads, step)
+        self.__dict__["_memory"] = (memory,)
+        self._go_on(new)
+
+    def _go_on(self, new: dict[str, Tensor]) -> None:
+        """To the next step, with the values that this one gave."""
+        settings, index, state = self._settings, self._step, self._state()
         # A step's gradient is by the present values, not by what a layer, frozen so far, was to earlier steps.
-        later = set(settings.names(index + 1)).difference(names)
+        later = set(settings.names(index + 1)).difference(settings.names(index))
         new.update({n: state[n].view_as(state[n]) for n in later})
-        self.__dict__.update(_memory=(memory,), _step=index + 1)
+        self.__dict__.update(_step=index + 1, _passed=None)
         self._replace(new)
 
     def _replace(self, new: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from . import chain as chains
 from .adaptation import Adaptation, Stretch, Support
 from .rules import sgd
 
-__all__ = ["refusals", "run"]
+__all__ = ["refusals", "run", "step_of"]
 
 
 def refusals(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, support: Support) -> list[str]:
@@ -68,16 +68,63 @@ def _known(stretch: Stretch, order: Sequence[str]) -> Tensor:
 
 
 def _learned(a: Adaptation, stretch: Stretch, names: Sequence[str]) -> Tensor | None:
+    return _rates(a.rule, names, range(stretch.first, stretch.first + stretch.steps))
+
+
+def _rates(rule: Any, names: Sequence[str], steps: range) -> Tensor | None:
     """The rates [steps, names] in autograd's graph; None where the rule is another than gradient descent, or a rate is
     of its parameter's shape."""
-    rule = a.rule
     if not isinstance(rule, sgd) or type(rule).update is not sgd.update:
         return None
     found = []
-    for step in range(stretch.first, stretch.first + stretch.steps):
+    for step in steps:
         for name in names:
             rate = torch.as_tensor(rule.rates.at(name, step), dtype=torch.float64, device="cpu")
             if rate.dim() != 0:
                 return None
             found.append(rate)
-    return torch.stack(found).reshape(stretch.steps, len(names))
+    return torch.stack(found).reshape(len(steps), len(names))
+
+
+def step_of(
+    chain: Chain, state: Mapping[str, Tensor], updated: Sequence[str], rule: Any, step: int, loss: Tensor, passed: Any
+) -> dict[str, Tensor] | None:
+    """One second-order step on a loss that somebody else took: the new values by name, in autograd's graph.
+
+    passed: the node, in that graph, of a pass over the whole chain. None where the loss is anything else than
+    torch.nn.functional.cross_entropy of its logits, where the pass was with other parameters, or where the rule is no
+    gradient descent with one rate per parameter.
+    """
+    labels = _labels_of(loss, passed)
+    order = chain.order(updated)
+    rates = _rates(rule, order, range(step, step + 1))
+    if labels is None or rates is None or not order or not all(chain.names):
+        return None
+    _, x, *parameters = passed.saved_tensors
+    now = [state[name] for name in chain.names]
+    if any(p.data_ptr() != t.data_ptr() or p.numel() != t.numel() for p, t in zip(parameters, now)):
+        return None
+    flags = [name in updated for name in chain.names]
+    backend = chain.backend(x, labels.unsqueeze(0))
+    _, new = adapted(backend, x, labels.unsqueeze(0), now, flags, chain.specs, rates, second_order=True)
+    return dict(zip(order, (value.squeeze(0) for value in new)))
+
+
+def _labels_of(loss: Tensor, passed: Any) -> Tensor | None:
+    """The labels [N] of a loss that is the mean cross-entropy of a pass's logits; None for any other."""
+    node: Any = loss.grad_fn
+    if (
+        node is None
+        or node.name() != "NllLossBackward0"
+        or node._saved_reduction != 1
+        or node._saved_weight is not None
+    ):
+        return None
+    labels: Tensor = node._saved_target
+    for name in ("LogSoftmaxBackward0", "SqueezeBackward1"):
+        node = node.next_functions[0][0]
+        if node is None or node.name() != name:
+            return None
+    if node.next_functions[0][0] is not passed or labels.dtype != torch.int64 or labels.dim() != 1:
+        return None
+    return None if bool((labels < 0).any()) else labels  # a label that cross-entropy leaves out
