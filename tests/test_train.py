@@ -6,69 +6,29 @@ import json
 import math
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import GRADIENT
 from safetensors.torch import save_file
 from torch import nn
+from training import TRAIN, VAL, assert_same_bits, network, plain_query_losses, run, small, state
 
 from lambda_kernels import to_torch
 from lambda_maml import checkpoint, data, models
 from lambda_maml.evaluate import evaluate
 from lambda_maml.files import atomic, read_json, write_json
-from lambda_maml.plain_torch import inner_parameters
-from lambda_maml.train import BEST, LAST, Result, Settings, meta_gradient, train
-
-SMALL = Settings(ways=3, shots=1, query=2, steps=2, lr=0.1, meta_lr=5e-3, meta_batch=2, val_tasks=6, val_every=3)
-
-
-def image_set(split: str, classes: int = 12, images: int = 8, channels: int = 1) -> data.ImageSet:
-    """Classes of 16x16 images: a random picture each, under noise."""
-    random = np.random.default_rng(0 if split == "train" else 1)
-    pictures = random.integers(60, 196, (classes, 1, 16, 16, channels))
-    noise = random.integers(-40, 41, (classes, images, 16, 16, channels))
-    pixels = (pictures + noise).astype(np.uint8).reshape(-1, 16, 16, channels)
-    return data.ImageSet("pictures", split, pixels, (images,) * classes, tuple(f"c{k}" for k in range(classes)),
-                         mean=(0.5,) * channels, std=(0.2,) * channels)  # fmt: skip
-
-
-TRAIN, VAL = image_set("train"), image_set("val")
-
-
-def network(width: int = 4, ways: int = 3, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return models.conv4(ways=ways, in_channels=1, width=width, image_size=16)
-
-
-def run(out: Path, iterations: int, settings: Settings = SMALL, model: nn.Module | None = None, **more: Any) -> Result:
-    return train(model or network(), TRAIN, VAL, out=out, settings=settings, iterations=iterations, **more)
+from lambda_maml.train import BEST, LAST, Settings, meta_gradient
 
 
 def plain_meta_gradient(
     model: nn.Module, tasks: list[data.Task], settings: Settings, bits: str
 ) -> dict[str, torch.Tensor]:
-    """The gradient of the mean query loss, with functional_call and torch.autograd.grad on plain PyTorch layers."""
     twin = to_torch(model)
     slow = dict(twin.named_parameters())
-    adapted = {id(p) for p in inner_parameters(twin, settings.norm)}
-    names = list(slow)
-    # conv4: four parameters per block (weight, bias, gamma, beta), two for the head.
-    layer = {name: min(index // 4, 4) for index, name in enumerate(names)}
-    free = [name for name in names if id(slow[name]) in adapted and bits[layer[name]] == "1"]
-    total = torch.zeros((), dtype=torch.float64)
-    for xs, ys, xq, yq in tasks:
-        fast: dict[str, torch.Tensor] = dict(slow)
-        for _ in range(settings.steps):
-            loss = F.cross_entropy(torch.func.functional_call(twin, fast, (xs.double(),)), ys)
-            grads = torch.autograd.grad(loss, [fast[n] for n in free], create_graph=settings.second_order)
-            fast |= {n: fast[n] - settings.lr * g for n, g in zip(free, grads, strict=True)}
-        total = total + F.cross_entropy(torch.func.functional_call(twin, fast, (xq.double(),)), yq) / len(tasks)
-    return dict(zip(names, torch.autograd.grad(total, list(slow.values())), strict=True))
+    losses = [plain_query_losses(twin, slow, t, settings, bits, settings.second_order)[-1] / len(tasks) for t in tasks]
+    return dict(zip(slow, torch.autograd.grad(torch.stack(losses).sum(), list(slow.values())), strict=True))
 
 
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "one-by-one"])
@@ -76,7 +36,7 @@ def plain_meta_gradient(
 @pytest.mark.parametrize("bits, norm", [("11111", "follow"), ("11111", "never"), ("01001", "follow")])
 def test_meta_gradient_is_that_of_a_plain_loop(bits, norm, second_order, batched):
     model = network().double()
-    settings = Settings(**{**vars(SMALL), "pattern": bits, "norm": norm, "second_order": second_order})
+    settings = small(pattern=bits, norm=norm, second_order=second_order)
     tasks = data.sample_tasks(TRAIN, 3, ways=3, shots=2, query=2, seed=4)
     meta_gradient(model, tasks, settings, batched=batched)
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
@@ -84,7 +44,7 @@ def test_meta_gradient_is_that_of_a_plain_loop(bits, norm, second_order, batched
 
 
 def test_training_learns(tmp_path):
-    settings = Settings(**{**vars(SMALL), "val_tasks": 20, "val_every": 40, "second_order": False})
+    settings = small(val_tasks=20, val_every=40, second_order=False)
     tasks = data.sample_tasks(VAL, 20, ways=3, shots=1, query=2, seed=settings.seed)
     before = evaluate(network(8), tasks, pattern="11111", steps=2, lr=0.1).mean
     result = run(tmp_path, 40, settings, network(8))
@@ -95,11 +55,6 @@ def test_training_learns(tmp_path):
     assert found.mean == pytest.approx(result.best.accuracy) == pytest.approx(meta["metrics"]["val_accuracy"])
     assert meta["dataset"] == {"name": "pictures", "mean": [0.5], "std": [0.2]}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.json", "best.safetensors", "last.safetensors"]
-
-
-def state(folder: Path) -> tuple[dict[str, torch.Tensor], list[Any], int]:
-    tensors, meta = checkpoint.read_tensors(folder / LAST)
-    return tensors, [line[:4] for line in meta["result"]["history"]], meta["result"]["iteration"]
 
 
 @pytest.mark.parametrize("at", [3, 4], ids=["at-a-validation", "between-validations"])
@@ -115,10 +70,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(tmp_path, at):
     assert signal.getsignal(signal.SIGINT) is handler
     second = run(tmp_path / "parts", 7, model=network(seed=9), resume=True)
     assert (second.stopped, second.iteration) == ("iterations", 7)
-    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
-    assert whole[0].keys() == parts[0].keys() and any(key.endswith("exp_avg_sq") for key in whole[0])
-    assert all(torch.equal(whole[0][key], parts[0][key]) for key in whole[0] if key != "random")
-    assert whole[1:] == parts[1:]
+    assert any(key.endswith("exp_avg_sq") for key in state(tmp_path / "whole")[0])
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
     best = [checkpoint.read_tensors(tmp_path / part / BEST)[0] for part in ("whole", "parts")]
     assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
 
@@ -127,9 +80,7 @@ def test_a_run_of_several_parts_goes_on_from_a_finished_one(tmp_path):
     run(tmp_path / "whole", 6)
     run(tmp_path / "parts", 3)
     run(tmp_path / "parts", 6, resume=True)
-    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
-    assert all(torch.equal(whole[0][key], parts[0][key]) for key in whole[0] if key != "random")
-    assert whole[1:] == parts[1:]
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_every_iteration_has_tasks_of_its_own(tmp_path, monkeypatch):
@@ -173,7 +124,7 @@ def test_an_earlier_run_is_not_overwritten_or_mixed_up(tmp_path):
     with pytest.raises(ValueError, match="holds an earlier run"):
         run(tmp_path, 2)
     with pytest.raises(ValueError, match="settings lr 0.1, this one 0.2"):
-        run(tmp_path, 2, Settings(**{**vars(SMALL), "lr": 0.2}), resume=True)
+        run(tmp_path, 2, small(lr=0.2), resume=True)
     with pytest.raises(ValueError, match="network width 4, this one 6"):
         run(tmp_path, 2, model=network(6), resume=True)
     assert run(tmp_path, 1, overwrite=True).iteration == 1

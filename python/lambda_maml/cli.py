@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lambda_kernels import __version__
 
+from .cli_train import train, train_with_progress
+from .console import bar, device_of, device_option, json_option, options, print_json, say
+
 if TYPE_CHECKING:
     import torch
-
-    from .evaluate import Progress
-    from .train import Result
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEMO: dict[str, Any] = {
     "dataset": "glyphs",
@@ -68,21 +64,6 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-def options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several click options as one decorator."""
-
-    def apply(command: Command) -> Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return apply
-
-
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON document on stdout and nothing else."
-)
-device_option = click.option("--device", default="cpu", help="Where to compute: cpu, cuda or cuda:N.")
 data_options = options(
     click.option(
         "--dataset",
@@ -118,18 +99,18 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     from .train import BEST, Settings
 
     start = time.perf_counter()
-    _say("preparing glyphs")
+    say("preparing glyphs")
     train_set, val_set, test_set = (data.load(DEMO["dataset"], split=split) for split in ("train", "val", "test"))
     settings = Settings(**DEMO["settings"], seed=seed)
-    result = _train(
-        train_set, val_set, out, settings, DEMO["width"], iterations=DEMO["iterations"], minutes=DEMO["train_minutes"],
-        overwrite=True,
+    result = train_with_progress(
+        train_set, val_set, out, settings, {"network": "conv4", "width": DEMO["width"]},
+        iterations=DEMO["iterations"], minutes=DEMO["train_minutes"], overwrite=True,
     )  # fmt: skip
     if result.stopped == "interrupt":
         raise click.Abort
     model, _ = _load(out / BEST, "cpu")
     episode = {"ways": settings.ways, "shots": settings.shots, "query": DEMO["query"]}
-    with _bar("selecting") as progress:
+    with bar("selecting") as progress:
         chosen = select_pattern(
             model,
             data.sample_tasks(val_set, DEMO["select_tasks"], seed=SELECT_SEED + seed, **episode),
@@ -138,79 +119,10 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
             seconds=DEMO["timing_seconds"], progress=progress,
         )  # fmt: skip
     _publish(chosen.to_dict(), chosen.warnings, out / "pattern.json", as_json)
-    _say(f"the whole demo took {time.perf_counter() - start:.0f} s")
+    say(f"the whole demo took {time.perf_counter() - start:.0f} s")
 
 
-@cli.command()
-@click.option(
-    "--dataset", default="glyphs",
-    help="glyphs (built in), omniglot, cifar_fs, fc100, mini_imagenet or tiered_imagenet.",
-)  # fmt: skip
-@click.option("--root", type=click.Path(path_type=Path), help="Folder in which the set lies (glyphs needs none).")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the checkpoint and the state.")
-@click.option("--ways", default=5, help="Classes in a task.")
-@click.option("--shots", default=1, help="Support images per class.")
-@click.option("--query", default=15, help="Query images per class.")
-@click.option("--steps", default=5, help="Inner gradient steps in training.")
-@click.option(
-    "--test-steps", type=click.IntRange(1), help="Inner steps in validation and after.  [default: as --steps]"
-)
-@click.option("--lr", default=0.01, help="Inner rate.")
-@click.option("--meta-lr", default=1e-3, help="Adam's rate.")
-@click.option("--meta-batch", default=4, help="Tasks an iteration.")
-@click.option("--width", default=32, help="Channels of each convolution.")
-@click.option("--iterations", default=10000, help="Meta-updates in all, earlier runs included.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop this run after so many minutes.")
-@click.option("--first-order/--second-order", "first_order", default=False, help="Leave out second derivatives.")
-@click.option("--pattern", help="Pattern used in training, e.g. 00011 or ANIL.  [default: all layers]")
-@click.option(
-    "--norm", type=click.Choice(["follow", "never"]), default="follow",
-    help="Do a layer's norm weights follow its bit, or never adapt.",
-)  # fmt: skip
-@click.option("--val-tasks", default=100, help="Validation tasks that the best checkpoint is chosen by.")
-@click.option("--val-every", default=250, help="Iterations between validations.")
-@click.option("--batched/--one-by-one", default=True, help="Adapt the tasks of an iteration together, or save memory.")
-@click.option("--seed", default=0, help="Seed of the network and of the tasks.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out; the result is the same as without the break.")
-@device_option
-@json_option
-def train(
-    dataset: str, root: Path | None, out: Path, width: int, iterations: int, minutes: float | None, first_order: bool,
-    batched: bool, resume: bool, device: str, as_json: bool, **settings: Any,
-) -> None:  # fmt: skip
-    """Meta-train a conv4 network (MAML). Ctrl-C saves; --resume continues.
-
-    In the folder: best.safetensors with best.json, the checkpoint of the best validation accuracy, and
-    last.safetensors, the state to resume from.
-    """
-    from . import data
-    from .train import BEST, Settings
-
-    chosen = Settings(**settings, second_order=not first_order)
-    train_set, val_set = (data.load(dataset, root=root, split=split) for split in ("train", "val"))
-    result = _train(
-        train_set, val_set, out, chosen, width, iterations=iterations, minutes=minutes, resume=resume, batched=batched,
-        device=device,
-    )  # fmt: skip
-    best = result.best
-    if as_json:
-        line = best._asdict() if best else None
-        _print_json(
-            {
-                "checkpoint": str(out / BEST) if best else None,
-                "iteration": result.iteration,
-                "stopped": result.stopped,
-                "best": line,
-            }
-        )
-    elif best:
-        click.echo(
-            f"{out / BEST}: {100 * best.accuracy:.2f} ± {100 * best.ci95:.2f} % on {chosen.val_tasks} validation tasks "
-            f"at iteration {best.iteration}"
-        )
-    if result.stopped == "interrupt":
-        _say(f"stopped at iteration {result.iteration} and saved; continue with --resume")
-        raise click.exceptions.Exit(130)
+cli.add_command(train)
 
 
 @cli.command()
@@ -249,14 +161,14 @@ def select(
     from .select import select_pattern
 
     model, meta = _load(checkpoint, device)
-    inner = _inner(meta, {}, steps, lr, norm)
+    inner = _inner(checkpoint, model, meta, {}, steps, lr, norm)
     val_set, test_set = (_images(meta, dataset, root, split) for split in ("val", "test"))
     episode = _episode(meta)
     val_tasks = data.sample_tasks(val_set, tasks, seed=SELECT_SEED + seed, **episode)
     test_tasks = data.sample_tasks(test_set, tasks, seed=TEST_SEED + seed, **episode)
-    with _bar("selecting") as progress:
+    with bar("selecting") as progress:
         chosen = select_pattern(
-            model, val_tasks, test_tasks=test_tasks, **inner, max_drop=max_drop, relative=relative, rule=rule,
+            model, val_tasks, test_tasks=test_tasks, **inner, max_drop=max_drop, relative=relative, decide=rule,
             timings=timings, seconds=seconds, progress=progress,
         )  # fmt: skip
     _publish(chosen.to_dict(), chosen.warnings, out or checkpoint.parent / "pattern.json", as_json)
@@ -282,13 +194,14 @@ def evaluate_command(
 
     model, meta = _load(checkpoint, device)
     bits, report = _pattern(model, pattern)
-    inner = _inner(meta, report, steps, lr, norm)
+    inner = _inner(checkpoint, model, meta, report, steps, lr, norm)
     episodes = data.sample_tasks(_images(meta, dataset, root, split), tasks, seed=TEST_SEED + seed, **_episode(meta))
-    with _bar("evaluating") as progress:
+    with bar("evaluating") as progress:
         found = evaluate(model, episodes, pattern=bits, **inner, progress=progress)
     ci95 = found.ci95 if tasks > 1 else None
     if as_json:
-        _print_json({"pattern": bits, "split": split, "tasks": tasks, "accuracy": found.mean, "ci95": ci95, **inner})
+        told = _in_json(inner)
+        print_json({"pattern": bits, "split": split, "tasks": tasks, "accuracy": found.mean, "ci95": ci95, **told})
     else:
         interval = f"± {100 * ci95:.2f} %" if ci95 is not None else "% (no interval from one task)"
         click.echo(f"{bits}: {100 * found.mean:.2f} {interval} on {tasks} {split} tasks, {inner['steps']} steps")
@@ -327,7 +240,7 @@ def adapt(
     model, meta = _load(checkpoint, device)
     network = meta["network"]
     bits, report = _pattern(model, pattern)
-    inner = _inner(meta, report, steps, lr, norm)
+    inner = _inner(checkpoint, model, meta, report, steps, lr, norm)
     classes = class_folders(support)
     if len(classes) != network["ways"]:
         found = f"{len(classes)} class folders ({', '.join(classes)})" if classes else "no class folder"
@@ -352,14 +265,15 @@ def adapt(
             {"image": str(path), "class": names[int(row.argmax())], "probability": float(row.max())}
             for path, row in zip(queries, chances, strict=True)
         ]
+    told = _in_json(inner)
     if out is not None:
         adapted = {key: value.detach() for key, value in learner.parameters_dict().items()}
         model.load_state_dict({**model.state_dict(), **adapted})
-        files.save(out, model, {**meta, "adapted": {"pattern": bits, **inner, "classes": list(classes)}})
-        _say(f"wrote {out}")
+        files.save(out, model, {**meta, "adapted": {"pattern": bits, **told, "classes": list(classes)}})
+        say(f"wrote {out}")
     if as_json:
-        _print_json(
-            {"pattern": bits, **inner, "classes": list(classes), "support": len(labels), "predictions": predictions}
+        print_json(
+            {"pattern": bits, **told, "classes": list(classes), "support": len(labels), "predictions": predictions}
         )
         return
     click.echo(f"adapted under {bits} to {len(labels)} support images of {', '.join(classes)}")
@@ -381,7 +295,7 @@ def report(pattern_json: Path, out: Path | None, every: bool, as_json: bool) -> 
     picture = out or pattern_json.with_name("report.png")
     plot(found, picture)
     if as_json:
-        _print_json({**summary(found), "picture": str(picture)})
+        print_json({**summary(found), "picture": str(picture)})
     else:
         _tables(found, every)
         click.echo(f"picture: {picture}")
@@ -406,7 +320,7 @@ def info(
     found = kernels.collect()
     ways = "" if checkpoint is None else _ways(checkpoint, pattern, steps, lr, norm, device)
     if as_json:
-        _print_json({**found, **({"adaptation": ways.splitlines()} if ways else {})})
+        print_json({**found, **({"adaptation": ways.splitlines()} if ways else {})})
     else:
         click.echo(kernels.text(found))
         if ways:
@@ -427,25 +341,7 @@ def _ways(
     ys = torch.arange(settings["ways"]).repeat_interleave(settings["shots"]).to(device)
     side = network["image_size"]
     xs = torch.zeros(len(ys), network["in_channels"], side, side, dtype=next(model.parameters()).dtype, device=device)
-    return explain(model, xs, ys, pattern=bits, **_inner(meta, report, steps, lr, norm))
-
-
-def _train(
-    train_set: Any, val_set: Any, out: Path, settings: Any, width: int, *, device: str = "cpu", **more: Any
-) -> Result:
-    """Build conv4 for the set and train it with a progress bar."""
-    import torch
-
-    from . import models
-    from .train import train as run
-
-    channels, height, side = train_set.image_shape
-    if height != side:
-        raise ValueError(f"{train_set.name}: images are {height}x{side}, expected square ones")
-    torch.manual_seed(settings.seed)
-    model = models.conv4(ways=settings.ways, in_channels=channels, width=width, image_size=side).to(_device(device))
-    with _bar("training") as progress:
-        return run(model, train_set, val_set, out=out, settings=settings, progress=progress, **more)
+    return explain(model, xs, ys, pattern=bits, **_inner(checkpoint, model, meta, report, steps, lr, norm))
 
 
 def _publish(found: dict[str, Any], warnings: list[str], path: Path, as_json: bool) -> None:
@@ -456,9 +352,9 @@ def _publish(found: dict[str, Any], warnings: list[str], path: Path, as_json: bo
     write_json(path, found)
     plot(found, path.with_name("report.png"))
     for warning in warnings:
-        _say(f"warning: {warning}")
+        say(f"warning: {warning}")
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         _tables(found)
         click.echo(f"wrote {path} and {path.with_name('report.png')}")
@@ -477,21 +373,9 @@ def _tables(found: Mapping[str, Any], every: bool = False) -> None:
 def _load(path: Path, device: str) -> tuple[Any, dict[str, Any]]:
     from . import checkpoint
 
-    where = _device(device)
+    where = device_of(device)
     model, meta = checkpoint.load(path)
     return model.to(where), meta
-
-
-def _device(text: str) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise ValueError(f"--device {text}: expected cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {text}: this torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _images(meta: Mapping[str, Any], dataset: str | None, root: Path | None, split: str) -> Any:
@@ -526,62 +410,46 @@ def _pattern(model: Any, text: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def _inner(
-    meta: Mapping[str, Any], report: Mapping[str, Any], steps: int | None, lr: float | None, norm: str | None
-) -> dict[str, Any]:
-    """Steps, rate and norm of the inner loop: as asked, else as in the pattern.json, else as in the checkpoint."""
-    if "inner_rule" in report and lr is None:
+    checkpoint: Path, model: Any, meta: Mapping[str, Any], report: Mapping[str, Any], steps: int | None,
+    lr: float | None, norm: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Steps, rates and norm of the inner loop: as asked, else as in the pattern.json, else as in the checkpoint, whose
+    learned rates are used as they are."""
+    import torch
+
+    from .inner.rules import sgd
+    from .learned_rates import load_rates
+
+    settings = meta["settings"]
+    default = {
+        "steps": settings["test_steps"] or settings["steps"], "norm": settings["norm"],
+        **{key: report[key] for key in ("steps", "norm") if key in report},
+    }  # fmt: skip
+    asked = {"steps": steps, "norm": norm}
+    inner: dict[str, Any] = {key: default[key] if value is None else value for key, value in asked.items()}
+    if lr is not None:
+        return {**inner, "lr": lr}
+    learned = load_rates(checkpoint, model, meta, inner["steps"])
+    if "inner_rule" in report and not isinstance(learned, dict):
         raise ValueError(
             f"the pattern was chosen for the inner rule {report['inner_rule']}, which the command line does not build: "
             "give --lr for plain gradient descent, or call lambda_maml.adapt(..., rule=...)"
         )
-    settings = meta["settings"]
-    default = {
-        "steps": settings["test_steps"] or settings["steps"], "lr": settings["lr"], "norm": settings["norm"],
-        **{key: report[key] for key in ("steps", "lr", "norm") if key in report},
-    }  # fmt: skip
-    asked = {"steps": steps, "lr": lr, "norm": norm}
-    return {key: default[key] if value is None else value for key, value in asked.items()}
+    if isinstance(learned, dict):
+        return {**inner, "rule": sgd(learned)}
+    if learned is not None and not isinstance(report.get("lr"), (int, float)):
+        return {**inner, "lr": learned}
+    rates = report.get("lr", settings["lr"])
+    return {**inner, "lr": torch.tensor(rates) if isinstance(rates, list) else rates}
 
 
-def _say(text: str) -> None:
-    """A line for the person who waits."""
-    click.echo(text, err=True)
+def _in_json(inner: Mapping[str, Any]) -> dict[str, Any]:
+    """The inner loop's settings as they are printed and saved."""
+    from .select import rates_in_json
 
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, allow_nan=False))
-
-
-@contextmanager
-def _bar(title: str) -> Iterator[Progress]:
-    """A progress bar on stderr on a terminal, else a line there every ten seconds and at the end."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
-
-        columns = (
-            TextColumn(title),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Bar(*columns, console=console) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
-        return
-    last = time.monotonic()
-
-    def line(done: int, total: int, what: str) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= 10:
-            last = time.monotonic()
-            _say(f"{title}: {done}/{total} {what}")
-
-    yield line
+    rule = inner.get("rule")
+    told = {} if rule is None else {"inner_rule": repr(rule)}
+    return {"steps": inner["steps"], "lr": rates_in_json(inner.get("lr", 0.0), rule), "norm": inner["norm"], **told}
 
 
 def run(args: list[str] | None = None) -> int:
@@ -607,5 +475,6 @@ def run(args: list[str] | None = None) -> int:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script. Networks of one's own are found in the current folder too, as by python -m."""
+    sys.path.append(os.getcwd())
     sys.exit(run())

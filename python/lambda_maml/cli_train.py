@@ -1,0 +1,171 @@
+"""`lambda-maml train`: its options, and the run with a progress bar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .console import bar, device_of, device_option, json_option, options, print_json, say
+
+if TYPE_CHECKING:
+    from .train import Result
+
+__all__ = ["train", "train_with_progress"]
+
+data_options = options(
+    click.option(
+        "--dataset", default="glyphs",
+        help="glyphs (built in), omniglot, cifar_fs, fc100, mini_imagenet or tiered_imagenet.",
+    ),
+    click.option("--root", type=click.Path(path_type=Path), help="Folder in which the set lies (glyphs needs none)."),
+    click.option(
+        "--out", type=click.Path(path_type=Path), required=True, help="Folder for the checkpoint and the state."
+    ),
+    click.option("--ways", default=5, help="Classes in a task."),
+    click.option("--shots", default=1, help="Support images per class."),
+    click.option("--query", default=15, help="Query images per class."),
+)  # fmt: skip
+network_options = options(
+    click.option(
+        "--network", default="conv4",
+        help="conv4, or MODULE:FUNCTION: a function of your own, called with ways, in_channels and image_size.",
+    ),
+    click.option(
+        "--network-args", "network_args", multiple=True, metavar="KEY=VALUE",
+        help="One more argument of the function; may be repeated. Values are JSON, or else text.",
+    ),
+    click.option("--width", type=click.IntRange(1), help="Channels of each of conv4's convolutions.  [default: 32]"),
+)  # fmt: skip
+inner_options = options(
+    click.option("--steps", default=5, help="Inner gradient steps in training."),
+    click.option(
+        "--test-steps", type=click.IntRange(1), help="Inner steps in validation and after.  [default: as --steps]"
+    ),
+    click.option("--lr", default=0.01, help="Inner rate, or where learned rates start."),
+    click.option(
+        "--learn-lr", type=click.Choice(["one", "layer", "step", "layer-step", "weight"]),
+        help="Learn the inner rates with the network: one, one per layer, per step, per layer and step (MAML++), or "
+        "per weight (Meta-SGD). select, eval and adapt use them.  [default: --lr stays]",
+    ),
+    click.option("--pattern", help="Pattern used in training, e.g. 00011 or ANIL.  [default: all layers]"),
+    click.option(
+        "--norm", type=click.Choice(["follow", "never"]), default="follow",
+        help="Do a layer's norm weights follow its bit, or never adapt.",
+    ),
+)  # fmt: skip
+outer_options = options(
+    click.option("--meta-lr", default=1e-3, help="Adam's rate."),
+    click.option("--meta-batch", default=4, help="Tasks an iteration."),
+    click.option("--first-order/--second-order", "first_order", default=False, help="Leave out second derivatives."),
+    click.option(
+        "--first-order-iterations", default=0,
+        help="Leave out second derivatives in so many iterations at the start (MAML++).",
+    ),
+)  # fmt: skip
+run_options = options(
+    click.option("--iterations", default=10000, help="Meta-updates in all, earlier runs included."),
+    click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop this run after so many minutes."),
+    click.option("--val-tasks", default=100, help="Validation tasks that the best checkpoint is chosen by."),
+    click.option("--val-every", default=250, help="Iterations between validations."),
+    click.option(
+        "--batched/--one-by-one", default=True, help="Adapt the tasks of an iteration together, or save memory."
+    ),
+    click.option("--seed", default=0, help="Seed of the network and of the tasks."),
+    click.option(
+        "--resume", is_flag=True, help="Continue the run in --out; the result is the same as without the break."
+    ),
+)  # fmt: skip
+
+
+@click.command()
+@data_options
+@network_options
+@inner_options
+@outer_options
+@run_options
+@device_option
+@json_option
+def train(
+    dataset: str, root: Path | None, out: Path, network: str, network_args: tuple[str, ...], width: int | None,
+    iterations: int, minutes: float | None, first_order: bool, batched: bool, resume: bool, device: str, as_json: bool,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Meta-train a network (MAML). Ctrl-C saves; --resume continues.
+
+    In the folder: best.safetensors with best.json, the checkpoint of the best validation accuracy, and
+    last.safetensors, the state to resume from.
+    """
+    from . import data
+    from .settings import Settings
+    from .train import BEST
+
+    chosen = Settings(**settings, second_order=not first_order)
+    config = _config(network, network_args, width)
+    train_set, val_set = (data.load(dataset, root=root, split=split) for split in ("train", "val"))
+    result = train_with_progress(
+        train_set, val_set, out, chosen, config, iterations=iterations, minutes=minutes, resume=resume, batched=batched,
+        device=device,
+    )  # fmt: skip
+    best = result.best
+    if as_json:
+        line = best._asdict() if best else None
+        print_json(
+            {
+                "checkpoint": str(out / BEST) if best else None,
+                "iteration": result.iteration,
+                "stopped": result.stopped,
+                "best": line,
+            }
+        )
+    elif best:
+        click.echo(
+            f"{out / BEST}: {100 * best.accuracy:.2f} ± {100 * best.ci95:.2f} % on {chosen.val_tasks} validation tasks "
+            f"at iteration {best.iteration}"
+        )
+    if result.stopped == "interrupt":
+        say(f"stopped at iteration {result.iteration} and saved; continue with --resume")
+        raise click.exceptions.Exit(130)
+
+
+def train_with_progress(
+    train_set: Any, val_set: Any, out: Path, settings: Any, config: Mapping[str, Any], *, device: str = "cpu",
+    **more: Any,
+) -> Result:  # fmt: skip
+    """Build the network of `config` for the set and train it with a progress bar."""
+    import torch
+
+    from . import models
+    from .train import train as run
+
+    channels, height, side = train_set.image_shape
+    if height != side:
+        raise ValueError(f"{train_set.name}: images are {height}x{side}, expected square ones")
+    torch.manual_seed(settings.seed)
+    shape = {"ways": settings.ways, "in_channels": channels, "image_size": side}
+    model = models.build({**config, **shape}).to(device_of(device))
+    with bar("training") as progress:
+        return run(model, train_set, val_set, out=out, settings=settings, progress=progress, **more)
+
+
+def _config(network: str, args: tuple[str, ...], width: int | None) -> dict[str, Any]:
+    """What `models.build` takes, less what the images say."""
+    given: dict[str, Any] = {}
+    for arg in args:
+        key, is_one, value = arg.partition("=")
+        if not is_one or not key.isidentifier():
+            raise ValueError(f"--network-args {arg}: expected KEY=VALUE, such as depth=12")
+        try:
+            given[key] = json.loads(value)
+        except json.JSONDecodeError:
+            given[key] = value
+    if network == "conv4":
+        if given:
+            raise ValueError(f"--network-args {args[0]}: conv4 has --width alone")
+        return {"network": network, "width": 32 if width is None else width}
+    if width is not None:
+        raise ValueError(f"--width {width} is of conv4: give --network-args width={width} to {network}")
+    return {"network": network, "args": given}
