@@ -244,7 +244,7 @@ def test_demo_writes_all_that_it_promises(tmp_path, capsys, monkeypatch):
         assert call("demo", "--out", tmp_path) == 0
     text = capsys.readouterr().out
     assert "MAML 11111, stock" in text and "x faster" in text and "3 test tasks" in text
-    files = ["best.json", "best.safetensors", "last.safetensors", "pattern.json", "report.png"]
+    files = ["best.json", "best.safetensors", "last.safetensors", "metrics.jsonl", "pattern.json", "report.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == files
 
 

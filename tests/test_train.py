@@ -54,7 +54,8 @@ def test_training_learns(tmp_path):
     found = evaluate(model, tasks, pattern="11111", steps=2, lr=0.1)
     assert found.mean == pytest.approx(result.best.accuracy) == pytest.approx(meta["metrics"]["val_accuracy"])
     assert meta["dataset"] == {"name": "pictures", "mean": [0.5], "std": [0.2]}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.json", "best.safetensors", "last.safetensors"]
+    files = ["best.json", "best.safetensors", "last.safetensors", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
 
 
 @pytest.mark.parametrize("at", [3, 4], ids=["at-a-validation", "between-validations"])

@@ -13,18 +13,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import models
-from .files import atomic, write_json
+from .files import atomic, write_json, written
 
 FORMAT = "lambda-maml 1"
 _RULE = "rule:"  # in front of the names of a rule's tensors; no parameter of a module has a colon in its name
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write named tensors and a JSON-able `meta` to one safetensors file, atomically."""
+    """Write named tensors and a JSON-able `meta` to one safetensors file, atomically.
+
+    Raises:
+        OSError: the file cannot be written, as on a full disk; names it. An earlier file stays as it was.
+    """
     whole = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     header = {"format": FORMAT, "meta": json.dumps(meta, allow_nan=False)}
-    with atomic(path) as part:
-        save_file(whole, part, metadata=header)
+    with written(path), atomic(path) as part:
+        try:
+            save_file(whole, part, metadata=header)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -74,6 +74,8 @@ run_options = options(
     click.option(
         "--batched/--one-by-one", default=True, help="Adapt the tasks of an iteration together, or save memory."
     ),
+    click.option("--log-every", type=click.IntRange(1), default=50, help="Iterations between lines of metrics.jsonl."),
+    click.option("--tensorboard", is_flag=True, help="Write the same numbers for TensorBoard, if it is installed."),
     click.option("--seed", default=0, help="Seed of the network and of the tasks."),
     click.option(
         "--resume", is_flag=True, help="Continue the run in --out; the result is the same as without the break."
@@ -91,16 +93,18 @@ run_options = options(
 @json_option
 def train(
     dataset: str, root: Path | None, out: Path, network: str, network_args: tuple[str, ...], width: int | None,
-    iterations: int, minutes: float | None, first_order: bool, batched: bool, resume: bool, device: str, as_json: bool,
-    **settings: Any,
+    iterations: int, minutes: float | None, first_order: bool, batched: bool, log_every: int,
+    tensorboard: bool, resume: bool, device: str, as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Meta-train a network (MAML). Ctrl-C saves; --resume continues.
 
-    In the folder: best.safetensors with best.json, the checkpoint of the best validation accuracy, and
-    last.safetensors, the state to resume from.
+    In the folder: best.safetensors with best.json, the checkpoint of the best validation accuracy; last.safetensors,
+    the state to resume from; metrics.jsonl, losses and accuracies as the run goes. SIGTERM and SIGUSR1 (Slurm's
+    --signal=USR1@120) save as Ctrl-C does. The exit status is then 130 (Ctrl-C), 143 (SIGTERM) or 138 (SIGUSR1).
     """
     from . import data
     from .settings import Settings
+    from .stopping import SIGNALS
     from .train import BEST
 
     chosen = Settings(**settings, second_order=not first_order)
@@ -108,7 +112,7 @@ def train(
     train_set, val_set = (data.load(dataset, root=root, split=split) for split in ("train", "val"))
     result = train_with_progress(
         train_set, val_set, out, chosen, config, iterations=iterations, minutes=minutes, resume=resume, batched=batched,
-        device=device,
+        log_every=log_every, tensorboard=tensorboard, device=device,
     )  # fmt: skip
     best = result.best
     if as_json:
@@ -126,9 +130,11 @@ def train(
             f"{out / BEST}: {100 * best.accuracy:.2f} ± {100 * best.ci95:.2f} % on {chosen.val_tasks} validation tasks "
             f"at iteration {best.iteration}"
         )
-    if result.stopped == "interrupt":
-        say(f"stopped at iteration {result.iteration} and saved; continue with --resume")
-        raise click.exceptions.Exit(130)
+    for number, reason in SIGNALS.items():
+        if result.stopped == reason:
+            told = "" if reason == "interrupt" else f" by {reason}"
+            say(f"stopped{told} at iteration {result.iteration} and saved; continue with --resume")
+            raise click.exceptions.Exit(128 + number)
 
 
 def train_with_progress(

@@ -27,10 +27,32 @@ def atomic(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def written(path: str | Path) -> Iterator[None]:
+    """Name the file in an OSError of the block that writes it, and say what is left."""
+    try:
+        yield
+    except OSError as error:
+        left = "the file as it was before is still there" if Path(path).exists() else "there is no earlier one"
+        named = OSError(
+            f"{path}: cannot be written ({error.strerror or error}): make room or name another folder; {left}"
+        )
+        named.errno = error.errno
+        raise named from error
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove the temporary files that killed processes left beside `path`; no other process may be writing it."""
+    path = Path(path)
+    for part in path.parent.glob(f".{path.stem}.*{path.suffix}"):
+        if part.name.removeprefix(f".{path.stem}.").removesuffix(path.suffix).isdigit():
+            part.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. Raises ValueError for NaN or infinity, which JSON has no word for."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    with atomic(path) as part:
+    with written(path), atomic(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

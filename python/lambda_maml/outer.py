@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
-from . import models, schedule
+from . import schedule
 from .adapt import adapt_tasks
 from .data.episodes import Task
 from .evaluate import stack
@@ -34,7 +34,7 @@ def meta_gradient(
     After Finn et al. 2017, algorithm 2.
     """
     given: dict[str, Any] = {
-        "pattern": schedule.training_pattern(settings, iteration, len(models.layer_names(model))),
+        "pattern": schedule.training_pattern(settings, iteration, model),
         "steps": settings.steps, "norm": settings.norm, "second_order": schedule.second_order(settings, iteration),
         **descent(settings, rule),
     }  # fmt: skip

@@ -32,14 +32,15 @@ class Validation(NamedTuple):
 
 @dataclass
 class Result:
-    """Where a run stands: `losses` are those since the last validation, `stopped` says why the run ended ("iterations",
-    "minutes" or "interrupt")."""
+    """Where a run stands: `losses` are those since the last validation, `recent` those since the last line of metrics;
+    `stopped` says why the run ended ("iterations", "minutes", "interrupt", "SIGTERM" or "SIGUSR1")."""
 
     iteration: int = 0
     best: Validation | None = None
     history: list[Validation] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     stopped: str = "iterations"
+    recent: list[float] = field(default_factory=list)
 
     @property
     def validated(self) -> int:
@@ -94,12 +95,14 @@ class State:
         saved = meta["result"]
         history = [Validation(*line) for line in saved["history"]]
         best = Validation(*saved["best"]) if saved["best"] else None
-        self.result = Result(saved["iteration"], best, history, saved["losses"])
+        self.result = Result(saved["iteration"], best, history, saved["losses"], recent=saved.get("recent", []))
 
 
 def _check_same(path: Path, saved: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     saved = {**saved, "settings": {**asdict(Settings()), **saved.get("settings", {})}}  # settings since then: not set
-    for part in ("dataset", "network", "settings", "rule"):
+    if "images" not in saved:  # a run of an earlier version
+        about = {name: value for name, value in about.items() if name != "images"}
+    for part in ("dataset", "images", "network", "settings", "rule"):
         old, new = saved.get(part, {}), about.get(part, {})
         for name in {**old, **new}:
             if old.get(name) != new.get(name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from .patterns import Pattern
 from .settings import Settings
 
@@ -14,11 +16,15 @@ def second_order(settings: Settings, iteration: int) -> bool:
     return settings.second_order and iteration >= settings.first_order_iterations
 
 
-def training_pattern(settings: Settings, iteration: int, layers: int) -> Pattern | str:
+def training_pattern(settings: Settings, iteration: int, model: nn.Module) -> Pattern:
     """What an iteration adapts."""
-    return settings.pattern or Pattern.full(layers)
+    return validation_pattern(settings, model)
 
 
-def validation_pattern(settings: Settings, layers: int) -> Pattern | str:
-    """What validation adapts, in all iterations, so that checkpoints are compared by one measure."""
-    return settings.pattern or Pattern.full(layers)
+def validation_pattern(settings: Settings, model: nn.Module) -> Pattern:
+    """What validation adapts, in all iterations, so that checkpoints are compared by one measure.
+
+    Raises:
+        ValueError: the settings' pattern does not fit the network.
+    """
+    return Pattern.of(model, settings.pattern or "MAML")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,18 @@ import torch
 from torch import nn
 
 from . import checkpoint, data, models, schedule
+from .ahead import Ahead
 from .data.episodes import Task
 from .data.imageset import ImageSet
 from .evaluate import Progress, evaluate
+from .files import remove_leftovers
 from .inner.rule import Rule
 from .learned_rates import check_rates, fixed_rates, learned_rule
+from .metrics import METRICS, Metrics, Pace
 from .outer import descent, meta_gradient
 from .run_state import BEST, LAST, Result, State, Validation
 from .settings import Settings
+from .stopping import Stop, stoppable
 
 __all__ = ["BEST", "LAST", "Result", "Settings", "Validation", "meta_gradient", "train"]
 
@@ -31,51 +32,56 @@ __all__ = ["BEST", "LAST", "Result", "Settings", "Validation", "meta_gradient", 
 def train(
     model: nn.Module, train_set: ImageSet, val_set: ImageSet, *, out: str | Path, settings: Settings | None = None,
     rule: Rule | None = None, iterations: int, minutes: float | None = None, resume: bool = False,
-    overwrite: bool = False, batched: bool = True, progress: Progress | None = None,
+    overwrite: bool = False, batched: bool = True, progress: Progress | None = None, log_every: int = 50,
+    tensorboard: bool = False,
 ) -> Result:  # fmt: skip
-    """Meta-train `model` in place until `iterations` are done, `minutes` of this run are over, or Ctrl-C.
+    """Meta-train `model` in place until `iterations` are done, `minutes` of this run are over, or a signal comes.
 
     `rule` takes the place of the settings' inner rate; its parameters (learned rates) are meta-trained with the
     model's, and both checkpoints hold them: `checkpoint.load_rule`.
 
-    In `out`: best.safetensors and best.json (the checkpoint of the best validation accuracy), and last.safetensors (the
-    state to resume from). The tasks depend on the seed and the iteration alone, so that a run that is interrupted and
-    resumed ends with the same bits as one that is not (on the same machine and number of threads).
+    In `out`: best.safetensors and best.json (the checkpoint of the best validation accuracy), last.safetensors (the
+    state to resume from), and metrics.jsonl (a line per validation and per `log_every` iterations; with `tensorboard`
+    also TensorBoard's files). The tasks depend on the seed and the iteration alone, so that a run that is interrupted
+    or killed and resumed ends with the same bits as one that is not (on the same machine and number of threads).
 
-    Raises FloatingPointError when the loss, its gradient or a learned rate is no longer finite; last.safetensors is
-    then as the last validation left it. ValueError if `out` holds a run and neither `resume` nor `overwrite` is set, or
-    if the settings differ from those of the run to resume.
+    Ctrl-C, SIGTERM and SIGUSR1 end the run after the present iteration; its state is saved.
+
+    Raises:
+        FloatingPointError: the loss, a gradient or a learned rate is no longer finite. last.safetensors is then as the
+            last validation left it.
+        ValueError: `out` holds a run and neither `resume` nor `overwrite` is set; or settings, network, rule or images
+            differ from those of the run to resume.
+        RuntimeError: a meta-batch does not fit in memory; says what would.
+        OSError: a file cannot be written; names it. Files that were there before are whole.
     """
     run = _Run(model, train_set, val_set, Path(out), settings or Settings(), rule, batched)
     if resume:
         run.state.resume(run.out / LAST)
     elif (run.out / LAST).exists() and not overwrite:
         raise ValueError(f"{run.out / LAST} holds an earlier run: resume it (--resume) or choose another folder")
-    result, settings = run.state.result, run.settings
-    start, begun = time.perf_counter(), result.iteration
-    run.seconds_before = result.history[-1].seconds if result.history else 0.0
-    run.start = start
+    run.start(log_every, tensorboard)
+    result, begun = run.state.result, run.state.result.iteration
     model.train()
-    with _interruptible() as interrupted:
-        while True:
-            if interrupted.is_set():
-                result.stopped = "interrupt"
-                break
-            if result.iteration % settings.val_every == 0 and result.validated < result.iteration:
-                run.validate()
-                run.state.save(run.out / LAST)
+    with stoppable() as stop, Ahead(run.tasks, iterations) as ahead, contextlib.closing(run.metrics):
+        while stop.reason is None:
+            if result.iteration % run.settings.val_every == 0 and result.validated < result.iteration:
+                run.validate(stop)
+                run.save()
+                continue
             if result.iteration >= iterations:
                 break
-            if minutes is not None and result.iteration > begun and time.perf_counter() - start >= 60 * minutes:
+            if minutes is not None and result.iteration > begun and run.seconds >= 60 * minutes:
                 result.stopped = "minutes"
                 break
-            run.update(run.tasks(result.iteration))
+            run.update(ahead.take(result.iteration))
             if progress is not None:
-                best = f", best validation {result.best.accuracy:.1%}" if result.best else ""
-                progress(result.iteration, iterations, f"iterations, loss {result.losses[-1]:.3f}{best}")
-        if result.stopped != "interrupt" and result.validated < result.iteration:
-            run.validate()
-        run.state.save(run.out / LAST)
+                left = None if minutes is None else minutes - run.seconds / 60
+                progress(result.iteration, iterations, run.told(iterations - result.iteration, left))
+        if stop.reason is None and result.validated < result.iteration:
+            run.validate(stop)
+        result.stopped = stop.reason or result.stopped
+        run.save()
     return result
 
 
@@ -91,54 +97,109 @@ class _Run:
                 f"give rule={rule!r} or learn_lr={settings.learn_lr!r}, not both: a rule has its own rates"
             )
         self.model, self.out, self.settings, self.batched = model, out, settings, batched
-        self.train_set = train_set
+        self.train_set, self.pattern = train_set, schedule.validation_pattern(settings, model)
         self.rule = rule if settings.learn_lr is None else learned_rule(model, settings)
         self.learned = list(self.rule.parameters()) if isinstance(self.rule, nn.Module) else []
         optimizer = torch.optim.Adam([*model.parameters(), *self.learned], lr=settings.meta_lr)
-        self.state = State(model, self.rule, optimizer, _about(model, self.rule, settings, train_set))
-        self.val_tasks = data.sample_tasks(
-            val_set, settings.val_tasks, ways=settings.ways, shots=settings.shots, query=settings.query,
-            seed=settings.seed,
-        )  # fmt: skip
-        self.start = self.seconds_before = 0.0
-        self._told: set[str] = set()  # what was said of learned rates
+        about = _about(model, self.rule, settings, train_set, val_set)
+        self.state = State(model, self.rule, optimizer, about)
+        self.val_tasks = self._sampled(val_set, settings.val_tasks)
+        self.pace = Pace(settings.meta_batch)
+        self._rates_told: set[str] = set()
+
+    def start(self, log_every: int, tensorboard: bool) -> None:
+        """Open the folder, once the state is that of the iteration to go on from."""
+        result = self.state.result
+        for name in (BEST, LAST, METRICS, Path(BEST).with_suffix(".json")):
+            remove_leftovers(self.out / name)
+        self.log_every = log_every
+        self.metrics = Metrics(self.out, result.iteration, result.validated, tensorboard)
+        self._begun = time.perf_counter()
+        self._seconds_before = result.history[-1].seconds if result.history else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of this run."""
+        return time.perf_counter() - self._begun
+
+    def told(self, left: int, minutes: float | None) -> str:
+        """The run in a few words, for who waits."""
+        result = self.state.result
+        best = f", best validation {result.best.accuracy:.1%}" if result.best else ""
+        pace = f"{self.pace.tasks_per_second:.3g} tasks/s, {self.pace.left(left, minutes)}"
+        return f"iterations, loss {result.losses[-1]:.3f}, {pace}{best}"
 
     def tasks(self, iteration: int) -> list[Task]:
         """The meta-batch of an iteration, counted from 0."""
+        return self._sampled(self.train_set, self.settings.meta_batch, first=iteration * self.settings.meta_batch)
+
+    def _sampled(self, images: ImageSet, count: int, **more: Any) -> list[Task]:
         settings = self.settings
         return data.sample_tasks(
-            self.train_set, settings.meta_batch, ways=settings.ways, shots=settings.shots, query=settings.query,
-            seed=settings.seed, first=iteration * settings.meta_batch,
-        )  # fmt: skip
+            images, count, ways=settings.ways, shots=settings.shots, query=settings.query, seed=settings.seed, **more
+        )
 
     def update(self, tasks: list[Task]) -> None:
         """One iteration: the gradient over the tasks, and the optimiser's step."""
         state, result = self.state, self.state.result
         where = f"at iteration {result.iteration + 1} (inner lr {self.settings.lr}, meta lr {self.settings.meta_lr})"
+        self.pace.begin()
         state.optimizer.zero_grad(set_to_none=True)
-        try:
-            loss = meta_gradient(
-                self.model, tasks, self.settings, rule=self.rule, batched=self.batched, iteration=result.iteration
-            )
-        except FloatingPointError as error:
-            raise FloatingPointError(f"training diverged {where}: {error}") from error
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"training diverged: the loss is {loss} {where}: lower the rates")
+        loss = self._gradient(tasks, where)
         state.optimizer.step()
         if isinstance(self.rule, nn.Module):
-            check_rates(self.model, self.rule, where, self._told)
+            check_rates(self.model, self.rule, where, self._rates_told)
         result.losses.append(loss)
+        result.recent.append(loss)
         result.iteration += 1
+        self.pace.end()
+        if result.iteration % self.log_every == 0:
+            self._log()
 
-    def validate(self) -> None:
-        """One line of the history, and the best checkpoint where it is the best."""
+    def _gradient(self, tasks: list[Task], where: str) -> float:
+        """The gradient, in the parameters' `.grad`, and the loss; both are finite."""
+        try:
+            loss = meta_gradient(
+                self.model, tasks, self.settings, rule=self.rule, batched=self.batched,
+                iteration=self.state.result.iteration,
+            )  # fmt: skip
+        except FloatingPointError as error:
+            raise FloatingPointError(f"training diverged {where}: {error}") from error
+        except (RuntimeError, MemoryError) as error:
+            if not _is_of_memory(error):
+                raise
+            raise RuntimeError(
+                f"{len(tasks)} tasks of {len(tasks[0].xs)} support and {len(tasks[0].xq)} query images do not fit in "
+                f"memory {where}: adapt them one by one (--one-by-one), or take a smaller --meta-batch, fewer --query "
+                f"images or --first-order ({' '.join(str(error).split())[:200]})"
+            ) from error
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"training diverged: the loss is {loss} {where}: lower the rates")
+        return loss
+
+    def _log(self) -> None:
+        result = self.state.result
+        values = {
+            "loss": sum(result.recent) / len(result.recent),
+            "tasks_per_second": self.pace.tasks_per_second,
+            "seconds": self._seconds_before + self.seconds,
+        }
+        self.metrics.write("train", result.iteration, values)
+        result.recent.clear()
+
+    def validate(self, stop: Stop) -> None:
+        """One line of the history, and the best checkpoint where it is the best; nothing where the run is to end."""
         settings, result = self.settings, self.state.result
-        pattern = schedule.validation_pattern(settings, len(models.layer_names(self.model)))
-        found = evaluate(
-            self.model, self.val_tasks, pattern=pattern, steps=settings.evaluation_steps, norm=settings.norm,
-            **self._descent(),
-        )  # fmt: skip
-        seconds = self.seconds_before + time.perf_counter() - self.start
+        random = torch.get_rng_state()
+        try:
+            found = evaluate(
+                self.model, self.val_tasks, pattern=self.pattern, steps=settings.evaluation_steps, norm=settings.norm,
+                progress=_stopping(stop), **self._descent(),
+            )  # fmt: skip
+        except _Stopped:
+            torch.set_rng_state(random)
+            return
+        seconds = self._seconds_before + self.seconds
         mean_loss = sum(result.losses) / len(result.losses) if result.losses else None
         ci95 = found.ci95 if len(self.val_tasks) > 1 else 0.0
         line = Validation(result.iteration, found.mean, ci95, mean_loss, seconds)
@@ -148,6 +209,12 @@ class _Run:
             result.best = line
             metrics = {"iteration": line.iteration, "val_accuracy": line.accuracy, "val_ci95": line.ci95}
             checkpoint.save(self.out / BEST, self.model, {**self.state.about, "metrics": metrics}, self.rule)
+        values = line._asdict()
+        self.metrics.write("validation", values.pop("iteration"), values)
+
+    def save(self) -> None:
+        """Write last.safetensors."""
+        self.state.save(self.out / LAST)
 
     def _descent(self) -> dict[str, Any]:
         """The inner loop's rates in validation: learned ones as they stand."""
@@ -157,34 +224,37 @@ class _Run:
         return {"lr": fixed_rates(self.rule, form, self.settings.evaluation_steps)}  # type: ignore[arg-type]
 
 
-def _about(model: nn.Module, rule: Rule | None, settings: Settings, train_set: ImageSet) -> dict[str, Any]:
-    """What a checkpoint says of its run: settings, network, rule, and how the images' pixels become tensors."""
+class _Stopped(Exception):
+    """A validation was left, for the run is to end."""
+
+
+def _stopping(stop: Stop) -> Progress:
+    """A progress that raises once the run is to end."""
+
+    def look(done: int, total: int, what: str) -> None:
+        if stop.reason is not None and done < total:
+            raise _Stopped
+
+    return look
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether torch, on a GPU or the CPU, or NumPy could not allocate."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
+
+
+def _about(
+    model: nn.Module, rule: Rule | None, settings: Settings, train_set: ImageSet, val_set: ImageSet
+) -> dict[str, Any]:
+    """What a checkpoint says of its run: settings, network, rule, images, and how their pixels become tensors."""
     about: dict[str, Any] = {
         "settings": asdict(settings),
         "network": models.config_of(model),
         "dataset": {"name": train_set.name, "mean": list(train_set.mean), "std": list(train_set.std)},
+        "images": {"of training": train_set.fingerprint(), "of validation": val_set.fingerprint()},
     }
     if rule is not None:
         told = type(rule).__qualname__ if type(rule).__repr__ is object.__repr__ else repr(rule)  # no address
         about["rule"] = {"name": " ".join(told.split())}
     return about
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event that is looked at between iterations; a second one interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def on_signal(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
