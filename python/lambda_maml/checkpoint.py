@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from . import models
@@ -28,10 +28,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping
     whole = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
     header = {"format": FORMAT, "meta": json.dumps(meta, allow_nan=False)}
     with written(path), atomic(path) as part:
-        try:
-            save_file(whole, part, metadata=header)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        part.write_bytes(save_bytes(whole, metadata=header))  # save_file has a temporary file of its own
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -58,12 +58,36 @@ inner_options = options(
     ),
 )  # fmt: skip
 outer_options = options(
-    click.option("--meta-lr", default=1e-3, help="Adam's rate."),
-    click.option("--meta-batch", default=4, help="Tasks an iteration."),
+    click.option(
+        "--outer", type=click.Choice(["maml", "reptile"]), default="maml",
+        help="MAML, or Reptile, which goes towards the weights adapted to support and query images together.",
+    ),
     click.option("--first-order/--second-order", "first_order", default=False, help="Leave out second derivatives."),
     click.option(
         "--first-order-iterations", default=0,
         help="Leave out second derivatives in so many iterations at the start (MAML++).",
+    ),
+    click.option(
+        "--multi-step-iterations", default=0,
+        help="Count the query loss after every inner step in so many iterations at the start (MAML++).",
+    ),
+    click.option("--meta-batch", default=4, help="Tasks an iteration."),
+    click.option(
+        "--optimizer", type=click.Choice(["adam", "sgd"]), default="adam", help="What makes a step of the gradient."
+    ),
+    click.option("--meta-lr", default=1e-3, help="The optimiser's rate."),
+    click.option(
+        "--cosine", type=click.IntRange(1),
+        help="Let it fall along half a cosine within so many iterations.  [default: it stays]",
+    ),
+    click.option("--meta-lr-end", default=0.0, help="Where it falls to."),
+    click.option("--weight-decay", default=0.0, help="Decay of the network's weights, as in AdamW."),
+    click.option("--clip-norm", type=float, help="Bound the gradient's norm.  [default: no bound]"),
+    click.option("--clip-value", type=float, help="Bound each number of the gradient.  [default: no bound]"),
+    click.option(
+        "--average", type=float,
+        help="Validate and keep an exponential average of the weights, of this decay, e.g. 0.999.  "
+        "[default: the weights]",
     ),
 )  # fmt: skip
 run_options = options(
@@ -71,6 +95,10 @@ run_options = options(
     click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop this run after so many minutes."),
     click.option("--val-tasks", default=100, help="Validation tasks that the best checkpoint is chosen by."),
     click.option("--val-every", default=250, help="Iterations between validations."),
+    click.option(
+        "--patience", type=click.IntRange(1),
+        help="Stop after so many validations without a better one.  [default: go on]",
+    ),
     click.option(
         "--batched/--one-by-one", default=True, help="Adapt the tasks of an iteration together, or save memory."
     ),

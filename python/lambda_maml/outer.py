@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from . import schedule
-from .adapt import adapt_tasks
+from .adapt import adapt, adapt_tasks
 from .data.episodes import Task
 from .evaluate import stack
 from .inner.batch import alike
 from .inner.rates import DEFAULT_LR
 from .inner.rule import Rule
+from .maml import LambdaMAML
 from .settings import Settings
 
 __all__ = ["descent", "meta_gradient"]
@@ -29,16 +31,22 @@ def meta_gradient(
 
     rule: how an inner step goes, in place of the settings' lr; its parameters get gradients too.
     batched: adapt tasks of equal shapes together, else all of them one after another, which needs less memory.
-    iteration: updates so far, on which the settings may let pattern and order depend.
+    iteration: updates so far, on which the settings may let pattern, order and loss depend.
 
-    After Finn et al. 2017, algorithm 2.
+    After Finn et al. 2017, algorithm 2. Under `outer="reptile"` the gradient is the way from the mean of the adapted
+    parameters to the present ones, and the loss that of the adapted networks on their tasks' images.
     """
     given: dict[str, Any] = {
-        "pattern": schedule.training_pattern(settings, iteration, model),
-        "steps": settings.steps, "norm": settings.norm, "second_order": schedule.second_order(settings, iteration),
+        "pattern": schedule.training_pattern(settings, iteration, model), "norm": settings.norm,
         **descent(settings, rule),
     }  # fmt: skip
-    return _of_query_loss(model, tasks, given, batched)
+    if settings.outer == "reptile":
+        return _towards_adapted(model, tasks, {**given, "steps": settings.steps})
+    second_order = schedule.second_order(settings, iteration)
+    weights = schedule.importances(settings, iteration)
+    if weights is not None:
+        return _of_every_step(model, tasks, {**given, "first_order": not second_order}, weights)
+    return _of_query_loss(model, tasks, {**given, "steps": settings.steps, "second_order": second_order}, batched)
 
 
 def _of_query_loss(model: nn.Module, tasks: list[Task], given: dict[str, Any], batched: bool) -> float:
@@ -50,6 +58,40 @@ def _of_query_loss(model: nn.Module, tasks: list[Task], given: dict[str, Any], b
         loss = F.cross_entropy(logits.flatten(0, 1), yq.flatten()) / (len(tasks) / len(part))
         loss.backward()
         total += loss.item()
+    return total
+
+
+def _of_every_step(model: nn.Module, tasks: list[Task], given: dict[str, Any], weights: list[float]) -> float:
+    """The query losses after each inner step, weighted (MAML++); one task after another."""
+    maml = LambdaMAML(model, **given)
+    total = 0.0
+    for task in tasks:
+        xs, ys, xq, yq = (part[0] for part in stack([task], model))
+        learner, losses = maml.clone(), []
+        for weight in weights:
+            learner.adapt(F.cross_entropy(learner(xs), ys))
+            losses.append(weight * F.cross_entropy(learner(xq), yq))
+        loss = torch.stack(losses).sum() / len(tasks)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _towards_adapted(model: nn.Module, tasks: list[Task], given: dict[str, Any]) -> float:
+    """Reptile: the mean over tasks of theta - theta', theta' adapted to all images of a task, is the gradient (Nichol
+    et al. 2018, algorithm 2: an SGD step of rate epsilon on it is the paper's update). The loss is that of theta'."""
+    total = 0.0
+    for task in tasks:
+        xs, ys, xq, yq = (part[0] for part in stack([task], model))
+        x, y = torch.cat([xs, xq]), torch.cat([ys, yq])
+        with torch.no_grad():  # adapt turns gradients on for itself
+            learner = adapt(model, x, y, **given)
+            adapted = learner.parameters_dict()
+            for name, p in model.named_parameters():
+                if name in adapted:
+                    towards = (p - adapted[name]) / len(tasks)
+                    p.grad = towards if p.grad is None else p.grad + towards
+            total += F.cross_entropy(learner(x), y).item() / len(tasks)
     return total
 
 

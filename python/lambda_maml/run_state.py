@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .average import Average
 from .inner.rule import Rule
 from .settings import Settings
 
@@ -33,7 +35,7 @@ class Validation(NamedTuple):
 @dataclass
 class Result:
     """Where a run stands: `losses` are those since the last validation, `recent` those since the last line of metrics;
-    `stopped` says why the run ended ("iterations", "minutes", "interrupt", "SIGTERM" or "SIGUSR1")."""
+    `stopped` says why the run ended ("iterations", "minutes", "patience", "interrupt", "SIGTERM" or "SIGUSR1")."""
 
     iteration: int = 0
     best: Validation | None = None
@@ -56,15 +58,18 @@ class State:
     rule: Rule | None
     optimizer: torch.optim.Optimizer
     about: dict[str, Any]
+    average: Average | None = None
     result: Result = field(default_factory=Result)
 
     def save(self, path: Path) -> None:
-        """Parameters as model.NAME, a rule's as rule:NAME, the optimiser's state as adam.INDEX.NAME, torch's CPU random
-        state; the rest in the header."""
+        """Parameters as model.NAME, a rule's as rule:NAME, the optimiser's state as adam.INDEX.NAME, the average of the
+        parameters as average.INDEX, torch's CPU random state; the rest in the header."""
         tensors: dict[str, Tensor] = {f"model.{key}": value for key, value in self.model.state_dict().items()}
         tensors |= checkpoint.tensors_of_rule(self.rule)
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{key}": value for key, value in state.items()}
+        if self.average is not None:
+            tensors |= {f"average.{index}": value for index, value in enumerate(self.average.values)}
         tensors["random"] = torch.get_rng_state()
         checkpoint.write_tensors(path, tensors, {"run": self.about, "result": asdict(self.result)})
 
@@ -91,6 +96,12 @@ class State:
                 _, index, name = key.split(".")
                 moments.setdefault(int(index), {})[name] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        if self.average is not None:
+            self.average.values = [
+                tensors[key].to(p.device)
+                for key, p in zip(map("average.{}".format, itertools.count()), self.average.parameters)
+                if key in tensors
+            ]
         torch.set_rng_state(tensors["random"])
         saved = meta["result"]
         history = [Validation(*line) for line in saved["history"]]

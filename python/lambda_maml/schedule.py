@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 
 from .patterns import Pattern
 from .settings import Settings
 
-__all__ = ["second_order", "training_pattern", "validation_pattern"]
+__all__ = ["importances", "meta_rate", "second_order", "training_pattern", "validation_pattern"]
 
 
 def second_order(settings: Settings, iteration: int) -> bool:
     """Whether an iteration, counted from 0, differentiates through the inner gradients (MAML++'s annealing of the
     order: Antoniou et al. 2019, section 4)."""
     return settings.second_order and iteration >= settings.first_order_iterations
+
+
+def importances(settings: Settings, iteration: int) -> list[float] | None:
+    """How much the query loss after each inner step counts; None: the last one alone (MAML++: Antoniou et al. 2019,
+    equation 4, with the annealing of the authors' code).
+
+    >>> importances(Settings(steps=2, multi_step_iterations=100), 50)
+    [0.25, 0.75]
+    """
+    steps, last = settings.steps, settings.multi_step_iterations
+    if iteration >= last:
+        return None
+    share = iteration / last
+    each = max((1 - share) / steps, 0.03 / steps)
+    final = min((1 + share * (steps - 1)) / steps, 1 - 0.03 * (steps - 1) / steps)
+    return [each] * (steps - 1) + [final]
+
+
+def meta_rate(settings: Settings, iteration: int) -> float:
+    """The optimiser's rate: meta_lr, or along half a cosine from it to meta_lr_end (Loshchilov, Hutter 2017,
+    equation 5, without restarts)."""
+    if settings.cosine is None:
+        return settings.meta_lr
+    share = min(iteration / settings.cosine, 1.0)
+    return settings.meta_lr_end + (settings.meta_lr - settings.meta_lr_end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def training_pattern(settings: Settings, iteration: int, model: nn.Module) -> Pattern:

@@ -26,11 +26,21 @@ class Settings:
         learn_lr: learn the inner rates with the network, from `lr` on: one of `LEARNED` (None: they stay).
 
     The outer gradient:
-        meta_lr: Adam's rate. second_order: differentiate through the inner gradients; first_order_iterations: not in
-        so many iterations at the start.
+        outer: "maml", or "reptile" (Nichol et al. 2018, algorithm 2): adapt to support and query images together, in
+        first order, and go towards the mean of the adapted weights. second_order: differentiate through the inner
+        gradients; first_order_iterations: not in so many iterations at the start. multi_step_iterations: in so many
+        iterations at the start the query loss after every inner step counts (MAML++, Antoniou et al. 2019, equation 4).
+
+    The update:
+        optimizer: "adam" or "sgd". meta_lr: its rate; cosine: it falls to `meta_lr_end` within so many iterations,
+        along half a cosine (None: it stays). weight_decay: of the network's weights, as in AdamW (Loshchilov, Hutter
+        2019). clip_norm, clip_value: bound the gradient's norm, or each of its numbers. average: decay of an
+        exponential average of the weights, which validation and the best checkpoint have (None: the weights
+        themselves).
 
     Validation:
-        val_tasks: fixed tasks that the best checkpoint is chosen by, every `val_every` iterations.
+        val_tasks: fixed tasks that the best checkpoint is chosen by, every `val_every` iterations. patience: stop after
+        so many validations without a better one (None: go on).
 
     Raises:
         ValueError: a number is out of range, or two settings do not go together.
@@ -51,22 +61,59 @@ class Settings:
     val_tasks: int = 100
     val_every: int = 250
     learn_lr: str | None = None
+    outer: str = "maml"
     first_order_iterations: int = 0
+    multi_step_iterations: int = 0
+    optimizer: str = "adam"
+    cosine: int | None = None
+    meta_lr_end: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    average: float | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("shots", "query", "steps", "meta_batch", "val_tasks", "val_every"):
+        for name in ("shots", "query", "steps", "meta_batch", "val_tasks", "val_every", "cosine", "patience"):
             self._at_least(1, name)
         self._at_least(2, "ways")
-        self._at_least(0, "first_order_iterations")
-        for name in ("lr", "meta_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected above 0")
+        for name in ("first_order_iterations", "multi_step_iterations", "meta_lr_end", "weight_decay"):
+            self._at_least(0, name)
+        for name in ("lr", "meta_lr", "clip_norm", "clip_value", "average"):
+            self._above_0(name)
+        if self.average is not None and self.average >= 1:
+            raise ValueError(f"average is {self.average}, expected below 1: 0.999 keeps about 1,000 iterations")
         self._one_of(("follow", "never"), "norm")
+        self._one_of(("maml", "reptile"), "outer")
+        self._one_of(("adam", "sgd"), "optimizer")
         if self.learn_lr is not None:
             self._one_of(LEARNED, "learn_lr")
+        self._together()
+
+    def _together(self) -> None:
+        """ValueError for settings of which one says what another one excludes."""
+        only_maml = [n for n in ("learn_lr", "first_order_iterations", "multi_step_iterations") if getattr(self, n)]
+        if self.outer == "reptile" and only_maml:
+            raise ValueError(
+                f"outer is 'reptile', which has no gradient through the inner steps: leave {only_maml[0]} out"
+            )
+        if self.first_order_iterations and not self.second_order:
+            raise ValueError(
+                "first_order_iterations is set, but no iteration is of second order: leave one of them out"
+            )
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise ValueError("clip_norm and clip_value are both set: choose one bound")
+        if self.meta_lr_end and self.cosine is None:
+            raise ValueError("meta_lr_end is set, but the rate stays: say within how many iterations it falls (cosine)")
+        if self.meta_lr_end > self.meta_lr:
+            raise ValueError(f"meta_lr_end is {self.meta_lr_end}, expected at most meta_lr, {self.meta_lr}")
+
+    def _above_0(self, name: str) -> None:
+        if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(self, name)}, expected above 0")
 
     def _at_least(self, least: float, name: str) -> None:
-        if not least <= getattr(self, name) < math.inf:
+        if getattr(self, name) is not None and not least <= getattr(self, name) < math.inf:
             raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
 
     def _one_of(self, values: tuple[str, ...], name: str) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import checkpoint, data, models, schedule
 from .ahead import Ahead
+from .average import Average
 from .data.episodes import Task
 from .data.imageset import ImageSet
 from .evaluate import Progress, evaluate
@@ -71,6 +72,9 @@ def train(
                 continue
             if result.iteration >= iterations:
                 break
+            if run.out_of_patience:
+                result.stopped = "patience"
+                break
             if minutes is not None and result.iteration > begun and run.seconds >= 60 * minutes:
                 result.stopped = "minutes"
                 break
@@ -100,12 +104,24 @@ class _Run:
         self.train_set, self.pattern = train_set, schedule.validation_pattern(settings, model)
         self.rule = rule if settings.learn_lr is None else learned_rule(model, settings)
         self.learned = list(self.rule.parameters()) if isinstance(self.rule, nn.Module) else []
-        optimizer = torch.optim.Adam([*model.parameters(), *self.learned], lr=settings.meta_lr)
+        self.parameters = [*model.parameters(), *self.learned]
         about = _about(model, self.rule, settings, train_set, val_set)
-        self.state = State(model, self.rule, optimizer, about)
+        average = None if settings.average is None else Average(self.parameters, settings.average)
+        self.state = State(model, self.rule, self._optimizer(), about, average)
         self.val_tasks = self._sampled(val_set, settings.val_tasks)
         self.pace = Pace(settings.meta_batch)
         self._rates_told: set[str] = set()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.model.parameters()), "weight_decay": settings.weight_decay}
+        ]
+        if self.learned:
+            groups.append({"params": self.learned, "weight_decay": 0.0})
+        kind: Any = torch.optim.AdamW if settings.optimizer == "adam" else torch.optim.SGD
+        optimizer: torch.optim.Optimizer = kind(groups, lr=settings.meta_lr)
+        return optimizer
 
     def start(self, log_every: int, tensorboard: bool) -> None:
         """Open the folder, once the state is that of the iteration to go on from."""
@@ -146,7 +162,12 @@ class _Run:
         self.pace.begin()
         state.optimizer.zero_grad(set_to_none=True)
         loss = self._gradient(tasks, where)
+        self._clip(where)
+        for group in state.optimizer.param_groups:
+            group["lr"] = schedule.meta_rate(self.settings, result.iteration)
         state.optimizer.step()
+        if state.average is not None:
+            state.average.update()
         if isinstance(self.rule, nn.Module):
             check_rates(self.model, self.rule, where, self._rates_told)
         result.losses.append(loss)
@@ -177,9 +198,22 @@ class _Run:
             raise FloatingPointError(f"training diverged: the loss is {loss} {where}: lower the rates")
         return loss
 
+    def _clip(self, where: str) -> None:
+        """Bound the gradient as the settings say; FloatingPointError for one that is not finite."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"training diverged: the gradient's norm is {norm.item()} {where}: lower the rates"
+            )
+        if self.settings.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
+        if self.settings.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(self.parameters, self.settings.clip_value)
+
     def _log(self) -> None:
         result = self.state.result
         values = {
+            "meta_lr": schedule.meta_rate(self.settings, result.iteration - 1),
             "loss": sum(result.recent) / len(result.recent),
             "tasks_per_second": self.pace.tasks_per_second,
             "seconds": self._seconds_before + self.seconds,
@@ -189,16 +223,19 @@ class _Run:
 
     def validate(self, stop: Stop) -> None:
         """One line of the history, and the best checkpoint where it is the best; nothing where the run is to end."""
-        settings, result = self.settings, self.state.result
-        random = torch.get_rng_state()
+        random, average = torch.get_rng_state(), self.state.average
         try:
-            found = evaluate(
-                self.model, self.val_tasks, pattern=self.pattern, steps=settings.evaluation_steps, norm=settings.norm,
-                progress=_stopping(stop), **self._descent(),
-            )  # fmt: skip
+            with contextlib.nullcontext() if average is None else average.in_place():
+                self._validate(stop)
         except _Stopped:
             torch.set_rng_state(random)
-            return
+
+    def _validate(self, stop: Stop) -> None:
+        settings, result = self.settings, self.state.result
+        found = evaluate(
+            self.model, self.val_tasks, pattern=self.pattern, steps=settings.evaluation_steps, norm=settings.norm,
+            progress=_stopping(stop), **self._descent(),
+        )  # fmt: skip
         seconds = self._seconds_before + self.seconds
         mean_loss = sum(result.losses) / len(result.losses) if result.losses else None
         ci95 = found.ci95 if len(self.val_tasks) > 1 else 0.0
@@ -211,6 +248,15 @@ class _Run:
             checkpoint.save(self.out / BEST, self.model, {**self.state.about, "metrics": metrics}, self.rule)
         values = line._asdict()
         self.metrics.write("validation", values.pop("iteration"), values)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether so many regular validations as the settings say brought nothing better."""
+        best, every = self.state.result.best, self.settings.val_every
+        if self.settings.patience is None or best is None:
+            return False
+        regular = [line for line in self.state.result.history if line.iteration % every == 0]
+        return sum(line.iteration > best.iteration for line in regular) >= self.settings.patience
 
     def save(self) -> None:
         """Write last.safetensors."""
