@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from . import glyphs, omniglot, pickled_sets
+from .augment import Augment
 from .episodes import Task, sample_tasks
 from .imageset import SPLITS, ImageSet, with_rotations
 
-__all__ = ["NAMES", "ImageSet", "Task", "load", "sample_tasks"]
+__all__ = ["NAMES", "Augment", "ImageSet", "Task", "load", "sample_tasks"]
 
 NAMES = ("glyphs", "omniglot", "cifar_fs", "fc100", "mini_imagenet", "tiered_imagenet")
 

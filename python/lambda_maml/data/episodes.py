@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .augment import Augment
 from .imageset import ImageSet
 
 
@@ -21,21 +22,24 @@ class Task(NamedTuple):
 
 
 def sample_tasks(
-    dataset: ImageSet, n: int, ways: int = 5, shots: int = 1, query: int = 15, seed: int = 0, first: int = 0
-) -> list[Task]:
+    dataset: ImageSet, n: int, ways: int = 5, shots: int = 1, query: int = 15, seed: int = 0, first: int = 0,
+    augment: Augment | None = None,
+) -> list[Task]:  # fmt: skip
     """Tasks `first` to `first + n - 1` of the endless sequence that `seed` names.
 
     Task k depends on nothing but the set's content, `seed`, k, `ways`, `shots` and `query`: a shorter list is a prefix
     of a longer one, and training resumes anywhere by `first`. Each task draws `ways` distinct classes in random order
     (the order gives the labels 0..ways-1), then `shots + query` distinct images of each, the support images first.
     Images come class-major, so `ys` is `0 .. 0 1 .. 1 ...`. Draws are raw PCG64 words, the same under every NumPy.
+    `augment` changes the images of task k by draws that depend on `seed` and k alone.
 
     >>> xs, ys, xq, yq = sample_tasks(data.load("glyphs"), 1, ways=5, shots=1)[0]
     >>> xs.shape, ys.tolist(), xq.shape
     (torch.Size([5, 1, 28, 28]), [0, 1, 2, 3, 4], torch.Size([75, 1, 28, 28]))
 
     Raises:
-        ValueError: a number is out of range, or the set has too few classes or too few images in a class.
+        ValueError: a number is out of range, the set has too few classes or too few images in a class, or `augment` is
+            given for images without colour.
     """
     for label, value, least in (
         ("n", n, 0),
@@ -60,15 +64,15 @@ def sample_tasks(
     tasks = []
     for k in range(first, first + n):
         index = _draw(dataset, ways, shots + query, seed, k)
-        support, rest = index[:, :shots].reshape(-1), index[:, shots:].reshape(-1)
-        tasks.append(
-            Task(
-                dataset.tensors(support),
-                labels.repeat_interleave(shots),
-                dataset.tensors(rest),
-                labels.repeat_interleave(query),
-            )
+        pixels: NDArray[Any] = dataset.images[index.reshape(-1)]
+        if augment:
+            own = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(k, 1)))
+            pixels = augment(pixels, augment.draws(own, len(pixels)))
+        grouped = pixels.reshape(ways, shots + query, *pixels.shape[1:])
+        xs, xq = (
+            dataset.normalised(part.reshape(-1, *pixels.shape[1:])) for part in (grouped[:, :shots], grouped[:, shots:])
         )
+        tasks.append(Task(xs, labels.repeat_interleave(shots), xq, labels.repeat_interleave(query)))
     return tasks
 
 

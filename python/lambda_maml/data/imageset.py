@@ -90,7 +90,11 @@ class ImageSet:
         >>> data.load("glyphs").tensors(np.array([0, 20])).shape
         torch.Size([2, 1, 28, 28])
         """
-        x = np.ascontiguousarray(self.images[index].transpose(0, 3, 1, 2), dtype=np.float32)
+        return self.normalised(self.images[index])
+
+    def normalised(self, pixels: NDArray[Any]) -> torch.Tensor:
+        """Pixels [n, H, W, C] from 0 to 255 as float32 [n, C, H, W], contiguous and normalised as the set's."""
+        x = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), dtype=np.float32)
         x /= 255
         if any(self.mean):
             x -= np.array(self.mean, dtype=np.float32)[:, None, None]
