@@ -392,7 +392,7 @@ def _images(meta: Mapping[str, Any], dataset: str | None, root: Path | None, spl
     return images
 
 
-def _episode(meta: Mapping[str, Any]) -> dict[str, int]:
+def _episode(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {key: meta["settings"][key] for key in ("ways", "shots", "query")}
 
 

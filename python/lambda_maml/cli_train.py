@@ -28,6 +28,15 @@ data_options = options(
     click.option("--ways", default=5, help="Classes in a task."),
     click.option("--shots", default=1, help="Support images per class."),
     click.option("--query", default=15, help="Query images per class."),
+    click.option("--flip", is_flag=True, help="Turn every other training image left for right (colour sets)."),
+    click.option(
+        "--crop", type=click.IntRange(0), default=0,
+        help="Pad training images by so many pixels and cut their size out at random (colour sets).",
+    ),
+    click.option(
+        "--jitter", type=click.FloatRange(0, 1), default=0.0,
+        help="Change brightness, contrast and saturation of training images by up to this share (colour sets).",
+    ),
 )  # fmt: skip
 network_options = options(
     click.option(
@@ -51,7 +60,15 @@ inner_options = options(
         help="Learn the inner rates with the network: one, one per layer, per step, per layer and step (MAML++), or "
         "per weight (Meta-SGD). select, eval and adapt use them.  [default: --lr stays]",
     ),
-    click.option("--pattern", help="Pattern used in training, e.g. 00011 or ANIL.  [default: all layers]"),
+    click.option(
+        "--pattern", help="Pattern of training and validation, e.g. 00011 or ANIL.  [default: all layers]"
+    ),
+    click.option(
+        "--patterns",
+        help="Patterns of training, where they change: sampled (one drawn anew for each meta-batch, for weights that "
+        "serve all patterns), or from which iteration on each holds, as in 'MAML; 2000: 00111; 5000: ANIL'. --pattern "
+        "is then that of validation.  [default: --pattern]",
+    ),
     click.option(
         "--norm", type=click.Choice(["follow", "never"]), default="follow",
         help="Do a layer's norm weights follow its bit, or never adapt.",

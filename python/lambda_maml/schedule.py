@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from torch import nn
 
+from .network import layers_of
 from .patterns import Pattern
-from .settings import Settings
+from .settings import Settings, stages
 
 __all__ = ["importances", "meta_rate", "second_order", "training_pattern", "validation_pattern"]
 
@@ -44,14 +46,28 @@ def meta_rate(settings: Settings, iteration: int) -> float:
 
 
 def training_pattern(settings: Settings, iteration: int, model: nn.Module) -> Pattern:
-    """What an iteration adapts."""
-    return validation_pattern(settings, model)
+    """What an iteration adapts: a pattern that is drawn for it, that of the schedule, or the one of all iterations."""
+    if settings.patterns == "sampled":
+        return _sampled(settings.seed, iteration, len(layers_of(model)))
+    begun = [pattern for start, pattern in stages(settings.patterns) if start <= iteration]
+    return Pattern.of(model, begun[-1]) if begun else validation_pattern(settings, model)
+
+
+def _sampled(seed: int, iteration: int, layers: int) -> Pattern:
+    """One of the 2^layers - 1 patterns, each as likely as any other, for a seed and an iteration."""
+    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(iteration, 2)))
+    while True:
+        bits = "".join("1" if word % 2 else "0" for word in words.random_raw(layers).tolist())
+        if "1" in bits:
+            return Pattern(bits)
 
 
 def validation_pattern(settings: Settings, model: nn.Module) -> Pattern:
     """What validation adapts, in all iterations, so that checkpoints are compared by one measure.
 
     Raises:
-        ValueError: the settings' pattern does not fit the network.
+        ValueError: a pattern of the settings does not fit the network.
     """
-    return Pattern.of(model, settings.pattern or "MAML")
+    scheduled = [Pattern.of(model, pattern) for _, pattern in stages(settings.patterns)]
+    last = scheduled[-1] if scheduled else Pattern.of(model, "MAML")
+    return last if settings.pattern is None else Pattern.of(model, settings.pattern)

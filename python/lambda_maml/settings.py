@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["LEARNED", "Settings"]
+from .data.augment import Augment
+
+__all__ = ["LEARNED", "Settings", "stages"]
 
 LEARNED = ("one", "layer", "step", "layer-step", "weight")
 """Forms of learned inner rates: one for all; per layer, per step or both (MAML++); per weight (Meta-SGD)."""
@@ -30,6 +32,12 @@ class Settings:
         first order, and go towards the mean of the adapted weights. second_order: differentiate through the inner
         gradients; first_order_iterations: not in so many iterations at the start. multi_step_iterations: in so many
         iterations at the start the query loss after every inner step counts (MAML++, Antoniou et al. 2019, equation 4).
+
+    What a meta-batch has:
+        patterns: "sampled": a pattern drawn anew for each meta-batch, each of all as likely, so that one set of weights
+        serves all of them; or a schedule over iterations, "MAML; 2000: 00111; 5000: ANIL" (None: `pattern` in all).
+        `pattern` is then that of validation alone (None: all layers, or the schedule's last). flip, crop, jitter: of
+        the training images, see `data.Augment`.
 
     The update:
         optimizer: "adam" or "sgd". meta_lr: its rate; cosine: it falls to `meta_lr_end` within so many iterations,
@@ -72,6 +80,10 @@ class Settings:
     clip_value: float | None = None
     average: float | None = None
     patience: int | None = None
+    patterns: str | None = None
+    flip: bool = False
+    crop: int = 0
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("shots", "query", "steps", "meta_batch", "val_tasks", "val_every", "cosine", "patience"):
@@ -88,6 +100,8 @@ class Settings:
         self._one_of(("adam", "sgd"), "optimizer")
         if self.learn_lr is not None:
             self._one_of(LEARNED, "learn_lr")
+        Augment(self.flip, self.crop, self.jitter)
+        stages(self.patterns)
         self._together()
 
     def _together(self) -> None:
@@ -124,3 +138,33 @@ class Settings:
     @property
     def evaluation_steps(self) -> int:
         return self.steps if self.test_steps is None else self.test_steps
+
+    @property
+    def augment(self) -> Augment:
+        return Augment(self.flip, self.crop, self.jitter)
+
+
+def stages(patterns: str | None) -> list[tuple[int, str]]:
+    """A schedule over iterations: from which one on, counted from 0, each pattern holds; none where it is no schedule.
+
+    >>> stages("MAML; 2000: 00111")
+    [(0, 'MAML'), (2000, '00111')]
+
+    Raises:
+        ValueError: the text is neither "sampled" nor a schedule.
+    """
+    if patterns is None or patterns == "sampled":
+        return []
+    found: list[tuple[int, str]] = []
+    for place, part in enumerate(patterns.split(";")):
+        start, colon, pattern = part.partition(":")
+        numbered = bool(colon) and start.strip().isdigit()
+        if place and not numbered or place and int(start) <= found[-1][0]:
+            raise ValueError(
+                f"patterns is {patterns!r}, expected 'sampled', or patterns with the iterations from which they hold, "
+                "in order: 'MAML; 2000: 00111; 5000: ANIL'"
+            )
+        found.append((int(start), pattern.strip()) if numbered else (0, part.strip()))
+    if found[0][0] != 0:
+        raise ValueError(f"patterns is {patterns!r}, which has no pattern for iteration 0: begin with one")
+    return found

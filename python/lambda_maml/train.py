@@ -101,6 +101,7 @@ class _Run:
                 f"give rule={rule!r} or learn_lr={settings.learn_lr!r}, not both: a rule has its own rates"
             )
         self.model, self.out, self.settings, self.batched = model, out, settings, batched
+        settings.augment.check(train_set.image_shape[0])
         self.train_set, self.pattern = train_set, schedule.validation_pattern(settings, model)
         self.rule = rule if settings.learn_lr is None else learned_rule(model, settings)
         self.learned = list(self.rule.parameters()) if isinstance(self.rule, nn.Module) else []
@@ -147,7 +148,8 @@ class _Run:
 
     def tasks(self, iteration: int) -> list[Task]:
         """The meta-batch of an iteration, counted from 0."""
-        return self._sampled(self.train_set, self.settings.meta_batch, first=iteration * self.settings.meta_batch)
+        count = self.settings.meta_batch
+        return self._sampled(self.train_set, count, first=iteration * count, augment=self.settings.augment)
 
     def _sampled(self, images: ImageSet, count: int, **more: Any) -> list[Task]:
         settings = self.settings
