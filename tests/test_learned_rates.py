@@ -119,17 +119,29 @@ def test_a_run_says_that_a_rate_became_negative_and_goes_on(tmp_path: Path, capl
     assert " became -" in caplog.records[0].getMessage()
 
 
-def test_a_run_whose_rate_is_infinite_ends_with_its_last_state(tmp_path: Path) -> None:
-    class Broken(rules.sgd):
-        def update(self, grads: Any, state: Any, params: Any, step: Any) -> Any:
-            return super().update(grads, state, params, step)
-
-    rule = Broken(nn.Parameter(torch.full((2, 5), 0.1)))
+def test_a_run_whose_rate_is_infinite_ends_with_its_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = rules.sgd(nn.Parameter(torch.full((2, 5), 0.1)))
     train(network(), TRAIN, VAL, out=tmp_path, settings=SMALL, rule=rule, iterations=3)
     before = (tmp_path / LAST).read_bytes()
-    rule.rates.value.register_hook(lambda g: g.index_fill(0, torch.tensor([1]), torch.inf))
-    with pytest.raises(FloatingPointError, match="layer block1.conv in step 2 .* at iteration 4 .*lower"):
+
+    def again() -> None:
         train(network(), TRAIN, VAL, out=tmp_path, settings=SMALL, rule=rule, iterations=6, resume=True)
+
+    hook = rule.rates.value.register_hook(lambda g: g.index_fill(0, torch.tensor([1]), torch.inf))
+    with pytest.raises(FloatingPointError, match="learned rate of layer block1.conv in step 2 is inf at iteration 4"):
+        again()
+    hook.remove()
+    step = torch.optim.AdamW.step
+
+    def overflows(self: Any, *args: Any) -> None:
+        step(self, *args)
+        rule.rates.value.data[0, 4] = -torch.inf
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflows)
+    with pytest.raises(
+        FloatingPointError, match="learned rate of layer head in step 1 became -inf at iteration 4 .*lower"
+    ):
+        again()
     assert (tmp_path / LAST).read_bytes() == before
 
 

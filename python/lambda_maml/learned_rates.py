@@ -16,7 +16,7 @@ from .inner.rules import sgd
 from .network import layers_of
 from .settings import Settings
 
-__all__ = ["check_rates", "fixed_rates", "learned_rule", "load_rates"]
+__all__ = ["check_rates", "fault_in", "fixed_rates", "learned_rule", "load_rates"]
 
 _log = logging.getLogger("lambda_maml")
 
@@ -72,38 +72,46 @@ def load_rates(path: str | Path, model: nn.Module, meta: Mapping[str, Any], step
     return fixed_rates(rule, form, steps)
 
 
+def fault_in(model: nn.Module, rule: nn.Module, of_gradient: bool = False) -> tuple[str, float] | None:
+    """The first number of a rule's parameters, or of their gradients, that is infinite or NaN, and what it is for."""
+    layers = [layer.name for layer in layers_of(model)]
+    for name, parameter in [*_rates(rule), *rule.named_parameters()]:
+        tensor = parameter.grad if of_gradient else parameter.detach()
+        if tensor is not None and not torch.isfinite(tensor).all():
+            at = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            return _place(name, tensor, at, layers), tensor[tuple(at)].item()
+    return None
+
+
 def check_rates(model: nn.Module, rule: nn.Module, where: str, told: set[str]) -> None:
     """Look at what was learned of a rule: a negative rate is said once in the log, `told` keeps that it was.
 
     Raises:
         FloatingPointError: a number is infinite or NaN.
     """
-    rates = [(name, t) for part in rule.modules() if isinstance(part, sgd) for name, t in _named(part.rates.value)]
-    layers = [layer.name for layer in layers_of(model)]
-    for name, tensor in [*rates, *rule.named_parameters()]:
-        if not torch.isfinite(tensor).all():
-            at = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-            raise FloatingPointError(
-                f"training diverged: the learned rate of {_place(name, tensor, at, layers)} became "
-                f"{tensor[tuple(at)].item()} {where}: lower the meta rate, start from a lower inner rate, or bound the "
-                "gradient (clip_norm)"
-            )
-    below = [(name, tensor, at) for name, tensor in rates for at in (tensor < 0).nonzero().tolist()]
+    fault = fault_in(model, rule)
+    if fault is not None:
+        raise FloatingPointError(
+            f"training diverged: the learned rate of {fault[0]} became {fault[1]} {where}: lower the meta rate, start "
+            "from a lower inner rate, or bound the gradient (clip_norm)"
+        )
+    below = [(name, p.detach(), at) for name, p in _rates(rule) for at in (p.detach() < 0).nonzero().tolist()]
     if below and not told:
         name, tensor, at = below[0]
         told.add(name)
         _log.warning(
             "the learned rate of %s became %.3g %s%s: that step now climbs the loss. Training goes on and may bring it "
             "back; if validation suffers, lower the meta rate or start from a higher inner rate",
-            _place(name, tensor, at, layers), tensor[tuple(at)].item(), where,
+            _place(name, tensor, at, [layer.name for layer in layers_of(model)]), tensor[tuple(at)].item(), where,
             f" ({len(below)} rates are negative)" if len(below) > 1 else "",
         )  # fmt: skip
 
 
-def _named(rates: Any) -> list[tuple[str, Tensor]]:
-    """The tensors of an `sgd`'s rates, by the weight or layer that they are for; "" is the whole network."""
-    named = rates.items() if isinstance(rates, dict) else [("", rates)]
-    return [(name, rate.detach()) for name, rate in named if isinstance(rate, Tensor)]
+def _rates(rule: nn.Module) -> list[tuple[str, Tensor]]:
+    """The rates of a rule that are tensors, by the weight or layer that they are for; "" is the whole network."""
+    given = [part.rates.value for part in rule.modules() if isinstance(part, sgd)]
+    named = [item for value in given for item in (value.items() if isinstance(value, dict) else [("", value)])]
+    return [(name, rate) for name, rate in named if isinstance(rate, Tensor)]
 
 
 def _place(name: str, rates: Tensor, at: list[int], layers: list[str]) -> str:

@@ -20,7 +20,7 @@ from .data.imageset import ImageSet
 from .evaluate import Progress, evaluate
 from .files import remove_leftovers
 from .inner.rule import Rule
-from .learned_rates import check_rates, fixed_rates, learned_rule
+from .learned_rates import check_rates, fault_in, fixed_rates, learned_rule
 from .metrics import METRICS, Metrics, Pace
 from .outer import descent, meta_gradient
 from .run_state import BEST, LAST, Result, State, Validation
@@ -204,8 +204,13 @@ class _Run:
         """Bound the gradient as the settings say; FloatingPointError for one that is not finite."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not torch.isfinite(norm):
+            named = self.model.named_parameters()
+            wrong = [n for n, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
+            fault = fault_in(self.model, self.rule, of_gradient=True) if isinstance(self.rule, nn.Module) else None
+            of = f"the learned rate of {fault[0]}" if fault is not None else wrong[0] if wrong else "all weights"
             raise FloatingPointError(
-                f"training diverged: the gradient's norm is {norm.item()} {where}: lower the rates"
+                f"training diverged: the gradient of {of} is {fault[1] if fault is not None else norm.item()} {where}: "
+                "lower the inner rate or the meta rate"
             )
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
