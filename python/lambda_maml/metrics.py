@@ -23,7 +23,7 @@ class Metrics:
     tensorboard: write the numbers for TensorBoard too, into the same folder.
 
     Raises:
-        ValueError: TensorBoard is asked for and not installed.
+        ValueError: TensorBoard is asked for and not installed, or the file holds something else.
         OSError: the file cannot be written; names it.
     """
 
@@ -53,7 +53,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return [line for line in lines if line["kind"] in ("train", "validation") and line["iteration"] >= 0]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: a line of it is none of a run ({error!r}): move the file away") from error
 
 
 def _writer(folder: Path, iteration: int) -> Any:

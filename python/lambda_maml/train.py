@@ -56,6 +56,8 @@ def train(
         RuntimeError: a meta-batch does not fit in memory; says what would.
         OSError: a file cannot be written; names it. Files that were there before are whole.
     """
+    if log_every < 1:
+        raise ValueError(f"log_every is {log_every}, expected at least 1")
     run = _Run(model, train_set, val_set, Path(out), settings or Settings(), rule, batched)
     if resume:
         run.state.resume(run.out / LAST)
