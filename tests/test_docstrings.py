@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import textwrap
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +18,13 @@ from cases import BLOCKS, EXACT, BlockCase
 import lambda_maml
 from lambda_kernels import backends, convert, functional, layers
 from lambda_maml import LambdaMAML, Learner, Pattern, data, models, rules
+from lambda_maml.ahead import Ahead
+from lambda_maml.average import Average
+from lambda_maml.learned_rates import learned_rule
 from lambda_maml.maml import TaskLearner
+from lambda_maml.schedule import importances
+from lambda_maml.settings import Settings, stages
+from lambda_maml.train import train
 
 MODULES = (functional, layers, backends, importlib.import_module(convert.__module__))
 METHODS = (
@@ -28,7 +35,8 @@ METHODS = (
 PUBLIC = (
     *(value for name in lambda_maml.__all__ if not isinstance(value := getattr(lambda_maml, name), ModuleType)),
     *(rules.Rule, rules.sgd, rules.momentum, rules.adam, rules.rmsprop, rules.weight_decay, rules.clip),
-    *(TaskLearner, data.load, data.sample_tasks, models.conv4),
+    *(TaskLearner, data.load, data.sample_tasks, data.Augment, data.ImageSet.fingerprint, models.conv4, models.build),
+    *(train, Settings, stages, importances, learned_rule, Ahead, Average),
 )
 
 
@@ -55,11 +63,19 @@ def names() -> dict[str, Any]:
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("of", [*PUBLIC, *METHODS], ids=lambda of: of.__qualname__)
-def test_the_examples_of_the_adapter_run(of: Any, names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_of_the_adapter_run(
+    of: Any, names: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     model = models.conv4(ways=5, in_channels=1, width=8, image_size=28)
     own = dict(zip(("xs", "ys", "xq", "yq"), names["tasks"][0]))
-    found = {**names, **own, "model": model, "task": LambdaMAML(model, lr=0.03, pattern="00011").clone()}
+    found = {
+        **names,
+        **own,
+        "folder": tmp_path,
+        "model": model,
+        "task": LambdaMAML(model, lr=0.03, pattern="00011").clone(),
+    }
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     globs = {**vars(inspect.getmodule(of)), **found}
     for example in doctest.DocTestFinder(recurse=False).find(getattr(of, "__func__", of), of.__qualname__, globs=globs):

@@ -60,12 +60,25 @@ def test_the_architecture_page_shows_what_its_examples_print(capsys: pytest.Capt
         assert capsys.readouterr().out == text
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_the_training_page_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lambda_maml import train
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", fewer(train.train, iterations=1))
+    monkeypatch.setattr(train, "Settings", fewer(train.Settings, val_tasks=2, query=2))
+    (code,) = blocks(ROOT / "docs" / "training.md", "python")
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/training.md", "exec"), names)
+    assert names["result"].iteration == 1 and (tmp_path / "runs" / "mine" / "best.safetensors").is_file()
+
+
 def commands(program: str) -> list[list[str]]:
     """The arguments of every line of the pages' shell blocks, and of prose in backquotes, that calls the program."""
     lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
     lines += [code for page in PAGES for code in re.findall(r"`([^`\n]+)`", prose(page))]
     split = [shlex.split(line, comments=True) for line in lines if program in line]
-    calls = [[word for word in words if not re.match(r"\w+=", word)] for words in split]
+    calls = [[word for word in words if not re.match(r"[A-Z_]+=", word)] for words in split]
     return [words[1:] for words in calls if words and words[0] == program]
 
 

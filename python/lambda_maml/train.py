@@ -38,6 +38,11 @@ def train(
 ) -> Result:  # fmt: skip
     """Meta-train `model` in place until `iterations` are done, `minutes` of this run are over, or a signal comes.
 
+    >>> images = data.load("glyphs", split="val")
+    >>> settings = Settings(steps=1, query=2, val_tasks=2)
+    >>> train(model, images, images, out=folder, settings=settings, iterations=2).iteration
+    2
+
     `rule` takes the place of the settings' inner rate; its parameters (learned rates) are meta-trained with the
     model's, and both checkpoints hold them: `checkpoint.load_rule`.
 
