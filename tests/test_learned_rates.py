@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import GRADIENT
+from PIL import Image
 from torch import nn
 from training import SMALL, TRAIN, VAL, network, plain_training, run, small
 
@@ -149,7 +150,7 @@ def call(*args: Any) -> int:
     return cli.run([str(arg) for arg in args])
 
 
-@pytest.fixture(scope="module", params=["layer-step", "weight"])
+@pytest.fixture(scope="module", params=["one", "layer-step", "weight"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     small = ["--width", 4, "--steps", 2, "--lr", 0.1, "--query", 3, "--val-tasks", 3, "--val-every", 2]
@@ -184,5 +185,13 @@ def test_the_command_line_uses_learned_rates_without_being_told(
     bits = chosen["chosen"]["pattern"]
     same = evaluate(model, tasks, pattern=bits, steps=2, lr=rates).mean
     assert json.loads(capsys.readouterr().out)["accuracy"] == same
+    for name in "abcde":
+        (tmp_path / "support" / name).mkdir(parents=True)
+        Image.new("L", (28, 28), 40 * ord(name) % 255).save(tmp_path / "support" / name / "1.png")
+    adapted = tmp_path / "adapted.safetensors"
+    assert call("adapt", best, "--support", tmp_path / "support", "--pattern", "00001", "--out", adapted) == 0
+    kept = load_rates(adapted, *checkpoint.load(adapted), 2)
+    torch.testing.assert_close(kept, rates, rtol=0, atol=0)
+    capsys.readouterr()
     assert call("info", best, "--pattern", "00111") == 0
     assert "Conv4 under 00111, 2 steps of sgd(lr=" in capsys.readouterr().out

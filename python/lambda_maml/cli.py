@@ -13,7 +13,7 @@ import click
 
 from lambda_kernels import __version__
 
-from .cli_train import train, train_with_progress
+from .cli_train import exit_if_stopped, train, train_with_progress
 from .console import bar, device_of, device_option, json_option, options, print_json, say
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
         train_set, val_set, out, settings, {"network": "conv4", "width": DEMO["width"]},
         iterations=DEMO["iterations"], minutes=DEMO["train_minutes"], overwrite=True,
     )  # fmt: skip
-    if result.stopped == "interrupt":
-        raise click.Abort
+    exit_if_stopped(result, "the demo begins anew")
     model, _ = _load(out / BEST, "cpu")
     episode = {"ways": settings.ways, "shots": settings.shots, "query": DEMO["query"]}
     with bar("selecting") as progress:
@@ -234,6 +233,7 @@ def adapt(
     from . import checkpoint as files
     from .adapt import adapt as adapt_model
     from .images import class_folders, query_files, read_images
+    from .learned_rates import load_learned_rule
 
     if out is not None and out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: the name ends in .safetensors")
@@ -269,7 +269,8 @@ def adapt(
     if out is not None:
         adapted = {key: value.detach() for key, value in learner.parameters_dict().items()}
         model.load_state_dict({**model.state_dict(), **adapted})
-        files.save(out, model, {**meta, "adapted": {"pattern": bits, **told, "classes": list(classes)}})
+        rates = load_learned_rule(checkpoint, model, meta)
+        files.save(out, model, {**meta, "adapted": {"pattern": bits, **told, "classes": list(classes)}}, rates)
         say(f"wrote {out}")
     if as_json:
         print_json(
@@ -419,6 +420,7 @@ def _inner(
 
     from .inner.rules import sgd
     from .learned_rates import load_rates
+    from .select import rates_in_json
 
     settings = meta["settings"]
     default = {
@@ -437,9 +439,9 @@ def _inner(
         )
     if isinstance(learned, dict):
         return {**inner, "rule": sgd(learned)}
-    if learned is not None and not isinstance(report.get("lr"), (int, float)):
-        return {**inner, "lr": learned}
     rates = report.get("lr", settings["lr"])
+    if learned is not None and ("lr" not in report or isinstance(rates, list) or rates == rates_in_json(learned, None)):
+        return {**inner, "lr": learned}
     return {**inner, "lr": torch.tensor(rates) if isinstance(rates, list) else rates}
 
 

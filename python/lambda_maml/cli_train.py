@@ -14,7 +14,7 @@ from .console import bar, device_of, device_option, json_option, options, print_
 if TYPE_CHECKING:
     from .train import Result
 
-__all__ = ["train", "train_with_progress"]
+__all__ = ["exit_if_stopped", "train", "train_with_progress"]
 
 data_options = options(
     click.option(
@@ -149,7 +149,6 @@ def train(
     """
     from . import data
     from .settings import Settings
-    from .stopping import SIGNALS
     from .train import BEST
 
     chosen = Settings(**settings, second_order=not first_order)
@@ -175,10 +174,17 @@ def train(
             f"{out / BEST}: {100 * best.accuracy:.2f} ± {100 * best.ci95:.2f} % on {chosen.val_tasks} validation tasks "
             f"at iteration {best.iteration}"
         )
+    exit_if_stopped(result, "continue with --resume")
+
+
+def exit_if_stopped(result: Result, remedy: str) -> None:
+    """End the command where a signal ended the run: the status is 128 and the signal's number."""
+    from .stopping import SIGNALS
+
     for number, reason in SIGNALS.items():
         if result.stopped == reason:
             told = "" if reason == "interrupt" else f" by {reason}"
-            say(f"stopped{told} at iteration {result.iteration} and saved; continue with --resume")
+            say(f"stopped{told} at iteration {result.iteration} and saved; {remedy}")
             raise click.exceptions.Exit(128 + number)
 
 

@@ -16,7 +16,7 @@ from .inner.rules import sgd
 from .network import layers_of
 from .settings import Settings
 
-__all__ = ["check_rates", "fault_in", "fixed_rates", "learned_rule", "load_rates"]
+__all__ = ["check_rates", "fault_in", "fixed_rates", "learned_rule", "load_learned_rule", "load_rates"]
 
 _log = logging.getLogger("lambda_maml")
 
@@ -57,19 +57,25 @@ def fixed_rates(rule: sgd, form: str, steps: int) -> Rate:
     return rates[torch.arange(steps, device=rates.device).clamp(max=len(rates) - 1)]
 
 
-def load_rates(path: str | Path, model: nn.Module, meta: Mapping[str, Any], steps: int) -> Rate | None:
-    """The learned rates of a checkpoint that `checkpoint.load` gave `model` and `meta` of; None if it has none.
+def load_learned_rule(path: str | Path, model: nn.Module, meta: Mapping[str, Any]) -> sgd | None:
+    """The rule with the learned rates of a checkpoint, of which `checkpoint.load` gave `model` and `meta`; None if it
+    has none.
 
     Raises:
         ValueError: the checkpoint's rates are of another form than its settings say.
     """
     saved = meta.get("settings", {})
-    form = saved.get("learn_lr")
-    if form is None:
+    if saved.get("learn_lr") is None:
         return None
     rule = learned_rule(model, Settings(**{key: saved[key] for key in ("learn_lr", "steps", "lr", "norm")}))
     checkpoint.load_rule(path, rule)
-    return fixed_rates(rule, form, steps)
+    return rule
+
+
+def load_rates(path: str | Path, model: nn.Module, meta: Mapping[str, Any], steps: int) -> Rate | None:
+    """The same as `fixed_rates` gives them, the `lr` of an adaptation of so many steps."""
+    rule = load_learned_rule(path, model, meta)
+    return None if rule is None else fixed_rates(rule, meta["settings"]["learn_lr"], steps)
 
 
 def fault_in(model: nn.Module, rule: nn.Module, of_gradient: bool = False) -> tuple[str, float] | None:
