@@ -52,6 +52,19 @@ def test_rates_are_trained_as_in_a_plain_loop(form: str, tmp_path: Path) -> None
     assert moved == [n for n in found if not n.endswith("conv.bias")]  # in front of a norm a bias has no gradient
 
 
+def test_rates_are_learned_from_the_losses_of_every_step(tmp_path: Path) -> None:
+    model = network().double()
+    names = [n for n, _ in model.named_parameters()]
+    rates = nn.Parameter(torch.full((2, 5), 0.1, dtype=torch.float64))
+    want = plain_training(
+        model, 2, rates=[rates], rate=lambda name, step: rates[step, min(names.index(name) // 4, 4)],
+        weights=lambda i: ((1 / 2, 1 / 2), (1 / 4, 3 / 4))[i], bits=lambda _: "00111",
+    )  # fmt: skip
+    run(tmp_path, 2, small(learn_lr="layer-step", multi_step_iterations=2, pattern="00111"), model)
+    torch.testing.assert_close({n: p.detach() for n, p in model.named_parameters()}, want, **GRADIENT)
+    torch.testing.assert_close(checkpoint.read_tensors(tmp_path / LAST)[0]["rule:rate0"], rates.detach(), **GRADIENT)
+
+
 @pytest.mark.parametrize("form", ["layer-step", "weight"])
 def test_learned_rates_resume_to_the_same_bits(form: str, tmp_path: Path) -> None:
     settings = small(learn_lr=form)

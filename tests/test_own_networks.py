@@ -11,7 +11,7 @@ import torch
 from machine import fresh
 from PIL import Image
 from torch import nn
-from training import TRAIN, VAL, small
+from training import TRAIN, VAL, assert_same_bits, small
 
 from lambda_maml import checkpoint, cli, models
 from lambda_maml.train import BEST, train
@@ -40,6 +40,9 @@ def fails(ways, in_channels, image_size):
 
 def nothing(ways, in_channels, image_size):
     return ways
+
+def dropping(ways, in_channels, image_size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(image_size**2, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, ways))
 
 class Nested:
     make = staticmethod(residual)
@@ -106,6 +109,20 @@ def test_training_keeps_how_the_network_is_built(tmp_path: Path) -> None:
     conv4 = models.conv4(ways=3, in_channels=1, width=5, image_size=16)
     with pytest.raises(ValueError, match="network network own_networks:residual, this one conv4"):
         train(conv4, TRAIN, VAL, out=tmp_path, settings=settings, iterations=4, resume=True)
+
+
+def test_a_network_that_draws_random_numbers_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    def go(folder: str, iterations: int, resume: bool = False) -> None:
+        torch.manual_seed(0)
+        model = models.build({"network": "own_networks:dropping", **SHAPE})
+        settings = small(val_every=1)
+        train(model, TRAIN, VAL, out=tmp_path / folder, settings=settings, iterations=iterations, resume=resume)
+
+    go("whole", 4)
+    go("parts", 2)
+    torch.rand(7)
+    go("parts", 4, resume=True)
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
 
 
 def call(*args: Any) -> int:

@@ -23,7 +23,6 @@ from lambda_maml import checkpoint, cli, data, outer
 from lambda_maml import train as train_module
 from lambda_maml.ahead import Ahead
 from lambda_maml.metrics import METRICS, Pace
-from lambda_maml.stopping import SIGNALS
 from lambda_maml.train import BEST, LAST, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,7 +111,11 @@ def test_tensorboard_that_is_not_installed_is_said_before_the_run(tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("number", "reason"), SIGNALS.items(), ids=list(SIGNALS.values()))
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")],
+    ids=["SIGINT", "SIGTERM", "SIGUSR1"],
+)
 def test_a_signal_saves_and_ends_the_run(number: signal.Signals, reason: str, tmp_path: Path) -> None:
     def send(done: int, total: int, what: str) -> None:
         if done == 4:
@@ -176,6 +179,14 @@ def test_a_run_killed_at_twenty_moments_ends_with_the_bits_of_one_that_was_not(t
     best = [checkpoint.read_tensors(folder / BEST)[0] for folder in (whole, parts)]
     assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
     assert sorted(p.name for p in parts.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_what_killed_processes_left_half_written_is_removed(tmp_path: Path) -> None:
+    left = [".last.123.safetensors", ".best.123.safetensors", ".best.4.json", ".metrics.5.jsonl"]
+    for name in [*left, ".last.mine.safetensors", ".other.123.safetensors"]:
+        (tmp_path / name).write_text("half")
+    run(tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.glob(".*")) == [".last.mine.safetensors", ".other.123.safetensors"]
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_older_one(tmp_path: Path) -> None:
