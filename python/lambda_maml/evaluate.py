@@ -14,6 +14,7 @@ from .inner.batch import alike
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Rule
 from .patterns import Pattern
+from .ranks import ALONE, Ranks
 from .stats import mean_ci95
 
 Progress = Callable[[int, int, str], None]
@@ -47,23 +48,30 @@ def evaluate(
     norm: str = "follow",
     batch: int = 16,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Adapt to each task's support set and classify its query set.
 
     The accuracies (fractions, float64, [len(tasks)]) stay in the order of `tasks`, so that two patterns can be compared
     task by task. Of `batch` tasks at a time, those of equal shapes are adapted together; they may differ in their
-    numbers of images, ways and queries. `lr` and `rule` are those of `adapt`. Raises ValueError without tasks.
+    numbers of images, ways and queries. `lr` and `rule` are those of `adapt`. The `ranks` divide the
+    tasks and get the same accuracies. Raises ValueError without tasks.
     """
     if not tasks:
         raise ValueError("evaluate: there are no tasks")
-    accuracies = torch.empty(len(tasks), dtype=torch.float64)
-    for begin in range(0, len(tasks), batch):
-        part = tasks[begin : begin + batch]
-        for places in alike(part):
-            xs, ys, xq, yq = stack([part[i] for i in places], model)
-            with torch.no_grad():  # the query pass; adapt_tasks turns gradients on for itself
-                logits = adapt_tasks(model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm)
-            accuracies[[begin + i for i in places]] = (logits.argmax(-1) == yq).double().mean(-1).cpu()
-        if progress is not None:
-            progress(begin + len(part), len(tasks), "tasks")
+    share = ranks.share(len(tasks))
+
+    def fill(accuracies: Tensor) -> None:
+        for begin in range(share.start, share.stop, batch):
+            part = tasks[begin : min(begin + batch, share.stop)]
+            for places in alike(part):
+                xs, ys, xq, yq = stack([part[i] for i in places], model)
+                with torch.no_grad():  # the query pass; adapt_tasks turns gradients on for itself
+                    logits = adapt_tasks(model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm)
+                found = (logits.argmax(-1) == yq).double().mean(-1)
+                accuracies[[begin + i for i in places]] = found.to(accuracies.device)
+            if progress is not None:
+                progress(begin - share.start + len(part), len(share), "tasks")
+
+    accuracies = ranks.total(len(tasks), fill).cpu()
     return Evaluation(accuracies, *mean_ci95(accuracies))

@@ -22,6 +22,7 @@ from .inner.rates import DEFAULT_LR, Rate, Rates
 from .inner.rule import Rule, is_rule
 from .patterns import Pattern
 from .plain_torch import disagreement
+from .ranks import ALONE, Ranks
 from .stats import mean_ci95, ratio_upper_bound95, upper_bound95
 from .timing import STOCK, Timing, measure_times, read_timings
 
@@ -166,6 +167,7 @@ def select_pattern(
     timings: str | Path | None = None,
     seconds: float | None = 30.0,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Selection:
     """Evaluate every pattern on the same validation `tasks`, time each, and take the fastest within `max_drop`.
 
@@ -183,6 +185,7 @@ def select_pattern(
     test_tasks: tasks to report the choice and the full pattern on; none of them may be among `tasks`.
     timings: pytest-benchmark's JSON to take the times from, see `read_timings`; else adaptation is timed here on the
         first task, all patterns and plain PyTorch interleaved, for about `seconds`.
+    ranks: they divide the tasks; rank 0 alone measures times, while the others sleep. All get the same selection.
 
     Raises ValueError for an unknown rule, a negative max_drop, no tasks, or test tasks that were chosen on.
     """
@@ -216,26 +219,33 @@ def select_pattern(
 
     network = _network(model)
     external: dict[str, Timing] = {}
-    environment = info.environment(xs.device)
+    environment = ranks.first(lambda: info.environment(xs.device))
     if timings is not None:
-        external, environment = read_timings(
-            timings, patterns=candidates, network=network, shots=shots, steps=steps, norm=norm,
-            dtype=str(xs.dtype).removeprefix("torch."),
-        )  # fmt: skip
+        file, dtype = timings, str(xs.dtype).removeprefix("torch.")
+        external, environment = ranks.first(
+            lambda: read_timings(
+                file, patterns=candidates, network=network, shots=shots, steps=steps, norm=norm, dtype=dtype
+            )
+        )
 
     found: dict[Pattern, Evaluation] = {}
     for pattern in candidates:
-        found[pattern] = evaluate(model, tasks, pattern=pattern, steps=steps, norm=norm, **descent)
+        found[pattern] = evaluate(model, tasks, pattern=pattern, steps=steps, norm=norm, ranks=ranks, **descent)
         if progress is not None:
             progress(len(found), len(candidates), f"patterns, {pattern} at {found[pattern].mean:.1%}")
 
     def measure(patterns: Iterable[Pattern], **more: Any) -> dict[str, Timing]:
-        return measure_times(
-            model, xs, ys, patterns=patterns, steps=steps, norm=norm, stock=fault is None, **descent, **more
+        return ranks.first(
+            lambda: measure_times(
+                model, xs, ys, patterns=patterns, steps=steps, norm=norm, stock=fault is None, **descent, **more
+            )
         )
 
     plain = inner is None and isinstance(lr, (int, float))  # what plain PyTorch's loop is written for
-    fault = _disagreement(model, tasks[:DRAWS], steps=steps, lr=float(lr), norm=norm) if plain else None  # type: ignore[arg-type]
+    fault = None
+    if plain:
+        rate = float(lr)  # type: ignore[arg-type]
+        fault = ranks.first(lambda: _disagreement(model, tasks[:DRAWS], steps=steps, lr=rate, norm=norm))
     if fault is not None:
         warnings.append(fault)
         external.pop(STOCK, None)
@@ -259,7 +269,7 @@ def select_pattern(
         },
         times=times,
         end_to_end_ms=end_to_end,
-        test=_on_test(model, test_tasks or [], pattern, full, steps=steps, norm=norm, **descent),
+        test=_on_test(model, test_tasks or [], pattern, full, steps=steps, norm=norm, ranks=ranks, **descent),
         environment=environment,
         full_pattern=full,
         warnings=warnings,
