@@ -86,8 +86,13 @@ def load_rule(path: str | Path, rule: nn.Module) -> None:
         ValueError: the checkpoint holds another rule; `rule` is then unchanged.
     """
     tensors, _ = read_tensors(path)
+    load_tensors_of_rule(tensors, rule, str(path))
+
+
+def load_tensors_of_rule(tensors: Mapping[str, Tensor], rule: nn.Module, source: str) -> None:
+    """`load_rule` from what `read_tensors` gave of the file `source`."""
     own = {k.removeprefix(_RULE): v for k, v in tensors.items() if k.startswith(_RULE)}
-    load_tensors(rule, own, str(path), "rule")
+    load_tensors(rule, own, source, "rule")
 
 
 def tensors_of_rule(rule: object) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import click
 
 from lambda_kernels import __version__
 
-from .cli_train import exit_if_stopped, train, train_with_progress
+from .cli_train import exit_if_stopped, say_if_stopped, train, train_with_progress
 from .console import bar, device_of, device_option, json_option, options, print_json, say
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     best.safetensors, pattern.json and report.png.
     """
     from . import data
+    from .lock import locked
     from .select import select_pattern
     from .train import BEST, Settings
 
@@ -106,7 +108,8 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
         train_set, val_set, out, settings, {"network": "conv4", "width": DEMO["width"]},
         iterations=DEMO["iterations"], minutes=DEMO["train_minutes"], overwrite=True,
     )  # fmt: skip
-    exit_if_stopped(result, "the demo begins anew")
+    say_if_stopped(result, "the demo begins anew")
+    exit_if_stopped(result)
     model, _ = _load(out / BEST, "cpu")
     episode = {"ways": settings.ways, "shots": settings.shots, "query": DEMO["query"]}
     with bar("selecting") as progress:
@@ -117,7 +120,8 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
             steps=settings.evaluation_steps, lr=settings.lr, norm=settings.norm, max_drop=DEMO["max_drop"],
             seconds=DEMO["timing_seconds"], progress=progress,
         )  # fmt: skip
-    _publish(chosen.to_dict(), chosen.warnings, out / "pattern.json", as_json)
+    with locked(out, "demo"):
+        _publish(chosen.to_dict(), chosen.warnings, out / "pattern.json", as_json)
     say(f"the whole demo took {time.perf_counter() - start:.0f} s")
 
 
@@ -155,22 +159,34 @@ def select(
 
     Evaluates every pattern on the same validation tasks, measures how long each one adapts, and takes the fastest one
     within --max-drop of the full pattern. Writes pattern.json and, beside it, report.png.
+
+    Several processes divide the tasks: torchrun --nproc-per-node 4 -m lambda_maml select ...
     """
     from . import data
+    from .lock import locked
+    from .processes import joined
     from .select import select_pattern
 
-    model, meta = _load(checkpoint, device)
-    inner = _inner(checkpoint, model, meta, {}, steps, lr, norm)
-    val_set, test_set = (_images(meta, dataset, root, split) for split in ("val", "test"))
-    episode = _episode(meta)
-    val_tasks = data.sample_tasks(val_set, tasks, seed=SELECT_SEED + seed, **episode)
-    test_tasks = data.sample_tasks(test_set, tasks, seed=TEST_SEED + seed, **episode)
-    with bar("selecting") as progress:
-        chosen = select_pattern(
-            model, val_tasks, test_tasks=test_tasks, **inner, max_drop=max_drop, relative=relative, decide=rule,
-            timings=timings, seconds=seconds, progress=progress,
-        )  # fmt: skip
-    _publish(chosen.to_dict(), chosen.warnings, out or checkpoint.parent / "pattern.json", as_json)
+    path = out or checkpoint.parent / "pattern.json"
+    with joined(device) as ranks, ExitStack() as held:
+        model, meta = _load(checkpoint, str(ranks.device or device))
+        if ranks.rank == 0:
+            held.enter_context(locked(path.parent, "select"))
+        ranks.check_alike(model.state_dict())
+        inner = _inner(checkpoint, model, meta, {}, steps, lr, norm)
+        val_set, test_set = ranks.first_then_all(
+            lambda: [_images(meta, dataset, root, split) for split in ("val", "test")]
+        )
+        episode = _episode(meta)
+        val_tasks = data.sample_tasks(val_set, tasks, seed=SELECT_SEED + seed, **episode)
+        test_tasks = data.sample_tasks(test_set, tasks, seed=TEST_SEED + seed, **episode)
+        with bar("selecting", ranks) as progress:
+            chosen = select_pattern(
+                model, val_tasks, test_tasks=test_tasks, **inner, max_drop=max_drop, relative=relative, decide=rule,
+                timings=timings, seconds=seconds, progress=progress, ranks=ranks,
+            )  # fmt: skip
+        if ranks.rank == 0:
+            _publish(chosen.to_dict(), chosen.warnings, path, as_json)
 
 
 @cli.command("eval")
@@ -455,7 +471,8 @@ def _in_json(inner: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(args: list[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C.
+    """Run the command line and return its exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C. Of
+    several ranks one says what all have met.
 
     With LAMBDA_MAML_DEBUG=1 in the environment errors show their traceback.
     """
@@ -472,6 +489,8 @@ def run(args: list[str] | None = None) -> int:
         if debug:
             raise
         message = str(error)
+        if getattr(error, "told", False):  # `ranks.Lost`: another rank says it
+            return 2
     click.echo(f"lambda-maml: error: {' '.join(message.split())}", err=True)
     return 2
 
@@ -479,4 +498,10 @@ def run(args: list[str] | None = None) -> int:
 def main() -> None:
     """Entry point of the console script. Networks of one's own are found in the current folder too, as by python -m."""
     sys.path.append(os.getcwd())
-    sys.exit(run())
+    status = run()
+    if status and os.environ.get("RANK"):
+        # A collective that another rank left alone would hold this process until its own timeout.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -12,9 +12,11 @@ import click
 from .console import bar, device_of, device_option, json_option, options, print_json, say
 
 if TYPE_CHECKING:
+    from .ranks import Ranks
+    from .settings import Settings
     from .train import Result
 
-__all__ = ["exit_if_stopped", "train", "train_with_progress"]
+__all__ = ["exit_if_stopped", "say_if_stopped", "train", "train_with_progress"]
 
 data_options = options(
     click.option(
@@ -146,18 +148,33 @@ def train(
     In the folder: best.safetensors with best.json, the checkpoint of the best validation accuracy; last.safetensors,
     the state to resume from; metrics.jsonl, losses and accuracies as the run goes. SIGTERM and SIGUSR1 (Slurm's
     --signal=USR1@120) save as Ctrl-C does. The exit status is then 130 (Ctrl-C), 143 (SIGTERM) or 138 (SIGUSR1).
+
+    Several processes divide the tasks: torchrun --nproc-per-node 4 -m lambda_maml train ...
     """
     from . import data
+    from .processes import joined
     from .settings import Settings
+
+    with joined(device) as ranks:
+        chosen = Settings(**settings, second_order=not first_order)
+        config = _config(network, network_args, width)
+        train_set, val_set = ranks.first_then_all(
+            lambda: [data.load(dataset, root=root, split=split) for split in ("train", "val")]
+        )
+        result = train_with_progress(
+            train_set, val_set, out, chosen, config, iterations=iterations, minutes=minutes, resume=resume,
+            batched=batched, log_every=log_every, tensorboard=tensorboard, device=device, ranks=ranks,
+        )  # fmt: skip
+        if ranks.rank == 0:
+            _tell(result, out, chosen, as_json)
+            say_if_stopped(result, "continue with --resume")
+    exit_if_stopped(result)
+
+
+def _tell(result: Result, out: Path, chosen: Settings, as_json: bool) -> None:
+    """What came of the run."""
     from .train import BEST
 
-    chosen = Settings(**settings, second_order=not first_order)
-    config = _config(network, network_args, width)
-    train_set, val_set = (data.load(dataset, root=root, split=split) for split in ("train", "val"))
-    result = train_with_progress(
-        train_set, val_set, out, chosen, config, iterations=iterations, minutes=minutes, resume=resume, batched=batched,
-        log_every=log_every, tensorboard=tensorboard, device=device,
-    )  # fmt: skip
     best = result.best
     if as_json:
         line = best._asdict() if best else None
@@ -174,38 +191,46 @@ def train(
             f"{out / BEST}: {100 * best.accuracy:.2f} ± {100 * best.ci95:.2f} % on {chosen.val_tasks} validation tasks "
             f"at iteration {best.iteration}"
         )
-    exit_if_stopped(result, "continue with --resume")
 
 
-def exit_if_stopped(result: Result, remedy: str) -> None:
+def say_if_stopped(result: Result, remedy: str) -> None:
+    """Say which signal ended the run, if one did."""
+    from .stopping import SIGNALS
+
+    if result.stopped in SIGNALS.values():
+        told = "" if result.stopped == "interrupt" else f" by {result.stopped}"
+        say(f"stopped{told} at iteration {result.iteration} and saved; {remedy}")
+
+
+def exit_if_stopped(result: Result) -> None:
     """End the command where a signal ended the run: the status is 128 and the signal's number."""
     from .stopping import SIGNALS
 
     for number, reason in SIGNALS.items():
         if result.stopped == reason:
-            told = "" if reason == "interrupt" else f" by {reason}"
-            say(f"stopped{told} at iteration {result.iteration} and saved; {remedy}")
             raise click.exceptions.Exit(128 + number)
 
 
 def train_with_progress(
     train_set: Any, val_set: Any, out: Path, settings: Any, config: Mapping[str, Any], *, device: str = "cpu",
-    **more: Any,
+    ranks: Ranks | None = None, **more: Any,
 ) -> Result:  # fmt: skip
     """Build the network of `config` for the set and train it with a progress bar."""
     import torch
 
     from . import models
+    from .ranks import ALONE
     from .train import train as run
 
+    ranks = ranks or ALONE
     channels, height, side = train_set.image_shape
     if height != side:
         raise ValueError(f"{train_set.name}: images are {height}x{side}, expected square ones")
     torch.manual_seed(settings.seed)
     shape = {"ways": settings.ways, "in_channels": channels, "image_size": side}
-    model = models.build({**config, **shape}).to(device_of(device))
-    with bar("training") as progress:
-        return run(model, train_set, val_set, out=out, settings=settings, progress=progress, **more)
+    model = models.build({**config, **shape}).to(ranks.device or device_of(device))
+    with bar("training", ranks) as progress:
+        return run(model, train_set, val_set, out=out, settings=settings, progress=progress, ranks=ranks, **more)
 
 
 def _config(network: str, args: tuple[str, ...], width: int | None) -> dict[str, Any]:

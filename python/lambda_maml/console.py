@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from .evaluate import Progress
+    from .ranks import Ranks
 
 __all__ = ["bar", "device_of", "device_option", "json_option", "options", "print_json", "say"]
 
@@ -59,8 +60,12 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Progress]:
-    """A progress bar on stderr on a terminal, else a line there every ten seconds and at the end."""
+def bar(title: str, ranks: Ranks | None = None) -> Iterator[Progress | None]:
+    """A progress bar on stderr on a terminal, else a line there every ten seconds and at the end; None for every rank
+    but the first."""
+    if ranks is not None and ranks.rank != 0:
+        yield None
+        return
     from rich.console import Console
 
     console = Console(stderr=True)

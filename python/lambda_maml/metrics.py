@@ -20,15 +20,19 @@ class Metrics:
     """One JSON object a line: {"kind": "train", "iteration": ..., ...} and {"kind": "validation", ...}.
 
     iteration, validated: where the run is resumed; lines behind that are cut off, so that no iteration has two of them.
-    tensorboard: write the numbers for TensorBoard too, into the same folder.
+    folder: None: nothing is written, as on every rank but the first. tensorboard: write the numbers for TensorBoard
+    too, into the same folder.
 
     Raises:
         ValueError: TensorBoard is asked for and not installed, or the file holds something else.
         OSError: the file cannot be written; names it.
     """
 
-    def __init__(self, folder: Path, iteration: int, validated: int, tensorboard: bool = False) -> None:
-        self.path, self._writer = folder / METRICS, _writer(folder, iteration) if tensorboard else None
+    def __init__(self, folder: Path | None, iteration: int, validated: int, tensorboard: bool = False) -> None:
+        self.path, self._writer = None if folder is None else folder / METRICS, None
+        if folder is None or self.path is None:
+            return
+        self._writer = _writer(folder, iteration) if tensorboard else None
         last = {"train": iteration, "validation": validated}
         kept = [line for line in _lines(self.path) if line["iteration"] <= last[line["kind"]]]
         with atomic(self.path) as part:
@@ -36,6 +40,8 @@ class Metrics:
 
     def write(self, kind: str, iteration: int, values: Mapping[str, float | None]) -> None:
         """Add a line."""
+        if self.path is None:
+            return
         with written(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "iteration": iteration, **values}, allow_nan=False) + "\n")
         if self._writer is not None:

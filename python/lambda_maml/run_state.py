@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .average import Average
 from .inner.rule import Rule
+from .ranks import ALONE, Ranks
 from .settings import Settings
 
 __all__ = ["BEST", "LAST", "Result", "State", "Validation"]
@@ -61,6 +62,15 @@ class State:
     average: Average | None = None
     result: Result = field(default_factory=Result)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the ranks of a run have alike: parameters and buffers of network and rule."""
+        held = [("model", self.model), *([("rule", self.rule)] if isinstance(self.rule, nn.Module) else [])]
+        return {
+            f"{part}.{name}": tensor
+            for part, module in held
+            for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers())
+        }
+
     def save(self, path: Path) -> None:
         """Parameters as model.NAME, a rule's as rule:NAME, the optimiser's state as adam.INDEX.NAME, the average of the
         parameters as average.INDEX, torch's CPU random state; the rest in the header."""
@@ -73,23 +83,23 @@ class State:
         tensors["random"] = torch.get_rng_state()
         checkpoint.write_tensors(path, tensors, {"run": self.about, "result": asdict(self.result)})
 
-    def resume(self, path: Path) -> None:
-        """Go on from what `save` wrote.
+    def resume(self, path: Path, ranks: Ranks = ALONE) -> None:
+        """Go on from what `save` wrote; rank 0 reads it for all.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it holds no training state, or that of another run; says what differs.
         """
-        if not path.is_file():
+        if not ranks.first(path.is_file):
             raise FileNotFoundError(f"{path}: there is no run to resume here")
-        tensors, meta = checkpoint.read_tensors(path)
+        tensors, meta = ranks.first(lambda: checkpoint.read_tensors(path))
         if "run" not in meta:
             raise ValueError(f"{path}: holds no training state: resume from the {LAST} that training wrote")
         _check_same(path, meta["run"], self.about)
         parameters = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         checkpoint.load_tensors(self.model, parameters, str(path))
         if isinstance(self.rule, nn.Module):
-            checkpoint.load_rule(path, self.rule)
+            checkpoint.load_tensors_of_rule(tensors, self.rule, str(path))
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("adam."):

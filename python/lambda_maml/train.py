@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from .evaluate import Progress, evaluate
 from .files import remove_leftovers
 from .inner.rule import Rule
 from .learned_rates import check_rates, fault_in, fixed_rates, learned_rule
+from .lock import locked
 from .metrics import METRICS, Metrics, Pace
 from .outer import descent, meta_gradient
+from .ranks import ALONE, Lost, Ranks, Stopped
 from .run_state import BEST, LAST, Result, State, Validation
 from .settings import Settings
 from .stopping import Stop, stoppable
@@ -34,7 +37,7 @@ def train(
     model: nn.Module, train_set: ImageSet, val_set: ImageSet, *, out: str | Path, settings: Settings | None = None,
     rule: Rule | None = None, iterations: int, minutes: float | None = None, resume: bool = False,
     overwrite: bool = False, batched: bool = True, progress: Progress | None = None, log_every: int = 50,
-    tensorboard: bool = False,
+    tensorboard: bool = False, ranks: Ranks = ALONE,
 ) -> Result:  # fmt: skip
     """Meta-train `model` in place until `iterations` are done, `minutes` of this run are over, or a signal comes.
 
@@ -53,47 +56,65 @@ def train(
 
     Ctrl-C, SIGTERM and SIGUSR1 end the run after the present iteration; its state is saved.
 
+    `ranks` divide each meta-batch and the validation tasks; rank 0 writes, a signal to one of them ends all after the
+    same iteration. The state does not depend on their number, but for rounding and for what a network draws (dropout).
+
     Raises:
+        Lost: another rank ended; the first one that is left has saved the state after the last iteration.
         FloatingPointError: the loss, a gradient or a learned rate is no longer finite. last.safetensors is then as the
             last validation left it.
         ValueError: `out` holds a run and neither `resume` nor `overwrite` is set; or settings, network, rule or images
-            differ from those of the run to resume.
+            differ from those of the run to resume; or another run writes into `out`.
         RuntimeError: a meta-batch does not fit in memory; says what would.
         OSError: a file cannot be written; names it. Files that were there before are whole.
     """
     if log_every < 1:
         raise ValueError(f"log_every is {log_every}, expected at least 1")
-    run = _Run(model, train_set, val_set, Path(out), settings or Settings(), rule, batched)
-    if resume:
-        run.state.resume(run.out / LAST)
-    elif (run.out / LAST).exists() and not overwrite:
-        raise ValueError(f"{run.out / LAST} holds an earlier run: resume it (--resume) or choose another folder")
-    run.start(log_every, tensorboard)
-    result, begun = run.state.result, run.state.result.iteration
-    model.train()
-    with stoppable() as stop, Ahead(run.tasks, iterations) as ahead, contextlib.closing(run.metrics):
-        while stop.reason is None:
+    with locked(out, "train") if ranks.rank == 0 else contextlib.nullcontext():
+        run = _Run(model, train_set, val_set, Path(out), settings or Settings(), rule, batched, ranks)
+        if resume:
+            run.state.resume(run.out / LAST, ranks)
+        elif ranks.first((run.out / LAST).exists) and not overwrite:
+            raise ValueError(f"{run.out / LAST} holds an earlier run: resume it (--resume) or choose another folder")
+        run.start(log_every, tensorboard)
+        with stoppable() as stop, contextlib.closing(run.metrics), _saved_by_those_left(run):
+            _iterate(run, stop, iterations, minutes, progress)
+        return run.state.result
+
+
+def _iterate(run: _Run, stop: Stop, iterations: int, minutes: float | None, progress: Progress | None) -> None:
+    """The run, from where it stands to its end."""
+    result, ranks, begun = run.state.result, run.ranks, run.state.result.iteration
+
+    def reason() -> str | None:
+        """Why this rank would stop; of the time, rank 0 judges for all."""
+        if stop.reason is not None or minutes is None or ranks.rank != 0:
+            return stop.reason
+        return "minutes" if result.iteration > begun and run.seconds >= 60 * minutes else None
+
+    run.model.train()
+    with Ahead(run.tasks, iterations) as ahead:
+        while (why := ranks.agreed(reason)) is None or why == "minutes":
             if result.iteration % run.settings.val_every == 0 and result.validated < result.iteration:
                 run.validate(stop)
-                run.save()
+                ranks.first(run.save)
                 continue
             if result.iteration >= iterations:
                 break
             if run.out_of_patience:
                 result.stopped = "patience"
                 break
-            if minutes is not None and result.iteration > begun and run.seconds >= 60 * minutes:
-                result.stopped = "minutes"
+            if why is not None:
+                result.stopped = why
                 break
             run.update(ahead.take(result.iteration))
             if progress is not None:
                 left = None if minutes is None else minutes - run.seconds / 60
                 progress(result.iteration, iterations, run.told(iterations - result.iteration, left))
-        if stop.reason is None and result.validated < result.iteration:
-            run.validate(stop)
-        result.stopped = stop.reason or result.stopped
-        run.save()
-    return result
+        if why in (None, "minutes") and result.validated < result.iteration:
+            why = run.validate(stop)
+        result.stopped = result.stopped if why in (None, "minutes") else why
+        ranks.first(run.save)
 
 
 class _Run:
@@ -101,13 +122,14 @@ class _Run:
 
     def __init__(
         self, model: nn.Module, train_set: ImageSet, val_set: ImageSet, out: Path, settings: Settings,
-        rule: Rule | None, batched: bool,
+        rule: Rule | None, batched: bool, ranks: Ranks,
     ) -> None:  # fmt: skip
         if settings.learn_lr is not None and rule is not None:
             raise ValueError(
                 f"give rule={rule!r} or learn_lr={settings.learn_lr!r}, not both: a rule has its own rates"
             )
-        self.model, self.out, self.settings, self.batched = model, out, settings, batched
+        self.model, self.out, self.settings, self.batched, self.ranks = model, out, settings, batched, ranks
+        self.share = ranks.share(settings.meta_batch)
         settings.augment.check(train_set.image_shape[0])
         self.train_set, self.pattern = train_set, schedule.validation_pattern(settings, model)
         self.rule = rule if settings.learn_lr is None else learned_rule(model, settings)
@@ -132,12 +154,14 @@ class _Run:
         return optimizer
 
     def start(self, log_every: int, tensorboard: bool) -> None:
-        """Open the folder, once the state is that of the iteration to go on from."""
-        result = self.state.result
-        for name in (BEST, LAST, METRICS, Path(BEST).with_suffix(".json")):
+        """Open the folder, once the state is that of the iteration to go on from, which the ranks then have alike."""
+        result, first = self.state.result, self.ranks.rank == 0
+        for name in (BEST, LAST, METRICS, Path(BEST).with_suffix(".json")) if first else ():
             remove_leftovers(self.out / name)
         self.log_every = log_every
-        self.metrics = Metrics(self.out, result.iteration, result.validated, tensorboard)
+        self.metrics = Metrics(self.out if first else None, result.iteration, result.validated, tensorboard)
+        self.ranks.start_alike(self.state.tensors())
+        self.ranks.own_random_numbers(self.settings.seed, result.iteration)
         self._begun = time.perf_counter()
         self._seconds_before = result.history[-1].seconds if result.history else 0.0
 
@@ -154,9 +178,9 @@ class _Run:
         return f"iterations, loss {result.losses[-1]:.3f}, {pace}{best}"
 
     def tasks(self, iteration: int) -> list[Task]:
-        """The meta-batch of an iteration, counted from 0."""
-        count = self.settings.meta_batch
-        return self._sampled(self.train_set, count, first=iteration * count, augment=self.settings.augment)
+        """This rank's share of the meta-batch of an iteration, counted from 0."""
+        first = iteration * self.settings.meta_batch + self.share.start
+        return self._sampled(self.train_set, len(self.share), first=first, augment=self.settings.augment)
 
     def _sampled(self, images: ImageSet, count: int, **more: Any) -> list[Task]:
         settings = self.settings
@@ -187,14 +211,22 @@ class _Run:
             self._log()
 
     def _gradient(self, tasks: list[Task], where: str) -> float:
-        """The gradient, in the parameters' `.grad`, and the loss; both are finite."""
+        """The gradient of all ranks' tasks, in the parameters' `.grad`, and the loss; both are finite."""
+        weight = len(tasks) / self.settings.meta_batch
         try:
-            loss = meta_gradient(
+            loss = self.ranks.mean_gradient(self.parameters, weight, lambda: self._own_gradient(tasks, where))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"training diverged {where}: {error}") from error
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"training diverged: the loss is {loss} {where}: lower the rates")
+        return loss
+
+    def _own_gradient(self, tasks: list[Task], where: str) -> float:
+        try:
+            return meta_gradient(
                 self.model, tasks, self.settings, rule=self.rule, batched=self.batched,
                 iteration=self.state.result.iteration,
             )  # fmt: skip
-        except FloatingPointError as error:
-            raise FloatingPointError(f"training diverged {where}: {error}") from error
         except (RuntimeError, MemoryError) as error:
             if not _is_of_memory(error):
                 raise
@@ -203,9 +235,6 @@ class _Run:
                 f"memory {where}: adapt them one by one (--one-by-one), or take a smaller --meta-batch, fewer --query "
                 f"images or --first-order ({' '.join(str(error).split())[:200]})"
             ) from error
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"training diverged: the loss is {loss} {where}: lower the rates")
-        return loss
 
     def _clip(self, where: str) -> None:
         """Bound the gradient as the settings say; FloatingPointError for one that is not finite."""
@@ -235,20 +264,24 @@ class _Run:
         self.metrics.write("train", result.iteration, values)
         result.recent.clear()
 
-    def validate(self, stop: Stop) -> None:
-        """One line of the history, and the best checkpoint where it is the best; nothing where the run is to end."""
+    def validate(self, stop: Stop) -> str | None:
+        """One line of the history, and the best checkpoint where it is the best. Where the run is to end: why, and
+        nothing is done."""
+        self.ranks.check_alike(self.state.tensors())
         random, average = torch.get_rng_state(), self.state.average
         try:
             with contextlib.nullcontext() if average is None else average.in_place():
                 self._validate(stop)
-        except _Stopped:
+        except Stopped as stopped:
             torch.set_rng_state(random)
+            return str(stopped)
+        return None
 
     def _validate(self, stop: Stop) -> None:
         settings, result = self.settings, self.state.result
         found = evaluate(
             self.model, self.val_tasks, pattern=self.pattern, steps=settings.evaluation_steps, norm=settings.norm,
-            progress=_stopping(stop), **self._descent(),
+            progress=_stopping(stop), ranks=self.ranks, **self._descent(),
         )  # fmt: skip
         seconds = self._seconds_before + self.seconds
         mean_loss = sum(result.losses) / len(result.losses) if result.losses else None
@@ -259,7 +292,8 @@ class _Run:
         if result.best is None or line.accuracy > result.best.accuracy:
             result.best = line
             metrics = {"iteration": line.iteration, "val_accuracy": line.accuracy, "val_ci95": line.ci95}
-            checkpoint.save(self.out / BEST, self.model, {**self.state.about, "metrics": metrics}, self.rule)
+            about = {**self.state.about, "metrics": metrics}
+            self.ranks.first(lambda: checkpoint.save(self.out / BEST, self.model, about, self.rule))
         values = line._asdict()
         self.metrics.write("validation", values.pop("iteration"), values)
 
@@ -284,18 +318,29 @@ class _Run:
         return {"lr": fixed_rates(self.rule, form, self.settings.evaluation_steps)}  # type: ignore[arg-type]
 
 
-class _Stopped(Exception):
-    """A validation was left, for the run is to end."""
-
-
 def _stopping(stop: Stop) -> Progress:
     """A progress that raises once the run is to end."""
 
     def look(done: int, total: int, what: str) -> None:
         if stop.reason is not None and done < total:
-            raise _Stopped
+            raise Stopped(stop.reason)
 
     return look
+
+
+@contextlib.contextmanager
+def _saved_by_those_left(run: _Run) -> Iterator[None]:
+    """Where a rank is lost, the first one that is left saves what all had after the last iteration."""
+    result, begun = run.state.result, run.state.result.iteration
+    try:
+        yield
+    except Lost as lost:
+        if result.iteration == begun or not run.ranks.is_heir(lost.ranks):
+            raise
+        with locked(run.out, "train") if run.ranks.rank != 0 else contextlib.nullcontext():
+            run.save()
+        told = f"{lost}. The state after iteration {result.iteration} is saved: continue with --resume"
+        raise Lost(told, lost.ranks) from lost
 
 
 def _is_of_memory(error: Exception) -> bool:
