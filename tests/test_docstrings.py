@@ -21,7 +21,10 @@ from lambda_maml import LambdaMAML, Learner, Pattern, data, models, rules
 from lambda_maml.ahead import Ahead
 from lambda_maml.average import Average
 from lambda_maml.learned_rates import learned_rule
+from lambda_maml.lock import locked
 from lambda_maml.maml import TaskLearner
+from lambda_maml.processes import joined, launched
+from lambda_maml.ranks import Lost, Ranks, Stopped
 from lambda_maml.schedule import importances
 from lambda_maml.settings import Settings, stages
 from lambda_maml.train import train
@@ -37,6 +40,8 @@ PUBLIC = (
     *(rules.Rule, rules.sgd, rules.momentum, rules.adam, rules.rmsprop, rules.weight_decay, rules.clip),
     *(TaskLearner, data.load, data.sample_tasks, data.Augment, data.ImageSet.fingerprint, models.conv4, models.build),
     *(train, Settings, stages, importances, learned_rule, Ahead, Average),
+    *(joined, launched, locked, Lost, Stopped, Ranks, Ranks.share, Ranks.first, Ranks.first_then_all, Ranks.total),
+    *(Ranks.mean_gradient, Ranks.agreed, Ranks.start_alike, Ranks.check_alike, Ranks.own_random_numbers, Ranks.is_heir),
 )
 
 
