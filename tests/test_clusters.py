@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
 import pytest
+from machine import PATIENCE
 
 from lambda_maml import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTERS = ROOT / "docs" / "clusters.md"
 BATCH = ROOT / "docs" / "bench.sbatch"
+TRAIN = ROOT / "docs" / "train.sbatch"
 
 
 def shell(text: str) -> list[list[str]]:
@@ -30,7 +36,7 @@ def cluster_commands() -> list[list[str]]:
     return [[word for word in words if not re.match(r"[A-Z_]+=", word)] for words in every]
 
 
-@pytest.mark.parametrize("path", ["docs/bench.sbatch", "docs/clusters.md"])
+@pytest.mark.parametrize("path", ["docs/bench.sbatch", "docs/train.sbatch", "docs/clusters.md"])
 def test_the_shell_of_the_cluster_pages_parses(path):
     text = (ROOT / path).read_text()
     code = text if path.endswith("sbatch") else "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, re.M | re.S))
@@ -56,6 +62,49 @@ def test_the_lambda_maml_command_of_the_batch_file_has_its_options():
         except click.UsageError as error:
             pytest.fail(f"lambda-maml {name} {' '.join(words)}: {error.format_message()}")
         assert context.params["timings"] is not None
+
+
+def test_the_torchrun_commands_have_their_options():
+    from torch.distributed.run import get_args_parser
+
+    calls = [words[1:] for words in cluster_commands() if words[0] == "torchrun"]
+    (own,) = re.findall(r"exec (torchrun .*?)'", TRAIN.read_text(), re.DOTALL)
+    for name, value in {'"$0"': "4", '"$@"': "--out runs/cifar", "$MASTER_PORT": "29400"}.items():
+        own = own.replace(name, value)
+    (batch,) = shell(own)
+    assert len(calls) == 2
+    for words in [*calls, batch[1:]]:
+        given = get_args_parser().parse_args(words)
+        assert given.module and given.training_script == "lambda_maml"
+        name, *options = given.training_script_args
+        cli.cli.commands[name].make_context(name, options)
+
+
+def test_the_training_batch_file_saves_on_sigusr1_and_goes_on_when_it_is_queued_again(tmp_path):
+    """On this machine, without Slurm: torchrun starts two ranks, the script passes the signal on to rank 0."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
+    given = {"VENV": str(tmp_path), "RUN": "run", "RANKS": "2", "DEVICE": "cpu", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    small = ["--width", "4", "--steps", "1", "--query", "1", "--val-tasks", "2", "--val-every", "2"]
+
+    def submit(iterations: int) -> subprocess.Popen[str]:
+        command = ["bash", str(TRAIN), *small, "--iterations", str(iterations)]
+        environment = {**os.environ, **given, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    job = submit(1_000_000)
+    while not (tmp_path / "run" / "last.safetensors").exists() and job.poll() is None:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGUSR1)
+    told, _ = job.communicate(timeout=PATIENCE)
+    (stopped,) = re.findall(r"stopped by SIGUSR1 at iteration (\d+) and saved", told)
+    assert job.returncode == 1 and not (tmp_path / "run" / ".lock").exists(), told
+    job = submit(int(stopped) + 2)
+    told, _ = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 0 and "validation tasks at iteration" in told, told
 
 
 def test_the_benchmark_command_of_the_batch_file_collects_every_pattern():

@@ -78,8 +78,8 @@ def sources() -> Iterator[tuple[str, set[str]]]:
         yield str(path.relative_to(ROOT)), set(re.findall(rf'getenv\("({NAME})"\)', text))
         assert text.count("getenv(") == text.count('getenv("'), f"{path}: which variable is read?"
     yield "Makefile", of_makefile((ROOT / "Makefile").read_text(encoding="utf-8"))
-    batch = (ROOT / "docs" / "bench.sbatch").read_text(encoding="utf-8")
-    yield "docs/bench.sbatch", set(re.findall(rf"\$\{{({NAME}):", batch))
+    for batch in ("docs/bench.sbatch", "docs/train.sbatch"):
+        yield batch, set(re.findall(rf"\$\{{({NAME}):", (ROOT / batch).read_text(encoding="utf-8")))
 
 
 def test_the_page_names_every_variable_that_is_read_and_no_other():
