@@ -214,14 +214,23 @@ class Chain:
 
         state: parameters by name, each [...], shared by all tasks, or [T, ...].
         """
+        return self._pass(state, x, len(self.blocks), True)
+
+    def features(self, state: Mapping[str, Tensor], x: Tensor, count: int) -> Tensor | None:
+        """What the first `count` blocks, at least one, make of x [T, N, C, H, W], as one operation of autograd:
+        [T, N, C', H', W']; None as in `classify`."""
+        return self._pass(state, x, count, False)
+
+    def _pass(self, state: Mapping[str, Tensor], x: Tensor, count: int, whole: bool) -> Tensor | None:
         tensors, _ = self._given(state, (), x)
-        if not any(t.requires_grad for t in (x, *tensors)) or transform_active(x.device.type) is not None:
+        own = tensors if whole else tensors[: 3 * count]
+        if not any(t.requires_grad for t in (x, *own)) or transform_active(x.device.type) is not None:
             return None
         answer = self._answer(x) if x.numel() else []
-        if isinstance(answer, list) or any(t.dtype != x.dtype for t in tensors):
+        if isinstance(answer, list) or any(t.dtype != x.dtype for t in own):
             return None
-        silent = [state[block.bias] for block in self.blocks if block.bias is not None]
-        return classified(answer, x, tensors, self.specs, silent)
+        silent = [state[block.bias] for block in self.blocks[:count] if block.bias is not None]
+        return classified(answer, x, own, self.specs[:count], silent)
 
     def prepare(
         self, state: Mapping[str, Tensor], updated: Collection[str], x: Tensor, labels: Tensor

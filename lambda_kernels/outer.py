@@ -84,14 +84,15 @@ def classified(
 ) -> Tensor | None:  # fmt: skip
     """The logits [T, N, ways] of a chain for x [T, N, C, H, W] or [T, N, F]; gradients reach x and the parameters.
 
-    `parameters` are as `adapted` takes them; the gradient of `silent` tensors (biases that cancel in a norm) is zero.
+    `parameters` are as `adapted` takes them; without the last two of them, those of the linear layer, it gives the last
+    block's features [T, N, C', H', W']. The gradient of `silent` tensors (biases that cancel in a norm) is zero.
     None where the backend has no operation for the whole chain.
 
     >>> classified(backend, x, parameters, blocks).shape
     torch.Size([4, 75, 5])
     """
     own = _with_task_axis(parameters, len(blocks))
-    fixed = _Whole(backend, list(blocks), not x.requires_grad)
+    fixed = _Whole(backend, list(blocks), not x.requires_grad, len(own))
     found = _Logits.apply(fixed, x, *own, *silent)
     return None if found is None else found[0]
 
@@ -198,11 +199,7 @@ class _Whole(NamedTuple):
     backend: Backend
     blocks: list[BlockSpec]
     from_images: bool
-
-    @property
-    def own(self) -> int:
-        """The number of parameters; silent ones come behind them."""
-        return 3 * len(self.blocks) + 2
+    own: int  # the number of parameters; silent ones come behind them
 
 
 class _Logits(torch.autograd.Function):
@@ -230,7 +227,7 @@ class _Logits(torch.autograd.Function):
         kept, x, *parameters = ctx.saved_tensors
         if g is None:
             return (None,) * (2 + len(parameters) + len(ctx.silent))
-        backend, blocks, from_images = ctx.fixed
+        backend, blocks, from_images, _ = ctx.fixed
         needs = autograd.asked(ctx)[1:]
         needs, silent = needs[: 1 + len(parameters)], needs[1 + len(parameters) :]
         zeros = [g.new_zeros(shape) if needed else None for shape, needed in zip(ctx.silent, silent)]
@@ -244,12 +241,14 @@ class _Logits(torch.autograd.Function):
 
 
 def _logits_in_graph(backend: Backend, blocks: Sequence[BlockSpec], x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """The logits by operations of autograd, one per layer."""
+    """The logits, or the features, by operations of autograd, one per layer."""
     y = x
     for block, spec in enumerate(blocks):
         weight, gamma, beta = parameters[3 * block : 3 * block + 3]
         z = autograd.Conv2d.apply(backend.layout(y) if block == 0 else y, weight, None, spec.conv, backend)
         y = autograd.NormReluPool.apply(z, gamma, beta, None, spec, backend)[0]
+    if len(parameters) == 3 * len(blocks) > 0:
+        return y
     return autograd.Linear.apply(y.flatten(2), *parameters[-2:], backend)
 
 

@@ -70,6 +70,12 @@ def test_every_operator_keeps_all_of_torchs_rules() -> None:
     assert known.keys() == {n.split("::")[1] for n in every if n.startswith("lambda_kernels::")}
     for name, arguments in known.items():
         torch.library.opcheck(getattr(OPS, name).default, arguments)
+    x, parameters, *shape, from_images = known["chain_logits"]
+    features = (x, parameters[:-2], *shape, from_images)
+    y, kept = OPS.chain_logits(*features)
+    torch.library.opcheck(OPS.chain_logits.default, features)
+    back = (y, x, parameters[:-2], kept, *shape, [1] * (len(parameters) - 2), True, False)
+    torch.library.opcheck(OPS.chain_logits_grad.default, back)
 
 
 SHAPES = ("test_schema", "test_faketensor")

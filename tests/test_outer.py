@@ -228,6 +228,33 @@ def test_the_logits_of_a_chain_have_the_gradients_of_plain_layers(
 
 
 @needs_native
+@pytest.mark.parametrize("x_moves", [True, False], ids=["x", "no-x"])
+@pytest.mark.parametrize("name", ["images-winograd-library", "library-groups", "winograd-first"])
+def test_the_features_of_the_first_blocks_have_the_gradients_of_plain_layers(name: str, x_moves: bool) -> None:
+    network = MIXED[name]
+    task = given(network, tasks=3)
+    for count in range(1, len(network.layers) + 1):
+        x = task.query.clone().requires_grad_(x_moves)
+        parameters = [p.clone().requires_grad_() for p in task.parameters[: 3 * count]]
+        features = classified(Native(), x, parameters, network.specs[:count])
+        want = torch.stack([blocks(network, parameters, own) for own in x])
+        assert features is not None and far([features], [want]) < 1e-10
+        asked = [*parameters, *([x] if x_moves else [])]
+        true = torch.autograd.grad(outer_loss([want]), asked)
+        assert far(torch.autograd.grad(outer_loss([features]), asked, retain_graph=True), true) < 1e-10
+        assert far(torch.autograd.grad(outer_loss([features]), asked, create_graph=True), true) < 1e-10
+
+
+def blocks(network: Network, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The blocks whose parameters are given, as anyone writes them."""
+    for layer, (weight, gamma, beta) in zip(network.layers, zip(*[iter(parameters)] * 3)):
+        z = F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+        x = F.relu(F.batch_norm(z, None, None, gamma, beta, True, 0.0, layer.eps))
+        x = F.max_pool2d(x, layer.pool) if layer.pool > 1 else x
+    return x
+
+
+@needs_native
 @pytest.mark.parametrize("network", [SMALL, LINEAR], ids=["blocks", "linear"])
 def test_gradcheck_and_gradgradcheck_of_the_logits(network: Network) -> None:
     task = given(network, tasks=2)

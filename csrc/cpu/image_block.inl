@@ -369,14 +369,15 @@ static void dense_moments(const ImageBlock<T>& p, int64_t begin, int64_t end) {
           double* const own = place(distance, group);
           for (int64_t t = 0; t < length; t += L) {
             int64_t s = 0;
-            for (; s + 8 <= count; s += 8)
-              shifted_products<8>(rows, step, from, to, distance, first + s, t, own + s * step);
+            for (; s + 8 <= count; s += 8) shifted_products<8>(rows, step, from, to, distance, first + s, t, own + s * step);
             for (; s < count; ++s) shifted_products<1>(rows, step, from, to, distance, first + s, t, own + s * step);
           }
         }
       }
       for (int64_t group = 0; group < groups; ++group) {  // the values themselves
-        const int64_t apart = kh - 1, from = group == 0 ? apart : group <= apart ? group - 1 : p.out_rows + group - apart - 1;
+        const int64_t apart = kh - 1, from = group == 0       ? apart
+                                             : group <= apart ? group - 1
+                                                              : p.out_rows + group - apart - 1;
         const int64_t to = group == 0 ? p.out_rows : from + 1;
         double* const own = place(kh, group);
         for (int64_t a = from; a < to; ++a)

@@ -23,10 +23,11 @@ struct ChainShape {
   std::vector<Convolution> blocks;
   std::vector<int64_t> pools;
   std::vector<double> eps;
-  int64_t images, ways, channels, pixels;  // channels and pixels: of an image's features
-  bool by_moments;  // whether the first block goes by its patches' moments
+  int64_t images, ways = 0;          // ways: 0 without a linear layer
+  int64_t channels, height, width;  // of an image's features
+  bool by_moments;                   // whether the first block goes by its patches' moments
 
-  int64_t parameters() const { return int64_t(blocks.size()) * kPerBlock + 2; }
+  int64_t parameters() const { return int64_t(blocks.size()) * kPerBlock + (ways > 0 ? 2 : 0); }
   int64_t head() const { return int64_t(blocks.size()) * kPerBlock; }  // place of the linear layer's weight
   int64_t block_of(int64_t place) const { return place / kPerBlock; }  // the linear layer is behind the last block
 };
@@ -40,8 +41,8 @@ template <typename T>
 class OuterChain {
  public:
   // kept: memory of `activations` bytes that a forward pass fills; filled: by an earlier call.
-  OuterChain(const ChainShape& shape, const at::Tensor& x, std::byte* kept, bool is_filled, Arena& arena)
-      : shape_(shape), head_(shape.images, shape.ways, shape.channels, shape.pixels, arena) {
+  OuterChain(const ChainShape& shape, const at::Tensor& x, std::byte* kept, bool is_filled, Arena& arena) : shape_(shape) {
+    if (shape.ways > 0) head_.emplace(shape.images, shape.ways, shape.channels, shape.height * shape.width, arena);
     const at::TensorOptions options = x.options();
     const Images<T> images{x.const_data_ptr<T>(), x.strides().data()};
     const int64_t blocks = int64_t(shape.blocks.size());
@@ -69,42 +70,49 @@ class OuterChain {
     return bytes;
   }
 
-  OuterHead<T>& head() { return head_; }
+  OuterHead<T>& head() { return *head_; }
 
-  // The logits, and their derivative along that of the parameters; `head` has them.
+  // The last block's features, dense channels-last.
+  const T* features() const { return blocks_.back().y(); }
+
+  // The logits, and their derivative along that of the parameters; `head` has them. Without a linear layer the features.
   void forward(const Places<const T>& now, const Places<const T>& dot, Arena& arena) {
     Dual<const T> y{x_, nullptr};
     for (size_t b = 0; b < blocks_.size(); ++b) {
       blocks_[b].forward(y, of(now, b), of(dot, b), arena);
       y = {blocks_[b].y(), blocks_[b].y_dot()};
     }
+    if (!head_) return;
     const int64_t at = shape_.head();
-    head_.forward(y, {now[at], dot[at]}, {now[at + 1], dot[at + 1]});
+    head_->forward(y, {now[at], dot[at]}, {now[at + 1], dot[at + 1]});
   }
 
-  // After a forward pass in an earlier call, with the gradient of the logits [N, ways].
+  // After a forward pass in an earlier call, with the gradient of the logits [N, ways], or of the features as they lie.
   void resume(const Places<const T>& now, const T* gradient) {
     const T* y = x_;
     for (size_t b = 0; b < blocks_.size(); ++b) {
       blocks_[b].resume(y, of(now, b));
       y = blocks_[b].y();
     }
-    head_.resume(y, now[shape_.head()], gradient);
+    if (head_)
+      head_->resume(y, now[shape_.head()], gradient);
+    else
+      gradient_ = gradient;
   }
 
-  // From the gradient of the logits, which `head` has: slopes += scales times the gradients, along += their derivatives;
+  // From the gradient of the logits, which `head` has, or of the features: slopes += scales times the gradients, along += their derivatives;
   // gx: of x, dense channels-last, with its derivative, unless null.
   void backward(const Places<T>& slopes, const T* scales, const Places<T>& along, Dual<T> gx, Arena& arena) {
     const Arena::Mark mark = arena.mark();
     const int64_t at = shape_.head(), blocks = int64_t(blocks_.size());
     const T one = T(1);
     const auto scale = [&](int64_t place) { return scales == nullptr ? one : scales[place]; };
-    head_.parameters(slopes[at], scale(at), slopes[at + 1], scale(at + 1), along[at], along[at + 1], arena);
+    if (head_) head_->parameters(slopes[at], scale(at), slopes[at + 1], scale(at + 1), along[at], along[at + 1], arena);
     int64_t lowest = gx.value != nullptr ? 0 : blocks;
     for (int64_t place = at - 1; place >= 0; --place)
       if (slopes[place] != nullptr || along[place] != nullptr) lowest = std::min(lowest, shape_.block_of(place));
     if (lowest == blocks && gx.value == nullptr) return arena.rewind(mark);
-    Dual<const T> g = head_.input_gradient(arena);
+    Dual<const T> g = head_ ? head_->input_gradient(arena) : Dual<const T>{gradient_, nullptr};
     for (int64_t b = blocks - 1; b >= lowest; --b) {
       Dual<T> below = b == 0 ? Dual<T>{gx.value, g.dot == nullptr ? nullptr : gx.dot} : Dual<T>{};
       if (b > lowest) {
@@ -133,7 +141,8 @@ class OuterChain {
 
   const ChainShape& shape_;
   std::vector<OuterBlock<T>> blocks_;
-  OuterHead<T> head_;
+  std::optional<OuterHead<T>> head_;
+  const T* gradient_ = nullptr;  // of the features, where there is no linear layer
   at::Tensor rows_;
   const T* x_;  // dense channels-last, or features; null where the first block has the images itself
 };

@@ -45,14 +45,17 @@ Given described(const at::Tensor& x, at::TensorList parameters, at::IntArrayRef 
   const int64_t blocks = int64_t(eps.size()), tasks = x.size(0);
   TORCH_CHECK(x.dim() == (blocks > 0 ? 5 : 3) && x.numel() > 0, "chain: x must be [tasks, images, ",
               blocks > 0 ? "C, H, W" : "features", "] and not empty, got ", x.sizes());
-  TORCH_CHECK(int64_t(parameters.size()) == kPerBlock * blocks + 2 && int64_t(geometry.size()) == kGeometry * blocks,
+  const bool whole = int64_t(parameters.size()) != kPerBlock * blocks || blocks == 0;  // with a linear layer
+  TORCH_CHECK(int64_t(parameters.size()) == kPerBlock * blocks + (whole ? 2 : 0) &&
+                  int64_t(geometry.size()) == kGeometry * blocks,
               "chain: ", blocks, " blocks need ", kPerBlock * blocks + 2, " parameters and ", kGeometry * blocks,
               " numbers, got ", parameters.size(), " and ", geometry.size());
   Given given;
   given.x = x;
   for (size_t i = 0; i < parameters.size(); ++i) {
     const at::Tensor& p = parameters[i];
-    const int64_t axes = i + 2 == parameters.size() ? 3 : i + 1 == parameters.size() || i % kPerBlock > 0 ? 2 : 5;
+    const bool head = whole && i + 2 >= parameters.size();
+    const int64_t axes = head ? (i + 2 == parameters.size() ? 3 : 2) : i % kPerBlock > 0 ? 2 : 5;
     TORCH_CHECK(p.dim() == axes && p.scalar_type() == x.scalar_type() && (p.size(0) == tasks || p.size(0) == 1),
                 "chain: parameter ", i, " ", p.sizes(), " ", p.scalar_type(), " does not fit ", tasks, " tasks in ",
                 x.scalar_type());
@@ -73,10 +76,13 @@ Given described(const at::Tensor& x, at::TensorList parameters, at::IntArrayRef 
     shape.blocks.push_back(c), shape.pools.push_back(g[7]), shape.eps.push_back(eps[b]);
     channels = c.outputs, height = c.rows / g[7], width = c.columns / g[7];
   }
-  const at::Tensor& head = given.parameters[shape.head()];
-  TORCH_CHECK(head.size(2) == channels * height * width && given.parameters.back().size(1) == head.size(1),
-              "chain: the linear layer ", head.sizes(), " does not take ", channels * height * width, " features");
-  shape.images = x.size(1), shape.ways = head.size(1), shape.channels = channels, shape.pixels = height * width;
+  shape.images = x.size(1), shape.channels = channels, shape.height = height, shape.width = width;
+  if (whole) {
+    const at::Tensor& head = given.parameters[shape.head()];
+    TORCH_CHECK(head.size(2) == channels * height * width && given.parameters.back().size(1) == head.size(1),
+                "chain: the linear layer ", head.sizes(), " does not take ", channels * height * width, " features");
+    shape.ways = head.size(1);
+  }
   shape.by_moments = blocks > 0 && from_images && ImageConvolution<float>::takes(shape.blocks.front(), shape.pools.front());
   return given;
 }
@@ -110,8 +116,8 @@ Places<const T> parameters_of(const Given& given, int64_t task) {
 }
 
 void check_steps(const Given& given, const at::Tensor& labels, const Row& row, int64_t steps, at::ArrayRef<double> rates) {
-  TORCH_CHECK(labels.dim() == 2 && labels.size(0) == given.tasks() && labels.size(1) == given.shape.images &&
-                  labels.scalar_type() == at::kLong,
+  TORCH_CHECK(given.shape.ways > 0 && labels.dim() == 2 && labels.size(0) == given.tasks() &&
+                  labels.size(1) == given.shape.images && labels.scalar_type() == at::kLong,
               "chain_steps: labels ", labels.sizes(), " ", labels.scalar_type(), " do not fit x ", given.x.sizes());
   TORCH_CHECK(steps > 0 && !row.places.empty() && int64_t(rates.size()) == steps * int64_t(row.places.size()),
               "chain_steps: ", steps, " steps of ", row.places.size(), " updated parameters need one rate each, got ",
@@ -259,12 +265,19 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor> chain_st
   return {v, std::move(others), gx, of_rates};
 }
 
-// -> logits [T, N, ways], and what chain_logits_grad reads of the pass [T, bytes]
+// Logits [T, N, ways], or, of a chain without its linear layer, features [T, N, O, H, W], channels-last.
+at::Tensor empty_result(const Given& given) {
+  const ChainShape& s = given.shape;
+  if (s.ways > 0) return at::empty({given.tasks(), s.images, s.ways}, given.x.options());
+  return empty_images(given.tasks(), s.images, s.channels, s.height, s.width, given.x.options());
+}
+
+// -> logits or features, and what chain_logits_grad reads of the pass [T, bytes]
 std::tuple<at::Tensor, at::Tensor> chain_logits(const at::Tensor& x, at::TensorList parameters, at::IntArrayRef geometry,
                                                 at::ArrayRef<double> eps, bool from_images) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Given given = described(x, parameters, geometry, eps, from_images);
-  at::Tensor logits = at::empty({given.tasks(), given.shape.images, given.shape.ways}, x.options()), kept;
+  at::Tensor logits = empty_result(given), kept;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "chain_logits", [&] {
     const int64_t bytes = OuterChain<scalar_t>::activations(given.shape);
     kept = at::empty({given.tasks(), bytes}, x.options().dtype(at::kByte));
@@ -275,13 +288,18 @@ std::tuple<at::Tensor, at::Tensor> chain_logits(const at::Tensor& x, at::TensorL
       std::byte* const memory = reinterpret_cast<std::byte*>(kept.mutable_data_ptr<uint8_t>()) + task * bytes;
       OuterChain<scalar_t> chain(given.shape, given.x[task], memory, false, *arena);
       chain.forward(now, still, *arena);
-      chain.head().logits(logits.mutable_data_ptr<scalar_t>() + task * given.shape.images * given.shape.ways);
+      const int64_t values = logits.numel() / given.tasks();
+      scalar_t* const to = logits.mutable_data_ptr<scalar_t>() + task * values;
+      if (given.shape.ways > 0)
+        chain.head().logits(to);
+      else
+        std::copy_n(chain.features(), values, to);
     });
   });
   return {logits, kept};
 }
 
-// g: of the logits. -> the gradients of the parameters that are wanted [T, ...], in order; of x (empty unless wanted).
+// g: of the logits or features. -> the gradients of the parameters that are wanted [T, ...], in order; of x (empty unless wanted).
 std::tuple<std::vector<at::Tensor>, at::Tensor> chain_logits_grad(const at::Tensor& g_, const at::Tensor& x,
                                                                   at::TensorList parameters, const at::Tensor& kept,
                                                                   at::IntArrayRef geometry, at::ArrayRef<double> eps,
@@ -289,12 +307,11 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> chain_logits_grad(const at::Tens
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const Given given = described(x, parameters, geometry, eps, from_images);
   const int64_t tasks = given.tasks(), values = x.numel() / tasks;
-  const int64_t sizes[] = {tasks, given.shape.images, given.shape.ways};
-  TORCH_CHECK(g_.sizes() == at::IntArrayRef(sizes) && g_.scalar_type() == x.scalar_type() &&
-                  wanted.size() == parameters.size() && kept.dim() == 2 && kept.size(0) == tasks && kept.is_contiguous() &&
-                  !(from_images && want_x),
+  const at::Tensor like = empty_result(given);
+  TORCH_CHECK(g_.sizes() == like.sizes() && g_.scalar_type() == x.scalar_type() && wanted.size() == parameters.size() &&
+                  kept.dim() == 2 && kept.size(0) == tasks && kept.is_contiguous() && !(from_images && want_x),
               "chain_logits_grad: the gradient ", g_.sizes(), " ", g_.scalar_type(), " does not fit x ", x.sizes());
-  const at::Tensor g = g_.contiguous();
+  const at::Tensor g = given.shape.ways > 0 ? g_.contiguous() : pixels_of(g_);
   std::vector<at::Tensor> grads;
   std::vector<int64_t> places;
   for (int64_t i = 0; i < given.shape.parameters(); ++i) {
@@ -317,7 +334,7 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> chain_logits_grad(const at::Tens
       std::byte* const memory =
           reinterpret_cast<std::byte*>(const_cast<uint8_t*>(kept.const_data_ptr<uint8_t>())) + task * kept.size(1);
       OuterChain<scalar_t> chain(given.shape, given.x[task], memory, true, *arena);
-      chain.resume(now, g.const_data_ptr<scalar_t>() + task * given.shape.images * given.shape.ways);
+      chain.resume(now, g.const_data_ptr<scalar_t>() + task * (g.numel() / tasks));
       chain.backward(slopes, nullptr, nowhere, {want_x ? gx.mutable_data_ptr<scalar_t>() + task * values : nullptr, nullptr},
                      *arena);
     });

@@ -335,8 +335,11 @@ if not _WHY:
     def _(
         x: Tensor, parameters: list[Tensor], geometry: list[int], eps: list[float], from_images: bool
     ) -> tuple[Tensor, Tensor]:
-        size = _kept_bytes(x, parameters, geometry, from_images)
-        return x.new_empty(*x.shape[:2], parameters[-1].shape[1]), x.new_empty(x.shape[0], size, dtype=torch.uint8)
+        size, sides = _kept_bytes(x, parameters, geometry, from_images)
+        kept = x.new_empty(x.shape[0], size, dtype=torch.uint8)
+        if len(parameters) % 3 == 0:
+            return _images(x, sides[0], sides[1], x.dtype, channels=parameters[-1].shape[1]), kept
+        return x.new_empty(*x.shape[:2], parameters[-1].shape[1]), kept
 
     @torch.library.register_fake("lambda_kernels::chain_logits_grad")
     def _(
@@ -369,9 +372,11 @@ if not _WHY:
             return x.new_empty(0)
         return _images(x, x.shape[3], x.shape[4], x.dtype) if x.dim() == 5 else x.new_empty(x.shape)
 
-    def _kept_bytes(x: Tensor, parameters: list[Tensor], geometry: list[int], from_images: bool) -> int:
+    def _kept_bytes(
+        x: Tensor, parameters: list[Tensor], geometry: list[int], from_images: bool
+    ) -> tuple[int, list[int]]:
         """What a chain's forward pass leaves of a task for its way back, as Activations::lay_out in csrc/outer/block.h
-        lays it out."""
+        lays it out; and height and width of the last block's features."""
         size, (images, channels), sides = 0, x.shape[1:3], list(x.shape[3:])
         for block in range(len(geometry) // 8):
             own, weight = geometry[8 * block : 8 * block + 8], parameters[3 * block]
@@ -396,7 +401,7 @@ if not _WHY:
             counts.append(((taps + 1) ** 2 if by_moments else 0, 8))
             size += sum(((count + 16) * bytes_of + 63) // 64 * 64 for count, bytes_of in counts if count)
             channels = outputs
-        return size
+        return size, sides
 
     def _pooled(x: Tensor, kernel: Sequence[int], geometry: list[int]) -> list[int]:
         """Height and width of a block's result."""

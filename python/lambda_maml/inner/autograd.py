@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lambda_kernels.program import flatten
 
-from ..plan import Part
+from ..plan import Frozen, Part
 from . import checks
 from .adaptation import Adaptation, Stretch, Support
 from .rule import Params, Rule, State, Step, is_learned
@@ -42,12 +42,30 @@ class Prefix:
 
     def __init__(self, a: Adaptation, part: Part, state: dict[str, Tensor], support: Support) -> None:
         self.a, self.part, self.support = a, part, support
+        if a.second_order and (value := self._as_one(state)) is not None:
+            self.boundary = (value,)
+            self._frozen = Frozen(part, self.boundary, [])
+            return
         with torch.set_grad_enabled(a.second_order):
             if support.tasks is None:
                 self._frozen = part.freeze(a.modules, state, self._laid_out(a.inputs(support.xs)))
                 self.boundary = self._frozen.boundary
             else:
                 self.boundary = a.each_task(state, support.tasks, self._freeze, support.xs)
+
+    def _as_one(self, state: Mapping[str, Tensor]) -> Tensor | None:
+        """What a chain's first blocks hand over, as one operation with its own way back; None where there is none."""
+        part, xs, single = self.part, self.support.xs, self.support.tasks is None
+        if part.whole is None or part.chain is None or not isinstance(xs, Tensor):
+            return None
+        count = len(part.whole.blocks) - len(part.chain.blocks)
+        if count == 0 or xs.dim() != (4 if single else 5):
+            return None
+        features = part.whole.features(state, xs.unsqueeze(0) if single else xs, count)
+        if features is None:
+            return None
+        features = features if part.chain.blocks else features.flatten(2)
+        return features.squeeze(0) if single else features
 
     @property
     def value(self) -> Any:
