@@ -171,6 +171,28 @@ def test_a_write_into_a_view_or_a_copy_is_what_it_is_for_one_task(name: str, pat
     close(adapt_tasks(model, xs, ys.expand(2, -1), xq, **given), torch.stack(want), "logits")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")],
+)
+def test_too_little_memory_is_no_fault_of_vmap(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    xs, ys, xq, _ = batch(CONV4)
+    model = copy.deepcopy(CONV4.network)
+    given: dict[str, Any] = dict(pattern="00011", steps=1)
+
+    def fails(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batch_module, "adapt_and_classify", fails)
+        with pytest.raises(type(error), match="memory"):
+            adapt_tasks(model, xs, ys, xq, **given)
+    ways: list[int] = []
+    monkeypatch.setattr(batch_module, "adapt_and_classify", lambda *_: ways.append(1))
+    adapt_tasks(model, xs, ys, xq, **given)
+    assert ways == [1]
+
+
 def test_wrong_tasks() -> None:
     xs, ys, xq, _ = batch(CONV4)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -212,9 +211,9 @@ def _together(a: Adaptation, xs: Any, ys: Any, xq: Any, given: dict[str, Any]) -
         return one_by_one(why)
     try:
         return batch.adapt_and_classify(a, xs, ys, xq)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if checks.lacks_memory(error):
+            raise
         # Whatever vmap has no rule for. Should the fault be the user's, adapting the first task raises it again.
         reason = f"torch.func.vmap cannot follow ({' '.join(str(error).split())[:160]})"
         found = one_by_one(reason)

@@ -20,6 +20,7 @@ from .data.episodes import Task
 from .data.imageset import ImageSet
 from .evaluate import Progress, evaluate
 from .files import remove_leftovers
+from .inner.checks import lacks_memory
 from .inner.rule import Rule
 from .learned_rates import check_rates, fault_in, fixed_rates, learned_rule
 from .lock import locked
@@ -228,7 +229,7 @@ class _Run:
                 iteration=self.state.result.iteration,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
-            if not _is_of_memory(error):
+            if not lacks_memory(error):
                 raise
             raise RuntimeError(
                 f"{len(tasks)} tasks of {len(tasks[0].xs)} support and {len(tasks[0].xq)} query images do not fit in "
@@ -341,12 +342,6 @@ def _saved_by_those_left(run: _Run) -> Iterator[None]:
             run.save()
         told = f"{lost}. The state after iteration {result.iteration} is saved: continue with --resume"
         raise Lost(told, lost.ranks) from lost
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Whether torch, on a GPU or the CPU, or NumPy could not allocate."""
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
 
 
 def _about(

@@ -35,6 +35,7 @@ __all__ = [
     "class_numbers",
     "diverged",
     "ignored_label",
+    "lacks_memory",
     "scalar",
     "told_of",
 ]
@@ -292,3 +293,9 @@ def diverged(pattern: object, rule: Any, rows: list[list[float]], xs: Any) -> st
     )
     where = f"in step {step + 1} of {len(losses)}, support loss {value}"
     return f"adaptation under {pattern} with {rule!r} diverged {where}: {why}"
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether torch, on a GPU or the CPU, or NumPy could not allocate."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(w in str(error).lower() for w in words)
