@@ -36,7 +36,7 @@ def launch(count: int, job: Callable[..., Any], *arguments: Any, timeout: float 
     its own."""
     import torch.distributed as dist
 
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    store: Any = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     start = time.monotonic()
     ends: dict[int, End] = {}
     pipes: dict[Connection, int] = {}
@@ -53,7 +53,7 @@ def launch(count: int, job: Callable[..., Any], *arguments: Any, timeout: float 
         ready = wait(list(pipes), timeout=PATIENCE)
         assert ready, "ranks hang"
         for pipe in ready:
-            rank = pipes.pop(pipe)  # type: ignore[index]
+            rank = pipes.pop(pipe)  # type: ignore[call-overload]
             try:
                 ends[rank] = End(*torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False))  # type: ignore[union-attr]
             except EOFError:

@@ -161,7 +161,7 @@ def test_a_write_into_a_view_or_a_copy_is_what_it_is_for_one_task(name: str, pat
     given: dict[str, Any] = dict(pattern=pattern, steps=2, lr=0.1, second_order=True)
     want = []
     for x, q in zip(xs, xq):
-        fast = dict(model.named_parameters())
+        fast: dict[str, Tensor] = dict(model.named_parameters())
         for _ in range(2):
             loss = F.cross_entropy(torch.func.functional_call(model, fast, (x,)), ys)
             moving = [n for n in fast if pattern[["conv", "seco", "head"].index(n[:4].replace("norm", "conv"))] == "1"]

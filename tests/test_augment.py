@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_jitter_is_that_of_pil_in_a_random_order() -> None:
 
 def test_the_images_of_a_task_are_changed_by_its_own_draws() -> None:
     augment = Augment(flip=True, crop=2, jitter=0.4)
-    options = {"ways": 3, "shots": 2, "query": 2, "seed": 5, "augment": augment}
+    options: dict[str, Any] = {"ways": 3, "shots": 2, "query": 2, "seed": 5, "augment": augment}
     three = data.sample_tasks(COLOUR, 3, **options)
     alone = data.sample_tasks(COLOUR, 1, first=2, **options)[0]
     assert all(torch.equal(a, b) for a, b in zip(three[2], alone))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -253,7 +254,7 @@ def test_one_channel_in_steps_to_a_single_column(
     width: int, kernel: int, padding: int, step: int, name: str, backend: str
 ) -> None:
     x, weight = torch.randn(15, 1, 4, width), torch.randn(4, 1, 2, kernel)
-    given = dict(stride=(1, step), padding=(1, padding))
+    given: dict[str, Any] = dict(stride=(1, step), padding=(1, padding))
     want = F.conv2d(x.double(), weight.double(), **given)
     assert want.shape[3] == 1
     x = named_channels_last(x) if name in ("images", "both") else x

@@ -96,8 +96,8 @@ def test_a_checkpoint_knows_its_rates(form: str, tmp_path: Path) -> None:
 
 def test_steps_beyond_the_trained_ones_have_the_last_rates() -> None:
     rule = rules.sgd(nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, 4.0]])))
-    assert fixed_rates(rule, "layer-step", 4).tolist() == [[1, 2], [3, 4], [3, 4], [3, 4]]  # type: ignore[union-attr]
-    assert fixed_rates(rule, "layer-step", 1).tolist() == [[1, 2]]  # type: ignore[union-attr]
+    assert fixed_rates(rule, "layer-step", 4).tolist() == [[1, 2], [3, 4], [3, 4], [3, 4]]  # type: ignore[union-attr, operator]
+    assert fixed_rates(rule, "layer-step", 1).tolist() == [[1, 2]]  # type: ignore[union-attr, operator]
 
 
 def test_a_negative_rate_is_said_once_and_an_infinite_one_ends_the_run(caplog: pytest.LogCaptureFixture) -> None:
@@ -176,7 +176,7 @@ def test_the_command_line_uses_learned_rates_without_being_told(
 ) -> None:
     best = trained / BEST
     model, meta = checkpoint.load(best)
-    rates = load_rates(best, model, meta, 2)
+    rates: Any = load_rates(best, model, meta, 2)
     tasks = data.sample_tasks(data.load("glyphs", split="test"), 8, ways=5, shots=1, query=3, seed=cli.TEST_SEED)
     want = evaluate(model, tasks, pattern="00111", steps=2, lr=rates).mean
     other = evaluate(model, tasks, pattern="00111", steps=2, lr=0.1).mean

@@ -15,7 +15,7 @@ from machine import PATIENCE
 from ranks import CONTEXT
 from training import run
 
-from lambda_maml import cli, lock, say
+from lambda_maml import cli, say
 from lambda_maml.lock import NAME, locked
 
 
@@ -61,7 +61,7 @@ def test_one_process_is_refused_its_own_folder_and_gets_it_again(tmp_path):
 
 def test_a_lock_whose_file_was_just_removed_is_taken_anew(tmp_path, monkeypatch):
     """Between opening the file and locking it, the run that held it may end and remove it, and a third one begin."""
-    flock, calls = fcntl.flock, []
+    flock, calls = fcntl.flock, list[int]()
 
     def late(descriptor: int, operation: int) -> None:
         if not calls:
@@ -87,7 +87,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, caplog)
     def none(descriptor: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", none)
     monkeypatch.setattr(say, "_said", set())
     with locked(tmp_path, "train"), locked(tmp_path / "b", "train"):
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -181,9 +181,9 @@ def test_a_gradient_in_the_graph_is_the_same_and_so_are_those_of_a_map(backend: 
         return torch.autograd.grad(values[0], asked, g, retain_graph=True, allow_unused=True, materialize_grads=True)
 
     assert far([g[1] for g in torch.func.vmap(one)(rows)], one(rows[1])) < 1e-12
-    want = one(rows[1])
+    expected = one(rows[1])
     batched = torch.autograd.grad(values[0], asked, rows, is_grads_batched=True)
-    assert far([g[1] for g in batched], want) < 1e-12
+    assert far([g[1] for g in batched], expected) < 1e-12
 
 
 def test_a_value_changed_in_place_before_the_backward_pass_is_refused() -> None:
@@ -272,11 +272,11 @@ def test_gradcheck_and_gradgradcheck_of_the_logits(network: Network) -> None:
 
 @needs_native
 def test_logits_are_asked_only_for_the_gradients_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    task, seen = given(TWO_BLOCKS, tasks=2), []
+    task, seen = given(TWO_BLOCKS, tasks=2), list[Sequence[bool]]()
     parameters = [p.clone().requires_grad_() for p in task.parameters]
     plain_grad = Native.logits_grad
 
-    def noted(self: Native, *args: object) -> object:
+    def noted(self: Native, *args: Any) -> Any:
         seen.append(args[5])
         return plain_grad(self, *args)
 

@@ -133,7 +133,7 @@ def test_a_signal_saves_and_ends_the_run(number: signal.Signals, reason: str, tm
 def test_a_signal_in_a_validation_ends_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = small(val_tasks=64)
     run(tmp_path / "whole", 6, settings)
-    evaluate, seen = train_module.evaluate, []
+    evaluate, seen = train_module.evaluate, []  # type: ignore[attr-defined]
 
     def counted(*args: Any, progress: Callable[..., None], **options: Any) -> Any:
         def told(done: int, total: int, what: str) -> None:

@@ -50,7 +50,7 @@ class Shorter(Named):
 
 
 class Always(Named):
-    training = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
+    training = property(lambda self: True, lambda self, value: None)
 
 
 class Metered(type(nn.Module)):  # type: ignore[misc]

@@ -111,7 +111,7 @@ def plain_training(
         adam.zero_grad()
         for task in batch:
             losses = plain_query_losses(twin, slow, task, settings, bits(i), second_order(i), rate)
-            loss = sum(w * own for w, own in zip(weights(i), losses, strict=True))
+            loss = torch.stack([w * own for w, own in zip(weights(i), losses, strict=True)]).sum()
             (loss / len(batch)).backward()
         before(everything)
         adam.step()
