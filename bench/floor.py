@@ -1,8 +1,9 @@
-"""The least time of an adaptation here: its necessary floating-point operations over the processor's measured peak.
+"""The least time of an adaptation or a meta-gradient here: its necessary floating-point operations over the processor's
+measured peak.
 
-Counted are convolutions and linear layers on the support set: forward, weight gradients and input gradients as the
-pattern asks for them, a frozen prefix once. The peak is the higher of fused multiply-adds in registers and the fastest
-matrix product of torch.
+Counted are convolutions and linear layers: forward, weight gradients and input gradients as the pattern asks for them,
+a frozen prefix once; in second order the way back through each of these, with nothing computed twice. The peak is the
+higher of fused multiply-adds in registers and the fastest matrix product of torch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from harness import CONFIGURATIONS, make_problem
 from torch import nn
 
 from lambda_maml import Pattern
+from lambda_maml.cost import layer_costs
 
 SOURCE = Path(__file__).with_name("peak.cpp")
 SIDES = (128, 256, 512, 1024, 2048)  # of the matrix products
@@ -39,6 +41,40 @@ def operations(model: nn.Module, shape: tuple[int, ...], pattern: Pattern, steps
         total += 2 * (cost.prefix + count * cost.step)
         first += count
     return total
+
+
+def meta_operations(
+    model: nn.Module, support: tuple[int, ...], query: tuple[int, ...], pattern: Pattern, steps: int, second_order: bool
+) -> int:
+    """Floating-point operations of one task's meta-gradient, by all parameters: an adaptation to a support set of shape
+    [N, C, H, W], and the query images of shape [Q, C, H, W] forward and back.
+
+    In second order an operation of a step has a way back to each of its two factors, which costs as much as itself; the
+    images need none. So a step takes nine passes of a layer, six where it is the first updated one behind a frozen
+    prefix, and four where it is the network's first.
+    """
+    if not second_order:
+        steps_alone = operations(model, support, pattern, steps)
+        return steps_alone + 2 * sum(_there_and_back(layer_costs(model, query)))
+    forward = layer_costs(model, support)
+    total = sum(_there_and_back(layer_costs(model, query)))
+    for bits, count in pattern.segments(steps):
+        first = bits.index("1")
+        total += sum(_there_and_back(forward)[:first])
+        for layer, cost in list(enumerate(forward))[first:]:
+            inputs = int(layer > 0)  # do its inputs depend on a parameter?
+            passes = 1 + (1 + inputs)  # forward, and the way back to weights and inputs
+            if bits[layer] == "1":
+                passes += 1 + (1 + inputs)  # the weight gradient: of inputs and the outputs' gradient
+            if layer > first:
+                passes += 1 + 2  # the input gradient: of weights and the outputs' gradient
+            total += count * passes * cost
+    return 2 * total
+
+
+def _there_and_back(forward: list[int]) -> list[int]:
+    """Multiply-adds of each layer: forward, by the weights, and by the inputs but for those of the first layer."""
+    return [cost * (3 if layer else 2) for layer, cost in enumerate(forward)]
 
 
 def best(run: Callable[[], object], seconds: float) -> float:
