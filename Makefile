@@ -39,9 +39,12 @@ bench:
 	@$(MAKE) --no-print-directory peers
 	@$(MAKE) --no-print-directory timings
 
-# Against stock PyTorch and other packages; PEERS_ARGS=--help lists options. No figures where a result is wrong.
+# Against stock PyTorch and other packages; PEERS_ARGS=--help and TRAINING_ARGS=--help list options. No figures where a
+# result is wrong.
 peers: $(VENV)/.built $(VENV)/.peers
 	mkdir -p bench/results
+	$(BIN)/python bench/bench_training.py --json bench/results/training.json.tmp $(TRAINING_ARGS)
+	mv bench/results/training.json.tmp bench/results/training.json
 	$(BIN)/python bench/bench_peers.py --json bench/results/peers.json.tmp $(PEERS_ARGS)
 	mv bench/results/peers.json.tmp bench/results/peers.json
 	$(BIN)/python bench/peers_report.py --markdown bench/results/peers.md --plot bench/results/peers.svg

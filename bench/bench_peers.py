@@ -320,10 +320,10 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(document: Mapping[str, Any], console: Console) -> None:
+def show(document: Mapping[str, Any], tables: Iterable[peers_report.Table], console: Console) -> None:
     for line in peers_report.machine(document):
         console.print(line, markup=False)
-    for table in peers_report.tables(document):
+    for table in tables:
         shown = Table(*(title.replace("`", "") for title in table.head), title=table.title, caption=table.note)
         for cells in table.rows:
             shown.add_row(*(escape(text.replace("`", "")) for text in cells))
@@ -337,8 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.perf_counter()
     document: dict[str, Any] = {
         "schema": 1, "what": "peers", "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command(given), "tiny": given.tiny, "seconds": 0.0, "machine": machine(),
-        "ceilings": floor.ceilings(0.01 if given.tiny else 0.5),
+        "command": command("bench_peers.py", given, parse([])), "tiny": given.tiny, "seconds": 0.0,
+        "machine": machine(), "ceilings": floor.ceilings(0.01 if given.tiny else 0.5),
     }  # fmt: skip
     bench = Bench(options_of(given), document["ceilings"]["flops"])
     failed = fill_rows(bench.rows(), document, given.json)
@@ -349,7 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_text(given.markdown, peers_report.markdown(document))
     if given.plot:
         peers_report.plot(document, given.plot)
-    show(document, Console(width=None if sys.stdout.isatty() else 160))
+    show(document, peers_report.tables(document), Console(width=None if sys.stdout.isatty() else 160))
     return 1 if failed else 0
 
 

@@ -91,10 +91,10 @@ def options_of(given: argparse.Namespace) -> Options:
     )  # fmt: skip
 
 
-def command(given: argparse.Namespace) -> str:
-    """The command line, less the files."""
-    usual = vars(parse([]))
-    words = ["python bench/bench_peers.py"]
+def command(script: str, given: argparse.Namespace, default: argparse.Namespace) -> str:
+    """The script's command line, less the files."""
+    usual = vars(default)
+    words = [f"python bench/{script}"]
     for name, value in vars(given).items():
         if name not in ("json", "markdown", "plot") and value != usual[name]:
             text = ",".join(value) if isinstance(value, list) else str(value)

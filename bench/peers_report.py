@@ -1,19 +1,24 @@
-"""docs/performance.md from the results of `make bench`: `python3 bench/peers_report.py [RESULTS.json]`."""
+"""docs/performance.md from the results of `make bench`: `python3 bench/peers_report.py [RESULTS.json]`. Training, which
+leads it, has results of its own."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from gpu_report import ROOT, cell, digits, met, span, times, write
+import report_tables
+import training_report
+from gpu_report import ROOT, cell, digits, span, times, write
+from report_tables import Row, Rows, Table, machine, named
 
-Row = Mapping[str, Any]
+__all__ = ["Table", "machine", "markdown", "page", "plot", "read", "tables"]
 FULL, LAST = "11111", "00011"
 RESULTS, PAGE = ROOT / "bench" / "results" / "peers.json", ROOT / "docs" / "performance.md"
+TRAINING = training_report.RESULTS
 # Of the issue: how often faster ours is, in the order of OVER.
 OVER = ((FULL, "stock_full"), (LAST, "stock_full"), (LAST, "stock_masked"), (LAST, "stock_prefix"))
 GOALS = {
@@ -46,31 +51,40 @@ TITLES = {
     "packages": "Beside torch.func, torch.compile and other packages",
     "query": "With the logits of 15 query images per class",
 }
-HEAD = """# Adaptation on a CPU
+HEAD = """# Training and adaptation on a CPU
 
 ```sh
 make bench
 ```
 
-compares this project's adaptation with stock PyTorch, with what one could write by hand, and with the packages that do
-the same, then times every pattern for `select --timings`. It writes `peers.json`, tables and a picture to the folder of
-results, and this page (`bench/peers_report.py` writes it anew from that file). The packages in
-`bench/requirements-peers.txt` are installed beside the others where a package index can be reached; learn2learn is
-compared where `LEARN2LEARN_SRC` names a checkout of it. A part of it alone: `.venv/bin/python bench/bench_peers.py`
-with the options that `--help` lists; the floors alone: `.venv/bin/python bench/floor.py`.
-"""
-NONE = """
-## No results in this checkout
+compares this project's meta-training and its adaptation with stock PyTorch, with what one could write by hand, and with
+the packages that do the same, then times every pattern for `select --timings`. It writes `training.json`, `peers.json`,
+tables and a picture to the folder of results, and this page (`bench/peers_report.py` writes it anew from these files;
+each part says of which commit and day it is). The packages in `bench/requirements-peers.txt` are installed beside the
+others where a package index can be reached; learn2learn is compared where `LEARN2LEARN_SRC` names a checkout of it. A
+part of it alone: `.venv/bin/python bench/bench_training.py` and `bench/bench_peers.py` with the options that `--help`
+lists; the floors alone: `.venv/bin/python bench/floor.py`.
 
-There is no `peers.json`, and so no figures.
 """
-PICTURE = """
-![How often faster ours adapts, and the goals](../bench/results/peers.svg)
+NONE = """## {}: no results in this checkout
+
+There is no `{}`, and so no figures.
+
+"""
+PICTURE = """![How often faster ours adapts, and the goals](../bench/results/peers.svg)
 
 """
 HOW = """
 ## How it is measured
 
+- A meta-gradient runs from the images of 4 tasks to the `.grad` of all parameters: adaptation, the loss of 15 query
+  images per class, and the way back. Ours takes all tasks in one call of `adapt_tasks`; the verbs, stock PyTorch
+  (`torch.func.functional_call` and `torch.autograd.grad`) and the packages a task at a time, with a backward pass each.
+  Under `00011` the packages have the frozen layers in front outside of MAML, as in learn2learn's example of ANIL.
+- The trainer is one run of `lambda_maml.train`; between two of its iterations each of the others has one of its own,
+  with the same tasks, Adam and meta-batch.
+- The floor of a meta-gradient counts the way back too: in second order nine passes of a layer a step, four of the
+  network's first.
 - Adaptation time runs from support tensors to adapted parameters, wall clock, the query forward not in it. All columns
   of a row alternate in one process, in shuffled order; a ratio is taken inside each round and given as its median with
   the quartiles.
@@ -103,41 +117,15 @@ HOW = """
 """
 
 
-class Table(NamedTuple):
-    title: str
-    note: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-def page(document: Row | None) -> str:
+def page(document: Row | None, training: Row | None) -> str:
     """The whole of docs/performance.md."""
-    return HEAD + (NONE if document is None else PICTURE + markdown(document)) + HOW
+    trained = NONE.format("Training", "training.json") if training is None else training_report.markdown(training)
+    adapted = NONE.format("Adaptation", "peers.json") if document is None else PICTURE + markdown(document)
+    return HEAD + trained + ("\n" if training is not None else "") + adapted + HOW
 
 
 def markdown(document: Row) -> str:
-    parts = [*machine(document), ""]
-    for table in tables(document):
-        lines = [f"| {' | '.join(cells)} |" for cells in (table.head, ["---"] * len(table.head), *table.rows)]
-        parts += [f"### {table.title}", "", *([table.note, ""] if table.note else []), *lines, ""]
-    return "\n".join(parts)
-
-
-def machine(document: Row) -> Iterator[str]:
-    m, c = document["machine"], document["ceilings"]
-    packages = ", ".join(f"{name} {version}" for name, version in m["packages"].items())
-    yield f"## {m['processor']}, {document['started'][:10]}"
-    yield ""
-    if document["tiny"]:
-        yield "**Tiny shapes: not a measurement.**"
-        yield ""
-    yield f"`{document['command']}` at commit {m['commit'] or 'unknown'}, {document['seconds']:.0f} s."
-    where = f"{m['cores']} cores, {m['threads']} threads, instruction set {m['instruction_set']}"
-    yield f"{where}; Python {m['python']}, {packages}."
-    peak = f"peak {digits(c['flops'] / 1e9)} GFLOP/s, matrix product {digits(c['mm_flops'] / 1e9)} GFLOP/s"
-    yield f"Measured: {peak}, copy {digits(c['copy_bytes_per_s'] / 1e9)} GB/s read and written." + (
-        f" {c['remark']}." if c["remark"] else ""
-    )
+    return report_tables.markdown(document, tables(document))
 
 
 def tables(document: Row) -> Iterator[Table]:
@@ -148,23 +136,8 @@ def tables(document: Row) -> Iterator[Table]:
     yield from (table for table in (found.goals(), *several, *others, found.missing()) if table.rows)
 
 
-class Found:
+class Found(Rows):
     """The tables of some results."""
-
-    def __init__(self, document: Row) -> None:
-        self.rows: list[Row] = document["rows"]
-        self.tiny: bool = document["tiny"]
-
-    def of(self, kind: str) -> list[Row]:
-        return [row for row in self.rows if row["kind"] == kind and row["status"] == "passed"]
-
-    def against(self, ratio: Mapping[str, float] | None, goal: float | None) -> str:
-        if ratio is None:
-            return "no figure"
-        return times(ratio) + self.verdict(ratio["median"], goal)
-
-    def verdict(self, value: float, goal: float | None, unit: str = "{:g}x") -> str:
-        return "" if goal is None else f"; goal {unit.format(goal)}: {met(value, goal, self.tiny)}"
 
     def goals(self) -> Table:
         """The issue's table."""
@@ -259,14 +232,6 @@ class Found:
         head = ["network", "pattern", "ours, ms", *(f"faster than {NAMES[n]}" for n in ODD)]
         return Table("Odd sizes", "As conv4, with fewer blocks for the smallest images.", head, found)
 
-    def missing(self) -> Table:
-        found = [[row["name"], row["status"], cell(row["reason"])] for row in self.rows if row["status"] != "passed"]
-        return Table("Rows without figures", "", ["row", "", "reason"], found)
-
-
-def named(row: Row) -> str:
-    return f"{row['configuration']}: {row['network']}"
-
 
 def plot(document: Row, path: Path) -> None:
     """The issue's ratios as a picture."""
@@ -304,10 +269,10 @@ def plot(document: Row, path: Path) -> None:
     temporary.replace(path)
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, what: str = "peers") -> dict[str, Any]:
     document = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(document, dict) or document.get("schema") != 1 or document.get("what") != "peers":
-        raise SystemExit(f'{path.name}: not the results of bench_peers.py (no "what": "peers", "schema": 1)')
+    if not isinstance(document, dict) or document.get("schema") != 1 or document.get("what") != what:
+        raise SystemExit(f'{path.name}: not the results of bench_{what}.py (no "what": "{what}", "schema": 1)')
     return document
 
 
@@ -315,12 +280,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("results", type=Path, nargs="?", default=RESULTS, help="Of bench_peers.py. Default: bench/results/peers.json")
+    add("--training", type=Path, default=TRAINING,
+        help="Of bench_training.py. Default: bench/results/training.json")  # fmt: skip
     add("--page", type=Path, default=PAGE, help="Where to write. Default: docs/performance.md")
     add("--markdown", type=Path, help="File for the tables alone.")
     add("--plot", type=Path, help="File for the picture, .svg or .png.")
     given = parser.parse_args()
     document = read(given.results) if given.results.exists() or given.results != RESULTS else None
-    write(given.page, page(document))
+    trained = given.training.exists() or given.training != TRAINING
+    write(given.page, page(document, read(given.training, "training") if trained else None))
     if document is not None and given.markdown:
         write(given.markdown, markdown(document))
     if document is not None and given.plot:

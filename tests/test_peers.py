@@ -248,7 +248,7 @@ def measured(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_page_states_each_goal_with_what_was_found(results):
-    lines = report.page(measured(results)).splitlines()
+    lines = report.page(measured(results), None).splitlines()
     (goals,) = [line for line in lines if "goal 2.5x" in line]
     assert "| 2.60x (2.50 to 2.70); goal 2.5x: reached | 14.0x (13.0 to 16.0); goal 15x: not reached |" in goals
     assert any("| no \\| reason |" in line for line in lines)
@@ -259,13 +259,14 @@ def test_the_page_states_each_goal_with_what_was_found(results):
 
 
 def test_tiny_shapes_reach_nothing(results):
-    text = report.page(results)
+    text = report.page(results, None)
     assert "**Tiny shapes: not a measurement.**" in text and ": reached" not in text and ": not reached" not in text
 
 
 def test_the_page_is_that_of_the_results_in_the_checkout():
     document = report.read(report.RESULTS) if report.RESULTS.exists() else None
-    assert report.PAGE.read_text() == report.page(document), "run python3 bench/peers_report.py"
+    training = report.read(report.TRAINING, "training") if report.TRAINING.exists() else None
+    assert report.PAGE.read_text() == report.page(document, training), "run python3 bench/peers_report.py"
 
 
 @pytest.mark.parametrize(
