@@ -66,6 +66,8 @@ graph's rules on a tape of operators. Unproven until there are results:
   as a whole;
 - that TorchDynamo captures a `forward` there as it does here: captures were tried with torch 2.13 on CPUs alone, and
   the first-call check of a program has not run on a device;
+- that the outer gradient, made of a backend's operations (`backends/outer_step.py`), gives right results on a
+  device, and training with a rank per GPU (NCCL) too;
 - every speed, and the goals below.
 """
 HOW = """
