@@ -1,9 +1,10 @@
-"""torch's tools around converted networks: torch.compile, torch.export, the flop counter, opcheck."""
+"""torch's tools around converted networks: torch.compile, torch.export, ONNX, the flop counter, opcheck."""
 
 from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lambda_kernels as lk
-from lambda_maml import adapt
+from lambda_kernels.agreement import within
+from lambda_maml import adapt, models
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo's own, about what it does not look into
 
@@ -133,3 +135,26 @@ def test_the_flop_counter_counts_as_for_torchs_layers(name: str, x: Tensor) -> N
                     y.sum().backward()
             counted.append(counter.get_total_flops())
     assert counted[:2] == counted[2:] and min(counted) > 0
+
+
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.parametrize("what", ["converted", "conv4", "learner"])
+def test_an_onnx_file_gives_what_the_network_gives(what: str, dynamo: bool, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    plain = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 5)
+    )
+    network: nn.Module = lk.convert(plain) if what == "converted" else models.conv4(5, 1, 4, 16)
+    if what == "learner":
+        xs, ys = torch.randn(5, 1, 16, 16), torch.arange(5)
+        network = adapt(network, xs, ys, pattern="00011", steps=2, lr=0.1)
+    x, file = torch.randn(4, 1, 16, 16), tmp_path / "network.onnx"
+    with torch.no_grad():
+        want = network.eval()(x)
+    torch.onnx.export(network, (x,), file, dynamo=dynamo, verbose=False)
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), want, **within(torch.float32, "gradient"))
