@@ -82,7 +82,7 @@ HOW = """
   (`torch.func.functional_call` and `torch.autograd.grad`) and the packages a task at a time, with a backward pass each.
   Under `00011` the packages have the frozen layers in front outside of MAML, as in learn2learn's example of ANIL.
 - The trainer is one run of `lambda_maml.train`; between two of its iterations each of the others has one of its own,
-  with the same tasks, Adam and meta-batch.
+  with the same tasks, Adam and meta-batch. It samples its next tasks ahead, which is then in the others' time.
 - The floor of a meta-gradient counts the way back too: in second order nine passes of a layer a step, four of the
   network's first.
 - Adaptation time runs from support tensors to adapted parameters, wall clock, the query forward not in it. All columns
