@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # an optimiser's first step imports it: once here, not in each child
-from training import network, run, small, state
+from small_runs import network, run, small, state
 
 from lambda_maml.train import LAST
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
-from training import TRAIN, image_set, small
+from small_runs import TRAIN, image_set, small
 
 from lambda_maml import data, models
 from lambda_maml.data import Augment

@@ -11,8 +11,8 @@ import pytest
 import torch
 from cases import GRADIENT
 from PIL import Image
+from small_runs import SMALL, TRAIN, VAL, network, plain_training, run, small
 from torch import nn
-from training import SMALL, TRAIN, VAL, network, plain_training, run, small
 
 from lambda_maml import adapt, checkpoint, cli, data, rules
 from lambda_maml.evaluate import evaluate

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from machine import PATIENCE
 from ranks import CONTEXT
-from training import run
+from small_runs import run
 
 from lambda_maml import cli, say
 from lambda_maml.lock import NAME, locked

@@ -10,8 +10,8 @@ import pytest
 import torch
 from machine import fresh
 from PIL import Image
+from small_runs import TRAIN, VAL, assert_same_bits, small
 from torch import nn
-from training import TRAIN, VAL, assert_same_bits, small
 
 from lambda_maml import checkpoint, cli, models
 from lambda_maml.train import BEST, train

@@ -14,8 +14,8 @@ import pytest
 import torch
 from cases import GRADIENT
 from ranks import End, launch
+from small_runs import TRAIN, VAL, network, small, state
 from test_train import plain_meta_gradient
-from training import TRAIN, VAL, network, small, state
 
 from lambda_maml import checkpoint, data, processes, signs
 from lambda_maml.evaluate import evaluate
@@ -56,6 +56,7 @@ def test_the_ranks_together_have_the_gradient_of_a_plain_loop(count, tasks):
     loss, own = gradient(ALONE, tasks)
     for found_loss, found in values(launch(count, gradient, tasks)):
         assert found_loss == pytest.approx(loss, rel=1e-12)
+        # float64, added up in another order
         torch.testing.assert_close(found, own, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(found, wanted, **GRADIENT)
 
@@ -113,6 +114,7 @@ def assert_same_state(folder: Path, wanted: Path) -> None:
     (tensors, history, iteration), (own, own_history, own_iteration) = state(folder), state(wanted)
     assert tensors.keys() == own.keys() and iteration == own_iteration
     for name in tensors.keys() - {"random"}:
+        # float64, over some updates
         torch.testing.assert_close(tensors[name], own[name], rtol=1e-9, atol=1e-11, msg=partial(_told, name))
     assert [line[:3] for line in history] == [line[:3] for line in own_history]
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in wanted.iterdir())

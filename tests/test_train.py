@@ -12,8 +12,8 @@ import pytest
 import torch
 from cases import GRADIENT
 from safetensors.torch import save_file
+from small_runs import TRAIN, VAL, assert_same_bits, network, plain_query_losses, run, small, state
 from torch import nn
-from training import TRAIN, VAL, assert_same_bits, network, plain_query_losses, run, small, state
 
 from lambda_kernels import to_torch
 from lambda_maml import checkpoint, data, models

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from machine import fresh
-from training import TRAIN, VAL, assert_same_bits, image_set, network, run, small, state
+from small_runs import TRAIN, VAL, assert_same_bits, image_set, network, run, small, state
 
 from lambda_maml import checkpoint, cli, data, outer
 from lambda_maml import train as train_module

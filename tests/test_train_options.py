@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import GRADIENT
+from small_runs import TRAIN, VAL, assert_same_bits, network, plain_training, run, small, state
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from training import TRAIN, VAL, assert_same_bits, network, plain_training, run, small, state
 
 from lambda_kernels import to_torch
 from lambda_maml import checkpoint, data, rules

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import GRADIENT
-from training import VAL, assert_same_bits, network, plain_training, run, small
+from small_runs import VAL, assert_same_bits, network, plain_training, run, small
 
 from lambda_maml import Pattern, checkpoint, data
 from lambda_maml.evaluate import evaluate
