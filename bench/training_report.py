@@ -115,14 +115,14 @@ class Found(Rows):
         found = []
         for row in self.of("train"):
             for name, column in row["columns"].items():
-                who = "`lambda-maml train`" if name == "ours" else NAMES[name]
+                who = "the trainer" if name == "ours" else NAMES[name]
                 if "skipped" in column:
                     found.append([named(row), who, cell(column["skipped"]), ""])
                 else:
                     said = "" if name == "ours" else self.against(row["ratios"][name], TRAIN_GOAL)
                     found.append([named(row), who, span(per_second(column)), said])
         note = "Second order, all layers; tasks per second, their sampling and Adam's step in it."
-        return Table("`lambda-maml train`", note, ["network", "loop", "tasks per second", "ours is faster by"], found)
+        return Table("The trainer", note, ["network", "loop", "tasks per second", "ours is faster by"], found)
 
     def graph(self) -> Table:
         found = []

@@ -210,7 +210,7 @@ def test_the_page_leads_with_training_and_its_goals(results):
     (goals,) = [line for line in lines if "goal 3.5x" in line]
     assert "| 3.10x (3.00 to 3.20); goal 3x: reached | 6.00x (5.50 to 6.50); goal 5x: reached |" in goals
     assert any("| second order `11111` | 7 | 30.0 | 75% | 50% | 25% |" in line for line in lines)
-    assert any("| `lambda-maml train` | 50.0 (40.0 to 62.5) |" in line for line in lines)
+    assert any("| the trainer | 50.0 (40.0 to 62.5) |" in line for line in lines)
     assert any(
         "| `11111` | 10.0, 25.0: 2.50x; goal 3x: not reached | 2.00, 7.00: 3.50x; goal 3x: reached | 0.50 | 0.40 |"
         in line
