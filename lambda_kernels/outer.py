@@ -136,10 +136,12 @@ def _through_steps(
     fixed: _Fixed, tensors: Sequence[Tensor], path: Tensor, v: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """The gradients of x, labels, rates and parameters, from that of the last values side by side."""
-    backend, blocks, updated, second_order, _ = fixed
+    backend, blocks, updated, second_order, from_images = fixed
     x, labels, rates, *parameters = tensors
     wanted = Wanted(list(needs[3:]), needs[0], needs[2])
-    done = backend.steps_grad(v, x, labels, parameters, path, updated, blocks, rates.tolist(), wanted, second_order)
+    done = backend.steps_grad(
+        v, x, labels, parameters, path, updated, blocks, rates.tolist(), from_images, wanted, second_order
+    )
     found = list(done.others)
     for i, value in zip(fixed.places, apart(done.updated, [parameters[i] for i in fixed.places])):
         found[i] = value

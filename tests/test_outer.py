@@ -343,6 +343,21 @@ def test_threads_change_no_bit_of_a_meta_gradient(tasks: int) -> None:
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
 
+@needs_native
+def test_the_way_back_repeats_the_steps_whatever_is_asked_of_it() -> None:
+    """Of images that require a gradient, the first block is another operation than of those that do not."""
+    network = MIXED["images-winograd-library"]
+    task, updated = given(network, torch.float32), network.from_layer(0)
+    leaves = Leaves.of(task, torch.full((2, sum(updated)), 0.1))
+    _, new = adapted(
+        Native(), leaves.x, task.labels, leaves.parameters, updated, network.specs, leaves.rates, second_order=True
+    )
+    loss = outer_loss(new)
+    _, *both = torch.autograd.grad(loss, [leaves.x, *leaves.parameters], retain_graph=True)
+    alone = torch.autograd.grad(loss, leaves.parameters)
+    assert all(torch.equal(a, b) for a, b in zip(both, alone))
+
+
 @pytest.mark.parametrize("shape", [(0, 8), (2, 7), (8,)], ids=str)
 def test_rates_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     task, updated = given(TWO_BLOCKS), [True] * 8

@@ -259,7 +259,8 @@ class Backend:
 
     def steps_grad(
         self, v: Tensor, x: Tensor, labels: Tensor, parameters: list[Tensor], path: Tensor, updated: list[bool],
-        blocks: list[BlockSpec], rates: Sequence[Sequence[float]], wanted: Wanted, second_order: bool,
+        blocks: list[BlockSpec], rates: Sequence[Sequence[float]], from_images: bool, wanted: Wanted,
+        second_order: bool,
     ) -> StepsGrad:  # fmt: skip
         """The way back through `steps`: v [T, numbers] is the gradient with respect to the last values, side by side.
 

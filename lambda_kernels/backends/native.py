@@ -119,14 +119,17 @@ class Native(Reference):
 
     def steps_grad(
         self, v: Tensor, x: Tensor, labels: Tensor, parameters: list[Tensor], path: Tensor, updated: list[bool],
-        blocks: list[BlockSpec], rates: Sequence[Sequence[float]], wanted: Wanted, second_order: bool,
+        blocks: list[BlockSpec], rates: Sequence[Sequence[float]], from_images: bool, wanted: Wanted,
+        second_order: bool,
     ) -> StepsGrad:  # fmt: skip
         if not _backs(blocks):
-            return super().steps_grad(v, x, labels, parameters, path, updated, blocks, rates, wanted, second_order)
+            return super().steps_grad(
+                v, x, labels, parameters, path, updated, blocks, rates, from_images, wanted, second_order
+            )
         flags, geometry, eps = _constants(updated, blocks)
         done, others, gx, of_rates = torch.ops.lambda_kernels.chain_steps_grad(
             v, x, labels, parameters, path, flags, geometry, eps, len(rates), _flat(rates),
-            list(map(int, wanted.parameters)), not wanted.x, wanted.x, wanted.rates, second_order,
+            list(map(int, wanted.parameters)), from_images, wanted.x, wanted.rates, second_order,
         )  # fmt: skip
         left = iter(others)
         own = [next(left) if flag and not moves else None for flag, moves in zip(wanted.parameters, updated)]

@@ -302,14 +302,10 @@ class Reference(Backend):
 
     def steps_grad(
         self, v: Tensor, x: Tensor, labels: Tensor, parameters: list[Tensor], path: Tensor, updated: list[bool],
-        blocks: list[BlockSpec], rates: Sequence[Sequence[float]], wanted: Wanted, second_order: bool,
+        blocks: list[BlockSpec], rates: Sequence[Sequence[float]], from_images: bool, wanted: Wanted,
+        second_order: bool,
     ) -> StepsGrad:  # fmt: skip
         return outer_step.steps_grad(self, v, x, labels, parameters, path, updated, blocks, rates, wanted, second_order)
-
-    def logits(
-        self, x: Tensor, parameters: list[Tensor], blocks: list[BlockSpec], from_images: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        return None
 
 
 def _patches(x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:
