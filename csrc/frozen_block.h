@@ -2,6 +2,7 @@
 // norm is monotonous in z, rising or, where gamma is negative, falling: so a window's maximum is known before the
 // statistics are, and z itself is never written.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -55,8 +56,13 @@ void run_frozen_block(const FrozenBlock<T>& b, Arena& arena) {
     }
   } else {
     const WinogradConvolution<T> filter(b.c, const_cast<T*>(b.weight), b.weight_strides);
-    filter.survey(b.x, negative, b.y, mean, variance, arena);
-    for (int64_t o = 0; o < outputs; ++o) b.mean[o] = level[o] = T(mean[o]);
+    double seen = 0.0;
+    for (int64_t o = 0; o < outputs; ++o) mean[o] = variance[o] = 0.0;
+    filter.survey(b.x, negative, b.y, seen, mean, variance, arena);
+    for (int64_t o = 0; o < outputs; ++o) {
+      b.mean[o] = level[o] = T(negative[o] ? -mean[o] : mean[o]);
+      variance[o] = std::max(variance[o] / seen, 0.0);
+    }
   }
   for (int64_t o = 0; o < outputs; ++o) b.rstd[o] = T(1.0 / std::sqrt(variance[o] + b.eps));
   NormReluPool<T> p{};

@@ -100,6 +100,13 @@ class ImageConvolution {
     }
   }
 
+  // Of some of the images.
+  ImageConvolution part(int64_t first, int64_t count) const {
+    ImageConvolution some = *this;
+    some.x_ += first * height_ * width_ * c_.inputs, some.c_.images = count;
+    return some;
+  }
+
   // to [K + 1, K + 1]
   void moments(double* to, Arena& arena) const {
     const Arena::Mark mark = arena.mark();

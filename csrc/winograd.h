@@ -41,8 +41,9 @@ class WinogradConvolution {
     arena.rewind(mark);
   }
 
-  // x -> the maxima of y in windows of 2 x 2, of -y where `negative`; mean and variance of y
-  void survey(const T* x, const bool* negative, T* pooled, double* mean, double* variance, Arena& arena) const {
+  // x -> the maxima of y in windows of 2 x 2, of -y where `negative`; so many pixels with their mean and their squares
+  // about it join those of the images seen before
+  void survey(const T* x, const bool* negative, T* pooled, double& seen, double* mean, double* squares, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
     const int64_t padded = up(c_.outputs, kLanes);
     T* const u = transform(false, arena);
@@ -54,18 +55,15 @@ class WinogradConvolution {
     p.partial = arena.take<double>(groups * 3 * padded);
     run(p, winograd_kernels<T>().forward, 1, arena);
     // Chan, Golub, LeVeque 1983, eq. 2.1: joins the parts' means and squares
-    for (int64_t o = 0; o < c_.outputs; ++o) {
-      double seen = 0.0, squares = 0.0;
-      mean[o] = 0.0;
-      for (int64_t group = 0; group < groups; ++group) {
-        const double* part = p.partial + group * 3 * padded + o;
-        const double count = part[2 * padded], delta = part[0] - mean[o];
-        mean[o] += delta * count / (seen + count);
-        squares += part[padded] + delta * delta * seen * count / (seen + count);
-        seen += count;
+    for (int64_t group = 0; group < groups; ++group) {
+      const double* const part = p.partial + group * 3 * padded;
+      const double count = part[2 * padded], weight = count / (seen + count);
+      for (int64_t o = 0; o < c_.outputs; ++o) {
+        const double delta = part[o] - mean[o];
+        mean[o] += delta * weight;
+        squares[o] += part[padded + o] + delta * delta * seen * weight;
       }
-      mean[o] = negative[o] ? -mean[o] : mean[o];
-      variance[o] = std::max(squares / seen, 0.0);
+      seen += count;
     }
     arena.rewind(mark);
   }

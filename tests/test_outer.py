@@ -22,6 +22,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BACKENDS = [Reference(), pytest.param(Native(), marks=needs_native)]
 SMALL = Network((2, 7, 6), (Layer(3), Layer(4, stride=(1, 2), pool=1, eps=1e-3)), images=4, ways=3)
 LINEAR = Network((5,), (), images=4, ways=3)
+# Seven images are taken in parts of at most 2^16 values of z: 4 + 3 of the second block, one by one of the first.
+PARTS = {
+    "winograd": Network((3, 43, 39), (Layer(32), Layer(32), Layer(32)), images=7),
+    "library": Network((3, 43, 39), (Layer(32), Layer(32, kernel=(5, 4), stride=(1, 2)), Layer(8)), images=7),
+}
 
 
 class Leaves(NamedTuple):
@@ -205,14 +210,16 @@ def plain_logits(network: Network, parameters: Sequence[Tensor], x: Tensor) -> T
 @needs_native
 @pytest.mark.parametrize("own", [False, True, SOME_OWN], ids=["shared", "own", "some-own"])
 @pytest.mark.parametrize("x_moves", [True, False], ids=["x", "no-x"])
-@pytest.mark.parametrize("network", [*MIXED.values(), TWO_BLOCKS, SMALL, LINEAR])
+@pytest.mark.parametrize("network", [*MIXED.values(), *PARTS.values(), TWO_BLOCKS, SMALL, LINEAR])
 def test_the_logits_of_a_chain_have_the_gradients_of_plain_layers(
     network: Network, x_moves: bool, own: bool | Sequence[bool]
 ) -> None:
     if own is SOME_OWN and network is not TWO_BLOCKS:
         own = False
     task = given(network, tasks=3, own=own)
-    x = task.query.clone().requires_grad_(x_moves)
+    for gamma in task.parameters[1:-2:3]:
+        gamma[..., ::2] *= -1.0  # a window's maximum is then the minimum before the norm
+    x = task.x.clone().requires_grad_(x_moves)
     parameters = [p.clone().requires_grad_() for p in task.parameters]
     silent = torch.randn(4).double().requires_grad_()
     logits = classified(Native(), x, parameters, network.specs, [silent])
@@ -268,6 +275,18 @@ def test_gradcheck_and_gradgradcheck_of_the_logits(network: Network) -> None:
     assert torch.autograd.gradcheck(logits, leaves, fast_mode=True)
     # against differences of gradients, which are rounded themselves
     assert torch.autograd.gradgradcheck(logits, leaves, fast_mode=True, atol=1e-4)
+
+
+@needs_native
+def test_a_query_pass_keeps_the_maxima_of_its_windows_alone() -> None:
+    network = PARTS["winograd"]
+    task, pixels = given(network, torch.float32), (21 * 19, 10 * 9, 5 * 4)
+    found = Native().logits(task.x, [p.unsqueeze(0) for p in task.parameters], network.specs, True)
+    assert found is not None
+    logits, kept = found
+    maxima = 32 * 7 * sum(pixels[1:])  # of all blocks but the first, of which nothing is kept
+    assert logits.shape[1] == 7
+    assert kept.nbytes <= maxima * (4 + 4 + 1) + 8 * 28**2 + 4096  # z, y, index; the patches' moments; in whole lines
 
 
 @needs_native

@@ -30,9 +30,13 @@ struct Activations {
   uint8_t* index;
   double* moments;  // of a first block's patches, else null
 
+  struct Counts {
+    int64_t z, y, outputs, moments;  // values; 0 where there are none
+  };
+
   // Lays them out from `memory` on (null to count alone) and returns the bytes that they take; what lies between them is
   // set to zero where they are not filled yet.
-  int64_t lay_out(const Convolution& c, int64_t pool, bool by_moments, std::byte* memory, bool is_filled) {
+  int64_t lay_out(const Counts& counts, std::byte* memory, bool is_filled) {
     int64_t used = 0;
     const auto take = [&](auto*& to, int64_t count) {
       to = nullptr;
@@ -44,11 +48,8 @@ struct Activations {
       }
       used += whole;  // readable for 16 values beyond
     };
-    const int64_t pooled = c.images * (c.rows / pool) * (c.columns / pool) * c.outputs;
-    const int64_t side = c.inputs * c.kernel[0] * c.kernel[1] + 1;
-    take(z, by_moments ? 0 : c.pixels() * c.outputs);
-    take(y, pooled), take(mean, c.outputs), take(rstd, c.outputs), take(index, pooled);
-    take(moments, by_moments ? side * side : 0);
+    take(z, counts.z), take(y, counts.y), take(mean, counts.outputs), take(rstd, counts.outputs), take(index, counts.y);
+    take(moments, counts.moments);
     return used;
   }
 };
@@ -63,13 +64,19 @@ struct Images {
 template <typename T>
 class OuterBlock {
  public:
-  // first: the images, where the block goes by their patches' moments; kept: what the forward pass fills, or has filled.
-  OuterBlock(const Convolution& c, int64_t pool, double eps, const Images<T>* first, const Activations<T>& kept,
-             bool is_filled, const at::TensorOptions& options, Arena& arena)
-      : c_(c), kept_(kept) {
+  // first: the images, where the block goes by their patches' moments
+  OuterBlock(const Convolution& c, int64_t pool, double eps, const Images<T>* first, const at::TensorOptions& options,
+             Arena& arena)
+      : c_(c) {
+    const int64_t pooled = c.images * (c.rows / pool) * (c.columns / pool) * c.outputs;
+    const int64_t side = c.inputs * c.kernel[0] * c.kernel[1] + 1;
+    const typename Activations<T>::Counts counts{first != nullptr ? 0 : c.pixels() * c.outputs, pooled, c.outputs,
+                                                 first != nullptr ? side * side : 0};
+    kept_.lay_out(counts, arena.take<std::byte>(kept_.lay_out(counts, nullptr, true)), false);
+    const Activations<T>& kept = kept_;
     if (first != nullptr) {
       images_.emplace(c, pool, first->data, first->strides, arena);
-      if (!is_filled) images_->moments(kept.moments, arena);
+      images_->moments(kept.moments, arena);
       patches_.emplace(c.inputs * c.kernel[0] * c.kernel[1], kept.moments);
     } else {
       convolution_ = convolution_tangent<T>(c, options);
@@ -110,12 +117,6 @@ class OuterBlock {
     run_norm_relu_pool(static_cast<const NormReluPool<T>&>(norm_));
     arena.rewind(mark);
     if (moves) run_norm_tangent(norm_, dot.gamma, dot.beta, moments_, arena);
-  }
-
-  // After a forward pass in an earlier call: what the way back reads of it.
-  void resume(const T* x, const Parameters<const T>& now) {
-    x_ = {x, nullptr}, now_ = now, dot_ = {};
-    norm_.gamma = now.gamma, norm_.beta = now.beta;
   }
 
   // gy and its derivative (null for none) -> gx unless it is null, with its derivative; slopes += scales times the gradients

@@ -1,4 +1,4 @@
-// A chain of fused blocks and a linear layer over one task's images, with derivatives along a direction.
+// A chain of fused blocks and a linear layer over one task's images, with derivatives along a direction: the inner steps.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -40,19 +40,15 @@ using Places = std::vector<T*>;
 template <typename T>
 class OuterChain {
  public:
-  // kept: memory of `activations` bytes that a forward pass fills; filled: by an earlier call.
-  OuterChain(const ChainShape& shape, const at::Tensor& x, std::byte* kept, bool is_filled, Arena& arena) : shape_(shape) {
-    if (shape.ways > 0) head_.emplace(shape.images, shape.ways, shape.channels, shape.height * shape.width, arena);
+  OuterChain(const ChainShape& shape, const at::Tensor& x, Arena& arena) : shape_(shape) {
+    head_.emplace(shape.images, shape.ways, shape.channels, shape.height * shape.width, arena);
     const at::TensorOptions options = x.options();
     const Images<T> images{x.const_data_ptr<T>(), x.strides().data()};
     const int64_t blocks = int64_t(shape.blocks.size());
     blocks_.reserve(blocks);
     for (int64_t b = 0; b < blocks; ++b) {
       const bool by_moments = b == 0 && shape.by_moments;
-      Activations<T> own;
-      kept += own.lay_out(shape.blocks[b], shape.pools[b], by_moments, kept, is_filled);
-      blocks_.emplace_back(shape.blocks[b], shape.pools[b], shape.eps[b], by_moments ? &images : nullptr, own, is_filled,
-                           options, arena);
+      blocks_.emplace_back(shape.blocks[b], shape.pools[b], shape.eps[b], by_moments ? &images : nullptr, options, arena);
     }
     if (blocks == 0) {
       rows_ = x.contiguous();
@@ -62,57 +58,32 @@ class OuterChain {
     }
   }
 
-  // Bytes that a forward pass leaves for the way back.
-  static int64_t activations(const ChainShape& shape) {
-    int64_t bytes = 0;
-    for (size_t b = 0; b < shape.blocks.size(); ++b)
-      bytes += Activations<T>{}.lay_out(shape.blocks[b], shape.pools[b], b == 0 && shape.by_moments, nullptr, true);
-    return bytes;
-  }
-
   OuterHead<T>& head() { return *head_; }
 
-  // The last block's features, dense channels-last.
-  const T* features() const { return blocks_.back().y(); }
-
-  // The logits, and their derivative along that of the parameters; `head` has them. Without a linear layer the features.
+  // The logits, and their derivative along that of the parameters; `head` has them.
   void forward(const Places<const T>& now, const Places<const T>& dot, Arena& arena) {
     Dual<const T> y{x_, nullptr};
     for (size_t b = 0; b < blocks_.size(); ++b) {
       blocks_[b].forward(y, of(now, b), of(dot, b), arena);
       y = {blocks_[b].y(), blocks_[b].y_dot()};
     }
-    if (!head_) return;
     const int64_t at = shape_.head();
     head_->forward(y, {now[at], dot[at]}, {now[at + 1], dot[at + 1]});
   }
 
-  // After a forward pass in an earlier call, with the gradient of the logits [N, ways], or of the features as they lie.
-  void resume(const Places<const T>& now, const T* gradient) {
-    const T* y = x_;
-    for (size_t b = 0; b < blocks_.size(); ++b) {
-      blocks_[b].resume(y, of(now, b));
-      y = blocks_[b].y();
-    }
-    if (head_)
-      head_->resume(y, now[shape_.head()], gradient);
-    else
-      gradient_ = gradient;
-  }
-
-  // From the gradient of the logits, which `head` has, or of the features: slopes += scales times the gradients, along += their derivatives;
+  // From the gradient of the logits, which `head` has: slopes += scales times the gradients, along += their derivatives;
   // gx: of x, dense channels-last, with its derivative, unless null.
   void backward(const Places<T>& slopes, const T* scales, const Places<T>& along, Dual<T> gx, Arena& arena) {
     const Arena::Mark mark = arena.mark();
     const int64_t at = shape_.head(), blocks = int64_t(blocks_.size());
     const T one = T(1);
     const auto scale = [&](int64_t place) { return scales == nullptr ? one : scales[place]; };
-    if (head_) head_->parameters(slopes[at], scale(at), slopes[at + 1], scale(at + 1), along[at], along[at + 1], arena);
+    head_->parameters(slopes[at], scale(at), slopes[at + 1], scale(at + 1), along[at], along[at + 1], arena);
     int64_t lowest = gx.value != nullptr ? 0 : blocks;
     for (int64_t place = at - 1; place >= 0; --place)
       if (slopes[place] != nullptr || along[place] != nullptr) lowest = std::min(lowest, shape_.block_of(place));
     if (lowest == blocks && gx.value == nullptr) return arena.rewind(mark);
-    Dual<const T> g = head_ ? head_->input_gradient(arena) : Dual<const T>{gradient_, nullptr};
+    Dual<const T> g = head_->input_gradient(arena);
     for (int64_t b = blocks - 1; b >= lowest; --b) {
       Dual<T> below = b == 0 ? Dual<T>{gx.value, g.dot == nullptr ? nullptr : gx.dot} : Dual<T>{};
       if (b > lowest) {
@@ -142,7 +113,6 @@ class OuterChain {
   const ChainShape& shape_;
   std::vector<OuterBlock<T>> blocks_;
   std::optional<OuterHead<T>> head_;
-  const T* gradient_ = nullptr;  // of the features, where there is no linear layer
   at::Tensor rows_;
   const T* x_;  // dense channels-last, or features; null where the first block has the images itself
 };

@@ -17,6 +17,7 @@
 #include "arena.h"
 #include "inner_loop/rates.h"
 #include "outer/chain.h"
+#include "outer/query.h"
 #include "tasks.h"
 #include "tensors.h"
 
@@ -148,8 +149,7 @@ std::tuple<at::Tensor, at::Tensor> chain_steps(const at::Tensor& x, const at::Te
       scalar_t* from = rows + task * (steps + 1) * row.size;
       for (size_t u = 0; u < row.places.size(); ++u)
         std::copy_n(now[row.places[u]], given.count(row.places[u]), from + row.offsets[u]);
-      std::byte* const kept = arena.take<std::byte>(OuterChain<scalar_t>::activations(given.shape));
-      OuterChain<scalar_t> chain(given.shape, given.x[task], kept, false, arena);
+      OuterChain<scalar_t> chain(given.shape, given.x[task], arena);
       std::vector<scalar_t> scales(now.size());
       for (int64_t step = 0; step < steps; ++step, from += row.size) {
         scalar_t* const to = from + row.size;
@@ -229,8 +229,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor> chain_st
       const Dual<scalar_t> below{back ? arena.take<scalar_t>(values) : nullptr,
                                  back ? arena.take<scalar_t>(values) : nullptr};
       scalar_t* const to_x = back ? gx.mutable_data_ptr<scalar_t>() + task * values : nullptr;
-      std::byte* const kept = arena.take<std::byte>(OuterChain<scalar_t>::activations(given.shape));
-      OuterChain<scalar_t> chain(given.shape, given.x[task], kept, false, arena);
+      OuterChain<scalar_t> chain(given.shape, given.x[task], arena);
       for (int64_t step = steps - 1; step >= 0; --step) {
         row.point(now, path.const_data_ptr<scalar_t>() + (task * (steps + 1) + step) * row.size);
         Places<const scalar_t> dot(now.size(), nullptr);
@@ -279,21 +278,14 @@ std::tuple<at::Tensor, at::Tensor> chain_logits(const at::Tensor& x, at::TensorL
   const Given given = described(x, parameters, geometry, eps, from_images);
   at::Tensor logits = empty_result(given), kept;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "chain_logits", [&] {
-    const int64_t bytes = OuterChain<scalar_t>::activations(given.shape);
+    const int64_t bytes = QueryChain<scalar_t>::bytes(given.shape), values = logits.numel() / given.tasks();
     kept = at::empty({given.tasks(), bytes}, x.options().dtype(at::kByte));
     for_each_task(given.tasks(), [&](int64_t task) {
       const Borrowed arena;
       const Places<const scalar_t> now = parameters_of<scalar_t>(given, task);
-      const Places<const scalar_t> still(now.size(), nullptr);
       std::byte* const memory = reinterpret_cast<std::byte*>(kept.mutable_data_ptr<uint8_t>()) + task * bytes;
-      OuterChain<scalar_t> chain(given.shape, given.x[task], memory, false, *arena);
-      chain.forward(now, still, *arena);
-      const int64_t values = logits.numel() / given.tasks();
-      scalar_t* const to = logits.mutable_data_ptr<scalar_t>() + task * values;
-      if (given.shape.ways > 0)
-        chain.head().logits(to);
-      else
-        std::copy_n(chain.features(), values, to);
+      QueryChain<scalar_t> chain(given.shape, given.x[task], now, memory, false, *arena);
+      chain.forward(logits.mutable_data_ptr<scalar_t>() + task * values, *arena);
     });
   });
   return {logits, kept};
@@ -322,21 +314,19 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> chain_logits_grad(const at::Tens
                   : x.dim() == 5 ? empty_images(tasks, x.size(1), x.size(2), x.size(3), x.size(4), x.options())
                                  : at::empty(x.sizes(), x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "chain_logits_grad", [&] {
-    TORCH_CHECK(kept.size(1) == OuterChain<scalar_t>::activations(given.shape), "chain_logits_grad: ", kept.size(1),
+    TORCH_CHECK(kept.size(1) == QueryChain<scalar_t>::bytes(given.shape), "chain_logits_grad: ", kept.size(1),
                 " bytes are not what chain_logits left");
     for_each_task(tasks, [&](int64_t task) {
       const Borrowed arena;
       const Places<const scalar_t> now = parameters_of<scalar_t>(given, task);
-      const Places<scalar_t> nowhere(now.size(), nullptr);
-      Places<scalar_t> slopes = nowhere;
+      Places<scalar_t> slopes(now.size(), nullptr);
       for (size_t i = 0; i < grads.size(); ++i)
         slopes[places[i]] = grads[i].mutable_data_ptr<scalar_t>() + task * grads[i].stride(0);
       std::byte* const memory =
           reinterpret_cast<std::byte*>(const_cast<uint8_t*>(kept.const_data_ptr<uint8_t>())) + task * kept.size(1);
-      OuterChain<scalar_t> chain(given.shape, given.x[task], memory, true, *arena);
-      chain.resume(now, g.const_data_ptr<scalar_t>() + task * (g.numel() / tasks));
-      chain.backward(slopes, nullptr, nowhere, {want_x ? gx.mutable_data_ptr<scalar_t>() + task * values : nullptr, nullptr},
-                     *arena);
+      QueryChain<scalar_t> chain(given.shape, given.x[task], now, memory, true, *arena);
+      chain.backward(g.const_data_ptr<scalar_t>() + task * (g.numel() / tasks), slopes,
+                     want_x ? gx.mutable_data_ptr<scalar_t>() + task * values : nullptr, *arena);
     });
   });
   return {std::move(grads), gx};
