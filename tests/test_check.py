@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from programs import program_of
 from torch import Tensor, nn
 
 from lambda_kernels import _say
-from lambda_kernels.program import calls, lookup
+from lambda_kernels.program import calls, check, lookup
 from lambda_kernels.program.check import Incomparable, difference
 from lambda_maml import adapt, say
 
@@ -279,3 +280,18 @@ def test_without_values_there_is_nothing_to_compare(monkeypatch: pytest.MonkeyPa
     assert program_of(meta, x.to("meta")).untraceable is None
     model = walked()
     torch.func.vmap(lambda row: program_of(model, row[None].expand(6, 4)) and row)(x)
+
+
+@pytest.mark.parametrize("slope", [False, True], ids=["forward", "goes-back"])
+def test_a_comparison_keeps_no_activations_unless_the_network_goes_back_itself(slope: bool, x: Tensor) -> None:
+    layer, made = nn.Linear(4, 3).double(), list[weakref.ref[Tensor]]()
+
+    def run() -> Tensor:
+        h = layer(x)
+        made.append(weakref.ref(h))
+        y: Tensor = h.sin()
+        return torch.autograd.grad(y.sum(), h)[0] if slope else y
+
+    got = check.with_little_memory(run)
+    assert torch.equal(got, layer(x).cos() if slope else layer(x).sin())
+    assert len(made) == 1 + slope and made[0]() is None and got.requires_grad is not slope

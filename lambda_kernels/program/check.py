@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from .steps import Program
 from .structure import flatten
 from .watch import by_name, is_random, written
 
-__all__ = ["Incomparable", "Rehearsal", "difference"]
+__all__ = ["Incomparable", "Rehearsal", "difference", "with_little_memory"]
+
+T = TypeVar("T")
 
 
 class Incomparable(Exception):
@@ -35,28 +37,53 @@ def difference(
     Raises:
         Incomparable: the module raises an exception, which is its caller's to see.
     """
-    parameters, own = dict(root.named_parameters(remove_duplicate=False)), _copies(root)
+
+    def theirs() -> tuple[Any, Any]:
+        twin = shadow(root, {**parameters, **_copies(root)})
+        with _alike(program):
+            return twin, twin(*args, **kwargs) if called else type(twin).forward(twin, *args, **kwargs)
+
+    def ours() -> tuple[dict[str, Tensor], Any]:
+        state = {**parameters, **_copies(root)}
+        with _alike(program):
+            return state, program.evaluate(program.bind(root), state, *args, **kwargs)
+
+    parameters = dict(root.named_parameters(remove_duplicate=False))
     try:
-        twin: Any = shadow(root, {**parameters, **own})
+        shadow(root, parameters)
     except TypeError:  # it cannot be copied, and adapted neither
         return None
-    random = any(step.not_reusable for step in program.steps)
     try:
-        with Rehearsal() if random else contextlib.nullcontext():
-            want = twin(*args, **kwargs) if called else type(twin).forward(twin, *args, **kwargs)
+        twin, want = with_little_memory(theirs)
     except Exception as error:
         raise Incomparable from error
-    state = {**parameters, **_copies(root)}
     try:
-        with Rehearsal() if random else contextlib.nullcontext():
-            got = program.evaluate(program.bind(root), state, *args, **kwargs)
+        state, got = with_little_memory(ours)
     except Exception as error:
         return f"its program fails where the network does not ({type(error).__name__}: {error})"
     if (why := _unlike(flatten(got)[0], flatten(want)[0], "results")) is not None:
         return why
     names = [name for name, _ in twin.named_buffers() if name in state]
-    theirs = dict(twin.named_buffers())
-    return _unlike([state[n] for n in names], [theirs[n] for n in names], "buffers")
+    buffers = dict(twin.named_buffers())
+    return _unlike([state[n] for n in names], [buffers[n] for n in names], "buffers")
+
+
+def _alike(program: Program) -> contextlib.AbstractContextManager[object]:
+    """What both runs draw is the same."""
+    return Rehearsal() if any(step.not_reusable for step in program.steps) else contextlib.nullcontext()
+
+
+def with_little_memory(run: Callable[[], T]) -> T:
+    """What `run` gives: nobody goes back through its graph, which keeps no activations; unless it does so itself."""
+
+    def missing(_: object) -> Tensor:
+        raise RuntimeError("nothing was kept for the way back")
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, missing):
+            return run()
+    except Exception:  # it needs what was not kept, or fails anyway
+        return run()
 
 
 def _copies(root: nn.Module) -> dict[str, Tensor]:
