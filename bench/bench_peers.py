@@ -253,7 +253,7 @@ class Bench:
         threads = torch.get_num_threads()
         return {
             "columns": {
-                bits: {contender: memory.peak(c, bits, contender, threads) for contender in contenders}
+                bits: {contender: memory.peak(c, bits, contender, threads).first for contender in contenders}
                 for bits, contenders in wanted.items()
             }
         }

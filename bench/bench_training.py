@@ -1,5 +1,5 @@
 """Meta-training on the CPU beside stock PyTorch and the packages that do the same: meta-gradients in second and first
-order, the query pass, the memory of the graph, and `lambda-maml train` beside its loop in other packages.
+order, the query pass, the memory of the graph, `lambda-maml train` beside its loop in other packages, and on two ranks.
 
 All columns of a row alternate in one process; a ratio is taken inside each round. Nothing of a configuration is timed
 before everybody's gradients were compared with the plain loop's in float64 and in float32. Whoever is not installed, or
@@ -24,6 +24,7 @@ import meta
 import torch
 import training
 import training_report
+import two_ranks
 from bench_peers import machine, ratio, show
 from by_hand import LR, NORM, LogitsGate, Tasks
 from gpu_report import write as write_text
@@ -49,9 +50,9 @@ from lambda_maml import Pattern, adapt
 
 CPU = torch.device("cpu")
 STEPS = 5
-KINDS = ("adapt", "meta", "forward", "train", "graph")
+KINDS = ("adapt", "meta", "forward", "train", "ranks", "graph")
 # Where the rows that are not taken everywhere are taken.
-PLACES = {"train": ("cifar",), "graph": ("cifar", "omniglot")}
+PLACES = {"train": ("cifar",), "ranks": ("cifar",), "graph": ("cifar", "omniglot")}
 
 
 class Options(NamedTuple):
@@ -78,7 +79,13 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         o = self.options
-        fills = {"adapt": self.adapt, "forward": self.forward, "train": self.train, "graph": self.graph}
+        fills = {
+            "adapt": self.adapt,
+            "forward": self.forward,
+            "train": self.train,
+            "ranks": self.ranks,
+            "graph": self.graph,
+        }
         for name, c in o.configurations.items():
             for kind in o.kinds:
                 if name not in o.places.get(kind, [name]):
@@ -188,9 +195,15 @@ class Bench:
         found["columns"].update({n: {"skipped": why} for n, why in skipped.items()})
         return found
 
+    def ranks(self, name: str, c: Configuration) -> dict[str, Any]:
+        """The trainer in second order on two ranks, beside it on one of them: a thread each, milliseconds a task."""
+        self.ready(name, c)
+        rounds = max(3, min(self.options.rounds, round(self.options.seconds)))
+        return compared(two_ranks.alternating(c, rounds=rounds))
+
     def graph(self, name: str, c: Configuration) -> dict[str, Any]:
-        """Peaks in MiB of one task's meta-gradient of second order: with all query images, and with one per class,
-        which leaves the graph of the steps; and that with twice the steps."""
+        """Peaks in MiB of one task's meta-gradient of second order: with all query images (also of the first call), and
+        with one per class, which leaves the graph of the steps; and that with twice the steps."""
         self.ready(name, c)
         twice, threads = c._replace(steps=2 * c.steps), torch.get_num_threads()
         columns: dict[str, dict[str, float]] = {}
@@ -198,9 +211,9 @@ class Bench:
             peak = functools.partial(memory.peak, pattern=bits, threads=threads)
             found = columns[bits] = {}
             for who in ("ours", "stock"):
-                found[who] = peak(c, contender=who, query=meta.QUERY)
-                found[f"{who}_steps"] = peak(c, contender=who, query=1)
-            found["ours_twice"] = peak(twice, contender="ours", query=1)
+                found[f"{who}_first"], found[who] = peak(c, contender=who, query=meta.QUERY)
+                found[f"{who}_steps"] = peak(c, contender=who, query=1).later
+            found["ours_twice"] = peak(twice, contender="ours", query=1).later
             found["kept"] = (twice.steps - c.steps) * kept(c, bits)
         return {"columns": columns, "steps": c.steps}
 

@@ -2,8 +2,9 @@
 resident set as Linux counts it, so that memory beyond torch's allocator is in it too.
 
 A process of its own for each contender. It adapts to tiny images first, which loads libraries and starts threads; then
-contender and problem are made, the mark of the highest resident set is put back, and the contender runs once. Pages
-of files, which are code that was not loaded before, are not counted.
+contender and problem are made, the mark of the highest resident set is put back, and the contender runs; then the same
+once more, for what a first call does for its shapes alone. Pages of files, which are code that was not loaded before,
+are not counted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import meta
 import torch
@@ -29,15 +31,22 @@ from lambda_maml import Pattern
 SETTINGS = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
 
 
-def peak(configuration: Configuration, pattern: str, contender: str, threads: int, query: int = 0) -> float:
-    """MiB, measured in a process of its own. Of one task's meta-gradient with so many query images per class, of an
+class Peak(NamedTuple):
+    """MiB of the first call and of a later one; what a first one leaves in caches counts in both."""
+
+    first: float
+    later: float
+
+
+def peak(configuration: Configuration, pattern: str, contender: str, threads: int, query: int = 0) -> Peak:
+    """Measured in a process of its own. Of one task's meta-gradient with so many query images per class, of an
     adaptation without."""
     command = [sys.executable, __file__, pattern, contender, *map(str, configuration)]
     command += [f"--threads={threads}", f"--query={query}"]
     done = subprocess.run(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True, timeout=1800)
     if done.returncode:
         raise Skip(f"no peak: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-    return float(done.stdout)
+    return Peak(*map(float, done.stdout.split()))
 
 
 def status(field: str) -> float:
@@ -64,16 +73,19 @@ def meta_gradient(pattern: str, contender: str, query: int, c: Configuration) ->
     return functools.partial(make(problem.model, case, c.steps), problem.batch)
 
 
-def measure(configuration: Configuration, prepared: Prepared) -> float:
-    """MiB, in this process."""
+def measure(configuration: Configuration, prepared: Prepared) -> Peak:
+    """In this process."""
     prepared(configuration._replace(image_size=16, shots=1))()
     call = prepared(configuration)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # 5: VmHWM starts again at VmRSS
-    before = status("RssAnon")
-    call()
-    return status("VmHWM") - status("RssFile") - before
+    before, peaks = status("RssAnon"), []
+    for _ in Peak._fields:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # 5: VmHWM starts again at VmRSS
+        call()
+        peaks.append(status("VmHWM") - status("RssFile") - before)
+        gc.collect()
+    return Peak(*peaks)
 
 
 def main() -> None:
@@ -92,7 +104,7 @@ def main() -> None:
     prepared: Prepared = functools.partial(adaptation, given.pattern, given.contender)
     if given.query:
         prepared = functools.partial(meta_gradient, given.pattern, given.contender, given.query)
-    print(measure(configuration, prepared))
+    print(*measure(configuration, prepared))
 
 
 if __name__ == "__main__":
