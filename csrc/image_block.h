@@ -46,8 +46,8 @@ class ImageConvolution {
     return c.groups == 1 && c.inputs * c.kernel[0] * c.kernel[1] <= kMostTaps && (pool == 1 || pool == 2);
   }
 
-  // x [N, C, H, W] with the given strides
-  ImageConvolution(const Convolution& c, int64_t pool, const T* x, const int64_t* strides, Arena& arena)
+  // x [N, C, H, W] with the given strides; moved: so that each channel's mean over all images is zero
+  ImageConvolution(const Convolution& c, int64_t pool, const T* x, const int64_t* strides, Arena& arena, bool moved = true)
       : c_(c), pool_(pool), taps_(c.inputs * c.kernel[0] * c.kernel[1]), height_(c.height + 2 * c.padding[0]),
         width_(c.width + 2 * c.padding[1]) {
     const int64_t row = width_ * c.inputs;
@@ -56,7 +56,7 @@ class ImageConvolution {
     T* const padded = arena.take<T>(c.images * height_ * row);
     const int64_t grain = 1 + kGrain / (height_ * row);
     std::vector<double> sums(c.images * c.inputs);
-    at::parallel_for(0, c.images, grain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, moved ? c.images : 0, grain, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n)
         for (int64_t k = 0; k < c.inputs; ++k) {
           double parts[kParts] = {};
@@ -169,6 +169,26 @@ class ImageConvolution {
     const int64_t work = p.columns * pool_ * pool_ * taps_ * outputs;  // multiply-adds of an item
     at::parallel_for(0, p.images * p.rows, 1 + kGrain / (work + 1),
                      [&](int64_t begin, int64_t end) { kernels.apply(p, begin, end); });
+    arena.rewind(mark);
+  }
+
+  // Without a norm, of images that were not moved: y is the windows' maximum of ReLU of z + bias; index as y, scratch.
+  void affine(const T* weight, const T* bias, T* y, uint8_t* index, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    ImageBlock<T> p = describe(c_.outputs);
+    T* const rows = arena.take<T>((taps_ + 3) * p.padded_outputs);  // weight by tap, mean 0, scale 1, bias
+    std::fill(rows, rows + (taps_ + 3) * p.padded_outputs, T(0));
+    for (int64_t o = 0; o < c_.outputs; ++o) {
+      for (int64_t k = 0; k < taps_; ++k) rows[k * p.padded_outputs + o] = weight[o * taps_ + k];
+      rows[(taps_ + 1) * p.padded_outputs + o] = T(1);
+      rows[(taps_ + 2) * p.padded_outputs + o] = bias[o];
+    }
+    p.weight = rows;
+    p.mean = rows + taps_ * p.padded_outputs, p.scale = p.mean + p.padded_outputs, p.beta = p.scale + p.padded_outputs;
+    p.y = y, p.index = index;
+    const int64_t work = p.columns * pool_ * pool_ * taps_ * c_.outputs;  // multiply-adds of an item
+    at::parallel_for(0, p.images * p.rows, 1 + kGrain / (work + 1),
+                     [&](int64_t begin, int64_t end) { image_block_kernels<T>().apply(p, begin, end); });
     arena.rewind(mark);
   }
 

@@ -28,7 +28,7 @@ from .spec import (
     same_padding,
 )
 
-__all__ = ["conv2d", "conv_block", "linear"]
+__all__ = ["affine_block", "conv2d", "conv_block", "linear"]
 
 IntOrPair = int | tuple[int, ...]
 
@@ -191,7 +191,7 @@ def block_and_statistics(
     gamma = x.new_ones(weight.shape[-4]) if gamma is None else gamma
     beta = x.new_zeros(weight.shape[-4]) if beta is None else beta
     operands = _laid(_lift(x, 4), backend), _lift(weight, 4), _lift(gamma, 1), _lift(beta, 1)
-    if _asks_for_a_derivative(*operands, bias):
+    if asks_for_a_derivative(*operands, bias):
         z = autograd.Conv2d.apply(*operands[:2], None, spec, backend)
         z = z.expand(max(z.shape[0], count), *z.shape[1:])
         y, _, mean, rstd = autograd.NormReluPool.apply(z, *operands[2:], _lift_if(bias, 1), block, backend)
@@ -208,6 +208,60 @@ def block_and_statistics(
     return y if tasks else y.squeeze(0), statistics
 
 
+def affine_block(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    padding: IntOrPair = 1,
+    pool: int = 2,
+    stride: IntOrPair = 1,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution, ReLU and max-pool (window and stride `pool`) as one: a block whose norm has fixed statistics, which
+    are part of weight and bias.
+
+    For one task this is by definition F.max_pool2d(F.relu(F.conv2d(x, weight, bias, ...)), pool). On a CPU, where the
+    convolution is one of 3x3 pixels between many channels or of few inputs, an image's result is the same bits
+    whatever images are beside it. Where a derivative may be asked for it is computed by the layers one by one.
+
+    >>> x, weight = torch.randn(8, 3, 32, 32), torch.randn(16, 3, 3, 3)
+    >>> affine_block(x, weight, torch.zeros(16)).shape
+    torch.Size([8, 16, 16, 16])
+
+    Arguments, result and errors are those of `conv_block`, without the norm's.
+    """
+    y = affine_block_as_laid(x, weight, bias, padding, pool, stride, dilation, groups)
+    return y.contiguous() if x.is_contiguous() else y
+
+
+def affine_block_as_laid(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: IntOrPair,
+    pool: int,
+    stride: IntOrPair,
+    dilation: IntOrPair,
+    groups: int,
+) -> Tensor:
+    """`affine_block`'s result in the backend's memory layout."""
+    x, weight, bias = _autocast("affine_block", x, weight, bias)
+    spec = conv_spec("affine_block", stride, padding, dilation, groups, weight.shape[-2:])
+    none = (None if bias is None else bias.shape, None, None)
+    count = check_conv_block(x.shape, weight.shape, *none, spec, pool, False)
+    if x.shape[-4] == 0 or asks_for_a_derivative(x, weight, bias):
+        y = F.relu(conv2d(x, weight, bias, stride, padding, dilation, groups))
+        return y if pool == 1 else F.max_pool2d(y.flatten(0, -4), pool).unflatten(0, y.shape[:-3])
+    backend = choose("conv_block", x, weight, spec, pool)
+    tasks = x.dim() > 4 or weight.dim() > 4 or (bias is not None and bias.dim() > 1)
+    own = x.new_zeros(weight.shape[-4]) if bias is None else bias
+    y = backend.affine_block(backend.layout(_lift(x, 4)), _lift(weight, 4), _lift(own, 1), BlockSpec(spec, 0.0, pool))
+    y = y if y.shape[0] == count else y.expand(count, *y.shape[1:])
+    return y if tasks else y.squeeze(0)
+
+
 def _block_of_no_images(
     x: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, spec: ConvSpec, pool: int
 ) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
@@ -220,7 +274,8 @@ def _block_of_no_images(
     return y[..., : y.shape[-2] // pool, : y.shape[-1] // pool], lambda: (none, none)
 
 
-def _asks_for_a_derivative(*tensors: Tensor | None) -> bool:
+def asks_for_a_derivative(*tensors: Tensor | None) -> bool:
+    """Whether a derivative of what is computed from these may be asked for."""
     if torch.compiler.is_compiling() or forward_mode():
         return True
     if not torch.is_grad_enabled():
@@ -231,7 +286,7 @@ def _asks_for_a_derivative(*tensors: Tensor | None) -> bool:
 
 def _laid(x: Tensor, backend: Backend) -> Tensor:
     """Images in the backend's layout; of contiguous ones the gradient is contiguous too."""
-    flows = x.is_contiguous() and _asks_for_a_derivative(x) and not torch.compiler.is_compiling()
+    flows = x.is_contiguous() and asks_for_a_derivative(x) and not torch.compiler.is_compiling()
     return autograd.Laid.apply(x, backend) if flows else backend.layout(x)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from ._torch import mode_active
 from .neighbours import unpatched
 
 __all__ = ["Conv2d", "ConvBlock", "Linear"]
@@ -123,21 +124,21 @@ class ConvBlock(nn.Module):
         self.relu = nn.ReLU()
         self.pool = nn.MaxPool2d(pool) if pool > 1 else nn.Identity()
 
+    hands_on = False  # whether blocks alone read the result, so that nobody sees how it lies in memory
+
     def is_whole(self) -> bool:
-        """Whether all parts are of the kinds that one fused block computes: nothing else was put in place of one."""
+        """Whether all parts are of the kinds that one fused block computes: nothing else was put in place of one. An
+        Identity in place of the norm says that the norm is part of the convolution."""
         conv, pool = self.conv, self.pool
         if (
             type(conv) not in (Conv2d, nn.Conv2d)
-            or type(self.norm) is not nn.BatchNorm2d
+            or type(self.norm) not in (nn.BatchNorm2d, nn.Identity)
             or type(self.relu) is not nn.ReLU
         ):
             return False
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return False
-        if type(pool) is nn.MaxPool2d:
-            tiles = pool.stride == pool.kernel_size and (pool.padding, pool.dilation, pool.ceil_mode) == (0, 1, False)
-            return tiles and isinstance(pool.kernel_size, int) and not pool.return_indices
-        return type(pool) is nn.Identity
+        return tiles(pool) if type(pool) is nn.MaxPool2d else type(pool) is nn.Identity
 
     def forward(self, input: Tensor) -> Tensor:
         if (block := unpatched(self)) is not self:
@@ -146,14 +147,32 @@ class ConvBlock(nn.Module):
         if is_read(input):
             return self.pool(self.relu(self.norm(self.conv(input))))
         apart = not self.is_whole() or any(has_hooks(part) for part in parts)
-        if apart or not uses_batch_statistics(self.norm):
+        update = None
+        evaluated = not apart and is_evaluated(self.norm)
+        if apart or (evaluated and not self._folds(input)):
             return self.pool(self.relu(self.norm(self.conv(input))))
-        y, update = fused_block(
-            self.conv, self.norm, pool_size(self.pool), input, self.conv.weight, self.conv.bias, own_state(self.norm)
-        )
+        if evaluated:
+            y = evaluated_block(self.conv, self.norm, pool_size(self.pool), input)
+        else:
+            y, update = fused_block(
+                self.conv,
+                self.norm,
+                pool_size(self.pool),
+                input,
+                self.conv.weight,
+                self.conv.bias,
+                own_state(self.norm),
+            )
         if update is not None:
             update()
-        return y.contiguous() if input.is_contiguous() else y
+        return y.contiguous() if input.is_contiguous() and not self.hands_on else y
+
+    def _folds(self, input: Tensor) -> bool:
+        """Whether a norm with fixed statistics may become part of the convolution for this call."""
+        if mode_active(input.device.type) is not None:
+            return False
+        own = [t for t in (*self.conv.parameters(), *self.norm.parameters(), *self.norm.buffers()) if t.dim()]
+        return not functional.asks_for_a_derivative(input, *own) and all(t.dtype == input.dtype for t in own)
 
     def __prepare_scriptable__(self) -> nn.Module:
         return as_torchs(self, nn.Sequential)  # its children in their order
@@ -190,6 +209,12 @@ def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 def pool_size(pool: nn.Module) -> int:
     """The window of a block's pooling layer, 1 for none."""
     return int(pool.kernel_size) if isinstance(pool, nn.MaxPool2d) else 1  # type: ignore[arg-type]
+
+
+def tiles(pool: nn.MaxPool2d) -> bool:
+    """Whether a pooling layer's windows tile the image, each pixel in one of them."""
+    alone = pool.stride == pool.kernel_size and (pool.padding, pool.dilation, pool.ceil_mode) == (0, 1, False)
+    return alone and isinstance(pool.kernel_size, int) and not pool.return_indices
 
 
 def uses_batch_statistics(norm: nn.modules.batchnorm._BatchNorm) -> bool:
@@ -243,6 +268,33 @@ def fused_block(
         for a in (-2, -1)
     )
     return y, running_update(norm, state, *statistics(), x.shape[0] * height * width)
+
+
+def is_evaluated(norm: nn.Module) -> bool:
+    """Whether a block's norm is a function of each image by itself: by running statistics, or as part of the
+    convolution."""
+    return type(norm) is nn.Identity or not uses_batch_statistics(norm)  # type: ignore[arg-type]
+
+
+def evaluated_block(conv: nn.Conv2d, norm: nn.Module, pool: int, x: Tensor) -> Tensor:
+    """conv, norm with fixed statistics, ReLU and pool as one; in the backend's memory layout."""
+    weight, bias = conv.weight, conv.bias
+    if isinstance(norm, nn.BatchNorm2d):
+        assert norm.running_mean is not None and norm.running_var is not None
+        weight, bias = with_norm(weight, bias, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+    given = conv.padding, pool, conv.stride, conv.dilation, conv.groups
+    return functional.affine_block_as_laid(x, weight, bias, *given)  # type: ignore[arg-type]
+
+
+def with_norm(
+    weight: Tensor, bias: Tensor | None, gamma: Tensor | None, beta: Tensor | None, mean: Tensor, variance: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weight [O, C, kh, kw] and bias [O] of a convolution that does what it and the norm behind it do."""
+    scale = torch.rsqrt(variance + eps)
+    scale = scale if gamma is None else scale * gamma
+    shift = mean if bias is None else mean - bias
+    return weight * scale[:, None, None, None], -shift * scale if beta is None else beta - shift * scale
 
 
 def running_update(

@@ -160,16 +160,18 @@ def check_conv_block(
     beta: torch.Size | None,
     spec: ConvSpec,
     pool: int,
+    normalises: bool = True,
 ) -> int:
-    """Number of tasks of a fused block; ValueError where the shapes do not fit or a channel has one value only."""
-    op = "conv_block"
+    """Number of tasks of a fused block; ValueError where the shapes do not fit, or it normalises by the batch and a
+    channel has one value only."""
+    op = "conv_block" if normalises else "affine_block"
     tasks = check_conv2d(op, x, weight, bias, spec)
     for name, shape in (("gamma", gamma), ("beta", beta)):
         _vector(op, name, shape, weight[-4], "one value per output channel")
     if not isinstance(pool, int) or pool < 1:
         raise ValueError(f"{op}: pool must be a whole number of at least 1 (1 = no pooling), got {pool!r}")
     size = output_size(x, weight, spec)
-    if x[-4] * size[0] * size[1] == 1:  # of no image there is nothing to normalise, as torch has it
+    if normalises and x[-4] * size[0] * size[1] == 1:  # of no image there is nothing to normalise, as torch has it
         raise ValueError(
             f"{op}: batch statistics need more than one value per channel, got N={x[-4]} images of "
             f"{size[0]}x{size[1]} (x {_list(x)})"

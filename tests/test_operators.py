@@ -23,7 +23,7 @@ OPS = torch.ops.lambda_kernels
 def test_every_operator_knows_its_shapes_without_data() -> None:
     every = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
     names = [name for name in every if name.startswith("lambda_kernels::")]
-    assert len(names) == 15
+    assert len(names) == 17
     assert [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "Meta")] == []
 
 
@@ -53,6 +53,8 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "winograd_input_grad": (wide, weight, x.shape, [1, 1]),
         "winograd_weight_grad": (wide, x, weight.shape, [1, 1]),
         "frozen_block": (images, filters, gamma, beta, geometry, 1e-5),
+        "affine_block": (images, filters, beta, geometry),
+        "affine_chain": (images[0], [filters[0], beta[0], torch.randn(5, 64), torch.randn(5)], geometry),
         "image_moments": (images, [3, 3], geometry),
         "image_block": (images, filters, gamma, beta, moments, geometry, 1e-5),
         "image_block_grad": (pooled, images, filters, gamma, places, scale, moments, geometry),

@@ -154,6 +154,11 @@ class Backend:
         """`conv_block` where nothing is kept for a gradient: y, mean, rstd."""
         raise NotImplementedError
 
+    def affine_block(self, x: Tensor, weight: Tensor, bias: Tensor, block: BlockSpec) -> Tensor:
+        """Max-pool of ReLU of the convolution with a bias [1|T, O], where nothing is kept for a gradient: a block whose
+        norm has fixed statistics, which are part of weight and bias. `block.eps` is not used."""
+        raise NotImplementedError
+
     # The first block, whose input are the images themselves: K = C kh kw is small, x is the same in every step, and
     # its gradient is never needed. With p the patches of x [M, K], z = p w^T: all sums over z at full resolution
     # are sums over the moments p^T p, which are taken once for all steps, and z itself need not be kept.

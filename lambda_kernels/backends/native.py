@@ -68,6 +68,24 @@ class Native(Reference):
             return super().block(x, weight, gamma, beta, block)
         return torch.ops.lambda_kernels.frozen_block(x, weight, gamma, beta, _geometry(block), block.eps)
 
+    def affine_block(self, x: Tensor, weight: Tensor, bias: Tensor, block: BlockSpec) -> Tensor:
+        if not self.takes_affine(x.shape, weight.shape, x.dtype, block):
+            return super().affine_block(x, weight, bias, block)
+        return torch.ops.lambda_kernels.affine_block(x, weight, bias, _geometry(block))
+
+    def affine_chain(self, x: Tensor, parameters: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
+        """The logits of images [N, C, H, W] by blocks as in `affine_block`, each of which `takes_affine`, and a linear
+        layer. parameters: weight and bias of each; geometry: stride, padding, dilation and pool per block."""
+        logits: Tensor = torch.ops.lambda_kernels.affine_chain(x, parameters, geometry)
+        return logits
+
+    def takes_affine(self, x: torch.Size, weight: torch.Size, dtype: torch.dtype, block: BlockSpec) -> bool:
+        """Whether there is a kernel for `affine_block`: an answer that holds for any number of images."""
+        one = torch.Size((x[0], 1, *x[2:]))
+        by_patches = block.conv.groups == 1 and weight[2:].numel() <= MOST_TAPS and block.pool in (1, 2)
+        filters = block.pool == 2 and _filters(one, weight, block.conv, dtype)
+        return dtype in (torch.float32, torch.float64) and x.numel() > 0 and (by_patches or filters)
+
     def image_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
         why = _refusals("conv_block", x.device, x.dtype, block.pool)
         if block.conv.groups != 1 or weight[0, 0].numel() > MOST_TAPS:
@@ -272,6 +290,16 @@ if not _WHY:
         tasks = max(t.shape[0] for t in (x, weight, gamma, beta))
         y = _images(x, height, width, x.dtype, tasks=tasks, channels=weight.shape[1])
         return y, x.new_empty(tasks, weight.shape[1]), x.new_empty(tasks, weight.shape[1])
+
+    @torch.library.register_fake("lambda_kernels::affine_block")
+    def _(x: Tensor, weight: Tensor, bias: Tensor, geometry: list[int]) -> Tensor:
+        height, width = _pooled(x, weight.shape[3:], geometry)
+        tasks = max(t.shape[0] for t in (x, weight, bias))
+        return _images(x, height, width, x.dtype, tasks=tasks, channels=weight.shape[1])
+
+    @torch.library.register_fake("lambda_kernels::affine_chain")
+    def _(x: Tensor, parameters: list[Tensor], geometry: list[int]) -> Tensor:
+        return x.new_empty(x.shape[0], parameters[-2].shape[0])
 
     @torch.library.register_fake("lambda_kernels::image_moments")
     def _(x: Tensor, kernel: list[int], geometry: list[int]) -> Tensor:

@@ -195,6 +195,10 @@ class Reference(Backend):
         _, y, _, mean, rstd = self.conv_block(x, weight, gamma, beta, block)
         return y, mean, rstd
 
+    def affine_block(self, x: Tensor, weight: Tensor, bias: Tensor, block: BlockSpec) -> Tensor:
+        y = self.conv2d(x, weight, bias, block.conv).relu_()
+        return y if block.pool == 1 else F.max_pool2d(y.flatten(0, 1), block.pool).unflatten(0, y.shape[:2])
+
     def norm_relu_pool_grad(
         self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, block: BlockSpec,
         need_z: bool,

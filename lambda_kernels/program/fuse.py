@@ -105,8 +105,8 @@ def block_refusal(block: ConvBlock, arguments: int) -> str | None:
     return _norm_refusal(block.norm)
 
 
-def _norm_refusal(norm: nn.BatchNorm2d) -> str | None:
-    return None if layers.uses_batch_statistics(norm) else EVALUATION
+def _norm_refusal(norm: nn.Module) -> str | None:
+    return EVALUATION if layers.is_evaluated(norm) else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

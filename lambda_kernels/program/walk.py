@@ -96,10 +96,11 @@ def look(root: nn.Module, graph: fx.Graph, x: Tensor) -> str | None:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    parts = {n: p.detach() for n, p in root.named_parameters() if not p.is_leaf}  # adapted ones, of a graph
     try:
         # Contiguous, whatever x is: where a view is possible at all, it is one then.
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Watch() as watch:
-            twin = shadow(root)  # what is written to buffers is written to copies
+            twin = shadow(root, parts)  # what is written to buffers is written to copies
             value: Any = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             start = Deeds(memory=storages(value))
             for node in graph.nodes:
