@@ -122,6 +122,8 @@ def test_eval_takes_bits_and_pattern_json(trained, selected, tmp_path, capsys):
     assert call("eval", trained / "best.safetensors", "--pattern", "00011", *common) == 0
     by_bits = json.loads(capsys.readouterr().out)
     assert by_bits["pattern"] == "00011" and 0 <= by_bits["accuracy"] <= 1 and by_bits["steps"] == 2
+    own, alone = by_bits["statistics"]["batch"], by_bits["statistics"]["support"]
+    assert own == {"accuracy": by_bits["accuracy"], "ci95": by_bits["ci95"]} and 0 <= alone["accuracy"] <= 1
     assert call("eval", trained / "best.safetensors", "--pattern", selected, *common, "--steps", 3) == 0
     by_file = json.loads(capsys.readouterr().out)
     report = json.loads(selected.read_text())
@@ -131,7 +133,9 @@ def test_eval_takes_bits_and_pattern_json(trained, selected, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["steps"], found["lr"], found["norm"]) == (4, 0.3, "never")
     assert call("eval", trained / "best.safetensors", "--tasks", 1) == 0
-    assert "11111: " in (out := capsys.readouterr().out) and "no interval from one task" in out
+    head, together, alone = capsys.readouterr().out.splitlines()
+    assert head.startswith("11111 on 1 test tasks") and "query images together" in together
+    assert "each image by itself" in alone and "no interval from one task" in alone
 
 
 def test_adapt_classifies_images_as_the_library_does(trained, selected, pictures, tmp_path, capsys):

@@ -17,11 +17,14 @@ from .inner.loop import descend, outcome
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Rule
 from .inner.rules import rule_of
-from .learner import Learner, network_of
+from .learner import Learner, network_of, support_of
 from .patterns import Pattern
 from .say import say_once
 
-__all__ = ["adapt", "adapt_tasks"]
+__all__ = ["STATISTICS", "adapt", "adapt_tasks"]
+
+STATISTICS = ("batch", "support")
+"""What batch norms may take their statistics from when an adapted network classifies."""
 
 
 def adapt(
@@ -36,6 +39,7 @@ def adapt(
     norm: str = "follow",
     second_order: bool = False,
     loss: Loss = F.cross_entropy,
+    statistics: str = "batch",
 ) -> Learner:
     """Adapt a network to one task: theta <- theta - lr grad loss(f_theta(xs), ys), `steps` times, under a pattern.
 
@@ -63,13 +67,26 @@ def adapt(
         second_order: differentiate through the inner gradients. Without it the gradient of a query loss with respect to
             the model's parameters is that at the adapted ones (first-order MAML).
         loss: from the network's result and ys to a scalar, the mean over the support set.
+        statistics: of the batch norms when the learner is called. "batch": of the images that it is called with
+            together, as published results have it; "support": of the support set, see `Learner.freeze_statistics`.
 
     Raises:
         ValueError, TypeError: pattern, shapes, labels, dtypes or devices do not fit.
         RuntimeError: torch.inference_mode() is on.
         FloatingPointError: the support loss or the adapted parameters became infinite or NaN.
     """
+    if statistics not in STATISTICS:
+        raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}")
     model = network_of(model)
+    learner = _adapted(model, xs, ys, pattern, steps, lr, rule, norm, second_order, loss)
+    learner.__dict__["_support"] = support_of(xs)
+    return learner.freeze_statistics() if statistics == "support" else learner
+
+
+def _adapted(
+    model: nn.Module, xs: Any, ys: Any, pattern: str | Pattern | None, steps: int, lr: Rate, rule: Rule | None,
+    norm: str, second_order: bool, loss: Loss,
+) -> Learner:  # fmt: skip
     if rule is not None or type(lr) is not float:
         lr, rule = DEFAULT_LR, rule_of(lr, rule)
     if isinstance(pattern, Pattern) and pattern.rows:
@@ -118,6 +135,7 @@ def adapt_tasks(
     norm: str = "follow",
     second_order: bool = False,
     loss: Loss = F.cross_entropy,
+    statistics: str = "batch",
 ) -> Any:
     """Adapt to T tasks, each by itself as `adapt` does, and give their query results; the tasks run as batches.
 
@@ -138,7 +156,7 @@ def adapt_tasks(
     Args:
         xs: [T, N, C, H, W]; ys: [T, N]; xq: [T, Q, C, H, W], or structures of tensors with T in front; the others as in
             `adapt`. Or three lists of what `adapt` and its learner take, [N, C, H, W], [N] and [Q, C, H, W], where ys
-            may be None; or one list of `Task`.
+            may be None; or one list of `Task`. With statistics="support" the tasks are adapted one after another.
 
     Returns:
         Query logits [T, Q, ways], or what the network gives, in its own structure, with T in front of every tensor; for
@@ -151,7 +169,16 @@ def adapt_tasks(
     given: dict[str, Any] = dict(
         pattern=pattern, steps=steps, rule=rule_of(lr, rule), norm=norm, second_order=second_order, loss=loss
     )
+    if statistics not in STATISTICS:
+        raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}")
     tasks = batch.listed(xs, ys, xq)
+    if statistics == "support":
+        given["statistics"] = statistics
+        why = 'statistics="support" takes a pass of its own over each support set'
+        if tasks is not None:
+            return _one_by_one(model, why, tasks, given)
+        checks.check_tasks(xs, ys, xq)
+        return batch.stacked(_one_by_one(model, why, batch.unstacked(xs, ys, xq), given))
     if isinstance(pattern, Pattern) and pattern.rows:
         if tasks is None:
             checks.check_tasks(xs, ys, xq)

@@ -46,6 +46,7 @@ def evaluate(
     lr: Rate = DEFAULT_LR,
     rule: Rule | None = None,
     norm: str = "follow",
+    statistics: str = "batch",
     batch: int = 16,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
@@ -54,7 +55,7 @@ def evaluate(
 
     The accuracies (fractions, float64, [len(tasks)]) stay in the order of `tasks`, so that two patterns can be compared
     task by task. Of `batch` tasks at a time, those of equal shapes are adapted together; they may differ in their
-    numbers of images, ways and queries. `lr` and `rule` are those of `adapt`. The `ranks` divide the
+    numbers of images, ways and queries. `lr`, `rule` and `statistics` are those of `adapt`. The `ranks` divide the
     tasks and get the same accuracies. Raises ValueError without tasks.
     """
     if not tasks:
@@ -67,7 +68,10 @@ def evaluate(
             for places in alike(part):
                 xs, ys, xq, yq = stack([part[i] for i in places], model)
                 with torch.no_grad():  # the query pass; adapt_tasks turns gradients on for itself
-                    logits = adapt_tasks(model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm)
+                    logits = adapt_tasks(
+                        model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm,
+                        statistics=statistics,
+                    )  # fmt: skip
                 found = (logits.argmax(-1) == yq).double().mean(-1)
                 accuracies[[begin + i for i in places]] = found.to(accuracies.device)
             if progress is not None:

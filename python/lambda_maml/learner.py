@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from lambda_kernels._torch import being_traced, for_good, stand_ins_made
 from lambda_kernels.norms import exact_norms
 from lambda_kernels.program import OwnState, aliases_of, modes_of, program_for, replace, shadow, tensors_of
+from lambda_kernels.program.structure import flatten
 
 from .inner.state import Outcome
 from .plan import Plan, plan_of
+from .say import say_once
+from .statistics import fold as folded
+from .statistics import freeze
 
-__all__ = ["AdaptedNetwork", "Learner", "network_of"]
+__all__ = ["AdaptedNetwork", "Learner", "network_of", "support_of"]
+
+FEW = 5
+"""Fewer images than these say little of a task's statistics."""
 
 _CONTENTS = ("_parameters", "_buffers", "_modules")
 
@@ -58,6 +65,8 @@ class AdaptedNetwork(nn.Module):
             _bound={},
             _parts={},
             _exported=None,
+            _support=None,
+            _folded=None,
         )
 
     @property
@@ -102,10 +111,27 @@ class AdaptedNetwork(nn.Module):
         if being_traced():
             return self._compiled(*args, **kwargs)
         plan, network, state = self._call(args, kwargs)
-        if len(args) == 1 and not kwargs and (logits := plan.classify(state, args[0])) is not None:
-            return logits
+        if len(args) == 1 and not kwargs:
+            if plan.normalises_batches and not torch.is_grad_enabled():
+                _warn_of_few(args[0])
+            logits = plan.classify(state, args[0])
+            logits = self._evaluated(plan, network, state, args[0]) if logits is None else logits
+            if logits is not None:
+                return logits
         with exact_norms():
             return plan.program.evaluate(self._bind(plan, network), state, *args, **kwargs)
+
+    def _evaluated(self, plan: Plan, network: nn.Module, state: Mapping[str, Tensor], x: Any) -> Tensor | None:
+        """The logits by one operation, where the norms have fixed statistics; those are folded anew after a change."""
+        chain = plan.evaluated(network)
+        if chain is None:
+            return None
+        own = chain.tensors(state)
+        version = [0 if t.is_inference() else t._version for t in own]
+        kept = self.__dict__["_folded"]
+        if kept is None or kept[0] is not chain or kept[2] != version or any(a is not b for a, b in zip(kept[1], own)):
+            kept = self.__dict__["_folded"] = chain, own, version, chain.folded(state)
+        return None if torch.is_grad_enabled() and any(t.requires_grad for t in own) else chain(kept[3], x)
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.compile, torch.export and torch.jit trace: the network's own forward. By Dynamo's hand
@@ -247,6 +273,15 @@ class AdaptedNetwork(nn.Module):
         return _restored, (Learner, self.to_module())
 
 
+def _warn_of_few(x: Any) -> None:
+    images = x.shape[0] if isinstance(x, Tensor) and x.dim() else FEW
+    if images < FEW:
+        say_once(
+            f"{images} images are normalised by their own statistics alone, which costs accuracy: "
+            'adapt(..., statistics="support") or learner.freeze_statistics() takes those of the support set'
+        )
+
+
 class Learner(AdaptedNetwork):
     """A network adapted to one task: `learner(xq)` are its logits.
 
@@ -257,7 +292,70 @@ class Learner(AdaptedNetwork):
     True
 
     Its frozen parameters are the model's own: a later change of them shows here. `to_module` gives a copy of its own.
+    It refers to the support set, for `freeze_statistics`.
     """
+
+    def freeze_statistics(self, xs: Any = None) -> Learner:
+        """Take the norms' statistics from one pass of the adapted network over the support set, for good.
+
+        A prediction is then of its own image, whatever images are classified beside it. By default a batch norm without
+        running statistics normalises all query images together, and one image alone by itself.
+
+        >>> learner = adapt(model, xs, ys, pattern="00011").freeze_statistics()
+        >>> torch.allclose(learner(xq)[:1], learner(xq[:1]), atol=1e-5)
+        True
+
+        The norms hold these statistics as `running_mean` and `running_var` and are in evaluation mode (`train()` takes
+        them back to the batch's own). Statistics are constants: no gradient goes through them.
+
+        Args:
+            xs: the support set; None: that of `adapt`, as it was.
+
+        Raises:
+            ValueError: the support set is not known any more (a copied or loaded learner) or was changed in place; a
+                norm is called several times; a result still depends on the images beside it.
+        """
+        freeze(self.module, self._support_set(xs))
+        self.__dict__["_bound"] = {}
+        return self
+
+    def to_module(self, fold: bool = False) -> nn.Module:
+        """As of any adapted network; with `fold` norms with fixed statistics are part of the layers ahead of them.
+
+        >>> network = adapt(model, xs, ys, pattern="00011").freeze_statistics().to_module(fold=True)
+        >>> network.block1.norm
+        Identity()
+
+        Raises:
+            ValueError: `fold`, and a norm takes its statistics from each batch, the network cannot be looked into, or
+                the support set, by which it is, is not known any more.
+        """
+        network = super().to_module()
+        if fold:
+            folded(network, self._support_set(None))
+        return network
+
+    def _support_set(self, xs: Any) -> Any:
+        if xs is not None:
+            self.__dict__["_support"] = support_of(xs)
+            return xs
+        if (support := self.__dict__["_support"]) is None:
+            raise ValueError("the support set of this learner is not known: give it, freeze_statistics(xs)")
+        xs, versions = support
+        if support_of(xs)[1] != versions:
+            raise ValueError("the support set was changed in place since `adapt`: give it, freeze_statistics(xs)")
+        return xs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = super().__deepcopy__(memo)
+        twin.__dict__["_support"] = None
+        return twin
+
+
+def support_of(xs: Any) -> tuple[Any, list[int]]:
+    """A support set, and how often each of its tensors was written to."""
+    tensors = [xs] if isinstance(xs, Tensor) else flatten(xs)[0]
+    return xs, [0 if t.is_inference() else t._version for t in tensors]
 
 
 def _restored(kind: type[AdaptedNetwork], network: nn.Module) -> AdaptedNetwork:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from lambda_kernels.cache import Bounded
 from lambda_kernels.chain import Chain
+from lambda_kernels.evaluated import EvaluatedChain
 from lambda_kernels.program import LinearCall, Program
 
 from .network import layers_of
 from .say import say_once
+from .statistics import norms_of_batches
 
 __all__ = ["Frozen", "Layout", "Part", "Plan", "plan_of", "why_opaque", "with_copies"]
 
@@ -158,6 +160,8 @@ class Plan(Layout):
         self.unmapped: Bounded[str] = Bounded(_LIMIT)  # by `Adaptation.code`: why vmap could not follow
         self.plain_losses = True  # whether all second-order steps of clones so far were on a plain cross-entropy
         self._parts: Bounded[Part] = Bounded(_LIMIT)
+        self.normalises_batches = bool(norms_of_batches(model))
+        self._evaluated: tuple[EvaluatedChain | None] | None = None  # once it was looked for
 
     def part(self, updated: tuple[str, ...]) -> Part:
         """The program cut by the parameters that are updated."""
@@ -188,6 +192,12 @@ class Plan(Layout):
             return None
         logits = self.chain.classify(state, xq if tasks is not None else xq.unsqueeze(0))
         return logits if logits is None or tasks is not None else logits.squeeze(0)
+
+    def evaluated(self, model: nn.Module) -> EvaluatedChain | None:
+        """The whole network, where it is a chain of blocks with fixed statistics; `model` is one of its structure."""
+        if self._evaluated is None:
+            self._evaluated = (EvaluatedChain.find(self.program, model),)
+        return self._evaluated[0]
 
     @cached_property
     def outputs(self) -> int | None:
