@@ -36,7 +36,7 @@ BELOW = {
     "layers": {"functional", "neighbours", "spec"},
     "program": {"_C", "_build", "_torch", "agreement", "cache", "functional", "layers", "spec"},
     "chain": {"_torch", "backends", "cache", "outer", "program", "spec"},
-    "cuda_graph": {"_torch", "backends", "cache"},
+    "cuda_graph": {"_capture", "_torch", "backends", "cache"},
     "convert": {"_say", "_torch", "layers", "neighbours", "norms", "program"},
     "info": {"", "_C", "_build", "backends"},
     "": {"backends", "convert", "functional", "layers"},

@@ -1,0 +1,435 @@
+"""What happens around a CUDA graph: functions that none can hold, captures that fail, streams, devices and memory.
+
+On the CPU the devices are those of fake_cuda.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fake_cuda import Cuda, Event, Stream
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from lambda_kernels import _capture, _torch, cuda_graph
+from lambda_kernels._capture import Rules, capture, capturing, own_stream, rehearse
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    return Cuda(monkeypatch)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other thread lives, as pytest-xdist's does."""
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+
+
+# What no graph can hold is found before a capture.
+
+X = torch.arange(6.0).reshape(2, 3)
+MASK = X > 2
+WAITING: dict[str, Callable[[], Any]] = {
+    "item": lambda: X.sum().item(),
+    "float": lambda: float(X[0, 0]),
+    "branch": lambda: 1 if X.sum() > 0 else 2,
+    "nonzero": lambda: X.nonzero(),
+    "masked": lambda: X[MASK],
+    "masked columns": lambda: X[:, MASK[1]],
+    "put by a mask": lambda: X.clone().index_put_((MASK,), torch.ones(3)),
+    "select": lambda: X.masked_select(MASK),
+    "unique": lambda: X.unique(),
+    "repeats": lambda: X.repeat_interleave(torch.tensor([1, 2, 3]), dim=1),
+    "to a device": lambda: X.to("meta"),
+    "copied to a device": lambda: torch.empty(2, 3, device="meta").copy_(X),
+}
+FREE: dict[str, Callable[[], Any]] = {
+    "indices": lambda: X[:, torch.tensor([0, 2])],
+    "indices put": lambda: X.clone().index_put_((torch.tensor([0]),), torch.ones(3)),
+    "where": lambda: torch.where(MASK, X, 0.0),
+    "masked fill": lambda: X.masked_fill(MASK, 0.0),
+    "repeats of known size": lambda: X.repeat_interleave(torch.tensor([1, 2, 3]), dim=1, output_size=6),
+    "to a dtype": lambda: X.to(torch.float64),
+    "loss": lambda: F.cross_entropy(X, torch.tensor([0, 1])),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_operators_that_wait_are_found(name: str) -> None:
+    with pytest.raises(RuntimeError, match="waits for the device"), Rules():
+        WAITING[name]()
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_others_are_not(name: str) -> None:
+    with Rules():
+        got = FREE[name]()
+    assert torch.equal(got, FREE[name]())
+
+
+def test_torch_tells_of_its_own_waits(cuda: Cuda, alone: None) -> None:
+    """As of a linear solver's, which no operator that is called shows."""
+    cuda.sync_mode = "warn"
+    with pytest.raises(RuntimeError, match="called a synchronizing"):
+        rehearse(cuda.wait)
+    assert cuda.sync_modes == ["error", "warn"]
+    assert not capturing(torch.device("cpu"))
+
+
+def test_other_threads_may_wait_meanwhile(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "active_count", lambda: 2)
+    rehearse(cuda.wait)
+    assert cuda.sync_modes == []
+
+
+@pytest.mark.parametrize("waits", [lambda cuda: float(X.sum()), lambda cuda: cuda.wait()], ids=["operator", "torch"])
+def test_a_function_that_waits_meets_no_capture(
+    cuda: Cuda, alone: None, caplog: pytest.LogCaptureFixture, waits: Any
+) -> None:
+    recordings = cuda_graph.Recordings(2)
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        waits(cuda)
+        return (x,)
+
+    with caplog.at_level(logging.WARNING):
+        assert [recordings.get("key", "the function", function, (X,)) for _ in range(3)] == [None] * 3
+    assert cuda.captures == [] and cuda.sync_mode == 0
+    assert len(caplog.records) == 1 and "runs without a CUDA graph: RuntimeError" in caplog.text
+
+
+# A capture that fails.
+
+
+def test_a_failing_capture_leaves_the_stream_and_the_allocator_and_names_its_cause(cuda: Cuda) -> None:
+    pool = object()
+
+    def function() -> None:
+        torch.cuda.current_stream()
+        cuda.wait()
+
+    with torch.cuda.device(1):
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            capture(function, Stream(1), pool)  # type: ignore[arg-type]
+        assert cuda.streams == cuda.usual and cuda.device == 1
+    assert cuda.allocations_ended == [(torch.device("cuda", 1), pool)]
+
+
+def test_a_capture_whose_end_alone_fails_says_so(cuda: Cuda) -> None:
+    cuda.end_fails = True
+    with pytest.raises(RuntimeError, match="invalidated"):
+        capture(lambda: cuda.launch(1.0), Stream(0), None)  # type: ignore[arg-type]
+    assert cuda.streams == cuda.usual and len(cuda.allocations_ended) == 1
+
+
+def test_an_error_in_the_function_ends_the_capture(cuda: Cuda) -> None:
+    def function() -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        capture(function, Stream(0), None)  # type: ignore[arg-type]
+    assert cuda.graph is None and cuda.streams == cuda.usual and cuda.allocations_ended == []
+
+
+def test_an_allocation_that_has_ended_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def end(device: int, pool: Any) -> None:
+        asked.append((device, pool))
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end)
+    _torch.end_allocation(torch.device("cuda:1"), (0, 1))
+    assert asked == [(1, (0, 1))]
+
+
+# Streams and devices.
+
+
+def work(cuda: Cuda, ms: float = 1.0) -> Any:
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        cuda.launch(ms)
+        return (x * 2,)
+
+    return function
+
+
+def test_capturing_is_asked_of_the_tensors_device(cuda: Cuda) -> None:
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    seen = []
+    with torch.cuda.device(1):
+        capture(lambda: seen.append((capturing(first), capturing(second), cuda.device)), Stream(1), None)  # type: ignore[arg-type]
+    assert seen == [(True, True, 1)]  # what is current counts too: a warm-up beside a capture would end it
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(Stream(1)):  # type: ignore[arg-type]
+        graph.capture_begin(capture_error_mode="thread_local")
+        with torch.cuda.device(0):
+            assert capturing(second) and not capturing(first) and cuda.device == 0
+            assert "being recorded already" in str(cuda_graph.refusal(second))
+            assert cuda_graph.refusal(first) is None
+        graph.capture_end()
+    assert not capturing(second)
+
+
+def test_a_rehearsal_counts_as_a_capture(cuda: Cuda) -> None:
+    device = torch.device("cuda:1")
+    assert rehearse(lambda: (capturing(device), _capture.capturing_here())) == (True, True)
+    assert not capturing(device) and not _capture.capturing_here()
+
+
+def test_a_recording_lies_on_its_own_device_and_stream(cuda: Cuda) -> None:
+    memory = cuda_graph.Memory(torch.device("cuda:1"))
+    ran_on = []
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        ran_on.append(torch.cuda.current_stream())
+        return work(cuda)(x)
+
+    recording = cuda_graph.Recording(function, [X], memory)
+    (graph,) = cuda.captures
+    assert graph.stream.device == 1 and graph.stream is not cuda.usual[1]
+    # The workspace of cuBLAS lies in the graph's pool where nothing but captures ran on the stream.
+    assert [stream is graph.stream for stream in ran_on] == [False, False, False, True]
+    again = cuda_graph.Recording(work(cuda), [X], memory)
+    assert [g.stream is graph.stream and g.pool is graph.pool for g in cuda.captures] == [True, True]
+    other = cuda_graph.Recording(work(cuda), [X], cuda_graph.Memory(torch.device("cuda:0")))
+    assert cuda.captures[2].stream.device == 0 and cuda.captures[2].pool is not graph.pool
+    before = cuda.usual[1].idle_at
+    recording(X)
+    again(X)
+    assert cuda.usual[1].idle_at >= before + 2.0
+    other(X)
+    assert cuda.device == 0 and cuda.streams == cuda.usual
+
+
+class Driver:
+    """libcuda's one function that is called."""
+
+    def __init__(self, handle: int | None) -> None:
+        self.handle, self.flags = handle, -1
+
+    def cuStreamCreate(self, made: Any, flags: Any) -> int:
+        self.flags = flags.value
+        ctypes.cast(made, ctypes.POINTER(ctypes.c_void_p))[0] = self.handle
+        return 0 if self.handle else 201
+
+
+def test_a_stream_of_ones_own_comes_from_the_driver(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle: handle)
+    driver = Driver(0x1234)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    assert own_stream() == 0x1234
+    assert driver.flags == 1  # CU_STREAM_NON_BLOCKING: else the default stream would wait for it, and end a capture
+    driver.handle = None
+    assert isinstance(own_stream(), Stream)
+
+    def missing(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert isinstance(own_stream(), Stream)
+
+
+def test_turns_of_two_streams_follow_each_other(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Stream] = []
+    monkeypatch.setattr(Tensor, "record_stream", lambda t, stream: kept.append(stream))
+    memory = cuda_graph.Memory(torch.device("cuda:0"))
+    first, second = (cuda_graph.Recording(work(cuda, 5.0), [X], memory) for _ in range(2))
+    beside = Stream(0)
+    first(X)
+    assert kept == []
+    with torch.cuda.stream(beside):  # type: ignore[arg-type]
+        second(X)
+    assert beside.idle_at >= cuda.usual[0].idle_at + 5.0
+    assert kept == [beside]
+    (event,) = beside.waited
+    assert isinstance(event, Event) and event.stream is cuda.usual[0]
+
+
+def test_a_turn_that_fails_is_waited_for_too(cuda: Cuda) -> None:
+    memory = cuda_graph.Memory(torch.device("cuda:0"))
+    recording = cuda_graph.Recording(work(cuda), [X], memory)
+    with pytest.raises(RuntimeError, match="size"):
+        recording(torch.ones(7))
+    assert memory._done is not None and not memory.lock.locked()
+    assert torch.equal(recording(X)[0], X * 2)
+
+
+# Memory.
+
+
+def recorded(recordings: cuda_graph.Recordings, key: str, function: Any) -> cuda_graph.Recording | None:
+    """What the second call of a key gives."""
+    recordings.get(key, key, function, (X,))
+    return recordings.get(key, key, function, (X,))
+
+
+def takes(cuda: Cuda, count: int) -> Any:
+    """A function that takes memory in its capture."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        if cuda.graph is not None:
+            cuda.reserved[0] += count
+        return (x,)
+
+    return function
+
+
+def test_recordings_are_bounded_in_bytes(cuda: Cuda) -> None:
+    recordings = cuda_graph.Recordings(8)
+    device = X.device
+    for key in "abc":  # 100, 200, 300 of 1000 bytes
+        assert recorded(recordings, key, takes(cuda, 100)) is not None
+    assert len(recordings._made[device]) == 3 and recordings._memory[device].bytes == 300
+    assert recorded(recordings, "d", takes(cuda, 100)) is not None
+    assert list(recordings._made[device]) == ["d"] and recordings._memory[device].bytes == 100
+    assert len({id(g.pool) for g in cuda.captures[:3]}) == 1 and cuda.captures[3].pool is not cuda.captures[0].pool
+    assert cuda.captures[3].stream is not cuda.captures[0].stream
+
+
+def test_a_pool_that_all_have_left_is_not_used_again(cuda: Cuda) -> None:
+    recordings = cuda_graph.Recordings(8)
+    first = recorded(recordings, "a", work(cuda))
+    recordings.clear()
+    del first
+    recorded(recordings, "a", work(cuda))
+    assert cuda.captures[0].pool is not cuda.captures[1].pool
+
+
+def fails(cuda: Cuda, times: int) -> Any:
+    """A function for whose warm-up or capture memory does not suffice, as often as that."""
+    left = [times]
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        if left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.9 GiB.\nand more")
+        return (x,)
+
+    return function
+
+
+def test_where_memory_does_not_suffice_the_others_go(cuda: Cuda, caplog: pytest.LogCaptureFixture) -> None:
+    recordings = cuda_graph.Recordings(8)
+    for key in "ab":
+        recorded(recordings, key, work(cuda))
+    one, memory = recordings._made[X.device].get("a"), recordings._memory[X.device]
+    assert one is not None
+    one(X)
+    assert memory._done is not None
+    done: Any = memory._done
+    del one, memory
+    with caplog.at_level(logging.WARNING):
+        got = recorded(recordings, "c", fails(cuda, 1))
+    assert got is not None and torch.equal(got(X)[0], X)
+    assert list(recordings._made[X.device]) == ["c"] and not caplog.records
+    assert done.waits == 1  # what may still read the memory that goes is over
+    assert cuda.captures[2].pool is not cuda.captures[0].pool
+
+
+def test_memory_that_does_not_suffice_is_not_for_good(cuda: Cuda, caplog: pytest.LogCaptureFixture) -> None:
+    recordings = cuda_graph.Recordings(8)
+    function = fails(cuda, 4)  # two turns of two attempts
+    with caplog.at_level(logging.WARNING):
+        got = [recordings.get("key", "mine", function, (X,)) is not None for _ in range(60)]
+    first = got.index(True)
+    assert first == 1 + 17 + 33  # the second call, 16 calls later, 32 calls later
+    assert all(got[first:])
+    said = [r.message for r in caplog.records]
+    assert len(said) == 2 and "for the next 16 calls, the memory does not suffice: CUDA out of memory" in said[0]
+    assert "and more" not in caplog.text
+
+
+def test_one_devices_memory_leaves_anothers_recordings(cuda: Cuda) -> None:
+    recordings = cuda_graph.Recordings(8)
+    other = torch.empty(1, device="meta")
+    for _ in range(2):
+        recordings.get("elsewhere", "mine", lambda x: (x,), (other,))
+    assert recorded(recordings, "c", fails(cuda, 1)) is not None
+    assert len(recordings._made[other.device]) == 1
+
+
+def test_two_threads_make_one_recording(cuda: Cuda) -> None:
+    recordings = cuda_graph.Recordings(8)
+    recordings.get("key", "mine", work(cuda), (X,))
+    inside, go = threading.Event(), threading.Event()
+
+    def slow(x: Tensor) -> tuple[Tensor, ...]:
+        inside.set()
+        go.wait(30)
+        return (x,)
+
+    got: list[Any] = [None, None]
+    threads = [
+        threading.Thread(target=lambda i=i: got.__setitem__(i, recordings.get("key", "mine", slow, (X,))))
+        for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    inside.wait(30)
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert got[0] is got[1] is not None and len(cuda.captures) == 1
+
+
+# Conditions.
+
+SWITCHES: dict[str, tuple[Any, str, Any]] = {
+    "tf32 in products": (torch.backends.cuda.matmul, "allow_tf32", True),
+    "tf32 in convolutions": (torch.backends.cudnn.conv, "fp32_precision", "ieee"),  # type: ignore[attr-defined]
+    "no cudnn": (torch.backends.cudnn, "enabled", False),
+    "cudnn.benchmark": (torch.backends.cudnn, "benchmark", True),
+    "cudnn.deterministic": (torch.backends.cudnn, "deterministic", True),
+    "float16 sums": (torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False),
+    "bfloat16 sums": (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+    "float16 accumulation": (torch.backends.cuda.matmul, "allow_fp16_accumulation", True),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_switches_are_conditions_of_a_recording(name: str) -> None:
+    where, switch, value = SWITCHES[name]
+    before, usual = cuda_graph.conditions(), getattr(where, switch)
+    assert _torch.unusual_switches() == ""
+    setattr(where, switch, value)
+    try:
+        assert cuda_graph.conditions() != before
+        assert _torch.unusual_switches().count("=") == 1
+    finally:
+        setattr(where, switch, usual)
+    assert name == "tf32 in products" or cuda_graph.conditions() == before  # it was "none", and is "ieee" now
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_deterministic_algorithms_are_a_condition(poisoned_memory: None) -> None:
+    assert _torch.unusual_switches() == "deterministic=True"
+
+
+# Modes.
+
+
+class Looks(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_modes_that_look_at_operators_keep_a_function_from_being_recorded(cuda: Cuda) -> None:
+    device = torch.device("cuda:0")
+    with Looks():
+        assert "a mode of torch" in str(cuda_graph.refusal(device))
+    with FlopCounterMode(display=False):
+        assert "a mode of torch" in str(cuda_graph.refusal(device))
+    with torch.device("cpu"):  # a mode of torch too, which says where new tensors go
+        assert cuda_graph.refusal(device) is None
+        with Looks():
+            assert "a mode of torch" in str(cuda_graph.refusal(device))
+    assert cuda_graph.refusal(device) is None
