@@ -51,9 +51,9 @@ INSIDE = {
         "native": {"base", "reference"},
         "cuda": {"base", "native", "reference"},
         "clock": set(),
-        "triton": {"base", "reference"},
+        "triton": {"base", "clock", "reference"},
         "table": set(),
-        "autotune": {"base", "reference", "table"},
+        "autotune": {"base", "clock", "reference", "table"},
         "": {"autotune", "base", "cuda", "native", "reference", "table", "triton"},
     },
     "lambda_kernels.program": {
