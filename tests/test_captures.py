@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fake_cuda import Cuda, Event, Stream
+from machine import fresh
+from tape import rehearse as rehearse_on_tapes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -433,3 +436,48 @@ def test_modes_that_look_at_operators_keep_a_function_from_being_recorded(cuda: 
         with Looks():
             assert "a mode of torch" in str(cuda_graph.refusal(device))
     assert cuda_graph.refusal(device) is None
+
+
+# On a device a failing capture may damage the process, so it has one of its own.
+
+
+def leaves_a_waiting_function_to_the_caller(device: str) -> None:
+    recordings = cuda_graph.Recordings(4)
+    x = torch.ones(3, device=device)
+    said: list[str] = []
+    log = logging.getLogger("lambda_kernels")
+    log.addFilter(lambda record: said.append(record.getMessage()) or True)  # type: ignore[func-returns-value]
+
+    def by_an_operator(x: Tensor) -> tuple[Tensor, ...]:
+        return (x * float(x.sum()),)
+
+    def past_torch(x: Tensor) -> tuple[Tensor, ...]:  # found in the capture alone
+        torch.cuda.synchronize()
+        return (x * x.sum(),)
+
+    def does_not(x: Tensor) -> tuple[Tensor, ...]:
+        return (x * x.sum(),)
+
+    stream = torch.cuda.current_stream() if device == "cuda" else None
+    for function in (by_an_operator, past_torch) if device == "cuda" else (by_an_operator,):
+        key = function.__name__
+        assert [recordings.get(key, key, function, (x,)) for _ in range(4)] == [None] * 4
+        assert len([text for text in said if f"{key} runs without a CUDA graph" in text]) == 1, said
+        assert device == "cpu" or torch.cuda.current_stream() == stream
+    assert recordings.get("other", "another", does_not, (x,)) is None
+    recording = recordings.get("other", "another", does_not, (x,))
+    assert recording is not None, said
+    assert torch.equal(recording(x * 2)[0], x * 12)
+
+
+def test_a_function_that_waits_is_left_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearse_on_tapes(monkeypatch)
+    leaves_a_waiting_function_to_the_caller("cpu")
+
+
+@pytest.mark.gpu
+def test_a_function_that_waits_is_left_to_the_caller_on_a_device() -> None:
+    fresh(
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "import test_captures; test_captures.leaves_a_waiting_function_to_the_caller('cuda')"
+    )
