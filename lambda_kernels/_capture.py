@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._torch import end_allocation
 
-__all__ = ["Rules", "capture", "capturing", "capturing_here", "own_stream", "rehearse"]
+__all__ = ["ONE_AT_A_TIME", "Rules", "capture", "capturing", "capturing_here", "own_stream", "rehearse"]
 
 T = TypeVar("T")
 _aten = torch.ops.aten
 _WAITS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._unsafe_index, _aten._unsafe_index_put}
 _COPIES = {_aten._to_copy, _aten.copy_, _aten.copy}
-_one_at_a_time = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()  # in a process, on whichever device: torch frees no cached memory meanwhile, or fails
 _rehearsal = threading.local()
 
 
@@ -111,7 +111,7 @@ def capture(function: Callable[[], T], stream: torch.cuda.Stream, pool: Any) -> 
     graph = torch.cuda.CUDAGraph()
     results: list[T] = []
     failure: BaseException | None = None
-    with _one_at_a_time, torch.cuda.stream(stream):
+    with ONE_AT_A_TIME, torch.cuda.stream(stream):
         # Only this thread's calls may not wait: a data loader's thread goes on.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:

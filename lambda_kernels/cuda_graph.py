@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from ._capture import capture, capturing, own_stream, rehearse
+from ._capture import ONE_AT_A_TIME, capture, capturing, own_stream, rehearse
 from ._torch import looked_at, switches, transform_active
 from .cache import Bounded
 
@@ -73,13 +73,14 @@ class Memory:
         """Capture a function on the current device, this memory's."""
         if self._place is None:
             self._place = own_stream(), torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what the warm-up left: torch does not look for it during a capture
-        before = torch.cuda.memory_reserved()
-        try:
-            return capture(function, *self._place)
-        finally:
-            self.bytes += max(0, torch.cuda.memory_reserved() - before)
+        with ONE_AT_A_TIME:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # what the warm-up left: torch does not look for it during a capture
+            before = torch.cuda.memory_reserved()
+            try:
+                return capture(function, *self._place)
+            finally:
+                self.bytes += max(0, torch.cuda.memory_reserved() - before)
 
     @property
     def is_full(self) -> bool:
@@ -222,7 +223,6 @@ class Recordings:
         except torch.OutOfMemoryError:
             pass  # and, with the error, what its frames hold
         self._drop(device)
-        torch.cuda.empty_cache()
         return Recording(function, inputs, self._memory_of(device))
 
     def _memory_of(self, device: torch.device) -> Memory:

@@ -360,6 +360,34 @@ def test_one_devices_memory_leaves_anothers_recordings(cuda: Cuda) -> None:
     assert len(recordings._made[other.device]) == 1
 
 
+@pytest.mark.parametrize("recording", [True, False], ids=["recording", "measuring"])
+def test_a_capture_waits_for_another_devices(cuda: Cuda, recording: bool) -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    def slow() -> tuple[Tensor, ...]:
+        inside.set()
+        go.wait(30)
+        return (X,)
+
+    def second() -> None:
+        if recording:
+            cuda_graph.Memory(torch.device("cuda:1")).capture(lambda: (X,))
+        else:
+            capture(lambda: (X,), Stream(1), None)  # type: ignore[arg-type]
+
+    threads = [threading.Thread(target=capture, args=(slow, Stream(0), None))]
+    threads[0].start()
+    assert inside.wait(30)
+    threads.append(threading.Thread(target=second))
+    threads[1].start()
+    threads[1].join(0.1)
+    waited = len(cuda.captures) == 1
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert waited and len(cuda.captures) == 2 and cuda.graph is None
+
+
 def test_two_threads_make_one_recording(cuda: Cuda) -> None:
     recordings = cuda_graph.Recordings(8)
     recordings.get("key", "mine", work(cuda), (X,))
