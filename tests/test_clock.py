@@ -170,6 +170,20 @@ def test_a_known_first_block_computes_nothing(order: tuple[str, str]) -> None:
     assert seen.names == [] and clock.asked == asked
 
 
+class NoMoments(Fast):
+    """Its kernel for the moments of the first block does not compile."""
+
+    def image_moments(self, x: Tensor, kernel: tuple[int, int], spec: Any) -> Tensor:
+        raise RuntimeError("ptxas fatal")
+
+
+def test_a_first_block_whose_kernels_fail_is_left_out() -> None:
+    backend, _, table = tuned(NoMoments(), "fast", "over z")
+    (why,) = backend.image_refusals(*operands()[:2], BLOCK)
+    assert "ptxas fatal" in why
+    assert [c.chosen for key, c in table.choices.items() if key.startswith("first block")] == ["over z"]
+
+
 # Switches.
 
 

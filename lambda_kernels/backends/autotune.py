@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,33 +83,29 @@ class Autotune(Reference):
             self._settled[short] = backend
         return backend
 
-    def _known(self, key: str, device: torch.device, names: Collection[str]) -> str | None:
-        """The one of `names` to take where nothing is to be measured now; None where there is no such."""
-        first = next(iter(names))
-        if len(names) == 1:
-            return first
-        known = self.table(device).choices.get(_under_switches(key))
-        if known is not None and known.chosen in names:
-            return known.chosen
-        return first if unmeasured() or capturing(device) else None  # not kept: a later call may measure
-
     def _fastest(
         self, key: str, device: torch.device, runs: Mapping[str, Run], excluded: dict[str, str],
         checks: Mapping[str, Run] | None = None,
     ) -> str:  # fmt: skip
         """The name of the fastest of `runs` whose result agrees with ATen's (where ATen is none of them, with the last
         one's), from the table or measured now. `checks` give the results in place of `runs`."""
-        if (known := self._known(key, device, runs)) is not None:
-            return known
-        key = _under_switches(key)
+        first = next(iter(runs))
+        if len(runs) == 1:
+            return first
+        key, table = _under_switches(key), self.table(device)
+        known = table.choices.get(key)
+        if known is not None and known.chosen in runs:
+            return known.chosen
+        if unmeasured() or capturing(device):
+            return first  # not kept: a later call may measure
         say_measuring(device)
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 choice = self._measured(key, runs, runs if checks is None else checks, excluded)
         except torch.OutOfMemoryError as error:
             _log.warning("%s is not measured, the memory does not suffice: %s", key, _first_line(error))
-            return next(iter(runs))
-        self.table(device).add(key, choice)
+            return first
+        table.add(key, choice)
         return choice.chosen
 
     def _measured(
@@ -184,32 +181,34 @@ class Autotune(Reference):
         backend = self._image(x, weight, block)
         if backend is None:
             return [f"{b.name}: {'; '.join(b.image_refusals(x, weight, block))}" for b in self.candidates.values()]
-        key = f"first block {_spelled((x, weight, block.conv, block.pool))}"
-        chosen = self._known(key, x.device, (backend.name, "over z"))
-        if chosen is None:
-            chosen = self._first_block(key, backend, x, weight, block)
-        if chosen == backend.name:
-            return []
-        return [f"{backend.name}: {self.table(x.device).choices[_under_switches(key)].reason}"]
-
-    def _first_block(self, key: str, backend: Backend, x: Tensor, weight: Tensor, block: BlockSpec) -> str:
-        """What is faster for the first block, forward and backward: the backend's own kernels, or "over z"."""
-        gamma, beta = (weight.new_full((1, weight.shape[1]), value) for value in (1.0, 0.1))
-        moments = backend.image_moments(x, (weight.shape[-2], weight.shape[-1]), block.conv)
         block = block._replace(eps=1e-5)
 
+        @cache  # nothing is computed where the choice is known
+        def vectors() -> list[Tensor]:
+            return [weight.new_full((1, weight.shape[1]), value) for value in (1.0, 0.1)]
+
+        @cache  # once for all steps
+        def moments() -> Tensor:
+            return backend.image_moments(x, (weight.shape[-2], weight.shape[-1]), block.conv)
+
         def over_moments() -> tuple[Tensor, Tensor]:
-            y, index, mean, rstd = backend.image_block(x, weight, gamma, beta, moments, block)
-            return y, backend.image_block_grad(y, x, weight, gamma, index, mean, rstd, moments, block)[0]
+            gamma, beta = vectors()
+            y, index, mean, rstd = backend.image_block(x, weight, gamma, beta, moments(), block)
+            return y, backend.image_block_grad(y, x, weight, gamma, index, mean, rstd, moments(), block)[0]
 
         def over_z() -> tuple[Tensor, Tensor]:
+            gamma, beta = vectors()
             z, y, index, mean, rstd = self.conv_block(x, weight, gamma, beta, block)
             dz, _, _ = self.norm_relu_pool_grad(y, z, gamma, index, mean, rstd, block, True)
             assert dz is not None
             own = torch.Size((dz.shape[0], *weight.shape[1:]))
             return y, self.conv2d_weight_grad(dz, x, own, block.conv)
 
-        return self._fastest(key, x.device, {backend.name: over_moments, "over z": over_z}, {})
+        key = f"first block {_spelled((x, weight, block.conv, block.pool))}"
+        chosen = self._fastest(key, x.device, {backend.name: over_moments, "over z": over_z}, {})
+        if chosen == backend.name:
+            return []
+        return [f"{backend.name}: {self.table(x.device).choices[_under_switches(key)].reason}"]
 
     def _image(self, x: Tensor, weight: Tensor, block: BlockSpec) -> Backend | None:
         return next((b for b in self.candidates.values() if not b.image_refusals(x, weight, block)), None)
@@ -251,19 +250,20 @@ class Autotune(Reference):
         first = parameters[0]
         call = Call("linear", first.device, first.dtype)
         able = {n: b for n, b in self.candidates.items() if not b.refusals(call)}
-        several = " of several rates" * (len(set(rates)) > 1)
-        key = f"sgd_ {_spelled(tuple(parameters))}{several}"
-        if (known := self._known(key, first.device, able)) is not None:
-            return able[known]
-        copies = [p.clone() for p in parameters]
+
+        @cache  # where the choice is known there are none
+        def copies() -> list[Tensor]:
+            return [p.clone() for p in parameters]
 
         def change(backend: Backend) -> list[Tensor]:
             own = [p.clone() for p in parameters]
             backend.sgd_(own, gradients, rates)
             return [a - p for a, p in zip(own, parameters)]
 
-        runs = {name: lambda b=backend: b.sgd_(copies, gradients, rates) for name, backend in able.items()}
+        runs = {name: lambda b=backend: b.sgd_(copies(), gradients, rates) for name, backend in able.items()}
         checks = {name: lambda b=backend: change(b) for name, backend in able.items()}
+        several = " of several rates" * (len(set(rates)) > 1)
+        key = f"sgd_ {_spelled(tuple(parameters))}{several}"
         return able[self._fastest(key, first.device, runs, {}, checks)]
 
 
