@@ -1,15 +1,16 @@
 """One function as one CUDA graph: run under a graph's rules first, then captured on a stream beside the current one.
 
-A capture that fails leaves damage that torch does not repair: the allocator and the generators of random numbers may
-believe that it goes on. So a function that no graph can hold is found before a capture begins.
+A capture that fails leaves damage behind: the allocator and the generator of random numbers may believe that it goes
+on. So a function that no graph can hold is found before a capture begins, and what is known of the damage is repaired.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -122,10 +123,21 @@ def capture(function: Callable[[], T], stream: torch.cuda.Stream, pool: Any) -> 
             graph.capture_end()
         except Exception as error:
             failure = failure or error
-            end_allocation(torch.device("cuda", torch.cuda.current_device()), pool)
+            _repair(pool)
     if failure is not None:
         raise failure
     return graph, results[0]
+
+
+def _repair(pool: Any) -> None:
+    """Undo what a capture of the current device that failed at its end leaves behind in torch 2.11."""
+    end_allocation(torch.device("cuda", torch.cuda.current_device()), pool)
+    # The generator of random numbers believes that it is captured until a capture ends well. This one is empty.
+    with suppress(Exception), warnings.catch_warnings(), torch.cuda.stream(torch.cuda.Stream()):
+        warnings.simplefilter("ignore")
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_end()
 
 
 def own_stream() -> torch.cuda.Stream:

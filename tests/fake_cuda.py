@@ -74,6 +74,7 @@ class Cuda:
         self.sync_mode: Any = 0
         self.sync_modes: list[Any] = []
         self.end_fails = False
+        self.random_numbers_captured = [False, False]  # what each device's generator believes
         for name, value in {
             "device": self._on,
             "stream": self._with,
@@ -162,11 +163,15 @@ class Graph:
         assert capture_error_mode == "thread_local"
         self.stream, self.pool, cuda.graph = cuda.streams[cuda.device], pool, self
         cuda.captures.append(self)
+        cuda.random_numbers_captured[cuda.device] = True
 
     def capture_end(self) -> None:
-        self.cuda.graph = None
-        if self.invalid or self.cuda.end_fails:
+        cuda = self.cuda
+        cuda.graph = None
+        if self.invalid or cuda.end_fails:
+            cuda.end_fails = False
             raise RuntimeError("the capture was invalidated")
+        cuda.random_numbers_captured[cuda.device] = False
 
     def replay(self) -> None:
         assert self.stream is not None

@@ -112,7 +112,7 @@ def test_a_function_that_waits_meets_no_capture(
 # A capture that fails.
 
 
-def test_a_failing_capture_leaves_the_stream_and_the_allocator_and_names_its_cause(cuda: Cuda) -> None:
+def test_a_failing_capture_leaves_all_as_it_was_and_names_its_cause(cuda: Cuda) -> None:
     pool = object()
 
     def function() -> None:
@@ -124,6 +124,7 @@ def test_a_failing_capture_leaves_the_stream_and_the_allocator_and_names_its_cau
             capture(function, Stream(1), pool)  # type: ignore[arg-type]
         assert cuda.streams == cuda.usual and cuda.device == 1
     assert cuda.allocations_ended == [(torch.device("cuda", 1), pool)]
+    assert cuda.random_numbers_captured == [False, False]
 
 
 def test_a_capture_whose_end_alone_fails_says_so(cuda: Cuda) -> None:
@@ -492,6 +493,7 @@ def leaves_a_waiting_function_to_the_caller(device: str) -> None:
         assert [recordings.get(key, key, function, (x,)) for _ in range(4)] == [None] * 4
         assert len([text for text in said if f"{key} runs without a CUDA graph" in text]) == 1, said
         assert device == "cpu" or torch.cuda.current_stream() == stream
+        torch.rand(3, device=device)
     assert recordings.get("other", "another", does_not, (x,)) is None
     recording = recordings.get("other", "another", does_not, (x,))
     assert recording is not None, said
