@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lambda_kernels import _capture, cuda_graph
 from lambda_kernels.backends import clock
@@ -183,3 +184,13 @@ class Graph:
 def kernels(cuda: Cuda, **of: tuple[float, float]) -> dict[str, Callable[[], None]]:
     """Runs by name, of one kernel each: its ms and those of Python."""
     return {name: partial(cuda.launch, ms, host) for name, (ms, host) in of.items()}
+
+
+def work(cuda: Cuda, ms: float = 1.0) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A function to record, of one kernel."""
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        cuda.launch(ms)
+        return (x * 2,)
+
+    return function

@@ -27,11 +27,6 @@ SHORT = {"triton": (0.002, 0.05), "aten": (0.010, 0.008)}
 BLOCK = BlockSpec(SPEC, 1e-5, 2)
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
-    return Cuda(monkeypatch)
-
-
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_say, "_said", set())
