@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +19,14 @@ from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
+# Which modes see the functions of torch: there is no public list. A default device is one of them.
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
 __all__ = [
     "being_traced",
     "custom_function_call",
+    "end_allocation",
     "for_good",
     "forward_mode",
     "functorch_active",
@@ -29,8 +36,10 @@ __all__ = [
     "mode_active",
     "primals_of",
     "stand_ins_made",
+    "switches",
     "temporarily_clear_interpreter_stack",
     "transform_active",
+    "unusual_switches",
     "will_engine_run",
     "with_forward_mode",
     "without_old_batches",
@@ -50,6 +59,19 @@ with_forward_mode = forward_ad._set_fwd_grad_enabled
 # How many modes see every operator, or every function of torch, that is called. There is no public count.
 _watching_operators = torch._C._len_torch_dispatch_stack
 _watching_functions = torch._C._len_torch_function_stack
+# By name: the getter behind a switch, and how torch sets it. The public properties take 2 us each, in every call.
+_SWITCHES: dict[str, tuple[Callable[[], Hashable], Hashable]] = {
+    "matmul": (partial(torch._C._get_fp32_precision_getter, "cuda", "matmul"), "none"),
+    "conv": (partial(torch._C._get_fp32_precision_getter, "cuda", "conv"), "tf32"),
+    "cudnn": (torch._C._get_cudnn_enabled, True),
+    "cudnn.benchmark": (torch._C._get_cudnn_benchmark, False),
+    "cudnn.deterministic": (torch._C._get_cudnn_deterministic, False),
+    "deterministic": (torch.are_deterministic_algorithms_enabled, False),
+    "float16-sums": (torch._C._get_cublas_allow_fp16_reduced_precision_reduction, (True, True)),
+    "bfloat16-sums": (torch._C._get_cublas_allow_bf16_reduced_precision_reduction, (True, True)),
+    "float16-accumulation": (torch._C._get_cublas_allow_fp16_accumulation, False),
+    "blas": (torch._C._get_blas_preferred_backend, torch._C._BlasBackend.Cublas),
+}
 # Whether torch.jit.trace is on: torch.jit.is_tracing, which torch's own types do not know.
 _tracing = torch._C._is_tracing
 
@@ -59,9 +81,39 @@ def being_traced() -> bool:
     return torch.compiler.is_compiling() or _tracing()
 
 
-def looked_at() -> bool:
-    """Whether a mode of torch sees every operator, or every function of torch, that is called."""
-    return bool(_watching_operators() or _watching_functions())
+def looked_at(but_for_a_default_device: bool = False) -> bool:
+    """Whether a mode of torch sees every operator, or every function of torch, that is called.
+
+    A default device (torch.set_default_device, `with torch.device(...)`) is such a mode; it only says where new tensors
+    go.
+    """
+    if not (_watching_operators() or _watching_functions()):
+        return False
+    return not (
+        but_for_a_default_device
+        and not _watching_operators()
+        and all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+    )
+
+
+def switches() -> tuple[Hashable, ...]:
+    """Where torch's switches stand that change what a kernel of its computes, or which one it is."""
+    return tuple(ask() for ask, _ in _SWITCHES.values())
+
+
+def unusual_switches() -> str:
+    """The switches that do not stand as torch sets them, as words: "matmul=tf32 cudnn.benchmark=True"."""
+    asked = ((name, ask(), usual) for name, (ask, usual) in _SWITCHES.items())
+    return " ".join(f"{name}={value}" for name, value, usual in asked if value != usual)
+
+
+def end_allocation(device: torch.device, pool: Any) -> None:
+    """Give no more memory of a graph's pool to what the device allocates.
+
+    torch 2.11 goes on with it where the end of a capture fails (pytorch pull request 180395).
+    """
+    with suppress(RuntimeError):  # it has ended
+        torch._C._cuda_endAllocateToPool(device.index, pool)
 
 
 def forward_mode() -> bool:

@@ -26,6 +26,7 @@ os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 from cuda_checks import RUNNERS, Runner
 from cuda_emulator import build
+from fake_cuda import Cuda as FakeCuda
 from machine import on_threads
 
 from lambda_kernels.backends.cuda import Cuda
@@ -67,6 +68,12 @@ def runner(request: pytest.FixtureRequest) -> Runner:
     if request.param == "device":
         return Runner(Cuda(), "cuda")
     return Runner(Cuda(request.getfixturevalue("emulated_library"), "cpu"), "cpu")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """Two CUDA devices that are none, in place of torch.cuda."""
+    return FakeCuda(monkeypatch)
 
 
 @pytest.fixture

@@ -6,20 +6,20 @@ recording that would be wrong on a device is wrong here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lambda_kernels import cuda_graph
+from lambda_kernels._capture import Rules
 
 
-class Tape(TorchDispatchMode):
+class Tape(Rules):
     """Notes every operator with its operands and results."""
 
     def __init__(self) -> None:
@@ -27,11 +27,8 @@ class Tape(TorchDispatchMode):
         self.entries: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            raise RuntimeError("operation not permitted when stream is capturing")
-        results = func(*args, **kwargs)
-        self.entries.append((func, args, kwargs, [t for t in tree_leaves(results) if isinstance(t, Tensor)]))
+        results = super().__torch_dispatch__(func, types, args, kwargs)
+        self.entries.append((func, args, kwargs or {}, [t for t in tree_leaves(results) if isinstance(t, Tensor)]))
         return results
 
     def replay(self) -> None:
@@ -49,12 +46,14 @@ class Rehearsed:
     made = 0
     replays = 0
 
-    def __init__(self, function: Callable[[], tuple[Tensor, ...]], device: torch.device) -> None:
+    def __init__(
+        self, function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], memory: cuda_graph.Memory
+    ) -> None:
         for _ in range(2):
-            function()
+            function(*inputs)
         self.tape = Tape()
         with self.tape:
-            self.results = function()
+            self.results = function(*inputs)
         Rehearsed.made += 1
 
     @contextmanager

@@ -4,59 +4,38 @@ The first call of a shape runs every backend that takes it, compares the results
 keeps the fastest. What was found is written to one file per device and set of versions, so that the next process starts
 from it; `python -m lambda_kernels.info --choices` prints it.
 
-Environment: LAMBDA_KERNELS_MEASURE=0 takes the first backend that can run the call instead; LAMBDA_KERNELS_CACHE names
-the folder of the files (default: lambda-kernels in the user's cache folder).
+Under torch.use_deterministic_algorithms the first backend that can run the call takes it, on every machine the same.
+
+Environment: LAMBDA_KERNELS_MEASURE=0 does that for calls that are not in the file; LAMBDA_KERNELS_CACHE names the
+folder of the files (default: lambda-kernels in the user's cache folder).
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import statistics
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._capture import capturing
+from .._torch import switches, unusual_switches
 from ..agreement import apart
 from ..spec import BlockSpec, ConvSpec
 from .base import Backend, Call
+from .clock import Run, cuda_clock, say_measuring, unmeasured
 from .reference import Reference, each_rate
 from .table import Choice, Table, table_of
 
 __all__ = ["Autotune", "Choice", "Table"]
 
 _log = logging.getLogger("lambda_kernels")
-Run = Callable[[], Any]
 Clock = Callable[[Mapping[str, Run]], dict[str, float]]
 _TRUTH = "reference"
-
-
-def cuda_clock(runs: Mapping[str, Run], budget: float = 100.0) -> dict[str, float]:
-    """Median milliseconds of a call, by CUDA events, the runs in turn: 3 to 11 times each, about `budget` ms in all.
-
-    Short calls of one run are timed together, so that its launches follow each other.
-    """
-
-    def elapsed(run: Run, calls: int) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / calls
-
-    longest = max(min(elapsed(run, 1) for _ in range(2)) for run in runs.values())
-    calls = max(1, min(10, int(1.0 / max(longest, 1e-3))))
-    rounds = max(3, min(11, int(budget / max(longest * calls * len(runs), 1e-3))))
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(elapsed(run, calls))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 class Autotune(Reference):
@@ -85,7 +64,8 @@ class Autotune(Reference):
 
     def _pick(self, op: str, call: Call, operands: tuple[Any, ...], spelled: tuple[Any, ...] | None = None) -> Backend:
         """The candidate for a call of the method `op`. `spelled` are the operands that its time depends on."""
-        short = (op, call.device, *((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in operands))
+        looks = ((v.shape, v.stride(), v.dtype) if isinstance(v, Tensor) else v for v in operands)
+        short = (op, call.device, switches(), *looks)
         if short in self._settled:
             return self._settled[short]
         able: dict[str, Backend] = {}
@@ -99,7 +79,7 @@ class Autotune(Reference):
         runs = {name: lambda b=backend: getattr(b, op)(*operands) for name, backend in able.items()}
         key = f"{op} {_spelled(operands if spelled is None else spelled)}"
         backend = able[self._fastest(key, call.device, runs, excluded)]
-        if len(able) == 1 or key in self.table(call.device).choices:
+        if len(able) == 1 or _under_switches(key) in self.table(call.device).choices:
             self._settled[short] = backend
         return backend
 
@@ -109,19 +89,22 @@ class Autotune(Reference):
     ) -> str:  # fmt: skip
         """The name of the fastest of `runs` whose result agrees with ATen's (where ATen is none of them, with the last
         one's), from the table or measured now. `checks` give the results in place of `runs`."""
+        first = next(iter(runs))
         if len(runs) == 1:
-            return next(iter(runs))
-        table = self.table(device)
+            return first
+        key, table = _under_switches(key), self.table(device)
         known = table.choices.get(key)
         if known is not None and known.chosen in runs:
             return known.chosen
-        if os.environ.get("LAMBDA_KERNELS_MEASURE") == "0" or _is_recording(device):
-            return next(iter(runs))  # not kept: a later call may measure
+        if unmeasured() or capturing(device):
+            return first  # not kept: a later call may measure
+        say_measuring(device)
         try:
-            choice = self._measured(key, runs, runs if checks is None else checks, excluded)
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                choice = self._measured(key, runs, runs if checks is None else checks, excluded)
         except torch.OutOfMemoryError as error:
             _log.warning("%s is not measured, the memory does not suffice: %s", key, _first_line(error))
-            return next(iter(runs))
+            return first
         table.add(key, choice)
         return choice.chosen
 
@@ -198,15 +181,23 @@ class Autotune(Reference):
         backend = self._image(x, weight, block)
         if backend is None:
             return [f"{b.name}: {'; '.join(b.image_refusals(x, weight, block))}" for b in self.candidates.values()]
-        gamma, beta = (weight.new_full((1, weight.shape[1]), value) for value in (1.0, 0.1))
-        moments = backend.image_moments(x, (weight.shape[-2], weight.shape[-1]), block.conv)
         block = block._replace(eps=1e-5)
 
+        @cache  # nothing is computed where the choice is known
+        def vectors() -> list[Tensor]:
+            return [weight.new_full((1, weight.shape[1]), value) for value in (1.0, 0.1)]
+
+        @cache  # once for all steps
+        def moments() -> Tensor:
+            return backend.image_moments(x, (weight.shape[-2], weight.shape[-1]), block.conv)
+
         def over_moments() -> tuple[Tensor, Tensor]:
-            y, index, mean, rstd = backend.image_block(x, weight, gamma, beta, moments, block)
-            return y, backend.image_block_grad(y, x, weight, gamma, index, mean, rstd, moments, block)[0]
+            gamma, beta = vectors()
+            y, index, mean, rstd = backend.image_block(x, weight, gamma, beta, moments(), block)
+            return y, backend.image_block_grad(y, x, weight, gamma, index, mean, rstd, moments(), block)[0]
 
         def over_z() -> tuple[Tensor, Tensor]:
+            gamma, beta = vectors()
             z, y, index, mean, rstd = self.conv_block(x, weight, gamma, beta, block)
             dz, _, _ = self.norm_relu_pool_grad(y, z, gamma, index, mean, rstd, block, True)
             assert dz is not None
@@ -215,7 +206,9 @@ class Autotune(Reference):
 
         key = f"first block {_spelled((x, weight, block.conv, block.pool))}"
         chosen = self._fastest(key, x.device, {backend.name: over_moments, "over z": over_z}, {})
-        return [] if chosen == backend.name else [f"{backend.name}: {self.table(x.device).choices[key].reason}"]
+        if chosen == backend.name:
+            return []
+        return [f"{backend.name}: {self.table(x.device).choices[_under_switches(key)].reason}"]
 
     def _image(self, x: Tensor, weight: Tensor, block: BlockSpec) -> Backend | None:
         return next((b for b in self.candidates.values() if not b.image_refusals(x, weight, block)), None)
@@ -257,14 +250,17 @@ class Autotune(Reference):
         first = parameters[0]
         call = Call("linear", first.device, first.dtype)
         able = {n: b for n, b in self.candidates.items() if not b.refusals(call)}
-        copies = [p.clone() for p in parameters] if len(able) > 1 else []
+
+        @cache  # where the choice is known there are none
+        def copies() -> list[Tensor]:
+            return [p.clone() for p in parameters]
 
         def change(backend: Backend) -> list[Tensor]:
             own = [p.clone() for p in parameters]
             backend.sgd_(own, gradients, rates)
             return [a - p for a, p in zip(own, parameters)]
 
-        runs = {name: lambda b=backend: b.sgd_(copies, gradients, rates) for name, backend in able.items()}
+        runs = {name: lambda b=backend: b.sgd_(copies(), gradients, rates) for name, backend in able.items()}
         checks = {name: lambda b=backend: change(b) for name, backend in able.items()}
         several = " of several rates" * (len(set(rates)) > 1)
         key = f"sgd_ {_spelled(tuple(parameters))}{several}"
@@ -281,8 +277,9 @@ def _block(like: Tensor, block: BlockSpec, weight: Tensor | None = None) -> Call
     return Call("conv_block", like.device, like.dtype, shapes, block.conv, block.pool)
 
 
-def _is_recording(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _under_switches(key: str) -> str:
+    """A key of the table; times and roundings depend on torch's switches too."""
+    return f"{key} {words}" if (words := unusual_switches()) else key
 
 
 def _spelled(operands: tuple[Any, ...]) -> str:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.testing
 from torch import Tensor
 from triton.runtime.cache import get_cache_manager
+
+from ..._capture import capturing_here
+from ..clock import cuda_clock, say_measuring, unmeasured
 
 __all__ = ["INTERPRETED", "Tile", "Tuner", "blocks", "bucket", "launch", "power"]
 
 # What a kernel decorated from here on is: as triton.jit reads it.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+_log = logging.getLogger("lambda_kernels")
 LARGEST_COUNT = 2**31 - 2**12  # pixels, rows and programs are counted in int32, with room for one tile
 
 
@@ -60,8 +64,10 @@ def launch(kernel: Any, programs: int, where: Tensor, *arguments: Any, **constan
 class Tuner:
     """Chooses a kernel's tile by trying each once for every key; remembers the choice, also on disk.
 
-    A key that was never measured cannot be tried while a CUDA graph is captured: run once before the capture, else the
-    first tile is taken.
+    A tile that does not compile, or not for this chip, is left out. A key that was never measured cannot be tried while
+    a CUDA graph is captured: run once before the capture, else the first tile is taken. Under
+    torch.use_deterministic_algorithms, or LAMBDA_KERNELS_MEASURE=0, it is the first one that runs: sums have the same
+    order on every machine.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -69,39 +75,69 @@ class Tuner:
         self.chosen: dict[tuple[Any, ...], Tile] = {}
 
     def tile(self, key: tuple[Any, ...], tiles: Sequence[Tile], where: Tensor, run: Callable[[Tile], None]) -> Tile:
-        """The fastest of `tiles` for `run`, which must leave its inputs as they are."""
+        """The fastest of `tiles` for `run`, which must leave its inputs as they are.
+
+        Raises what the first tile raised where none runs.
+        """
         if INTERPRETED or len(tiles) == 1:
             return tiles[0]
-        key = (where.device.index, *key)
-        tile = self.chosen.get(key)
-        if tile is None:
-            if torch.cuda.is_current_stream_capturing():
+        first = unmeasured()
+        known = (where.device.index, first, *key)
+        if known in self.chosen:
+            return self.chosen[known]
+        with torch.cuda.device(where.device):
+            if capturing_here():
                 return tiles[0]
-            tile = self.chosen[key] = self._measured(key, tiles, where, run)
+            try:
+                tile = next(iter(self._running(tiles, run))) if first else self._measured(key, tiles, where, run)
+            except torch.OutOfMemoryError as error:
+                why = str(error).partition("\n")[0]
+                _log.warning("the tiles of %s are not timed, the memory does not suffice: %s", self._name, why)
+                return tiles[0]  # not kept: a later call may measure
+        self.chosen[known] = tile
         return tile
+
+    @property
+    def _name(self) -> str:
+        return self.kernel.__name__
 
     def _measured(
         self, key: tuple[Any, ...], tiles: Sequence[Tile], where: Tensor, run: Callable[[Tile], None]
     ) -> Tile:
-        about = (triton.__version__, torch.cuda.get_device_name(where.device), self.kernel.cache_key, key[1:], tiles)
+        about = (triton.__version__, torch.cuda.get_device_name(where.device), self.kernel.cache_key, key, tiles)
         store = get_cache_manager(hashlib.sha256(repr(about).encode()).hexdigest())
-        name = f"{self.kernel.__name__}.tile.json"
+        name = f"{self._name}.tile.json"
         path = store.get_file(name)
         if path:
             with open(path, encoding="utf-8") as file:
                 return Tile(**json.load(file))
-        with torch.cuda.device(where.device):
-            times = [_milliseconds(run, tile) for tile in tiles]
-        best = tiles[times.index(min(times))]
+        say_measuring(where.device)
+        times = {tile: _milliseconds(run, tile) for tile in self._running(tiles, run)}
+        best = min(times, key=lambda tile: times[tile])
         store.put(json.dumps(best._asdict()), name, binary=False)
         return best
 
+    def _running(self, tiles: Sequence[Tile], run: Callable[[Tile], None]) -> Iterator[Tile]:
+        """The tiles that run, each after it has."""
+        failure: Exception | None = None
+        runs = False
+        for tile in tiles:
+            try:
+                run(tile)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of triton's compiler, of ptxas, of a chip with less shared memory
+                failure = failure or error
+                _log.info("%s of %s is left out: %s", tile, self._name, str(error).partition("\n")[0])
+            else:
+                runs = True
+                yield tile
+        if failure is not None and not runs:
+            raise failure
+
 
 def _milliseconds(run: Callable[[Tile], None], tile: Tile) -> float:
-    try:
-        return triton.testing.do_bench(lambda: run(tile), warmup=5, rep=20, return_mode="median")
-    except triton.OutOfResources:  # a chip with less shared memory
-        return float("inf")
+    return cuda_clock({"": lambda: run(tile)}, budget=20.0)[""]
 
 
 def blocks(count: int, block: int) -> int:

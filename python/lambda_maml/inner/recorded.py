@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lambda_kernels import cuda_graph
 from lambda_kernels.program import tensors_of
@@ -43,7 +43,15 @@ def refusals(a: Adaptation, support: Support) -> list[str]:
         why.append("the loss is none of torch.nn.functional: a graph would not run its code again")
     if not isinstance(support.xs, Tensor) or not isinstance(support.ys, Tensor):
         why.append("support inputs and targets are not one tensor each")
+    own = support.xs, support.ys, *a.parameters.values(), *a.buffers.values()
+    if odd := {type(t).__name__ for t in own if isinstance(t, Tensor) and _odd(t)}:
+        why.append(f"{' and '.join(sorted(odd))}, a tensor of another kind, may do what a graph would not do again")
     return why
+
+
+def _odd(t: Any) -> bool:
+    """Whether something is no tensor, or one of a class of its own, which may have operators of its own."""
+    return type(t) is not Tensor and type(t) is not nn.Parameter
 
 
 def adapted(a: Adaptation, support: Support) -> dict[str, Tensor] | None:
@@ -87,7 +95,7 @@ def classified(a: Adaptation, support: Support, xq: Tensor) -> Tensor | None:
 def _replayed(
     a: Adaptation, support: Support, what: str, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Any, ...]
 ) -> tuple[Tensor, ...] | None:
-    if cuda_graph.refusal(a.device) is not None or not a.steps or not all(isinstance(t, Tensor) for t in inputs):
+    if cuda_graph.refusal(a.device) is not None or not a.steps or any(map(_odd, inputs)):
         return None
     name = type(a.model).__name__
     if why := refusals(a, support):
