@@ -112,7 +112,8 @@ INSIDE = {
             "models", "outer", "ranks", "run_state", "schedule", "settings", "stopping",
         },
         "select": {
-            "data", "evaluate", "files", "inner", "models", "patterns", "plain_torch", "ranks", "stats", "timing",
+            "adapt", "data", "evaluate", "files", "inner", "models", "patterns", "plain_torch", "ranks", "stats",
+            "timing",
         },
         "report": {"files", "patterns"},
         "": {"adapt", "data", "explain", "inner", "learner", "maml", "models", "patterns", "select", "timing"},

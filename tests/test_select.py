@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lambda_maml import Pattern, adapt, data, models, select_pattern
 from lambda_maml import report as reports
+from lambda_maml.evaluate import evaluate
 from lambda_maml.plain_torch import disagreement, plain_adapt
 from lambda_maml.select import choose, read_selection
 from lambda_maml.stats import mean_ci95, ratio_upper_bound95, t_quantile, upper_bound95
@@ -170,6 +171,10 @@ def test_select_evaluates_as_the_plain_loop_does_and_reports_all(model, tasks, t
     assert sorted(row["pattern"] for row in report["candidates"]) == ["00001", "00011", "11111"]
     assert report["test"]["tasks"] == 3
     assert report["test"]["drop"] == pytest.approx(report["test"]["full_accuracy"] - report["test"]["chosen_accuracy"])
+    alone = report["test"]["support"]
+    own = evaluate(model, tasks[5:], pattern=chosen.pattern, steps=2, lr=0.1, statistics="support")
+    assert alone["chosen_accuracy"] == own.mean
+    assert alone["drop"] == pytest.approx(alone["full_accuracy"] - alone["chosen_accuracy"])
     assert report["stock_full"]["time_ms"] > 0
     assert {"torch", "device", "threads", "backend", "commit"} <= set(report["environment"])
     assert (report["ways"], report["shots"], report["network"]) == (5, 1, "conv4")
@@ -358,6 +363,12 @@ def test_report_names_the_front_and_writes_a_picture(tmp_path):
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(reports.headline(report), reports.candidates(report))
     text = console.export_text()
+    assert "each image by itself" not in text
+    alone = {"full_accuracy": 0.88, "chosen_accuracy": 0.86, "drop": 0.02, "drop_ci95": 0.003}
+    console.print(reports.headline(report_of(test={**report["test"], "support": alone})))
+    assert "each image by itself, by the support set's statistics: 88.00% and 86.00%, cost 2.00 ± 0.30" in " ".join(
+        console.export_text().split()
+    )
     assert "4.5x" in text and "2.5x" in text and "1.00 ± 0.20" in text and "…" not in text
     reports.plot(report, tmp_path / "report.png")
     with Image.open(tmp_path / "report.png") as image:
@@ -371,6 +382,8 @@ def test_report_names_the_front_and_writes_a_picture(tmp_path):
     "change, words",
     [({"schema": 2}, "schema is 2"), ({"candidates": "all"}, "candidates is 'all'"), ({"lr": None}, "lr is None"),
      ({"lr": math.nan}, "lr is nan"), ({"full": {"pattern": "111"}}, "full.accuracy is missing"),
+     ({"test": {"tasks": 0, **dict.fromkeys(("full_accuracy", "chosen_accuracy", "drop", "drop_ci95")), "support": {}}},
+      "test.support.full_accuracy is missing"),
      ({"candidates": [{}]}, r"candidates\[0\].pattern is missing"), ({"candidates": []}, "chosen is 011")],
 )  # fmt: skip
 def test_a_report_of_another_form_is_refused(tmp_path, change, words):

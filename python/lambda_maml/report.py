@@ -69,12 +69,21 @@ def headline(report: Report) -> Table:
         test[key] if key else report[part]["accuracy"] for key, part in zip(accuracy, ("full", "chosen"), strict=True)
     ]
     drop, ci95 = (test["drop"], test["drop_ci95"]) if tested else (chosen["drop"], None)
+    alone = test.get("support") if tested else None
+    by_itself = (
+        ""
+        if alone is None
+        else (
+            f"; each image by itself, by the support set's statistics: {_points(alone['full_accuracy'])}% and "
+            f"{_points(alone['chosen_accuracy'])}%, cost {_points(alone['drop'], alone['drop_ci95'])}"
+        )
+    )
     where = f"{test['tasks']} test tasks" if tested else "validation tasks it was chosen on"
     table = Table(
         title=f"{report['network']}, {report['ways']}-way {report['shots']}-shot, {report['steps']} steps: "
         f"{chosen['pattern']} beside MAML",
         caption=f"adapt: support tensors to adapted parameters; stock: plain PyTorch layers and autograd, same run; "
-        f"accuracy: {where}; cost: mean of paired differences ± 95%",
+        f"accuracy: {where}; cost: mean of paired differences ± 95%{by_itself}",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,

@@ -15,6 +15,7 @@ from lambda_kernels import info
 from lambda_kernels.agreement import DRAWS
 
 from . import models
+from .adapt import STATISTICS
 from .data.episodes import Task
 from .evaluate import Evaluation, Progress, evaluate, stack
 from .files import read_json, write_json
@@ -182,7 +183,8 @@ def select_pattern(
     max_drop: allowed drop of accuracy against the full pattern, a fraction; of the full accuracy if `relative`.
     rule: how an inner step goes, in place of `lr` (see `rules`); or how a drop is judged, "bound" or "point" (see
         `choose`), which `decide` says too.
-    test_tasks: tasks to report the choice and the full pattern on; none of them may be among `tasks`.
+    test_tasks: tasks to report the choice and the full pattern on, with the norms' statistics of the query images
+        together and with those of the support set (see `adapt`); none of them may be among `tasks`.
     timings: pytest-benchmark's JSON to take the times from, see `read_timings`; else adaptation is timed here on the
         first task, all patterns and plain PyTorch interleaved, for about `seconds`.
     ranks: they divide the tasks; rank 0 alone measures times, while the others sleep. All get the same selection.
@@ -288,14 +290,21 @@ def _disagreement(model: nn.Module, tasks: Sequence[Task], *, steps: int, lr: fl
 
 
 def _on_test(model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, **inner: Any) -> dict[str, Any]:
-    """The choice and the full pattern on `tasks`; the drop (a difference of accuracies) with its two-sided interval."""
+    """The choice and the full pattern on `tasks`: query images together, and under "support" each by itself."""
+    together, alone = (_compared(model, tasks, pattern, full, statistics=s, **inner) for s in STATISTICS)
+    return {"tasks": len(tasks), **together, "support": alone}
+
+
+def _compared(
+    model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, **inner: Any
+) -> dict[str, float | None]:
+    """Accuracies, and the drop (their difference) with its two-sided interval."""
     if not tasks:
-        return {"tasks": 0, "full_accuracy": None, "chosen_accuracy": None, "drop": None, "drop_ci95": None}
+        return {"full_accuracy": None, "chosen_accuracy": None, "drop": None, "drop_ci95": None}
     best = evaluate(model, tasks, pattern=full, **inner)
     own = best if pattern == full else evaluate(model, tasks, pattern=pattern, **inner)
     drop, ci95 = mean_ci95(best.accuracies - own.accuracies)
     return {
-        "tasks": len(tasks),
         "full_accuracy": best.mean,
         "chosen_accuracy": own.mean,
         "drop": drop,
@@ -338,15 +347,14 @@ _NUMBER, _MAYBE = (int, float), (int, float, type(None))
 _CANDIDATE: dict[str, Any] = {
     "pattern": str, "accuracy": _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER, "drop": _MAYBE, "drop_bound": _MAYBE,
 }  # fmt: skip
+_ON_TEST = {"full_accuracy": _MAYBE, "chosen_accuracy": _MAYBE, "drop": _MAYBE, "drop_ci95": _MAYBE}
 _FORM: dict[str, Any] = {
     "network": str, "ways": int, "shots": int, "steps": int, "lr": (int, float, list), "norm": str,
     "max_drop": _NUMBER, "rule": str,
     "chosen": _CANDIDATE,
     "full": {"pattern": str, "accuracy": _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER},
     "stock_full": {"pattern": str, "time_ms": _MAYBE},
-    "test": {
-        "tasks": int, "full_accuracy": _MAYBE, "chosen_accuracy": _MAYBE, "drop": _MAYBE, "drop_ci95": _MAYBE,
-    },
+    "test": {"tasks": int, **_ON_TEST},
     "candidates": list,
     "environment": dict,
 }  # fmt: skip
@@ -360,6 +368,8 @@ def read_selection(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: schema is {schema}, expected 1: not a pattern.json of this version")
     own_rates = {"lr": object} if "inner_rule" in value else {}
     _check_form(f"{path}: ", value, {**_FORM, **own_rates})
+    if "support" in value["test"]:  # files of before 2026-11-29 have none
+        _check_form(f"{path}: test.support.", value["test"]["support"], _ON_TEST)
     for index, row in enumerate(value["candidates"]):
         _check_form(f"{path}: candidates[{index}].", row, _CANDIDATE)
         try:
