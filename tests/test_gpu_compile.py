@@ -1,4 +1,4 @@
-"""What `make gpu` saves: nothing is measured in its tests, and Triton kernels are compiled ahead, many at a time."""
+"""What `make gpu` saves: nothing is measured in its tests; Triton kernels are compiled ahead, many at a time."""
 
 from __future__ import annotations
 
