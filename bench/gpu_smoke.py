@@ -94,7 +94,8 @@ def of_patches(name: str, operands: list[Tensor]) -> Any:
     if name == "image_moments":
         return moments_of(operands[0])
     if name == "image_block":
-        return REFERENCE.conv_block(*operands[:4], BLOCK)[1:]
+        x, weight, gamma, beta, _ = operands
+        return REFERENCE.conv_block(x, weight, gamma, beta, BLOCK)[1:]
     gy, x, weight, gamma, index, mean, rstd, _ = operands
     z = REFERENCE.conv2d(x, weight, None, BLOCK.conv)
     dz, dgamma, dbeta = REFERENCE.norm_relu_pool_grad(gy, z, gamma, index, mean, rstd, BLOCK, True)

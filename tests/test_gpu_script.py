@@ -17,12 +17,16 @@ import torch
 from benches import module
 from machine import PATIENCE
 
+from lambda_kernels.backends import current
 from lambda_kernels.backends.native import Native
 from lambda_maml.timing import STOCK, read_timings
 
 ROOT = Path(__file__).resolve().parents[1]
 UNHURRIED = ["--seconds", str(PATIENCE)]  # no stage is cut, however slow the machine
-STAGES = ["environment", "build", "tests", "memcheck", "racecheck", "bench", "timings", "report"]
+STAGES = [
+    "cuda", "smoke", "build", "replays", "environment", "rows", "tests", "memcheck", "racecheck", "slow", "timings",
+    "report", "capture",
+]  # fmt: skip
 
 
 def start(*arguments: str, script: Sequence[str] = ("bench/gpu.py",), **environment: str) -> subprocess.Popen[str]:
@@ -68,26 +72,50 @@ def test_every_stage_of_a_dry_run_starts_and_leaves_its_result(dry):
     status = {name: stage["status"] for name, stage in stages.items()}
     assert status.pop("memcheck") == status.pop("racecheck") == "skipped"
     assert stages["memcheck"]["reason"] == "a dry run has no device to check"
+    if status.pop("cuda") == "skipped":
+        assert stages["cuda"]["reason"] == "there is no nvcc on this machine"
+    else:
+        assert stages["cuda"]["status"] == "passed" and (dry[0] / "work/lib/lambda_kernels/_cuda.so").exists()
     assert set(status.values()) == {"passed"}, status
     assert all(value > 0 for value in stages["environment"]["found"]["ceilings"].values())
     assert stages["tests"]["outcomes"].get("passed", 0) >= 1 and stages["tests"]["failures"] == []
+    assert sum(stages["capture"]["outcomes"].values()) == 1 and not stages["capture"]["outcomes"].get("failed")
+    assert not any("test_triton_aot" in name for name in stages["tests"]["files"])
     assert list((dry[0] / "work" / "lib" / "lambda_kernels").glob("_C*.so"))
+    assert " Triton kernels for sm_90, 0 failed, " in (dry[0] / "work" / "build.log").read_text()
+    checks = {(row["backend"], row.get("operation")): row["status"] for row in stages["smoke"]["checks"]}
+    assert checks.pop(("cuda", None)) == "skipped"  # no device
+    assert len(checks) >= 9 and set(checks.values()) == {"right"}
+
+
+@pytest.mark.slow
+def test_a_dry_run_shows_what_a_replay_runs(dry):
+    rows = results(dry[0])["stages"]["replays"]["rows"]
+    assert [(row["pattern"], row["tasks"]) for row in rows] == [("11111", 1), ("11111", 2), ("00011", 1), ("00011", 2)]
+    for row in rows:
+        assert row["status"] == "passed" and row["span_us"] > 0
+        assert row["nodes"] == sum(entry["count"] for entry in row["kernels"]) > 0
+        times = [entry["us"] for entry in row["kernels"]]
+        assert times == sorted(times, reverse=True) and times[0] > 0
+    assert " us  " in (dry[0] / "work" / "replays.log").read_text()
 
 
 @pytest.mark.slow
 def test_a_dry_run_times_every_kind_of_row_after_its_check(dry):
-    rows = results(dry[0])["stages"]["bench"]["rows"]
-    assert {row["kind"] for row in rows} == {"adapt", "tasks", "kernel", "compile", "calls", "query"}
+    stages = results(dry[0])["stages"]
+    rows, slow = stages["rows"]["rows"], stages["slow"]["rows"]
+    assert {row["kind"] for row in rows} == {"adapt", "tasks", "kernel", "calls", "query"}
+    assert {row["kind"] for row in slow} == {"compile", "vmap"}
     assert [row["name"] for row in rows if row["status"] != "passed"] == ["calls 00011", "calls 11111"]
     first = rows[0]
     assert (first["kind"], first["pattern"], first["main"]) == ("adapt", "00011", True)
     assert first["columns"]["stock_graph"] == {"skipped": "CUDA graphs need a CUDA device"}
     timed = {name for name, column in first["columns"].items() if "median" in column}
     assert timed == {"ours", "stock_full", "stock_masked", "stock_prefix"} == {*first["ratios"], "ours"}
-    against = {"compile": {"compile_default", "compile_reduce_overhead"}, "tasks": {"vmap"}, "query": set[str]()}
-    for row in rows:
-        if row["kind"] in against:
-            assert set(row["ratios"]) >= {"stock_full"} | against[row["kind"]], row["columns"]
+    against = {"compile": {"compile_default", "compile_reduce_overhead"}, "vmap": {"vmap"}}
+    for row in [*rows, *slow]:
+        if row["kind"] in ("tasks", "query", *against):
+            assert set(row["ratios"]) >= {"stock_full"} | against.get(row["kind"], set()), row["columns"]
         for spread in [*row.get("ratios", {}).values(), *row.get("columns", {}).values()]:
             assert "skipped" in spread or 0 < spread["q1"] <= spread["median"] <= spread["q3"]
     for done in (done for row in rows if row["kind"] == "kernel" for done in row["passes"].values()):
@@ -115,7 +143,7 @@ def test_a_dry_run_is_called_one_everywhere(dry):
     names = sorted(path.name for path in copies.iterdir())
     assert len(names) == 5 and {"log.txt", "table.txt", page.name} < set(names)
     assert (copies / page.name).read_text() == page.read_text()
-    assert "== bench\n" in (copies / "log.txt").read_text()
+    assert "== rows\n" in (copies / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -161,46 +189,50 @@ def an_hour_later_once_it_waits():
 """
 
 
-def driven(program: str, folder: Path) -> subprocess.Popen[str]:
-    return start(str(folder), script=["-c", DRIVER + program])
+def driven(program: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    return start(str(folder), script=["-c", DRIVER + program], **environment)
 
 
 def test_a_stage_ends_at_its_deadline(tmp_path):
-    """It may leave a file behind that the next one would take: that one is not begun, nor one for which no time is."""
+    """One that needs it is not begun, nor one for which no time is left; the report has its seconds all the same."""
     program = """
-gpu.STAGES[:] = [kept["environment"]._replace(command=waits), kept["bench"], kept["timings"], kept["report"]]
+waiting = kept["environment"]._replace(command=waits)
+gpu.STAGES[:] = [waiting, kept["memcheck"]._replace(needs=("environment",)), kept["timings"], kept["report"]]
 sys.exit(gpu.main(["--dry-run", "--out", sys.argv[1]], an_hour_later_once_it_waits))
 """
     with driven(program, tmp_path) as process:
         out, errors = process.communicate(timeout=PATIENCE)
     stages = results(tmp_path)["stages"]
     assert {name: stage["status"] for name, stage in stages.items()} == {
-        "environment": "cut", "bench": "skipped", "timings": "skipped", "report": "passed",
+        "environment": "cut", "memcheck": "skipped", "timings": "skipped", "report": "passed",
     }, out + errors  # fmt: skip
     assert process.returncode == 1 and "not passed: environment;" in out
     assert stages["environment"]["reason"].startswith("stopped at its deadline, ")
-    assert stages["bench"]["reason"] == "it needs the stage environment, whose status is cut"
-    assert stages["timings"]["reason"] == "no time was left of 560 s"
-    assert not (tmp_path / "work" / "bench.log").exists() and not (tmp_path / "work" / "timings.log").exists()
+    assert stages["memcheck"]["reason"] == "it needs the stage environment, whose status is cut"
+    assert stages["timings"]["reason"] == "no time was left of 520 s"
+    assert not (tmp_path / "work" / "memcheck.log").exists() and not (tmp_path / "work" / "timings.log").exists()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL], ids=lambda sign: sign.name)
 def test_a_killed_run_keeps_what_it_had(tmp_path, sign):
     program = """
-gpu.STAGES[:] = [kept["environment"]._replace(command=writes), kept["bench"]._replace(command=a_row_then_waits),
+gpu.STAGES[:] = [kept["environment"]._replace(command=writes), kept["rows"]._replace(command=a_row_then_waits),
                  kept["report"]]
 sys.exit(gpu.main(["--dry-run", "--out", sys.argv[1]], lambda: 0.0))
 """
 
-    def bench() -> dict[str, Any]:
-        found = results(tmp_path)["stages"] if list(tmp_path.glob("*.json")) else {}
-        stage: dict[str, Any] = found.get("bench", {})
+    def rows() -> dict[str, Any]:
+        found = results(copies)["stages"] if list(copies.glob("*.json")) else {}
+        stage: dict[str, Any] = found.get("rows", {})
         return stage
 
-    with driven(program, tmp_path) as process:
+    copies = tmp_path / "copies"
+    with driven(program, tmp_path, OUT=str(copies)) as process:
         try:
-            wait_for(lambda: bool(bench().get("rows")) or process.poll() is not None)
-            assert process.poll() is None and bench()["status"] == "running"
+            # a row that is there is copied while its stage goes on
+            wait_for(lambda: bool(rows().get("rows")) or process.poll() is not None)
+            assert process.poll() is None and rows()["status"] == "running"
+            assert "== rows" in (copies / "log.txt").read_text()
             assert processes_of(tmp_path)
             process.send_signal(sign)
             process.communicate(timeout=PATIENCE)
@@ -209,8 +241,8 @@ sys.exit(gpu.main(["--dry-run", "--out", sys.argv[1]], lambda: 0.0))
     stages = results(tmp_path)["stages"]
     assert stages["environment"]["status"] == "passed"
     assert stages["environment"]["found"] == {"ceilings": {"copy": 1.0}}
-    assert stages["bench"]["rows"] == [{"name": "first"}]
-    assert stages["bench"]["status"] == ("cut" if sign == signal.SIGTERM else "running") and "report" not in stages
+    assert stages["rows"]["rows"] == [{"name": "first"}]
+    assert stages["rows"]["status"] == ("cut" if sign == signal.SIGTERM else "running") and "report" not in stages
     assert process.returncode == (130 if sign == signal.SIGTERM else -signal.SIGKILL)
     wait_for(lambda: not processes_of(tmp_path))
 
@@ -248,7 +280,127 @@ def test_without_a_device_it_says_so():
 
 def test_unknown_stages_are_refused():
     code, _, errors = run("--only", "build,bnech")
-    assert code == 2 and "no stage bnech: choose from environment, build" in errors
+    assert code == 2 and "no stage bnech: choose from cuda, smoke, build" in errors
+
+
+@pytest.fixture
+def settled(tmp_path: Path) -> Any:
+    """A run on an H200, of which no stage has begun."""
+    device = {"name": "NVIDIA H200", "capability": "9.0"}
+    return module("gpu_run").Run(tmp_path, tmp_path, 520.0, False, device, "abc", lambda: 5.0, 0.0)
+
+
+def stages() -> dict[str, Any]:
+    return {stage.name: stage for stage in module("gpu_stages").STAGES}
+
+
+def test_the_default_budget_fits_a_call_of_600_seconds():
+    """With a stage that has to be killed, the report behind it, and the time that both take to end."""
+    gpu, gpu_run = module("gpu"), module("gpu_run")
+    budget = gpu.parse([]).seconds
+    assert sum(stage.share for stage in gpu.STAGES) <= budget
+    grace = 2 * (gpu_run.GRACE + stages()["report"].least)
+    assert budget + grace <= 600 - 30
+
+
+def test_the_stages_begin_with_what_shows_most_and_end_with_what_may_do_harm():
+    names = [stage.name for stage in module("gpu_stages").STAGES]
+    assert names[:4] == ["cuda", "smoke", "build", "replays"]
+    assert names.index("rows") < names.index("tests") < names.index("memcheck") < names.index("slow")
+    assert names[-3:] == ["report", "capture", "report"]
+    found = (ROOT / "tests" / "test_recorded.py").read_text()
+    assert f"def {module('gpu_stages').FAILING_CAPTURE}" in found
+
+
+def test_the_clock_starts_ahead_of_torchs_import(monkeypatch, tmp_path):
+    """Which takes 20 to 40 seconds from a cold disk."""
+    gpu = module("gpu")
+    times, seen = iter([100.0]), []
+    monkeypatch.setattr(gpu, "device_of", lambda dry: {"name": "cpu", "capability": "9.0"})
+    monkeypatch.setattr(gpu.Run, "save", lambda self: None)
+    monkeypatch.setattr(gpu, "STAGES", [stages()["smoke"]])
+
+    def perform(run: Any, stage: Any) -> None:
+        run.document["stages"][stage.name] = {"status": "passed", "seconds": 0.0}
+        seen.append((run.passed(), run.left()))
+
+    monkeypatch.setattr(gpu, "perform", perform)
+    assert gpu.main(["--dry-run", "--out", str(tmp_path)], lambda: next(times, 140.0)) == 0
+    assert seen == [(40.0, 480.0)]
+
+
+def test_the_environment_of_a_stage(monkeypatch, settled):
+    gpu_run = module("gpu_run")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0 8.0+PTX")
+    for stage in stages():
+        around = gpu_run.surroundings(settled, stage)
+        assert around["TORCH_CUDA_ARCH_LIST"] == "9.0"  # that of an image may name chips that nvcc lacks
+        assert (around.get("LAMBDA_KERNELS_MEASURE") == "0") is (stage in ("smoke", "tests", "capture"))
+    # what cannot be built is left out of the extension's build
+    monkeypatch.setattr(gpu_run, "find_program", lambda name: name)
+    for status, wanted in (("passed", "1"), ("failed", "0"), ("cut", "0")):
+        settled.document["stages"]["cuda"] = {"status": status}
+        assert gpu_run.surroundings(settled, "build")["LAMBDA_KERNELS_CUDA"] == wanted
+    monkeypatch.setattr(gpu_run, "find_program", lambda name: None)
+    settled.document["stages"]["cuda"] = {"status": "passed"}
+    assert gpu_run.surroundings(settled, "build")["LAMBDA_KERNELS_CUDA"] == "0"
+
+
+def test_a_missing_package_ends_its_stage_alone(monkeypatch, settled):
+    gpu_run = module("gpu_run")
+    settled.deadline = 100.0
+    needed = {name: stage.modules for name, stage in stages().items()}
+    assert "hypothesis" in needed["tests"] and needed["timings"] == ("pytest", "pytest_benchmark")
+    assert needed["rows"] == needed["smoke"] == ()
+    stage = stages()["timings"]._replace(modules=("json", "pytest_benchmark", "no_such_module"))
+    monkeypatch.setattr(gpu_run, "PACKAGES", {"no_such_module": "no-such-package"})
+    gpu_run.perform(settled, stage)
+    entry = settled.document["stages"]["timings"]
+    assert entry["status"] == "failed" and "lacks no-such-package: " in entry["reason"]
+    assert entry["reason"].endswith("-m pip install no-such-package adds that")
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    def missing(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("git")
+
+    gpu = module("gpu")
+    monkeypatch.setattr(gpu.subprocess, "run", missing)
+    assert gpu.commit_here() == "unknown"
+
+
+def test_what_the_stages_of_a_device_run(monkeypatch, settled):
+    gpu_stages = module("gpu_stages")
+    monkeypatch.setattr(gpu_stages, "find_program", lambda name: f"/there/{name}")
+    monkeypatch.setattr(gpu_stages.os, "sched_getaffinity", lambda _: range(16))
+    command = {name: list(map(str, stage.command(settled)[1:])) for name, stage in stages().items()}
+    assert command["cuda"] == ["setup.py", "build_ext", "--cuda-only", "--inplace"]
+    tests, capture, memcheck = command["tests"], command["capture"], command["memcheck"]
+    assert tests[tests.index("-n") + 1] == "12" and not [word for word in tests if "_aot" in word]
+    assert "not test_a_function_that_waits" in tests and "tests/test_recorded.py" in tests
+    assert capture[-3:] == ["-k", "test_a_function_that_waits", "tests/test_recorded.py"] and "-n" not in capture
+    assert memcheck[memcheck.index("--kernel-regex") + 1] == "kns=_ZN2lk"
+    for path in (ROOT / "csrc" / "cuda").glob("*.cu"):  # all kernels have a name that begins so
+        kernels = path.read_text().partition("namespace lk {")[2].count("__global__")
+        assert kernels == path.read_text().count("__global__")
+    # without the ceilings of the stage environment the rows measure them
+    assert "--environment" not in command["rows"]
+    (settled.work / "environment.json").write_text("{}")
+    assert "--environment" in stages()["rows"].command(settled)
+
+
+def test_tests_of_the_compiler_come_last(tmp_path):
+    names = {"test_compiled": True, "test_unmarked": False, "test_marked": True}
+    text = "import pytest\n" + "".join(f"{'@pytest.mark.gpu' * on}\ndef {n}(): pass\n" for n, on in names.items())
+    (tmp_path / "test_triton_some.py").write_text(text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: g\n")
+    options = ["-p", "journal", "--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "bench")},
+    )  # fmt: skip
+    found = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+    assert found == ["test_marked", "test_unmarked", "test_compiled"], done.stdout + done.stderr
 
 
 def tiny(rows: int, monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[int, list[dict[str, Any]]]:
@@ -305,3 +457,26 @@ def test_a_competitor_that_computes_something_else_is_not_timed(monkeypatch, tmp
     failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json")
     assert failed == 0 and "stock_prefix: " in row["columns"]["stock_prefix"]["skipped"]
     assert set(row["ratios"]) == {"stock_full"}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_gate_in_float64_asks_the_reference_alone(monkeypatch, tmp_path):
+    """The other backends would compile all their kernels for a type that is not timed."""
+    bench_gpu, harness = module("bench_gpu"), module("harness")
+    asked: set[tuple[torch.dtype, str]] = set()
+    right = harness.adapt
+
+    def adapt(model: Any, xs: torch.Tensor, *more: Any, **given: Any) -> Any:
+        asked.add((xs.dtype, current()))
+        return right(model, xs, *more, **given)
+
+    monkeypatch.setattr(harness, "adapt", adapt)
+    assert tiny(1, monkeypatch, tmp_path / "rows.json")[0] == 0
+    assert asked == {(torch.float64, "reference"), (torch.float32, "auto")}
+    assert bench_gpu.Bench(bench_gpu.TINY, torch.device("cpu"), {"copy": 1.0}).ceilings == {"copy": 1.0}
+
+
+def test_without_the_stage_environment_the_rows_measure_the_ceilings():
+    bench_gpu = module("bench_gpu")
+    found = bench_gpu.Bench(bench_gpu.TINY, torch.device("cpu")).kernels.ceilings
+    assert found.keys() > {"copy_bytes_per_s", "matmul_tf32_flops"} and min(found.values()) > 0
