@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 PARENT_DIES = 1  # prctl's PR_SET_PDEATHSIG
 GRACE = 8.0  # seconds between asking a stage to end and ending it
+DROPPED = ("PYTEST_ADDOPTS", "PYTHONPATH", "LAMBDA_KERNELS_BACKEND", "TRITON_INTERPRET")  # from a stage's environment
 UNMEASURED = ("smoke", "tests", "capture")  # stages that ask whether results are right: the first tile will do
 PACKAGES = {"pytest_benchmark": "pytest-benchmark"}  # what pip calls a module, where it calls it otherwise
 
@@ -189,7 +190,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def surroundings(run: Run, stage: str) -> dict[str, str]:
     """The environment of a stage."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "PYTHONPATH", "LAMBDA_KERNELS_BACKEND")}
+    kept = {k: v for k, v in os.environ.items() if k not in DROPPED}
     added = {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "python", ROOT / "bench"))),
         "PYTHONUNBUFFERED": "1",

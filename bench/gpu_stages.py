@@ -13,6 +13,8 @@ from typing import Any
 from gpu_run import ROOT, Run, Skip, Stage, find_program, read_json, write
 
 FAILING_CAPTURE = "test_a_function_that_waits"
+# What the text of a test file has that uses a device: a mark, the operands of the CUDA kernels' tests, or the backend.
+OF_A_DEVICE = "pytest.mark.gpu", "from cuda_checks import", "backends.triton"
 OURS = "_ZN2lk"  # how the mangled names of csrc/cuda's kernels begin, and of no other library's
 
 
@@ -49,13 +51,7 @@ def written(name: str) -> Callable[[Run], dict[str, Any]]:
 
 
 def tests(run: Run) -> list[str]:
-    files = [
-        str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*.py"))
-        if path.name.startswith("test_triton") or "pytest.mark.gpu" in path.read_text(encoding="utf-8")
-        if "_aot" not in path.name  # minutes of compiling, which need no device
-    ]  # fmt: skip
-    if not files:
-        raise Skip("no test uses a device")
+    files = test_files(lambda text: any(word in text for word in OF_A_DEVICE))
     if run.dry:
         options = ["--per-file", "1"]
     elif importlib.util.find_spec("xdist"):
@@ -65,9 +61,18 @@ def tests(run: Run) -> list[str]:
     return pytest(run, "tests", *options, "-k", f"not {FAILING_CAPTURE}", *files)
 
 
+def test_files(wanted: Callable[[str], bool]) -> list[str]:
+    """Those whose text is wanted, less minutes of compiling ahead of time, which need no device."""
+    paths = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "_aot" not in path.name]
+    found = [str(p.relative_to(ROOT)) for p in paths if wanted(p.read_text(encoding="utf-8"))]
+    if not found:
+        raise Skip("no test is for this stage")
+    return found
+
+
 def capture(run: Run) -> list[str]:
     """Alone, and at the end: a capture that fails may leave the process, and the device, damaged."""
-    return pytest(run, "capture", "-k", FAILING_CAPTURE, "tests/test_recorded.py")
+    return pytest(run, "capture", "-k", FAILING_CAPTURE, *test_files(lambda text: f"\ndef {FAILING_CAPTURE}" in text))
 
 
 def pytest(run: Run, stage: str, *more: str) -> list[str]:
