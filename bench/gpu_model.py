@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from by_hand import Stock, Tasks, Vmapped
+from by_hand import LR, Stock, Tasks, Vmapped
 from gpu_kernels import needed
 from harness import CONFIGURATIONS, Problem, write
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import lambda_kernels as lk
-from lambda_maml import Pattern, models
+from lambda_maml import Pattern, adapt, adapt_tasks, models
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests"))
@@ -92,14 +92,10 @@ class Weighed(counting.Nodes):
             self.nodes += [node] * count
         return results
 
-    def launched(self, name: str, kernels: int = 1, **operands: Any) -> None:
+    def launched(self, name: str, kernels: int = 1) -> None:
+        """Kernels past torch's operators, whose tensors `weighing` knows."""
         super().launched(name, kernels)
-        if not name.startswith("triton"):  # by `of_cuda`, which knows the tensors
-            self.nodes += [Node(name, 0.0)] * kernels
-            return
-        tensors = distinct(operands)
-        flops, kind = product_of_triton(name.removeprefix("triton "), operands)
-        self.nodes.append(Node(name, sum(map(size, tensors)), flops, kind, tensors[0].element_size() == 2))
+        self.nodes += [Node(name, 0.0)] * kernels
 
 
 def size(t: Tensor) -> int:
@@ -151,8 +147,19 @@ def product_of_cuda(name: str, operands: Sequence[Any]) -> tuple[float, str]:
 
 
 @contextmanager
-def of_cuda(weighed: Weighed) -> Iterator[None]:
-    """What the operations of the CUDA backend move goes to the first kernel that each launches."""
+def weighing(weighed: Weighed) -> Iterator[None]:
+    """Calls inside are those of a GPU's backends on tensors without values. What an operation of the CUDA backend moves
+    goes to the first kernel that it launches."""
+
+    def launch(noted: Callable[..., None]) -> Callable[..., None]:
+        def run(kernel: Any, programs: int, where: Tensor, *operands: Any, **options: Any) -> None:
+            noted(kernel, programs, where, *operands, **options)
+            tensors, named = distinct(operands), dict(zip(kernel.arg_names, operands))
+            flops, kind = product_of_triton(kernel.fn.__name__, named)
+            half = tensors[0].element_size() == 2
+            weighed.nodes[-1] = Node(weighed.nodes[-1].name, sum(map(size, tensors)), flops, kind, half)
+
+        return run
 
     def method(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: Any, *operands: Any, **more: Any) -> Any:
@@ -170,6 +177,11 @@ def of_cuda(weighed: Weighed) -> Iterator[None]:
         return run
 
     with ExitStack() as stack:
+        stack.enter_context(counting._noted(weighed, counting.BACKENDS["autotune"]))
+        package = "lambda_kernels.backends.triton."
+        for module in [m for n, m in sys.modules.items() if n.startswith(package) and n != package + "launch"]:
+            if hasattr(module, "launch"):
+                stack.enter_context(mock.patch.object(module, "launch", launch(module.launch)))
         for name in dir(lk.backends.Backend):
             plain = getattr(counting._Cuda, name)
             if not name.startswith("_") and callable(plain) and plain is not getattr(lk.backends.Reference, name):
@@ -181,15 +193,21 @@ def of_cuda(weighed: Weighed) -> Iterator[None]:
 def adaptation(pattern: str, tasks: int = 1, dtype: torch.dtype = torch.float32) -> Weighed:
     """The graph of `adapt`, or of `adapt_tasks` with a query image per task."""
     weighed = Weighed()
-    with of_cuda(weighed):
-        counting.counted(pattern, tasks, nodes=weighed, queries=1, dtype=dtype)
+    given: dict[str, Any] = {"pattern": pattern, "steps": CONFIGURATION.steps, "lr": LR}
+    model, xs, ys = problem(dtype)
+    with weighing(weighed), torch.no_grad():
+        if tasks == 1:
+            adapt(model, xs, ys, **given)
+        else:
+            xs, ys = (torch.empty(tasks, *t.shape, dtype=t.dtype, device="meta") for t in (xs, ys))
+            adapt_tasks(model, xs, ys, xs[:, :1].clone(), **given)
     return weighed
 
 
-def problem() -> Problem:
+def problem(dtype: torch.dtype = torch.float32) -> Problem:
     c = CONFIGURATION
-    model = models.conv4(c.ways, c.in_channels, c.width, c.image_size).to("meta")
-    images = torch.empty(c.ways * c.shots, c.in_channels, c.image_size, c.image_size, device="meta")
+    model = models.conv4(c.ways, c.in_channels, c.width, c.image_size).to("meta", dtype)
+    images = torch.empty(c.ways * c.shots, c.in_channels, c.image_size, c.image_size, dtype=dtype, device="meta")
     return Problem(model, images, torch.empty(len(images), dtype=torch.int64, device="meta"))
 
 
@@ -220,7 +238,7 @@ def block(layer: int, backward: bool) -> tuple[float, float]:
     operands = [torch.empty(s, device="meta", requires_grad=i > 0 or layer > 0) for i, s in enumerate(shapes)]
     x, weight, gamma, beta = operands
     weighed = Weighed()
-    with counting._noted(weighed, counting.BACKENDS["autotune"]), of_cuda(weighed):
+    with weighing(weighed):
         if backward:
             y = lk.functional.conv_block(x, weight, None, gamma, beta)
             weighed.nodes.clear()

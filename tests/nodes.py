@@ -9,7 +9,6 @@ one node, of the `_foreach_` ones as one where their fast kernel takes them, els
 
 from __future__ import annotations
 
-import functools
 import importlib
 import itertools
 import os
@@ -67,8 +66,8 @@ class Nodes(TorchDispatchMode):
             self.count[name] += _nodes(name, args)
         return results
 
-    def launched(self, name: str, kernels: int = 1, **operands: Any) -> None:
-        """Note kernels that go past torch's operators; `operands` are those of a Triton kernel, by name."""
+    def launched(self, name: str, kernels: int = 1) -> None:
+        """Note kernels that go past torch's operators."""
         self.count[name] += kernels
 
 
@@ -148,8 +147,8 @@ def _noted(nodes: Nodes, make: Callable[[Nodes], Backend]) -> Iterator[None]:
     package = importlib.import_module("lambda_kernels.backends.triton")
     launch = importlib.import_module("lambda_kernels.backends.triton.launch")
 
-    def keep(kernel: Any, programs: int, where: Tensor, *operands: Any, **_: Any) -> None:
-        nodes.launched(f"triton {kernel.fn.__name__}", **dict(zip(kernel.arg_names, operands)))
+    def keep(kernel: Any, *_: Any, **__: Any) -> None:
+        nodes.launched(f"triton {kernel.fn.__name__}")
 
     def recording(key: Any, what: str, function: Callable[..., Any], inputs: Any, *_: Any) -> Callable[..., Any]:
         def replay(*given: Tensor) -> Any:
@@ -181,20 +180,16 @@ def _noted(nodes: Nodes, make: Callable[[Nodes], Backend]) -> Iterator[None]:
         yield
 
 
-def counted(
-    pattern: str, tasks: int = 1, backend: str = "autotune", nodes: Nodes | None = None, queries: int = 75,
-    dtype: torch.dtype = torch.float32, **given: Any,
-) -> Nodes:  # fmt: skip
+def counted(pattern: str, tasks: int = 1, backend: str = "autotune", **given: Any) -> Nodes:
     """What the graph of an adaptation holds: conv4, 84x84, 64 channels, 5-way 5-shot, K=5; many tasks with queries."""
-    nodes = Nodes() if nodes is None else nodes
-    model = models.conv4(5, 3, 64, 84).to("meta", dtype)
-    images = functools.partial(torch.empty, dtype=dtype, device="meta")
+    nodes = Nodes()
+    model = models.conv4(5, 3, 64, 84).to("meta")
     with _noted(nodes, BACKENDS[backend]):
         if tasks == 1:
-            xs, ys = images(25, 3, 84, 84), torch.empty(25, dtype=torch.int64, device="meta")
+            xs, ys = torch.empty(25, 3, 84, 84, device="meta"), torch.empty(25, dtype=torch.int64, device="meta")
             adapt(model, xs, ys, pattern=pattern, steps=5, lr=0.01, **given)
         else:
-            xs, xq = (images(tasks, n, 3, 84, 84) for n in (25, queries))
+            xs, xq = (torch.empty(tasks, n, 3, 84, 84, device="meta") for n in (25, 75))
             ys = torch.empty(tasks, 25, dtype=torch.int64, device="meta")
             with torch.no_grad():
                 adapt_tasks(model, xs, ys, xq, pattern=pattern, steps=5, lr=0.01, **given)
