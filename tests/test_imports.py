@@ -49,7 +49,7 @@ INSIDE = {
         "reference": {"base", "inner_loop", "outer_step"},
         "native": {"base", "reference"},
         "cuda": {"base", "native", "reference"},
-        "triton": {"base", "reference", "table"},
+        "triton": {"base", "reference"},
         "table": set(),
         "autotune": {"base", "reference", "table"},
         "": {"autotune", "base", "cuda", "native", "reference", "table", "triton"},

@@ -14,14 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Choice", "Table", "cache_folder", "measuring", "table_of"]
+__all__ = ["Choice", "Table", "cache_folder", "table_of"]
 
 _log = logging.getLogger("lambda_kernels")
-
-
-def measuring() -> bool:
-    """Whether backends and tiles are chosen by their time; with LAMBDA_KERNELS_MEASURE=0 the first one is taken."""
-    return os.environ.get("LAMBDA_KERNELS_MEASURE") != "0"
 
 
 class Choice(NamedTuple):
