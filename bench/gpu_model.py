@@ -35,6 +35,7 @@ counting: Any = importlib.import_module("nodes")
 # Seconds, bytes and operations per second, and where each is from.
 GAP = 1.2e-6, "between two nodes of a graph: assumed"
 LEAST = 2.0e-6, "of a kernel, however little it does: assumed"
+STEP = 1.8e-5, "of a step where all steps are one launch, whose blocks wait for each other: assumed"
 BYTES = 4.3e12, "a large copy, read and written: measured on such a card, without this project's code"
 RATES = {  # by kind of kernel, for float32 operands
     "matrix": (4.0e14, "a large TF32 product: half of the 7.9e14 that bfloat16 was measured at on an H200"),
@@ -62,11 +63,13 @@ class Node(NamedTuple):
     flops: float = 0.0
     kind: str = "fma"
     half: bool = False  # whether its operands are of 16 bits
+    steps: int = 0  # of an adaptation, where they are one launch
 
     @property
     def seconds(self) -> float:
         faster = HALF if self.half and self.kind in TENSOR_CORES else 1.0
-        return GAP[0] + max(LEAST[0], self.bytes / BYTES[0], self.flops / (faster * RATES[self.kind][0]))
+        least = max(LEAST[0], self.steps * STEP[0])
+        return GAP[0] + max(least, self.bytes / BYTES[0], self.flops / (faster * RATES[self.kind][0]))
 
 
 class Weighed(counting.Nodes):
@@ -146,6 +149,15 @@ def product_of_cuda(name: str, operands: Sequence[Any]) -> tuple[float, str]:
     return 0.0, "fma"
 
 
+def all_steps(p: Any, moved: int) -> Node:
+    """All steps of the last block, forward and back to its weight, and of the linear layer, as one launch; `p` is the
+    launch's structure."""
+    pixels = p.out_height * p.out_width * p.outputs * p.inputs * p.kernel_height * p.kernel_width
+    head = p.features * p.ways * (3 if pixels else 2)  # its features' gradient for the block's sake alone
+    flops = 2.0 * p.tasks * p.images * p.steps * (2 * pixels + head)
+    return Node("cuda last_steps", moved, flops, "convolve", steps=p.steps)
+
+
 @contextmanager
 def weighing(weighed: Weighed) -> Iterator[None]:
     """Calls inside are those of a GPU's backends on tensors without values. What an operation of the CUDA backend moves
@@ -158,6 +170,14 @@ def weighing(weighed: Weighed) -> Iterator[None]:
             flops, kind = product_of_triton(kernel.fn.__name__, named)
             half = tensors[0].element_size() == 2
             weighed.nodes[-1] = Node(weighed.nodes[-1].name, sum(map(size, tensors)), flops, kind, half)
+
+        return run
+
+    def start(noted: Callable[..., None]) -> Callable[..., None]:
+        def run(self: Any, name: str, parameters: Any, x: Tensor, what: str) -> None:
+            noted(self, name, parameters, x, what)
+            if name == "last_steps":
+                weighed.nodes[-1] = all_steps(parameters, size(x))
 
         return run
 
@@ -182,6 +202,8 @@ def weighing(weighed: Weighed) -> Iterator[None]:
         for module in [m for n, m in sys.modules.items() if n.startswith(package) and n != package + "launch"]:
             if hasattr(module, "launch"):
                 stack.enter_context(mock.patch.object(module, "launch", launch(module.launch)))
+        for name in {"launch", "_launch"} & vars(counting._Cuda).keys():
+            stack.enter_context(mock.patch.object(counting._Cuda, name, start(getattr(counting._Cuda, name))))
         for name in dir(lk.backends.Backend):
             plain = getattr(counting._Cuda, name)
             if not name.startswith("_") and callable(plain) and plain is not getattr(lk.backends.Reference, name):
@@ -272,6 +294,7 @@ def predicted() -> dict[str, Any]:
     constants = {
         "the gap": [f"{1e6 * GAP[0]:g} us", GAP[1]],
         "the least": [f"{1e6 * LEAST[0]:g} us", LEAST[1]],
+        "the least of a step": [f"{1e6 * STEP[0]:g} us", STEP[1]],
         "memory": [f"{BYTES[0] / 1e12:g} TB/s", BYTES[1]],
         **{kind: [f"{rate / 1e12:g} TFLOP/s", source] for kind, (rate, source) in RATES.items()},
         "tensor cores in bfloat16": [f"{HALF:g}x", "their rates above times this: assumed"],

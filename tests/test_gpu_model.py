@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,16 @@ def test_a_node_takes_the_gap_and_the_longest_of_three_times():
     assert Node("convolve", 4.3e6, 1.5e9, "convolve").seconds == pytest.approx(1.2e-6 + 1e-5)
     assert Node("convolve", 4.3e6, 1.5e9, "convolve", half=True).seconds == pytest.approx(1.2e-6 + 5e-6)
     assert Node("sums", 0.0, 1e9, "float64", half=True).seconds == pytest.approx(1.2e-6 + 1e-4)  # no tensor core
+
+
+def test_steps_in_one_launch_take_their_products_or_wait_for_each_other():
+    sizes = {"tasks": 64, "images": 25, "steps": 5, "features": 1600, "ways": 5}
+    block = {"inputs": 64, "outputs": 64, "kernel_height": 3, "kernel_width": 3, "out_height": 10, "out_width": 10}
+    node = gpu_model.all_steps(SimpleNamespace(**sizes, **block), 1000)
+    assert node.flops == 5 * 2 * 64 * 25 * (2 * 100 * 64 * 576 + 3 * 1600 * 5)
+    assert node.seconds == pytest.approx(1.2e-6 + node.flops / 1.5e14)
+    few = gpu_model.all_steps(SimpleNamespace(**{**sizes, "tasks": 1}, **dict.fromkeys(block, 0)), 1000)
+    assert few.flops == 5 * 2 * 25 * 2 * 1600 * 5 and few.seconds == pytest.approx(1.2e-6 + 5 * 1.8e-5)
 
 
 def test_a_full_adaptation_has_the_nodes_of_a_count_and_the_products_of_its_shapes():

@@ -15,7 +15,7 @@ from benches import module
 from torch import Tensor
 
 from lambda_kernels.backends.cuda import Cuda
-from lambda_kernels.backends.cuda.library import LAUNCHERS
+from lambda_kernels.backends.cuda.library import LAUNCHERS, Library
 from lambda_kernels.backends.triton import Triton
 
 smoke = module("gpu_smoke")
@@ -29,13 +29,13 @@ def checked(backend: Any) -> list[dict[str, Any]]:
 
 def test_every_launcher_of_the_cuda_library_is_run(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched: set[str] = set()
-    launch = Cuda._launch
+    launch = Library.launch
 
-    def noted(self: Cuda, name: str, *more: Any) -> None:
+    def noted(self: Library, name: str, *more: Any) -> None:
         launched.add(name)
         launch(self, name, *more)
 
-    monkeypatch.setattr(Cuda, "_launch", noted)
+    monkeypatch.setattr(Library, "launch", noted)
     rows = checked(Cuda(emulated_library, "cpu"))
     assert {row["status"] for row in rows} == {"right"}, rows
     assert launched == set(LAUNCHERS), "add a case to bench/gpu_smoke.py"
