@@ -377,6 +377,7 @@ def test_what_the_stages_of_a_device_run(monkeypatch, settled):
     assert command["cuda"] == ["setup.py", "build_ext", "--cuda-only", "--inplace"]
     tests, capture, memcheck = command["tests"], command["capture"], command["memcheck"]
     assert tests[tests.index("-n") + 1] == "12" and not [word for word in tests if "_aot" in word]
+    assert not [name for name in gpu_stages.test_files(lambda text: "triton" in text) if "_aot" in name]
     assert "not test_a_function_that_waits" in tests and "tests/test_recorded.py" in tests
     assert capture[-3:-1] == ["-k", "test_a_function_that_waits"] and "-n" not in capture
     assert "def test_a_function_that_waits" in (ROOT / capture[-1]).read_text()
