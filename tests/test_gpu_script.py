@@ -414,13 +414,15 @@ def test_tests_of_the_compiler_come_last(tmp_path):
     assert found == ["test_marked", "test_unmarked", "test_compiled"], done.stdout + done.stderr
 
 
-def tiny(rows: int, monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[int, list[dict[str, Any]]]:
+def tiny(
+    rows: int, monkeypatch: pytest.MonkeyPatch, path: Path, which: str = "rows"
+) -> tuple[int, list[dict[str, Any]]]:
     """(rows that failed, what was written) of the benchmark's first rows on the CPU."""
     bench_gpu = module("bench_gpu")
-    every = bench_gpu.Bench.rows
-    monkeypatch.setattr(bench_gpu.Bench, "rows", lambda self: list(every(self))[:rows])
+    every = getattr(bench_gpu.Bench, which)
+    monkeypatch.setattr(bench_gpu.Bench, which, lambda self: list(every(self))[:rows])
     ceilings = {"copy_bytes_per_s": 1e9, "matmul_float32_flops": 1e9}
-    failed = bench_gpu.run_rows(bench_gpu.Bench(bench_gpu.TINY, torch.device("cpu"), ceilings), path, 60.0)
+    failed = bench_gpu.run_rows(bench_gpu.Bench(bench_gpu.TINY, torch.device("cpu"), ceilings), path, 60.0, which)
     found: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
     return failed, found
 
@@ -491,3 +493,24 @@ def test_without_the_stage_environment_the_rows_measure_the_ceilings():
     bench_gpu = module("bench_gpu")
     found = bench_gpu.Bench(bench_gpu.TINY, torch.device("cpu")).kernels.ceilings
     assert found.keys() > {"copy_bytes_per_s", "matmul_tf32_flops"} and min(found.values()) > 0
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("factor", [1.5, float("nan")])
+def test_a_replay_that_gives_something_else_has_no_kernels(monkeypatch, tmp_path, factor):
+    bench_gpu = module("bench_gpu")
+    right = bench_gpu.adapt
+    calls: list[Any] = []
+
+    class Wrong:
+        def parameters_dict(self) -> dict[str, torch.Tensor]:
+            return {name: factor * t for name, t in calls[-1].parameters_dict().items()}
+
+    def adapt(*task: Any, **given: Any) -> Any:
+        calls.append(right(*task, **given))
+        return Wrong() if len(calls) == 3 else calls[-1]
+
+    monkeypatch.setattr(bench_gpu, "adapt", adapt)
+    failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json", "replays")
+    assert failed == 1 and row["status"] == "failed" and "kernels" not in row
+    assert row["reason"].endswith(" of its length away from the eager call")
