@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor
+from torch._dynamo import trace_rules
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -158,6 +159,7 @@ def _noted(nodes: Nodes, make: Callable[[Nodes], Backend]) -> Iterator[None]:
 
         return replay
 
+    trace_rules.get_torch_obj_rule_map()  # made once, of torch's own functions: not while one of them is stood in for
     with ExitStack() as stack:
         stack.callback(backends._chosen.clear)
         backend = make(nodes)
