@@ -246,6 +246,13 @@ def build_command(torch: Any) -> type[build_ext]:
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
 
     class Build(BuildExtension):
+        user_options = [*BuildExtension.user_options, ("cuda-only", None, "build the CUDA kernels alone")]
+        boolean_options = [*BuildExtension.boolean_options, "cuda-only"]
+
+        def initialize_options(self) -> None:
+            super().initialize_options()
+            self.cuda_only = False
+
         def finalize_options(self) -> None:
             super().finalize_options()
             # objects are kept from one install to the next, also by an editable one, and never shared by two torches
@@ -264,13 +271,16 @@ def build_command(torch: Any) -> type[build_ext]:
                 flags.append("-fopenmp")
             for ext in self.extensions:
                 ext.extra_compile_args = list(flags)
-            super().run()
             folder = ROOT / "lambda_kernels" if self.inplace else Path(self.build_lib) / "lambda_kernels"
             folder.mkdir(parents=True, exist_ok=True)
+            # Ahead of the extension, which takes longer: a build that is cut off leaves the kernels.
             if nvcc:
                 build_cuda(nvcc, names, compiler, Path(self.build_temp) / "cuda", folder / "_cuda.so")
             else:
                 (folder / "_cuda.so").unlink(missing_ok=True)
+            if self.cuda_only:
+                return
+            super().run()
             information = build_info(torch, compiler, compiler_version, flags, nvcc, names)
             temporary = folder / "_build_info.json.tmp"
             temporary.write_text(json.dumps(information, indent=1) + "\n")

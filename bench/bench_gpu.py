@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import io
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from by_hand import LR, NORM, Compiled, Graphed, LogitsGate, Stock, Tasks, Vmapped
 from gpu_kernels import Kernels
-from gpu_machine import REAL, TINY, Sizes, environment
+from gpu_machine import REAL, TINY, Sizes, ceilings, environment
 from harness import (
     Column,
     Configuration,
@@ -42,7 +43,7 @@ from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from lambda_kernels import info
-from lambda_kernels.agreement import distance
+from lambda_kernels.agreement import apart, distance
 from lambda_maml import Pattern, adapt, adapt_tasks
 
 FULL = Pattern.full(5)
@@ -51,9 +52,18 @@ FULL = Pattern.full(5)
 class Bench:
     """The rows of one device."""
 
-    def __init__(self, sizes: Sizes, device: torch.device, ceilings: Mapping[str, float]) -> None:
-        self.sizes, self.device, self.kernels = sizes, device, Kernels(sizes, device, ceilings)
+    def __init__(self, sizes: Sizes, device: torch.device, ceilings: Mapping[str, float] | None = None) -> None:
+        self.sizes, self.device, self.given = sizes, device, ceilings
         self.passed: set[tuple[object, ...]] = set()
+
+    @functools.cached_property
+    def ceilings(self) -> Mapping[str, float]:
+        """Those of the stage `environment`, or measured here, where they are first asked for."""
+        return self.given or ceilings(self.sizes, self.device)
+
+    @functools.cached_property
+    def kernels(self) -> Kernels:
+        return Kernels(self.sizes, self.device, self.ceilings)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -63,25 +73,37 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def of(self, kind: str, pattern: str, fill: Callable[..., dict[str, Any]], **more: Any) -> Any:
+        given = {"configuration": self.sizes.main, "dtype": torch.float32, **more}
+        c, dtype = given["configuration"], str(given["dtype"]).removeprefix("torch.")
+        special = [dtype] * (dtype != "float32") + [str(c)] * (c != self.sizes.main)
+        special += [f"of {more['tasks']}"] if "tasks" in more else []
+        head = {"name": " ".join([kind, pattern, *special]), "kind": kind, "pattern": pattern, "dtype": dtype}
+        main = c == self.sizes.main and dtype == "float32"
+        return {**head, "network": str(c), "main": main}, lambda: fill(Pattern(pattern), **given)
+
+    def replays(self) -> Iterator[Row]:
+        """What one replay runs: the first figures of a run, which every other one is explained by."""
+        for pattern, tasks in itertools.product(("11111", "00011"), (1, self.sizes.tasks)):
+            yield self.of("replay", pattern, self.replay, tasks=tasks)
+
+    def slow(self) -> Iterator[Row]:
+        """Columns that take a compiler's minutes, or much memory."""
+        of = self.of
+        yield of("vmap", "00011", self.vmapped)
+        for pattern in ("00011", "11111", "00001"):
+            yield of("compile", pattern, self.compiled)
+        yield of("vmap", "11111", self.vmapped)
+
     def rows(self) -> Iterator[Row]:
         """The important ones first."""
-        s = self.sizes
-
-        def of(kind: str, pattern: str, fill: Callable[..., dict[str, Any]], **more: Any) -> Any:
-            given = {"configuration": s.main, "dtype": torch.float32, **more}
-            c, dtype = given["configuration"], str(given["dtype"]).removeprefix("torch.")
-            special = [dtype] * (dtype != "float32") + [str(c)] * (c != s.main)
-            name = " ".join([kind, pattern, *special])
-            head = {"name": name, "kind": kind, "pattern": pattern, "dtype": dtype, "network": str(c)}
-            return {**head, "main": c == s.main and dtype == "float32"}, lambda: fill(Pattern(pattern), **given)
-
+        s, of = self.sizes, self.of
         yield of("adapt", "00011", self.adaptation)
         yield of("adapt", "11111", self.adaptation)
         yield of("tasks", "00011", self.many_tasks)
         for layer in range(4):
             yield self.kernels.head(layer), functools.partial(self.kernels.row, layer)
-        yield of("compile", "00011", self.compiled)
-        yield of("compile", "11111", self.compiled)
+        yield of("tasks", "00011", self.many_tasks, dtype=torch.bfloat16)
         yield of("tasks", "11111", self.many_tasks)
         yield of("adapt", "00001", self.adaptation)
         yield of("calls", "00011", self.calls)
@@ -93,8 +115,6 @@ class Bench:
         for c in s.others.values():
             for pattern in ("00011", "11111"):
                 yield of("adapt", pattern, self.adaptation, configuration=c)
-        yield of("compile", "00001", self.compiled)
-        yield of("tasks", "00011", self.many_tasks, dtype=torch.bfloat16)
 
     def problem(self, c: Configuration, dtype: torch.dtype) -> Problem:
         model, xs, ys = make_problem(c, self.device)
@@ -114,7 +134,7 @@ class Bench:
     def gate(self, problem: Problem, c: Configuration, pattern: Pattern) -> None:
         key = (c, problem.xs.dtype, pattern)
         if key not in self.passed:
-            check_adapt(problem, pattern, c.steps, LR, NORM)
+            check_adapt(problem, pattern, c.steps, LR, NORM, double="reference")
             self.passed.add(key)
 
     def time(self, columns: Mapping[str, Column]) -> dict[str, Any]:
@@ -178,8 +198,13 @@ class Bench:
         finally:
             torch._dynamo.reset()
 
+    def vmapped(self, pattern: Pattern, configuration: Configuration, dtype: torch.dtype) -> dict[str, Any]:
+        return self.many_tasks(pattern, configuration, dtype, with_vmap=True)
+
     @torch.no_grad()
-    def many_tasks(self, pattern: Pattern, configuration: Configuration, dtype: torch.dtype) -> dict[str, Any]:
+    def many_tasks(
+        self, pattern: Pattern, configuration: Configuration, dtype: torch.dtype, with_vmap: bool = False
+    ) -> dict[str, Any]:
         """Per task: adaptation and the logits of one query image, for all tasks in one call."""
         k, few = configuration.steps, self.sizes.stock_tasks
         tasks = self.tasks(configuration, dtype, query=1)
@@ -201,13 +226,14 @@ class Bench:
         agrees("adapt_tasks", ours())
         columns = {"ours": Column(ours, len(tasks.xs)), "stock_full": Column(eager, few, reset)}
         skipped: dict[str, str] = {}
-        try:
-            vmapped = Vmapped(tasks, pattern, k)
-            agrees("vmap", vmapped())
-        except Exception as error:  # as in `against`
-            skipped["vmap"] = reason(error)
-        else:
-            columns["vmap"] = Column(vmapped, len(tasks.xs))
+        if with_vmap:
+            try:
+                vmapped = Vmapped(tasks, pattern, k)
+                agrees("vmap", vmapped())
+            except Exception as error:  # as in `against`
+                skipped["vmap"] = reason(error)
+            else:
+                columns["vmap"] = Column(vmapped, len(tasks.xs))
         row = self.time(columns)
         row["columns"].update({name: {"skipped": why} for name, why in skipped.items()})
         return {**row, "tasks": len(tasks.xs)}
@@ -250,16 +276,53 @@ class Bench:
             }
         }
 
-    def launches(self, run: Callable[[], object]) -> dict[str, int]:
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    @torch.no_grad()
+    def replay(self, pattern: Pattern, configuration: Configuration, dtype: torch.dtype, tasks: int) -> dict[str, Any]:
+        """The kernels of one replay and their times, after its results were held against those of the eager call."""
+        steps, many = configuration.steps, self.tasks(configuration, dtype, query=1)
+        task = many.problem(0)
+        given: dict[str, Any] = {"pattern": pattern, "steps": steps, "lr": LR, "norm": NORM}
+
+        def run() -> list[Tensor]:
+            if tasks > 1:
+                return [adapt_tasks(*many, **given)]
+            return list(adapt(*task, **given).parameters_dict().values())
+
+        self.gate(task, configuration, pattern)
+        eager, _, replayed = run(), run(), run()  # the second call records
+        if off := [d for a, b in zip(replayed, eager, strict=True) if (d := apart(a, b)) is not None]:
+            return {"status": "failed", "reason": f"the replay is {off[0]:.2g} of its length away from the eager call"}
+        if tasks > 1:
+            LogitsGate(many, pattern, steps)("adapt_tasks", replayed[0])
+        kind = DeviceType.CUDA if self.device.type == "cuda" else DeviceType.CPU  # of a dry run: operators
+        events = [e for e in self.profiled(run) if e.device_type == kind]
+        times: dict[str, list[float]] = {}
+        for event in events:
+            times.setdefault(event.name, []).append(event.time_range.elapsed_us())
+        order = sorted(times, key=lambda name: -sum(times[name]))
+        for name in order[:12]:
+            print(f"{sum(times[name]):10.1f} us  {len(times[name]):4d}  {name[:90]}", flush=True)
+        table = [{"name": name, "count": len(times[name]), "us": sum(times[name])} for name in order]
+        first, last = min(e.time_range.start for e in events), max(e.time_range.end for e in events)
+        return {"tasks": tasks, "nodes": len(events), "span_us": last - first, "kernels": table}
+
+    def profiled(self, run: Callable[[], object]) -> Any:
+        """The profiler's events of one run."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
         run()
         self.synchronize()
         for _ in range(2):  # the profiler's first run sets it up
             with torch.profiler.profile(activities=activities) as profile:
                 run()
                 self.synchronize()
-        on_device = [e.name for e in profile.events() if e.device_type == DeviceType.CUDA]
-        asked = [e.name for e in profile.events() if e.device_type == DeviceType.CPU]
+        return profile.events()
+
+    def launches(self, run: Callable[[], object]) -> dict[str, int]:
+        events = self.profiled(run)
+        on_device = [e.name for e in events if e.device_type == DeviceType.CUDA]
+        asked = [e.name for e in events if e.device_type == DeviceType.CPU]
         return {
             "kernels": sum(not name.startswith(("Memcpy", "Memset")) for name in on_device),
             "copies_and_fills": sum(name.startswith(("Memcpy", "Memset")) for name in on_device),
@@ -295,28 +358,32 @@ def choices() -> str:
     return out.getvalue()
 
 
-def run_rows(bench: Bench, path: Path, seconds: float) -> int:
+def run_rows(bench: Bench, path: Path, seconds: float, which: str = "rows") -> int:
     """Fill the rows until the time is up; how many gave a wrong result or broke."""
     document: dict[str, Any] = {}
-    failed = fill_rows(bench.rows(), document, path, seconds=seconds, after=bench.free)
-    write(path, {**document, "choices": choices()})
+    failed = fill_rows(getattr(bench, which)(), document, path, seconds=seconds, after=bench.free)
+    if which == "rows":
+        document["choices"] = choices()
+        document["ceilings"] = bench.ceilings
+    write(path, document)
     return failed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("what", choices=["environment", "rows"])
+    parser.add_argument("what", choices=["environment", "replays", "rows", "slow"])
     parser.add_argument("--result", type=Path, required=True, help="File for the results, JSON.")
     parser.add_argument("--seconds", type=float, default=180.0, help="After these no row begins. Default: %(default)s")
-    parser.add_argument("--environment", type=Path, help="What `environment` wrote; the rows need its ceilings.")
+    parser.add_argument("--environment", type=Path, help="What `environment` wrote. Default: ceilings measured anew")
     parser.add_argument("--dry-run", action="store_true", help="Tiny shapes on the CPU, to see that everything starts.")
     arguments = parser.parse_args()
     sizes, device = (TINY, torch.device("cpu")) if arguments.dry_run else (REAL, torch.device("cuda", 0))
     if arguments.what == "environment":
         write(arguments.result, environment(sizes, device))
         return 0
-    facts = json.loads(arguments.environment.read_text(encoding="utf-8"))
-    return 1 if run_rows(Bench(sizes, device, facts["ceilings"]), arguments.result, arguments.seconds) else 0
+    facts = json.loads(arguments.environment.read_text(encoding="utf-8")) if arguments.environment else {}
+    bench = Bench(sizes, device, facts.get("ceilings"))
+    return 1 if run_rows(bench, arguments.result, arguments.seconds, arguments.what) else 0
 
 
 if __name__ == "__main__":

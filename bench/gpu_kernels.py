@@ -19,6 +19,16 @@ from lambda_kernels import backends
 from lambda_kernels.agreement import distance
 
 
+def needed(
+    t: int, n: int, i: int, o: int, side: int, half: int, *, own: int, backward: bool, first: bool
+) -> tuple[int, int]:
+    """(bytes, operations) of a block's pass in float32: t tasks of n images, each input read once, each output written
+    once. The first block's images need no gradient. `own`: how many weights there are, one or t."""
+    x, weight, vectors, y = t * n * i * side * side, own * o * i * 9, 2 * own * o, t * n * o * half * half
+    values = x + weight + vectors + y + (weight + vectors + (0 if first else x) if backward else 0)
+    return 4 * values, 2 * t * n * o * i * 9 * side * side * ((1 if first else 2) if backward else 1)
+
+
 class Kernels:
     """The rows of the fused block, with weights of each task's own and as a frozen layer."""
 
@@ -53,14 +63,8 @@ class Kernels:
         return {"passes": passes, **({"status": "failed", "reason": "; ".join(broken)} if broken else {})}
 
     def one_pass(self, layer: int, *, backward: bool, shared: bool) -> dict[str, Any]:
-        n, i, o, side, half = self.shape(layer)
         t = self.sizes.tasks
-        own = 1 if shared else t
-        sizes = {"x": t * n * i * side * side, "w": own * o * i * 9, "v": 2 * own * o, "y": t * n * o * half * half}
-        # each input read once, each output written once; the first block's images need no gradient
-        values = sum(sizes.values()) + (sizes["w"] + sizes["v"] + (sizes["x"] if layer else 0) if backward else 0)
-        flops = 2 * t * n * o * i * 9 * side * side * ((2 if layer else 1) if backward else 1)
-        moved = 4 * values
+        moved, flops = needed(t, *self.shape(layer), own=1 if shared else t, backward=backward, first=not layer)
         tf32 = torch.backends.cudnn.allow_tf32 and self.device.type == "cuda"
         rate = self.ceilings["matmul_tf32_flops" if tf32 else "matmul_float32_flops"]
         memory_floor, arithmetic_floor = 1e3 * moved / self.ceilings["copy_bytes_per_s"], 1e3 * flops / rate

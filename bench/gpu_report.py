@@ -10,14 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu_page import FIGURES, HEAD, HOW, MODEL, NONE
+
 ROOT = Path(__file__).resolve().parents[1]
-# Of the issue's table: (kind of row, pattern) -> how often faster than which column. "best" is the fastest of BEST.
-GOALS: dict[tuple[str, str], dict[str, float]] = {
-    ("adapt", "11111"): {"stock_full": 8.0, "best": 1.5},
-    ("adapt", "00011"): {"stock_full": 30.0, "best": 1.5},
-    ("tasks", "00011"): {"stock_full": 200.0, "vmap": 5.0},
-}
-FLOOR_GOAL = 0.7
 BEST = ("stock_graph", "stock_graph_tuned", "compile_default", "compile_reduce_overhead")
 NAMES = {
     "ours": "ours",
@@ -29,105 +24,64 @@ NAMES = {
     "compile_default": "`torch.compile`",
     "compile_reduce_overhead": "`torch.compile`, reduce-overhead",
     "vmap": "`vmap` of stock",
-    "best": "the best of graph and `torch.compile`",
 }
-HEAD = """# On a GPU
-
-```sh
-make gpu
-```
-
-builds, tests, checks and measures on a machine with a GPU whose `python3` already has torch, triton and pytest, beside
-nvcc, and which has no network; `make gpu PYTHON=python3.12` names another interpreter. The stages are the machine and
-its ceilings, build, tests, `compute-sanitizer` (memcheck, racecheck), benchmark, timings of all patterns, report. Each
-has a deadline within one budget (`make gpu GPU_ARGS="--seconds 300"`), and the results are rewritten after each row: a
-run that is cut off keeps what it had. `make gpu GPU_ARGS="--only build,bench"` runs some stages, and
-`make gpu GPU_ARGS=--dry-run` starts all of them on any machine, in tiny shapes on the CPU; nothing of that is a
-measurement.
-
-It writes `bench/results/<gpu>-<date>.json`, beside it a file of timings for `select --timings`, and this page
-(`bench/gpu_report.py` writes it anew from the newest results). With `OUT` set to a folder they are copied there,
-with the log. On a cluster: [clusters.md](clusters.md).
-"""
-NONE = """
-## Nothing has run on a GPU yet
-
-There are no results from a GPU in this checkout, and so no figures. Without a GPU the tests run the CUDA sources in an
-emulator and the Triton kernels in Triton's interpreter, compile both where nvcc and triton are there, and play a
-graph's rules on a tape of operators. Unproven until there are results:
-
-- that the CUDA library and the Triton kernels give right results on a device; the CUDA sources were one file, and are
-  now a file per operation in `csrc/cuda/`;
-- that the updates with a rate per parameter and step do so (`csrc/cuda/sgd.cu`, `backends/triton/update.py`), and that
-  a rate of 0 leaves a parameter as it is;
-- that a CUDA graph of the present inner loop replays what it recorded: `inner/recorded.py` around `inner/loop.py`, with
-  schedules, with rates per step, and with the query forward (`backends/inner_loop.py`);
-- that backends of your own, and the choice by measurement, work on a device with blocks as one argument and calls seen
-  as a whole;
-- that TorchDynamo captures a `forward` there as it does here: captures were tried with torch 2.13 on CPUs alone, and
-  the first-call check of a program has not run on a device;
-- that the outer gradient, made of a backend's operations (`backends/outer_step.py`), gives right results on a
-  device, and training with a rank per GPU (NCCL) too;
-- every speed, and the goals below.
-"""
-HOW = """
-## How it is measured
-
-- Adaptation time runs from support tensors to adapted parameters, as the caller sees it: wall clock around the call,
-  the device waited for before and after. All columns of a row alternate in one process, in shuffled order; a ratio is
-  taken inside each round and given as its median with the quartiles.
-- "Eager stock, all layers" is the plain loop in torch's layers. The columns by hand are what one could write instead:
-  frozen parameters without gradients; the frozen layers ahead of the first updated one run once; that as one CUDA graph
-  of all steps over static buffers ("tuned": channels-last, cuDNN's algorithms chosen by measurement); prefix and step
-  through `torch.compile`. Their parameters are put back off the clock; ours pays for its own copies.
-- torch's default switches hold: TF32 in convolutions, not in matrix products.
-- The network has random weights, the images are random pixels. Many tasks: `adapt_tasks` with one query image per task,
-  and the same in the columns beside it; time per task.
-- The fused block is timed by events around replays of a graph that goes through several input sets where one would fit
-  in the L2 cache. Its floor is the larger of two times: every input read once and every output written once at the
-  speed of a large copy, and its multiply-adds at the rate of a large matrix product, both measured in the same run.
-- A row whose result disagrees with stock PyTorch in float64 has no times.
-"""
 
 
-def page(document: Mapping[str, Any] | None) -> str:
+def page(document: Mapping[str, Any] | None, model: Mapping[str, Any]) -> str:
     """The whole of docs/gpu.md."""
     if document is None:
-        return HEAD + NONE + "\n" + "\n".join(goals({})) + "\n" + HOW
-    return HEAD + "\n" + table(document) + HOW
+        found = NONE + "\n" + "\n".join(goals({}, model)) + "\n"
+    else:
+        found = "\n" + table(document, model)
+    return HEAD + found + HOW + "\n".join(of_model(model)) + "\n"
 
 
-def table(document: Mapping[str, Any]) -> str:
+def of_model(model: Mapping[str, Any]) -> Iterator[str]:
+    yield from ("", "## The model", "", *MODEL.splitlines(), "", "| constant | | |", "| --- | --- | --- |")
+    for name, (value, source) in model["constants"].items():
+        yield f"| {name} | {value} | {source} |"
+
+
+def table(document: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     """What was found, in Markdown."""
     parts: list[str] = []
     if document["dry_run"]:
         parts.append("**A dry run in tiny shapes on the CPU, kernels interpreted: not a measurement.**\n")
     stages = document["stages"]
-    rows = stages.get("bench", {}).get("rows", [])
-    parts += [*machine(document), "", *stage_table(stages), "", *goals(document), ""]
-    for section in (adaptations(rows), many(rows), kernels(rows), calls(rows), patterns(stages), not_there(rows)):
+    rows = rows_of(document)
+    parts += [*machine(document), "", *stage_table(stages), "", *goals(document, model), ""]
+    sections = replays, adaptations, many, kernels, calls, lambda rows: patterns(stages), not_there
+    for section in (section(rows) for section in sections):
         found = list(section)
         if found:
             parts += [*found, ""]
     return "\n".join(parts)
 
 
-def summary(document: Mapping[str, Any]) -> str:
+def rows_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of all stages, the important ones first."""
+    stages = document.get("stages", {})
+    return [row for name in ("replays", "rows", "slow") for row in stages.get(name, {}).get("rows", [])]
+
+
+def summary(document: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     """The rows in a line each, and the goals: what is read at the end of a terminal."""
     lines = []
-    for row in document["stages"].get("bench", {}).get("rows", []):
+    for row in rows_of(document):
         if row.get("columns"):
             ratios = ", ".join(f"{times(r)} over {NAMES[name]}" for name, r in row["ratios"].items())
             said = f"{span(row['columns']['ours'])} ms, {ratios}"
         elif row.get("passes"):
             best = {name: fastest(done) for name, done in row["passes"].items()}
             said = ", ".join(f"{name} {b[1]:.0%} of its floor ({b[0]})" for name, b in best.items() if b)
+        elif row.get("kernels"):
+            said = f"{row['nodes']} nodes, {row['span_us'] / 1e3:.3g} ms"
         else:
             said = ""
         why = f"{row['status']}: {row['reason']}" if "reason" in row else ""
         lines.append(f"{row['name']}: {'; '.join(filter(None, [said, why])) or row['status']}")
     dry = ["", "A dry run in tiny shapes on the CPU: not a measurement."] if document["dry_run"] else []
-    return "\n".join([*lines, "", *goals(document), *dry])
+    return "\n".join([*lines, "", *goals(document, model), *dry])
 
 
 def machine(document: Mapping[str, Any]) -> Iterator[str]:
@@ -148,7 +102,7 @@ def machine(document: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "| measured ceiling | |"
     yield "| --- | --- |"
-    c = found["ceilings"]
+    c = found.get("ceilings") or document["stages"].get("rows", {}).get("ceilings", {})
     yield f"| large copy, bytes read and written | {c['copy_bytes_per_s'] / 1e9:,.0f} GB/s |"
     for key, name in (("float32", "float32"), ("tf32", "TF32"), ("bfloat16", "bfloat16")):
         yield f"| large matrix product, {name} | {digits(c[f'matmul_{key}_flops'] / 1e12)} TFLOP/s |"
@@ -164,62 +118,108 @@ def stage_table(stages: Mapping[str, Any]) -> Iterator[str]:
         if outcomes := stage.get("outcomes"):
             what = "; ".join(filter(None, [", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()), what]))
         yield f"| {name} | {stage['status']} | {stage.get('seconds', 0):.0f} | {cell(what)} |"
-    for failure in stages.get("tests", {}).get("failures", []):
+    for check in stages.get("smoke", {}).get("checks", []):
+        if check["status"] != "right":
+            name = " ".join([check["backend"], check.get("operation", "")]).strip()
+            yield f"| | {check['status']} | | {name}: {cell(check['reason'])} |"
+    for failure in [f for name in ("tests", "capture") for f in stages.get(name, {}).get("failures", [])]:
         yield f"| | failed | | `{failure['test']}`: {cell(failure['reason'])} |"
 
 
-def goals(document: Mapping[str, Any]) -> Iterator[str]:
-    """Each goal, and what was found beside it."""
-    rows = document.get("stages", {}).get("bench", {}).get("rows", [])
-    dry = document.get("dry_run", False)
-    yield "| goal | of | over | found |"
+def goals(document: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+    """Each figure with its goal: as it was measured, or else as the model predicts it."""
+    dry, rows = document.get("dry_run", False), rows_of(document)
+    yield "| figure | goal | found | |"
     yield "| --- | --- | --- | --- |"
-    for (kind, pattern), wanted in GOALS.items():
-        for column, goal in wanted.items():
-            found = found_ratio(rows, kind, pattern, column)
-            what = "`adapt_tasks`, 64 tasks, per task" if kind == "tasks" else "`adapt`"
-            reached = verdict(found, goal, dry)
-            yield f"| {goal:g}x | {what}, `{pattern}` | {NAMES[column]} | {reached} |"
-    for name in ("forward", "backward"):
-        layers = [row for row in rows if row["kind"] == "kernel" and name in row.get("passes", {})]
-        for number, row in enumerate(layers, 1):
-            share = fastest(row["passes"][name])
-            said = "no figure" if share is None else f"{share[1]:.0%} ({share[0]}), {met(share[1], FLOOR_GOAL, dry)}"
-            yield f"| {FLOOR_GOAL:.0%} of the floor | fused block {number}, {name}, 64 tasks | | {said} |"
-        if not layers:
-            yield f"| {FLOOR_GOAL:.0%} of the floor | fused block, {name}, 64 tasks | | open |"
+    for figure in FIGURES:
+        found = measured(figure.name, rows)
+        if found is None:
+            said, source = shown(model["figures"][figure.name], figure.unit), f"predicted for an {model['card']}"
+        elif isinstance(found, str):
+            said, source = f"no figure: {cell(found)}", measurement(document)
+        else:
+            value = shown(found["median"], figure.unit)
+            value = times(found) if "q1" in found else value
+            good = met(found["median"], figure.goal, dry, most=figure.unit == "")
+            said, source = f"{value}, {good}{found.get('note', '')}", measurement(document)
+        least = "at most " if figure.unit == "" else ""
+        yield f"| {figure.what} | {least}{shown(figure.goal, figure.unit)} | {said} | {source} |"
 
 
-def found_ratio(rows: Sequence[Mapping[str, Any]], kind: str, pattern: str, column: str) -> dict[str, Any] | str:
+def measurement(document: Mapping[str, Any]) -> str:
+    if document["dry_run"]:
+        return "a dry run"
+    return f"measured, {document['gpu']}, {document['started'][:10]}, commit {document['commit']}"
+
+
+def shown(value: float, unit: str) -> str:
+    return f"{value:.0%}" if unit == "%" else f"{value:g}{unit}"
+
+
+def measured(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | str | None:
+    """What was found of a figure; a text where it was wrong, None where nothing was found."""
+    kind, *words = name.split()
+    if kind == "nodes":
+        row = next((row for row in rows if row["name"] == f"replay {words[0]} of 1"), {})
+        if row.get("status") == "failed":
+            return str(row["reason"])
+        return {"median": row["nodes"]} if "nodes" in row else None
+    if kind == "block":
+        of = [row for row in rows if row["kind"] == "kernel" and row["name"].startswith(f"block {words[0]}:")]
+        passes = [row["passes"][words[1]] for row in of if words[1] in row.get("passes", {})]
+        found = fastest(passes[0]) if passes else None
+        return {"median": found[1], "note": f" ({found[0]})"} if found else "; ".join(failures(passes)) or None
+    return found_ratio(rows, kind, words[0], words[-1], words[1] if len(words) > 2 else "float32")
+
+
+def failures(passes: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [f["failed"] for done in passes for f in done["backends"].values() if "failed" in f]
+
+
+def found_ratio(
+    rows: Sequence[Mapping[str, Any]], kind: str, pattern: str, column: str, dtype: str
+) -> dict[str, Any] | str | None:
     """The ratio, or why there is none. Against the best by hand: the smallest of those that were timed."""
-    kinds = ("adapt", "compile") if column == "best" else (kind,)
-    own = [row for row in rows if row["kind"] in kinds and row["pattern"] == pattern and row["main"]]
+    kinds = {"best": ("adapt", "compile"), "vmap": ("vmap",)}.get(column, (kind,))
+    network = next((row["network"] for row in rows if row["main"]), "")
+    own = [
+        row for row in rows
+        if row["kind"] in kinds and (row["pattern"], row["dtype"], row["network"]) == (pattern, dtype, network)
+    ]  # fmt: skip
     for row in own:
         if row["status"] == "failed":
-            return f"no figure: {row['reason']}"
+            return str(row["reason"])
     wanted = BEST if column == "best" else (column,)
     ratios = [row["ratios"][name] for row in own for name in wanted if name in row.get("ratios", {})]
-    if ratios:
-        missing = {name for name in wanted if not any(name in row.get("ratios", {}) for row in own)}
-        note = f" (without {', '.join(NAMES[n] for n in wanted if n in missing)})" if missing else ""
-        return {**min(ratios, key=lambda ratio: ratio["median"]), "note": note}
-    return "; ".join(filter(None, (row.get("reason") for row in own))) or "open"
+    if not ratios:
+        return None
+    missing = {name for name in wanted if not any(name in row.get("ratios", {}) for row in own)}
+    note = f" (without {', '.join(NAMES[n] for n in wanted if n in missing)})" if missing else ""
+    return {**min(ratios, key=lambda ratio: ratio["median"]), "note": note}
 
 
-def verdict(found: Mapping[str, Any] | str, goal: float, dry: bool) -> str:
-    if isinstance(found, str):
-        return cell(found)
-    return f"{times(found)}, {met(found['median'], goal, dry)}{found['note']}"
-
-
-def met(value: float, goal: float, dry: bool) -> str:
-    return "not a measurement" if dry else "reached" if value >= goal else "not reached"
+def met(value: float, goal: float, dry: bool, most: bool = False) -> str:
+    """Whether a value is no less than its goal, or with `most` no more."""
+    return "not a measurement" if dry else "reached" if (value <= goal if most else value >= goal) else "not reached"
 
 
 def fastest(found: Mapping[str, Any]) -> tuple[str, float] | None:
     """(backend, fraction of the floor) of the fastest one in a pass of a block."""
     timed = {name: f["fraction_of_floor"] for name, f in found["backends"].items() if "fraction_of_floor" in f}
     return max(timed.items(), key=lambda item: item[1]) if timed else None
+
+
+def replays(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for row in [row for row in rows if row.get("kernels")]:
+        yield f"### One replay: `{row['pattern']}`, {row['tasks']} task{'s' * (row['tasks'] > 1)}"
+        yield ""
+        yield f"{row['nodes']} nodes, {digits(row['span_us'])} us from the first one's start to the last one's end."
+        yield ""
+        yield "| kernel | count | us |"
+        yield "| --- | --- | --- |"
+        for entry in row["kernels"][:12]:
+            yield f"| `{cell(entry['name'])[:80]}` | {entry['count']} | {digits(entry['us'])} |"
+        yield ""
 
 
 def adaptations(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -239,7 +239,7 @@ def many(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield from timed_rows(
         "### Many tasks",
         "Milliseconds per task.",
-        [row for row in rows if row["kind"] == "tasks" and row.get("columns")],
+        [row for row in rows if row["kind"] in ("tasks", "vmap") and row.get("columns")],
     )
 
 
@@ -353,6 +353,12 @@ def read(path: Path) -> dict[str, Any]:
     return document
 
 
+def predictions() -> dict[str, Any]:
+    """What `bench/gpu_model.py` wrote."""
+    found: dict[str, Any] = json.loads((ROOT / "bench" / "results" / "gpu-model.json").read_text(encoding="utf-8"))
+    return found
+
+
 def newest(folder: Path) -> dict[str, Any] | None:
     """The results that were begun last, dry runs aside; None where there are none from a GPU."""
     paths = [path for path in sorted(folder.glob("*.json")) if path.name[-15:-5].replace("-", "").isdigit()]
@@ -374,11 +380,12 @@ def main() -> int:
     add("--table", type=Path, help="File for the tables alone.")
     given = parser.parse_args()
     document = read(given.results) if given.results else newest(ROOT / "bench" / "results")
-    write(given.page, page(document))
+    model = predictions()
+    write(given.page, page(document, model))
     if document is not None:
-        print(summary(document))
+        print(summary(document, model))
         if given.table:
-            write(given.table, table(document))
+            write(given.table, table(document, model))
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import importlib.util
 import json
 import os
 import re
@@ -14,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,17 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 PARENT_DIES = 1  # prctl's PR_SET_PDEATHSIG
 GRACE = 8.0  # seconds between asking a stage to end and ending it
+DROPPED = ("PYTEST_ADDOPTS", "PYTHONPATH", "LAMBDA_KERNELS_BACKEND", "TRITON_INTERPRET")  # from a stage's environment
+UNMEASURED = ("smoke", "tests", "capture")  # stages that ask whether results are right: the first tile will do
+PACKAGES = {"pytest_benchmark": "pytest-benchmark"}  # what pip calls a module, where it calls it otherwise
 
 
 class Skip(Exception):
     """A stage that cannot run here, and why."""
+
+
+class Missing(Exception):
+    """A stage that cannot run here though it should, and the remedy."""
 
 
 class Stage(NamedTuple):
@@ -35,6 +42,7 @@ class Stage(NamedTuple):
     read: Callable[[Run], dict[str, Any]] = lambda run: {}  # what it has written so far, for the results
     needs: tuple[str, ...] = ()  # stages without which it has nothing to work on
     least: float = 0.0  # seconds that it gets however late it is
+    modules: tuple[str, ...] = ()  # that this interpreter must have for it
 
 
 class Run:
@@ -42,11 +50,10 @@ class Run:
 
     def __init__(
         self, out: Path, work: Path, seconds: float, dry: bool, device: dict[str, str], commit: str,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float], start: float, copies: Path | None = None,
     ) -> None:  # fmt: skip
-        self.work, self.dry, self.device, self.clock = work, dry, device, clock
-        self.start = clock()
-        self.deadline = 0.0  # of the running stage, from the start
+        self.work, self.dry, self.device, self.clock, self.start, self.copies = work, dry, device, clock, start, copies
+        self.deadline = self.passed()  # of the running stage, from the start
         now = datetime.datetime.now(datetime.timezone.utc)
         slug = re.sub(r"[^a-z0-9]+", "-", device["name"].lower()).strip("-")
         self.path = out / f"{'dry-run-' if dry else ''}{slug}-{now.date()}.json"
@@ -72,6 +79,8 @@ class Run:
     def save(self) -> None:
         self.document["seconds"] = round(self.passed(), 1)
         write(self.path, json.dumps(self.document, indent=1) + "\n")
+        if self.copies is not None:
+            self.copy_to(self.copies)
 
     def copy_to(self, folder: Path) -> None:
         """Results, timings, table and page, as far as they are there, and all logs in one file."""
@@ -111,6 +120,9 @@ def perform(run: Run, stage: Stage) -> None:
             status = run.document["stages"].get(name, {}).get("status", "passed")
             if status != "passed":
                 raise Skip(f"it needs the stage {name}, whose status is {status}")
+        if lacking := [PACKAGES.get(m, m) for m in stage.modules if importlib.util.find_spec(m) is None]:
+            names, python = " ".join(lacking), Path(sys.executable).name
+            raise Missing(f"this interpreter lacks {', '.join(lacking)}: {python} -m pip install {names} adds that")
         if run.left() <= 0:
             raise Skip(f"no time was left of {run.document['budget_s']:g} s")
         code = wait(run, stage, stage.command(run), log)
@@ -121,8 +133,8 @@ def perform(run: Run, stage: Stage) -> None:
             entry["reason"] = last_words(log)
         if stage.name.endswith("check") and code and "Device not supported" in log.read_text(errors="replace"):
             entry.update(status="skipped", reason="compute-sanitizer says: Device not supported")
-    except Skip as why:
-        entry.update(status="skipped", reason=str(why))
+    except (Skip, Missing) as why:
+        entry.update(status="skipped" if isinstance(why, Skip) else "failed", reason=str(why))
     except BaseException as error:
         entry.update(status="cut", reason=f"interrupted ({type(error).__name__})")
         raise
@@ -135,8 +147,8 @@ def wait(run: Run, stage: Stage, command: list[str], log: Path) -> int | None:
     """The exit status; None where the deadline came first."""
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=surroundings(run), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            preexec_fn=own_group,
+            command, cwd=ROOT, env=surroundings(run, stage.name), stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT, preexec_fn=own_group,
         )  # fmt: skip
         saved = ""
         try:
@@ -176,23 +188,27 @@ def stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def surroundings(run: Run) -> dict[str, str]:
-    """The environment of the stages."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTEST_ADDOPTS", "PYTHONPATH", "LAMBDA_KERNELS_BACKEND")}
+def surroundings(run: Run, stage: str) -> dict[str, str]:
+    """The environment of a stage."""
+    kept = {k: v for k, v in os.environ.items() if k not in DROPPED}
     added = {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "python", ROOT / "bench"))),
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    stage = list(run.document["stages"])[-1]
-    # tests share the device: what they measure is not what the benchmark is to choose by
-    added["LAMBDA_KERNELS_CACHE"] = str(run.work / ("cache-tests" if stage == "tests" else "cache"))
+    added["LAMBDA_KERNELS_CACHE"] = str(run.work / "cache")
+    if stage in UNMEASURED:
+        added["LAMBDA_KERNELS_MEASURE"] = "0"
+    added["TORCH_CUDA_ARCH_LIST"] = run.device["capability"]  # an image's own list may name chips that nvcc lacks
+    if stage in ("cuda", "build"):
+        # what failed once, or is not there, does not take the extension with it
+        before = run.document["stages"].get("cuda", {}).get("status", "passed")
+        wanted = stage == "cuda" or (before == "passed" and find_program("nvcc") is not None)
+        added["LAMBDA_KERNELS_CUDA"] = "1" if wanted else "0"
     if run.dry:
-        added.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-        if find_program("nvcc") and stage == "build":
-            added.update(LAMBDA_KERNELS_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
-    else:
-        added["TORCH_CUDA_ARCH_LIST"] = kept.get("TORCH_CUDA_ARCH_LIST") or run.device["capability"]
+        added.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+        if stage != "build":  # which compiles kernels
+            added["TRITON_INTERPRET"] = "1"
     return {**kept, **added}
 
 

@@ -4,47 +4,89 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from gpu_run import ROOT, Run, Skip, Stage, find_program, read_json, write
+
+FAILING_CAPTURE = "test_a_function_that_waits"
+# What the text of a test file has that uses a device: a mark, the operands of the CUDA kernels' tests, or the backend.
+OF_A_DEVICE = "pytest.mark.gpu", "from cuda_checks import", "backends.triton"
+OURS = "_ZN2lk"  # how the mangled names of csrc/cuda's kernels begin, and of no other library's
 
 
 def dry(run: Run) -> list[str]:
     return ["--dry-run"] if run.dry else []
 
 
-def look(run: Run) -> list[str]:
-    return run.program("bench/bench_gpu.py", "environment", "--result", run.work / "environment.json", *dry(run))
+def kernels(run: Run) -> list[str]:
+    if run.dry and find_program("nvcc") is None:
+        raise Skip("there is no nvcc on this machine")
+    return run.program("setup.py", "build_ext", "--cuda-only", *destination(run))
+
+
+def destination(run: Run) -> list[str]:
+    """Of a dry run: beside the build that is there, whose objects are taken."""
+    return ["--build-lib", str(run.work / "lib")] if run.dry else ["--inplace"]
 
 
 def build(run: Run) -> list[str]:
-    if run.dry:  # beside the build that is there; objects are taken from it
-        return run.program("setup.py", "--quiet", "build_ext", "--build-lib", run.work / "lib")
-    return run.program("setup.py", "build_ext", "--inplace")
+    return run.program("bench/gpu_build.py", *(destination(run) if run.dry else []), *dry(run))
+
+
+def writes(script: str, *words: str) -> Callable[[Run], list[str]]:
+    """A script that writes `<last word>.json`."""
+
+    def command(run: Run) -> list[str]:
+        return run.program(script, *words[:-1], "--result", run.work / f"{words[-1]}.json", *dry(run))
+
+    return command
+
+
+def written(name: str) -> Callable[[Run], dict[str, Any]]:
+    return lambda run: read_json(run.work / f"{name}.json")
 
 
 def tests(run: Run) -> list[str]:
-    files = [
-        str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_*.py"))
-        if path.name.startswith("test_triton") or "pytest.mark.gpu" in path.read_text(encoding="utf-8")
-        if not (run.dry and "_aot" in path.name)  # a minute of compiling, which needs no device
-    ]  # fmt: skip
-    if not files:
-        raise Skip("no test uses a device")
-    options = ["-p", "journal", "--journal", str(run.work / "journal.jsonl"), "-p", "no:benchmark"]
-    # another torch's warnings are no failures
-    options += ["-p", "no:cacheprovider", "-W", "default", "-v", "--tb=short"]
+    files = test_files(lambda text: any(word in text for word in OF_A_DEVICE))
     if run.dry:
-        options += ["--per-file", "1"]
+        options = ["--per-file", "1"]
     elif importlib.util.find_spec("xdist"):
-        options += ["-n", "6"]
-    return run.program("-m", "pytest", *options, *files)
+        options = ["-n", str(min(12, len(os.sched_getaffinity(0))))]
+    else:
+        options = []
+    return pytest(run, "tests", *options, "-k", f"not {FAILING_CAPTURE}", *files)
 
 
-def read_tests(run: Run) -> dict[str, Any]:
-    path = run.work / "journal.jsonl"
+def test_files(wanted: Callable[[str], bool]) -> list[str]:
+    """Those whose text is wanted, less minutes of compiling ahead of time, which need no device."""
+    paths = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "_aot" not in path.name]
+    found = [str(p.relative_to(ROOT)) for p in paths if wanted(p.read_text(encoding="utf-8"))]
+    if not found:
+        raise Skip("no test is for this stage")
+    return found
+
+
+def capture(run: Run) -> list[str]:
+    """Alone, and at the end: a capture that fails may leave the process, and the device, damaged."""
+    return pytest(run, "capture", "-k", FAILING_CAPTURE, *test_files(lambda text: f"\ndef {FAILING_CAPTURE}" in text))
+
+
+def pytest(run: Run, stage: str, *more: str) -> list[str]:
+    journal = str(run.work / f"{stage}.jsonl")
+    options = ["-p", "journal", "--journal", journal, "-p", "no:benchmark", "-p", "no:cacheprovider"]
+    # another torch's warnings are no failures
+    return run.program("-m", "pytest", *options, "-W", "default", "-v", "--tb=short", *more)
+
+
+def outcomes(stage: str) -> Callable[[Run], dict[str, Any]]:
+    return lambda run: read_tests(run.work / f"{stage}.jsonl")
+
+
+def read_tests(path: Path) -> dict[str, Any]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     entries = [json.loads(line) for line in lines if line.endswith("}")]
     why = Counter(e["reason"] for e in entries if e["outcome"] == "skipped")
@@ -65,19 +107,26 @@ def sanitizer(tool: str) -> Callable[[Run], list[str]]:
             raise Skip("there is no compute-sanitizer on this machine (it comes with the CUDA toolkit)")
         if not (ROOT / "tests" / "sanitize_cuda.py").exists():
             raise Skip("there is no tests/sanitize_cuda.py to run in it")
-        return [program, "--tool", tool, "--error-exitcode", "9", *run.program("tests/sanitize_cuda.py")]
+        options = ["--tool", tool, "--kernel-regex", f"kns={OURS}", "--error-exitcode", "9"]
+        return [program, *options, *run.program("tests/sanitize_cuda.py")]
 
     return command
 
 
-def bench(run: Run) -> list[str]:
-    facts = run.work / "environment.json"
-    if not facts.exists():
-        raise Skip("it needs the measured ceilings of the stage environment, which has not run")
-    seconds = f"{max(5, run.left() - 20):.0f}"  # the last row that begins is to end as well
-    result = run.work / "rows.json"
-    given = ["--environment", facts, "--result", result, "--seconds", seconds]
-    return run.program("bench/bench_gpu.py", "rows", *map(str, given), *dry(run))
+def rows(name: str) -> Callable[[Run], list[str]]:
+    def command(run: Run) -> list[str]:
+        facts, result = run.work / "environment.json", run.work / f"{name}.json"
+        seconds = f"{max(5, run.left() - 20):.0f}"  # the last row that begins is to end as well
+        given = ["--result", str(result), "--seconds", seconds]
+        if facts.exists():
+            given += ["--environment", str(facts)]
+        return run.program("bench/bench_gpu.py", name, *given, *dry(run))
+
+    return command
+
+
+def found(run: Run) -> dict[str, Any]:
+    return {"found": read_json(run.work / "environment.json")}
 
 
 def timings(run: Run) -> list[str]:
@@ -111,13 +160,20 @@ def report(run: Run) -> list[str]:
     return run.program("bench/gpu_report.py", run.path, "--page", run.page, "--table", run.table)
 
 
-STAGES = [
-    Stage("environment", 30, look, lambda run: {"found": read_json(run.work / "environment.json")}),
-    Stage("build", 80, build),
-    Stage("tests", 130, tests, read_tests),
-    Stage("memcheck", 45, sanitizer("memcheck"), needs=("build",)),
-    Stage("racecheck", 45, sanitizer("racecheck"), needs=("build",)),
-    Stage("bench", 185, bench, lambda run: read_json(run.work / "rows.json"), needs=("environment",)),
-    Stage("timings", 40, timings, read_timings),
-    Stage("report", 5, report, least=5),
+REPORT = Stage("report", 5, report, least=5)
+STAGES = [  # the default budget in seconds; what shows most comes first
+    Stage("cuda", 40, kernels, modules=("setuptools",)),
+    Stage("smoke", 25, writes("bench/gpu_smoke.py", "smoke"), written("smoke")),
+    Stage("build", 75, build, modules=("setuptools",)),
+    Stage("replays", 40, rows("replays"), written("replays")),
+    Stage("environment", 20, writes("bench/bench_gpu.py", "environment", "environment"), found),
+    Stage("rows", 125, rows("rows"), written("rows")),
+    Stage("tests", 70, tests, outcomes("tests"), modules=("pytest", "hypothesis")),
+    Stage("memcheck", 20, sanitizer("memcheck"), needs=("cuda",)),
+    Stage("racecheck", 20, sanitizer("racecheck"), needs=("cuda",)),
+    Stage("slow", 30, rows("slow"), written("slow")),
+    Stage("timings", 30, timings, read_timings, modules=("pytest", "pytest_benchmark")),
+    REPORT,
+    Stage("capture", 15, capture, outcomes("capture"), modules=("pytest", "hypothesis")),
+    REPORT,
 ]

@@ -3,6 +3,7 @@ PyTorch."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -180,11 +181,16 @@ class Gate:
                     raise
 
 
-def check_adapt(problem: Problem, pattern: Pattern, steps: int, lr: float, norm: str) -> None:
-    """The gate of an adaptation: the same parameters as the plain loop, in float64 and in the dtype that is timed."""
+def check_adapt(
+    problem: Problem, pattern: Pattern, steps: int, lr: float, norm: str, double: str | None = None
+) -> None:
+    """The gate of an adaptation: the same parameters as the plain loop, in float64 and in the dtype that is timed.
+    `double` names a backend for float64, where compiling the others for it takes too long."""
 
     def ours(problem: Problem) -> list[Tensor]:
-        learner = adapt(problem.model, problem.xs, problem.ys, pattern=pattern, steps=steps, lr=lr, norm=norm)
+        named = double if problem.xs.dtype == torch.float64 else None
+        with contextlib.nullcontext() if named is None else backends.use_backend(named):
+            learner = adapt(problem.model, problem.xs, problem.ys, pattern=pattern, steps=steps, lr=lr, norm=norm)
         return [t.detach() for t in learner.parameters_dict().values()]
 
     Gate(problem, pattern, steps, lr, norm)(ours)

@@ -1,5 +1,5 @@
 """A pytest plugin (`-p journal`) of `make gpu`: every outcome is written down at once, and of the tests only those are
-kept that use a device where there is one, the ones marked gpu first."""
+kept that use a device where there is one: the ones marked gpu first, those of torch.compile, which take long, last."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = item.get_closest_marker("gpu") is not None or item.path.name.startswith(FILES)
         seen[item.path] += wanted
         (kept if wanted and (most is None or seen[item.path] <= most) else dropped).append(item)
-    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("gpu") is None)
+    items[:] = sorted(kept, key=lambda item: ("compile" in item.name, item.get_closest_marker("gpu") is None))
     config.hook.pytest_deselected(items=dropped)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import struct
 import subprocess
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from machine import PATIENCE
 
@@ -160,3 +162,22 @@ def test_a_missing_torch_is_named_with_the_remedy(tmp_path):
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert "install torch first" in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("only", [False, True], ids=["all", "cuda-only"])
+def test_the_cuda_kernels_are_built_ahead_of_the_extension(tmp_path, monkeypatch, only):
+    """They take a fraction of its time: a build that is cut off leaves them behind."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.chdir(ROOT)
+    names = runpy.run_path(str(ROOT / "setup.py"))
+    done: list[str] = []
+    made = names["build_command"](torch)(setuptools.Distribution({"name": "x", "version": "1"}))
+    for name, value in (("wanted_nvcc", "nvcc"), ("find_compiler", ("g++", "g++ 1"))):
+        monkeypatch.setitem(names["build_command"].__globals__, name, lambda *_, value=value: value)
+    monkeypatch.setitem(names["build_command"].__globals__, "build_cuda", lambda *_: done.append("cuda"))
+    monkeypatch.setattr(type(made).__mro__[1], "run", lambda self: done.append("extension"))
+    made.ensure_finalized()
+    made.build_lib, made.cuda_only = str(tmp_path), only
+    made.run()
+    assert done == (["cuda"] if only else ["cuda", "extension"])
+    assert (tmp_path / "lambda_kernels" / "_build_info.json").exists() is not only

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: its dry run, what a run that fails or is killed leaves; a wrong result gets no time."""
+"""`make gpu` without a GPU: its dry run, and what a run that fails or is killed leaves."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from benches import module
 from machine import PATIENCE
 
-from lambda_kernels.backends.native import Native
 from lambda_maml.timing import STOCK, read_timings
 
 ROOT = Path(__file__).resolve().parents[1]
 UNHURRIED = ["--seconds", str(PATIENCE)]  # no stage is cut, however slow the machine
-STAGES = ["environment", "build", "tests", "memcheck", "racecheck", "bench", "timings", "report"]
+STAGES = [
+    "cuda", "smoke", "build", "replays", "environment", "rows", "tests", "memcheck", "racecheck", "slow", "timings",
+    "report", "capture",
+]  # fmt: skip
 
 
 def start(*arguments: str, script: Sequence[str] = ("bench/gpu.py",), **environment: str) -> subprocess.Popen[str]:
@@ -68,26 +68,50 @@ def test_every_stage_of_a_dry_run_starts_and_leaves_its_result(dry):
     status = {name: stage["status"] for name, stage in stages.items()}
     assert status.pop("memcheck") == status.pop("racecheck") == "skipped"
     assert stages["memcheck"]["reason"] == "a dry run has no device to check"
+    if status.pop("cuda") == "skipped":
+        assert stages["cuda"]["reason"] == "there is no nvcc on this machine"
+    else:
+        assert stages["cuda"]["status"] == "passed" and (dry[0] / "work/lib/lambda_kernels/_cuda.so").exists()
     assert set(status.values()) == {"passed"}, status
     assert all(value > 0 for value in stages["environment"]["found"]["ceilings"].values())
     assert stages["tests"]["outcomes"].get("passed", 0) >= 1 and stages["tests"]["failures"] == []
+    assert sum(stages["capture"]["outcomes"].values()) == 1 and not stages["capture"]["outcomes"].get("failed")
+    assert not any("test_triton_aot" in name for name in stages["tests"]["files"])
     assert list((dry[0] / "work" / "lib" / "lambda_kernels").glob("_C*.so"))
+    assert " Triton kernels for sm_90, 0 failed, " in (dry[0] / "work" / "build.log").read_text()
+    checks = {(row["backend"], row.get("operation")): row["status"] for row in stages["smoke"]["checks"]}
+    assert checks.pop(("cuda", None)) == "skipped"  # no device
+    assert len(checks) >= 9 and set(checks.values()) == {"right"}
+
+
+@pytest.mark.slow
+def test_a_dry_run_shows_what_a_replay_runs(dry):
+    rows = results(dry[0])["stages"]["replays"]["rows"]
+    assert [(row["pattern"], row["tasks"]) for row in rows] == [("11111", 1), ("11111", 2), ("00011", 1), ("00011", 2)]
+    for row in rows:
+        assert row["status"] == "passed" and row["span_us"] > 0
+        assert row["nodes"] == sum(entry["count"] for entry in row["kernels"]) > 0
+        times = [entry["us"] for entry in row["kernels"]]
+        assert times == sorted(times, reverse=True) and times[0] > 0
+    assert " us  " in (dry[0] / "work" / "replays.log").read_text()
 
 
 @pytest.mark.slow
 def test_a_dry_run_times_every_kind_of_row_after_its_check(dry):
-    rows = results(dry[0])["stages"]["bench"]["rows"]
-    assert {row["kind"] for row in rows} == {"adapt", "tasks", "kernel", "compile", "calls", "query"}
+    stages = results(dry[0])["stages"]
+    rows, slow = stages["rows"]["rows"], stages["slow"]["rows"]
+    assert {row["kind"] for row in rows} == {"adapt", "tasks", "kernel", "calls", "query"}
+    assert {row["kind"] for row in slow} == {"compile", "vmap"}
     assert [row["name"] for row in rows if row["status"] != "passed"] == ["calls 00011", "calls 11111"]
     first = rows[0]
     assert (first["kind"], first["pattern"], first["main"]) == ("adapt", "00011", True)
     assert first["columns"]["stock_graph"] == {"skipped": "CUDA graphs need a CUDA device"}
     timed = {name for name, column in first["columns"].items() if "median" in column}
     assert timed == {"ours", "stock_full", "stock_masked", "stock_prefix"} == {*first["ratios"], "ours"}
-    against = {"compile": {"compile_default", "compile_reduce_overhead"}, "tasks": {"vmap"}, "query": set[str]()}
-    for row in rows:
-        if row["kind"] in against:
-            assert set(row["ratios"]) >= {"stock_full"} | against[row["kind"]], row["columns"]
+    against = {"compile": {"compile_default", "compile_reduce_overhead"}, "vmap": {"vmap"}}
+    for row in [*rows, *slow]:
+        if row["kind"] in ("tasks", "query", *against):
+            assert set(row["ratios"]) >= {"stock_full"} | against.get(row["kind"], set()), row["columns"]
         for spread in [*row.get("ratios", {}).values(), *row.get("columns", {}).values()]:
             assert "skipped" in spread or 0 < spread["q1"] <= spread["median"] <= spread["q3"]
     for done in (done for row in rows if row["kind"] == "kernel" for done in row["passes"].values()):
@@ -115,18 +139,18 @@ def test_a_dry_run_is_called_one_everywhere(dry):
     names = sorted(path.name for path in copies.iterdir())
     assert len(names) == 5 and {"log.txt", "table.txt", page.name} < set(names)
     assert (copies / page.name).read_text() == page.read_text()
-    assert "== bench\n" in (copies / "log.txt").read_text()
+    assert "== rows\n" in (copies / "log.txt").read_text()
 
 
 @pytest.mark.slow
 def test_a_stage_that_fails_is_reported_and_the_others_run(tmp_path):
     compiler = str(tmp_path / "no-compiler")
-    only = ["--only", "build,timings,report"]
+    only = ["--only", "build,environment,report"]
     code, printed, _ = run("--dry-run", *UNHURRIED, "--out", str(tmp_path), *only, CXX=compiler)
     assert code == 1 and "not passed: build;" in printed
     stages = results(tmp_path)["stages"]
     assert {name: stage["status"] for name, stage in stages.items()} == {
-        "build": "failed", "timings": "passed", "report": "passed",
+        "build": "failed", "environment": "passed", "report": "passed",
     }  # fmt: skip
     assert "does not run: install one" in stages["build"]["reason"] and stages["build"]["exit"] == 1
 
@@ -161,46 +185,50 @@ def an_hour_later_once_it_waits():
 """
 
 
-def driven(program: str, folder: Path) -> subprocess.Popen[str]:
-    return start(str(folder), script=["-c", DRIVER + program])
+def driven(program: str, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    return start(str(folder), script=["-c", DRIVER + program], **environment)
 
 
 def test_a_stage_ends_at_its_deadline(tmp_path):
-    """It may leave a file behind that the next one would take: that one is not begun, nor one for which no time is."""
+    """One that needs it is not begun, nor one for which no time is left; the report has its seconds all the same."""
     program = """
-gpu.STAGES[:] = [kept["environment"]._replace(command=waits), kept["bench"], kept["timings"], kept["report"]]
+waiting = kept["environment"]._replace(command=waits)
+gpu.STAGES[:] = [waiting, kept["memcheck"]._replace(needs=("environment",)), kept["timings"], kept["report"]]
 sys.exit(gpu.main(["--dry-run", "--out", sys.argv[1]], an_hour_later_once_it_waits))
 """
     with driven(program, tmp_path) as process:
         out, errors = process.communicate(timeout=PATIENCE)
     stages = results(tmp_path)["stages"]
     assert {name: stage["status"] for name, stage in stages.items()} == {
-        "environment": "cut", "bench": "skipped", "timings": "skipped", "report": "passed",
+        "environment": "cut", "memcheck": "skipped", "timings": "skipped", "report": "passed",
     }, out + errors  # fmt: skip
     assert process.returncode == 1 and "not passed: environment;" in out
     assert stages["environment"]["reason"].startswith("stopped at its deadline, ")
-    assert stages["bench"]["reason"] == "it needs the stage environment, whose status is cut"
-    assert stages["timings"]["reason"] == "no time was left of 560 s"
-    assert not (tmp_path / "work" / "bench.log").exists() and not (tmp_path / "work" / "timings.log").exists()
+    assert stages["memcheck"]["reason"] == "it needs the stage environment, whose status is cut"
+    assert stages["timings"]["reason"] == "no time was left of 520 s"
+    assert not (tmp_path / "work" / "memcheck.log").exists() and not (tmp_path / "work" / "timings.log").exists()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL], ids=lambda sign: sign.name)
 def test_a_killed_run_keeps_what_it_had(tmp_path, sign):
     program = """
-gpu.STAGES[:] = [kept["environment"]._replace(command=writes), kept["bench"]._replace(command=a_row_then_waits),
+gpu.STAGES[:] = [kept["environment"]._replace(command=writes), kept["rows"]._replace(command=a_row_then_waits),
                  kept["report"]]
 sys.exit(gpu.main(["--dry-run", "--out", sys.argv[1]], lambda: 0.0))
 """
 
-    def bench() -> dict[str, Any]:
-        found = results(tmp_path)["stages"] if list(tmp_path.glob("*.json")) else {}
-        stage: dict[str, Any] = found.get("bench", {})
+    def rows() -> dict[str, Any]:
+        found = results(copies)["stages"] if list(copies.glob("*.json")) else {}
+        stage: dict[str, Any] = found.get("rows", {})
         return stage
 
-    with driven(program, tmp_path) as process:
+    copies = tmp_path / "copies"
+    with driven(program, tmp_path, OUT=str(copies)) as process:
         try:
-            wait_for(lambda: bool(bench().get("rows")) or process.poll() is not None)
-            assert process.poll() is None and bench()["status"] == "running"
+            # a row that is there is copied while its stage goes on
+            wait_for(lambda: bool(rows().get("rows")) or process.poll() is not None)
+            assert process.poll() is None and rows()["status"] == "running"
+            assert "== rows" in (copies / "log.txt").read_text()
             assert processes_of(tmp_path)
             process.send_signal(sign)
             process.communicate(timeout=PATIENCE)
@@ -209,8 +237,8 @@ sys.exit(gpu.main(["--dry-run", "--out", sys.argv[1]], lambda: 0.0))
     stages = results(tmp_path)["stages"]
     assert stages["environment"]["status"] == "passed"
     assert stages["environment"]["found"] == {"ceilings": {"copy": 1.0}}
-    assert stages["bench"]["rows"] == [{"name": "first"}]
-    assert stages["bench"]["status"] == ("cut" if sign == signal.SIGTERM else "running") and "report" not in stages
+    assert stages["rows"]["rows"] == [{"name": "first"}]
+    assert stages["rows"]["status"] == ("cut" if sign == signal.SIGTERM else "running") and "report" not in stages
     assert process.returncode == (130 if sign == signal.SIGTERM else -signal.SIGKILL)
     wait_for(lambda: not processes_of(tmp_path))
 
@@ -248,60 +276,4 @@ def test_without_a_device_it_says_so():
 
 def test_unknown_stages_are_refused():
     code, _, errors = run("--only", "build,bnech")
-    assert code == 2 and "no stage bnech: choose from environment, build" in errors
-
-
-def tiny(rows: int, monkeypatch: pytest.MonkeyPatch, path: Path) -> tuple[int, list[dict[str, Any]]]:
-    """(rows that failed, what was written) of the benchmark's first rows on the CPU."""
-    bench_gpu = module("bench_gpu")
-    every = bench_gpu.Bench.rows
-    monkeypatch.setattr(bench_gpu.Bench, "rows", lambda self: list(every(self))[:rows])
-    ceilings = {"copy_bytes_per_s": 1e9, "matmul_float32_flops": 1e9}
-    failed = bench_gpu.run_rows(bench_gpu.Bench(bench_gpu.TINY, torch.device("cpu"), ceilings), path, 60.0)
-    found: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
-    return failed, found
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_a_wrong_adaptation_gets_no_time(monkeypatch, tmp_path):
-    bench_gpu, harness = module("bench_gpu"), module("harness")
-    right = harness.adapt
-    for where in (bench_gpu, harness):
-        monkeypatch.setattr(where, "adapt", lambda *a, lr, **k: right(*a, lr=1.01 * lr, **k))
-    failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json")
-    assert failed == 1 and row["status"] == "failed" and "00011 in torch.float64: 0.00" in row["reason"]
-    assert "columns" not in row and "ratios" not in row
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_a_wrong_batch_of_tasks_gets_no_time(monkeypatch, tmp_path):
-    bench_gpu = module("bench_gpu")
-    right = bench_gpu.adapt_tasks
-    monkeypatch.setattr(bench_gpu, "adapt_tasks", lambda *a, **k: right(*a, **k) * 1.01)
-    failed, rows = tiny(3, monkeypatch, tmp_path / "rows.json")
-    assert failed == 1 and [row["status"] for row in rows] == ["passed", "passed", "failed"]
-    assert "the logits of adapt_tasks: 0.01 away" in rows[2]["reason"] and "columns" not in rows[2]
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_a_wrong_backend_gets_no_time_and_does_not_hide_the_others(monkeypatch, tmp_path):
-    bench_gpu = module("bench_gpu")
-    right = Native.block
-    monkeypatch.setattr(Native, "block", lambda self, x, w, gamma, *more: right(self, x, w, 1.01 * gamma, *more))
-    every = bench_gpu.Bench.rows
-    monkeypatch.setattr(bench_gpu.Bench, "rows", lambda self: [r for r in every(self) if r[0]["kind"] == "kernel"])
-    failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json")
-    assert failed == 1 and row["status"] == "failed"
-    found = row["passes"]["forward"]["backends"]
-    assert "conv_block forward on native: 0.0" in found["native"]["failed"] and "median" not in found["native"]
-    assert found["reference"]["median"] > 0
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_a_competitor_that_computes_something_else_is_not_timed(monkeypatch, tmp_path):
-    by_hand = module("by_hand")
-    right = by_hand.Stock.result
-    monkeypatch.setattr(by_hand.Stock, "result", lambda self: [1.01 * t for t in right(self)])
-    failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json")
-    assert failed == 0 and "stock_prefix: " in row["columns"]["stock_prefix"]["skipped"]
-    assert set(row["ratios"]) == {"stock_full"}
+    assert code == 2 and "no stage bnech: choose from cuda, smoke, build" in errors

@@ -1,0 +1,116 @@
+"""The rows of `make gpu`'s benchmark: a wrong result gets no figure, and what stands before the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benches import module
+
+from lambda_kernels.backends import current
+from lambda_kernels.backends.native import Native
+
+
+def tiny(
+    rows: int, monkeypatch: pytest.MonkeyPatch, path: Path, which: str = "rows"
+) -> tuple[int, list[dict[str, Any]]]:
+    """(rows that failed, what was written) of the benchmark's first rows on the CPU."""
+    bench_gpu = module("bench_gpu")
+    every = getattr(bench_gpu.Bench, which)
+    monkeypatch.setattr(bench_gpu.Bench, which, lambda self: list(every(self))[:rows])
+    ceilings = {"copy_bytes_per_s": 1e9, "matmul_float32_flops": 1e9}
+    failed = bench_gpu.run_rows(bench_gpu.Bench(bench_gpu.TINY, torch.device("cpu"), ceilings), path, 60.0, which)
+    found: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+    return failed, found
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_wrong_adaptation_gets_no_time(monkeypatch, tmp_path):
+    bench_gpu, harness = module("bench_gpu"), module("harness")
+    right = harness.adapt
+    for where in (bench_gpu, harness):
+        monkeypatch.setattr(where, "adapt", lambda *a, lr, **k: right(*a, lr=1.01 * lr, **k))
+    failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json")
+    assert failed == 1 and row["status"] == "failed" and "00011 in torch.float64: 0.00" in row["reason"]
+    assert "columns" not in row and "ratios" not in row
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_wrong_batch_of_tasks_gets_no_time(monkeypatch, tmp_path):
+    bench_gpu = module("bench_gpu")
+    right = bench_gpu.adapt_tasks
+    monkeypatch.setattr(bench_gpu, "adapt_tasks", lambda *a, **k: right(*a, **k) * 1.01)
+    failed, rows = tiny(3, monkeypatch, tmp_path / "rows.json")
+    assert failed == 1 and [row["status"] for row in rows] == ["passed", "passed", "failed"]
+    assert "the logits of adapt_tasks: 0.01 away" in rows[2]["reason"] and "columns" not in rows[2]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_wrong_backend_gets_no_time_and_does_not_hide_the_others(monkeypatch, tmp_path):
+    bench_gpu = module("bench_gpu")
+    right = Native.block
+    monkeypatch.setattr(Native, "block", lambda self, x, w, gamma, *more: right(self, x, w, 1.01 * gamma, *more))
+    every = bench_gpu.Bench.rows
+    monkeypatch.setattr(bench_gpu.Bench, "rows", lambda self: [r for r in every(self) if r[0]["kind"] == "kernel"])
+    failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json")
+    assert failed == 1 and row["status"] == "failed"
+    found = row["passes"]["forward"]["backends"]
+    assert "conv_block forward on native: 0.0" in found["native"]["failed"] and "median" not in found["native"]
+    assert found["reference"]["median"] > 0
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_competitor_that_computes_something_else_is_not_timed(monkeypatch, tmp_path):
+    by_hand = module("by_hand")
+    right = by_hand.Stock.result
+    monkeypatch.setattr(by_hand.Stock, "result", lambda self: [1.01 * t for t in right(self)])
+    failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json")
+    assert failed == 0 and "stock_prefix: " in row["columns"]["stock_prefix"]["skipped"]
+    assert set(row["ratios"]) == {"stock_full"}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_gate_in_float64_asks_the_reference_alone(monkeypatch, tmp_path):
+    """The other backends would compile all their kernels for a type that is not timed."""
+    bench_gpu, harness = module("bench_gpu"), module("harness")
+    asked: set[tuple[torch.dtype, str]] = set()
+    right = harness.adapt
+
+    def adapt(model: Any, xs: torch.Tensor, *more: Any, **given: Any) -> Any:
+        asked.add((xs.dtype, current()))
+        return right(model, xs, *more, **given)
+
+    monkeypatch.setattr(harness, "adapt", adapt)
+    assert tiny(1, monkeypatch, tmp_path / "rows.json")[0] == 0
+    assert asked == {(torch.float64, "reference"), (torch.float32, "auto")}
+    assert bench_gpu.Bench(bench_gpu.TINY, torch.device("cpu"), {"copy": 1.0}).ceilings == {"copy": 1.0}
+
+
+def test_without_the_stage_environment_the_rows_measure_the_ceilings():
+    bench_gpu = module("bench_gpu")
+    found = bench_gpu.Bench(bench_gpu.TINY, torch.device("cpu")).kernels.ceilings
+    assert found.keys() > {"copy_bytes_per_s", "matmul_tf32_flops"} and min(found.values()) > 0
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("factor", [1.5, float("nan")])
+def test_a_replay_that_gives_something_else_has_no_kernels(monkeypatch, tmp_path, factor):
+    bench_gpu = module("bench_gpu")
+    right = bench_gpu.adapt
+    calls: list[Any] = []
+
+    class Wrong:
+        def parameters_dict(self) -> dict[str, torch.Tensor]:
+            return {name: factor * t for name, t in calls[-1].parameters_dict().items()}
+
+    def adapt(*task: Any, **given: Any) -> Any:
+        calls.append(right(*task, **given))
+        return Wrong() if len(calls) == 3 else calls[-1]
+
+    monkeypatch.setattr(bench_gpu, "adapt", adapt)
+    failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json", "replays")
+    assert failed == 1 and row["status"] == "failed" and "kernels" not in row
+    assert row["reason"].endswith(" of its length away from the eager call")
