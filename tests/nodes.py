@@ -61,6 +61,8 @@ class Nodes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if name.startswith("convolution"):
+            results = tree_map_only(Tensor, lambda t: _as_cudnn_lays_it_out(t, args), results)
         makes = func._schema.is_mutable or any(isinstance(t, Tensor) for t in tree_leaves(results))
         if makes and name not in NO_KERNELS and not _is_view(func):
             self.count[name] += _nodes(name, args)
@@ -84,6 +86,15 @@ def _nodes(name: str, args: tuple[Any, ...]) -> int:
         return 1
     fast = all(len({(t.stride(), t.dtype) for t in pair}) == 1 and _is_dense(pair[0]) for pair in zip(*lists))
     return 1 if fast else len(lists[0])
+
+
+def _as_cudnn_lays_it_out(result: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """A convolution's result, channels-last where an operand is: for meta tensors torch gives another layout."""
+    last = torch.channels_last
+    images = [t for t in args if isinstance(t, Tensor) and t.dim() == 4]
+    if result.dim() != 4 or all(t.is_contiguous() or not t.is_contiguous(memory_format=last) for t in images):
+        return result
+    return torch.empty(result.shape, dtype=result.dtype, device=result.device, memory_format=last)
 
 
 def _is_dense(t: Tensor) -> bool:
