@@ -34,7 +34,7 @@ from lambda_kernels.backends.autotune import Autotune, Choice, Table
 from lambda_maml import adapt, adapt_tasks, models
 from lambda_maml.inner import batch, checks, recorded
 
-__all__ = ["KERNELS", "Nodes", "counted"]
+__all__ = ["KERNELS", "Nodes", "counted", "is_view"]
 
 # Kernels that a launcher of the CUDA library queues: `launch` in csrc/cuda.
 KERNELS = {
@@ -64,7 +64,7 @@ class Nodes(TorchDispatchMode):
         if name.startswith("convolution"):
             results = tree_map_only(Tensor, lambda t: _as_cudnn_lays_it_out(t, args), results)
         makes = func._schema.is_mutable or any(isinstance(t, Tensor) for t in tree_leaves(results))
-        if makes and name not in NO_KERNELS and not _is_view(func):
+        if makes and name not in NO_KERNELS and not is_view(func):
             self.count[name] += _nodes(name, args)
         return results
 
@@ -73,7 +73,7 @@ class Nodes(TorchDispatchMode):
         self.count[name] += kernels
 
 
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
     """Whether an operator's results share the memory of its operands, which it only reads."""
     aliases = [r.alias_info for r in func._schema.returns]
     return bool(aliases) and all(a is not None and not a.is_write for a in aliases)
