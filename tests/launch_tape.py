@@ -87,7 +87,8 @@ class LaunchTape(TorchDispatchMode):
         for t in made:
             self._place(t, made=True)
         name = func.overloadpacket.__name__
-        if not is_view(func) and not name.startswith(("empty", "new_empty")):
+        computes = bool(made) or func._schema.is_mutable
+        if computes and not is_view(func) and not name.startswith(("empty", "new_empty")):
             self._note(name, func, places, [self._place(t) for t in made])
         return results
 

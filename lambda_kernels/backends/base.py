@@ -199,6 +199,14 @@ class Backend:
         least float32, [T, N, ways] in the logits' dtype. A label outside 0..ways-1 gives NaN for its task's loss."""
         raise NotImplementedError
 
+    def head_grad(
+        self, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of `cross_entropy_grad` behind `linear`, and the linear layer's gradients: x [1|T, N, in],
+        weight [1|T, ways, in], bias [1|T, ways], labels [T, N] -> [T] in at least float32, and the gradients of weight
+        and bias, and of x, per task, [T, ...]; None for what is not wanted."""
+        raise NotImplementedError
+
     def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
         """parameter <- parameter - rate gradient, in place, for every pair of equal shapes and dtypes.
 

@@ -173,24 +173,18 @@ class _Chain:
 
     def step(self, x: Tensor, labels: Tensor, rates: dict[int, float]) -> Tensor:
         """One step for the parameters that have a rate; x is what `frozen` gave. Returns the losses [T] before it."""
-        backend, tasks = self.backend, labels.shape[0]
+        backend = self.backend
         head, bias = self.parameters[-2:]
         count = len(self.parameters)
         a, kept = x, []
         for block in range(self.first, len(self.blocks)):
             a, saved = self._forward(block, a)
             kept.append(saved)
-        features = self._flat(a)
-        logits = backend.linear(features, head, bias)
-        loss, g = backend.cross_entropy_grad(logits.expand(tasks, *logits.shape[1:]), labels)
-        moved: dict[int, Tensor] = {}
-        if count - 2 in rates:
-            moved[count - 2] = backend.linear(g.mT, features.mT, None)
-        if count - 1 in rates:
-            moved[count - 1] = g.sum(1)
         lowest = min(rates, default=count) // PER_BLOCK
-        if lowest < len(self.blocks):
-            ga = backend.linear(g, head.mT, None)
+        wanted = count - 2 in rates, count - 1 in rates, lowest < len(self.blocks)
+        loss, *found, ga = backend.head_grad(self._flat(a), head, bias, labels, wanted)
+        moved = {count - 2 + i: gradient for i, gradient in enumerate(found) if gradient is not None}
+        if ga is not None:
             if self.last is None:
                 ga = ga.unflatten(2, a.shape[2:])
             else:
