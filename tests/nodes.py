@@ -106,12 +106,19 @@ class _Cuda(Cuda):
 
     def __init__(self, nodes: Nodes) -> None:
         super().__init__(device="meta")
-        self.nodes = nodes
+        self.__dict__["_library"] = _Library(nodes)
 
     def reasons(self) -> list[str]:
         return []
 
-    def _launch(self, name: str, *_: Any) -> None:
+
+class _Library:
+    """In place of the library of CUDA kernels."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes = nodes
+
+    def launch(self, name: str, *_: Any) -> None:
         self.nodes.launched(f"cuda {name}", KERNELS[name])
 
 
