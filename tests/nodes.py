@@ -36,7 +36,7 @@ from lambda_maml.inner import batch, checks, recorded
 
 __all__ = ["KERNELS", "Nodes", "counted", "is_view"]
 
-# Kernels that a launcher of the CUDA library queues: `launch` in csrc/cuda.
+# Kernels that a launcher of the CUDA library queues, and fills: `launch` in csrc/cuda.
 KERNELS = {
     "norm_relu_pool": 3, "norm_relu_pool_grad": 3, "image_moments": 2, "image_block": 2, "image_block_grad": 2,
     "cross_entropy_grad": 1, "sgd": 1,
