@@ -142,6 +142,23 @@ def test_wrong_tasks_are_found_in_a_replay(wrong: str, emulated: None) -> None:
     assert Rehearsed.replays > replays
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_parameters_that_lie_elsewhere_are_read_there(keeps: bool, emulated: None) -> None:
+    model: Any = loops.own_conv4(loops.torch_conv4())
+    options: dict[str, Any] = {"pattern": "00011", "steps": 2, "lr": 0.1}
+    for seed in range(3):  # recorded, and prepared
+        adapt(model, *CONV4.task(seed=seed)[:2], **options)
+    before = model.block2.conv.weight.data if keeps else None
+    model.block2.conv.weight.data = model.block2.conv.weight.data * 2
+    xs, ys, _, _ = CONV4.task(seed=5)
+    for _ in range(3):
+        got = adapt(model, xs, ys, **options).parameters_dict()
+        with lk.use_backend("reference"):
+            want = adapt(copy.deepcopy(model), xs, ys, **options).parameters_dict()
+        all_close(got, want, "moved", rtol=1e-8)
+    assert Rehearsed.made == 2 and (before is None) is not keeps
+
+
 # What the tape is there to find: backends that are right at once and wrong in a graph.
 
 
