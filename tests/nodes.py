@@ -106,20 +106,22 @@ class _Cuda(Cuda):
 
     def __init__(self, nodes: Nodes) -> None:
         super().__init__(device="meta")
-        self.__dict__["_library"] = _Library(nodes)
+        self.nodes = nodes
 
     def reasons(self) -> list[str]:
         return []
 
-
-class _Library:
-    """In place of the library of CUDA kernels."""
-
-    def __init__(self, nodes: Nodes) -> None:
-        self.nodes = nodes
-
-    def launch(self, name: str, *_: Any) -> None:
+    def _launch(self, name: str, *_: Any) -> None:
         self.nodes.launched(f"cuda {name}", KERNELS[name])
+
+    def launch(self, *given: Any) -> None:
+        self._launch(*given)
+
+    def limits(self, *_: Any) -> Any:
+        """What a launch of several steps may take of a device: whatever it asks for."""
+
+    def plan(self, *_: Any) -> bool:
+        return True
 
 
 class _Triton(Triton):
