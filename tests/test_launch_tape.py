@@ -86,9 +86,10 @@ def check_replays(backend: Any, updated: list[bool], tasks: int) -> list[str]:
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_the_cuda_backends_steps_are_replayed(cuda: Cuda, first: int, tasks: int) -> None:
     names = check_replays(cuda, SMALL.from_layer(first), tasks)
-    assert names.count("cuda sgd") == names.count("cuda cross_entropy_grad") == STEPS_TAKEN
+    if "cuda last_steps" not in names:  # all steps by one launch
+        assert names.count("cuda sgd") == names.count("cuda cross_entropy_grad") == STEPS_TAKEN
+        assert ("cuda norm_relu_pool_grad" in names) is (first < 2)
     assert ("cuda image_block_grad" in names) is (first == 0)
-    assert ("cuda norm_relu_pool_grad" in names) is (first < 2)
 
 
 def test_the_triton_backends_steps_are_replayed() -> None:
