@@ -199,9 +199,9 @@ class Chain:
             query: images [T, Q, C, H, W] or features [T, Q, F] to classify with the new parameters.
 
         Returns:
-            [steps + 1, T]: the loss before each step, and 0 where all of a task's updated parameters are finite, else
-            NaN. The updated parameters' new values by name, [T, ...]; without the axis where T is 1 and they came so.
-            The logits [T, Q, ways] of the query, None without one.
+            [steps + 1, T]: the loss before each step, and 0 where all updated parameters are finite, else NaN. The
+            updated parameters' new values by name, [T, ...]; without the axis where T is 1 and they came so. The logits
+            [T, Q, ways] of the query, None without one.
         """
         with torch.no_grad():
             given = self._given(state, updated, x)

@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor
-from torch._dynamo import trace_rules
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -35,9 +34,9 @@ from lambda_kernels.backends.autotune import Autotune, Choice, Table
 from lambda_maml import adapt, adapt_tasks, models
 from lambda_maml.inner import batch, checks, recorded
 
-__all__ = ["KERNELS", "Nodes", "counted"]
+__all__ = ["KERNELS", "Nodes", "counted", "is_view"]
 
-# Kernels that a launcher of the CUDA library queues: `launch` in csrc/cuda.
+# Kernels that a launcher of the CUDA library queues, and fills: `launch` in csrc/cuda.
 KERNELS = {
     "norm_relu_pool": 3, "norm_relu_pool_grad": 3, "image_moments": 2, "image_block": 2, "image_block_grad": 2,
     "cross_entropy_grad": 1, "sgd": 1,
@@ -62,8 +61,10 @@ class Nodes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        if name.startswith("convolution"):
+            results = tree_map_only(Tensor, lambda t: _as_cudnn_lays_it_out(t, args), results)
         makes = func._schema.is_mutable or any(isinstance(t, Tensor) for t in tree_leaves(results))
-        if makes and name not in NO_KERNELS and not _is_view(func):
+        if makes and name not in NO_KERNELS and not is_view(func):
             self.count[name] += _nodes(name, args)
         return results
 
@@ -72,7 +73,7 @@ class Nodes(TorchDispatchMode):
         self.count[name] += kernels
 
 
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
     """Whether an operator's results share the memory of its operands, which it only reads."""
     aliases = [r.alias_info for r in func._schema.returns]
     return bool(aliases) and all(a is not None and not a.is_write for a in aliases)
@@ -85,6 +86,15 @@ def _nodes(name: str, args: tuple[Any, ...]) -> int:
         return 1
     fast = all(len({(t.stride(), t.dtype) for t in pair}) == 1 and _is_dense(pair[0]) for pair in zip(*lists))
     return 1 if fast else len(lists[0])
+
+
+def _as_cudnn_lays_it_out(result: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """A convolution's result, channels-last where an operand is: for meta tensors torch gives another layout."""
+    last = torch.channels_last
+    images = [t for t in args if isinstance(t, Tensor) and t.dim() == 4]
+    if result.dim() != 4 or all(t.is_contiguous() or not t.is_contiguous(memory_format=last) for t in images):
+        return result
+    return torch.empty(result.shape, dtype=result.dtype, device=result.device, memory_format=last)
 
 
 def _is_dense(t: Tensor) -> bool:
@@ -103,6 +113,15 @@ class _Cuda(Cuda):
 
     def _launch(self, name: str, *_: Any) -> None:
         self.nodes.launched(f"cuda {name}", KERNELS[name])
+
+    def launch(self, *given: Any) -> None:
+        self._launch(*given)
+
+    def limits(self, *_: Any) -> Any:
+        """What a launch of several steps may take of a device: whatever it asks for."""
+
+    def plan(self, *_: Any) -> bool:
+        return True
 
 
 class _Triton(Triton):
@@ -159,7 +178,6 @@ def _noted(nodes: Nodes, make: Callable[[Nodes], Backend]) -> Iterator[None]:
 
         return replay
 
-    trace_rules.get_torch_obj_rule_map()  # made once, of torch's own functions: not while one of them is stood in for
     with ExitStack() as stack:
         stack.callback(backends._chosen.clear)
         backend = make(nodes)

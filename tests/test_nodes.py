@@ -11,17 +11,18 @@ from nodes import KERNELS, Nodes, counted
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 
-# The most nodes, by backend, pattern and number of tasks. With cuDNN's convolutions many tasks are adapted in turn.
+# The most nodes, by backend, pattern and number of tasks. A convolution of cuDNN's counts as one kernel, and with cuDNN
+# many tasks are adapted in turn. Of autotune's, 74 (25 for 00011) are copies that it makes before it knows its choice.
 BUDGET = {
-    ("autotune", "11111", 1): 350,
-    ("autotune", "00011", 1): 143,
-    ("autotune", "00001", 1): 73,
-    ("autotune", "11111", 64): 358,
-    ("autotune", "00011", 64): 161,
-    ("triton", "11111", 1): 294,
-    ("triton", "00011", 1): 118,
-    ("cuda", "11111", 1): 296,
-    ("cuda", "00011", 1): 137,
+    ("autotune", "11111", 1): 274,
+    ("autotune", "00011", 1): 105,
+    ("autotune", "00001", 1): 47,
+    ("autotune", "11111", 64): 288,
+    ("autotune", "00011", 64): 122,
+    ("triton", "11111", 1): 218,
+    ("triton", "00011", 1): 80,
+    ("cuda", "11111", 1): 200,
+    ("cuda", "00011", 1): 91,
 }
 
 
@@ -46,11 +47,14 @@ def test_views_and_allocations_are_no_nodes() -> None:
 
 
 def test_kernels_of_the_launchers_are_those_of_the_sources() -> None:
+    queued = (
+        r"(?<!\) return )\blaunch(?:_together)?\(|\bcudaMemsetAsync\("  # not `if (...) return launch(`: in its place
+    )
     exported = {}
     for path in SOURCES.glob("*.cu"):
         text = path.read_text()
         names = re.findall(r"LK_EXPORT int lk_(\w+)\(const", text)
         if names:
-            exported[tuple(sorted(names))] = len(re.findall(r"\blaunch\(", text))
+            exported[tuple(sorted(names))] = len(re.findall(queued, text))
     assert {names: sum(KERNELS[n] for n in names) for names in exported} == exported
     assert sorted(n for names in exported for n in names) == sorted(KERNELS)

@@ -30,6 +30,8 @@ KERNELS = {
     "finish_sums",
     "dense_gradient",
     "cross_entropy",
+    "head_forward",
+    "head_backward",
     "sgd",
 }
 

@@ -67,6 +67,7 @@ def recorded(kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) -
 
 def launches(dtype: str, every_tile: bool) -> list[Launch]:
     """What the backend launches for first and inner blocks, a head and their gradients, each once."""
+    from lambda_kernels.backends.triton import head as heads
     from lambda_kernels.backends.triton import launch, loss, norm, products, update
     from lambda_kernels.spec import ConvSpec
 
@@ -96,6 +97,7 @@ def launches(dtype: str, every_tile: bool) -> list[Launch]:
         mock.patch.object(products, "launch", keep),
         mock.patch.object(norm, "launch", keep),
         mock.patch.object(loss, "launch", keep),
+        mock.patch.object(heads, "launch", keep),
         mock.patch.object(update, "launch", keep),
     ):
         gamma = torch.empty(tasks, width, dtype=kind)
@@ -116,6 +118,9 @@ def launches(dtype: str, every_tile: bool) -> list[Launch]:
         products.linear(g, head.mT, None)
         update.sgd_([gamma, head], [gamma, head], [0.01, 0.02])
         loss.cross_entropy_grad(g, torch.zeros(1, images, dtype=torch.int64))
+        labels = torch.zeros(tasks, images, dtype=torch.int64)
+        heads.head_grad(features, head, gamma[:, :ways], labels, (True, True, True))
+        heads.head_grad(features[:1, :1, :1], head[:1, :1, :1], gamma[:1, :1], labels[:1, :1], (False, False, True))
     return found
 
 

@@ -238,6 +238,20 @@ class Autotune(Reference):
         call = Call("linear", logits.device, logits.dtype)
         return self._pick("cross_entropy_grad", call, (logits, labels)).cross_entropy_grad(logits, labels)
 
+    def head_grad(
+        self, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The fastest of each candidate's own and of its parts, each by the fastest candidate."""
+        operands = x, weight, bias, labels, wanted
+        apart, call = super().head_grad, Call("linear", x.device, x.dtype, (x.shape, weight.shape))
+        whole = {
+            name: lambda b=backend: b.head_grad(*operands)
+            for name, backend in self.candidates.items()
+            if getattr(type(backend), "head_grad", None) is not Reference.head_grad and not backend.refusals(call)
+        }
+        runs: dict[str, Run] = {**whole, "parts": lambda: apart(*operands)}
+        return runs[self._fastest(f"head_grad {_spelled(operands)}", x.device, runs, {})]()
+
     def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
         moving = [i for i, rate in enumerate(each_rate(parameters, rates)) if rate != 0.0]
         if moving:

@@ -44,7 +44,7 @@ class Call(NamedTuple):
 class InnerLoop(NamedTuple):
     """What K steps of an inner loop give."""
 
-    rows: Tensor  # [steps + 1, T]: losses before each step; 0 where a task's updated parameters are finite, else NaN
+    rows: Tensor  # [steps + 1, T]: losses before each step; 0 where updated parameters are finite, else NaN
     updated: list[Tensor]  # the updated parameters' new values
     logits: Tensor | None  # [T, Q, ways] of the query images
 
@@ -70,6 +70,7 @@ class Backend:
     """The operations. `name` is what `use_backend` takes."""
 
     name = ""
+    label_errors = False  # whether `inner_loop` raises an error for a label that is no class; else its losses are NaN
 
     @property
     def linear_is_torchs(self) -> bool:
@@ -203,6 +204,14 @@ class Backend:
         least float32, [T, N, ways] in the logits' dtype. A label outside 0..ways-1 gives NaN for its task's loss."""
         raise NotImplementedError
 
+    def head_grad(
+        self, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of `cross_entropy_grad` behind `linear`, and the linear layer's gradients: x [1|T, N, in],
+        weight [1|T, ways, in], bias [1|T, ways], labels [T, N] -> [T] in at least float32, and the gradients of weight
+        and bias, and of x, per task, [T, ...]; None for what is not wanted."""
+        raise NotImplementedError
+
     def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
         """parameter <- parameter - rate gradient, in place, for every pair of equal shapes and dtypes.
 
@@ -228,8 +237,10 @@ class Backend:
             query: [T, Q, C, H, W] or [T, Q, F], or None.
 
         Returns:
-            The losses [steps + 1, T] in at least float32, the updated parameters' new values [T, ...], without the
-            axis where T is 1 and the parameter came without, and the query's logits.
+            The losses [steps + 1, T] in at least float32, with a last row of 0, which is NaN for a task whose updated
+            parameters are not all finite, and may then be so for the others too. The updated parameters' new values
+            [T, ...], without the axis where T is 1 and the parameter came without; in one row of memory (`flat`) where
+            they are of one dtype and the backend's steps are `inner_loop.inner_loop`. The query's logits.
         """
         raise NotImplementedError
 

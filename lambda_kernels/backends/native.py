@@ -33,6 +33,7 @@ class Native(Reference):
     """Fused norm, ReLU and pool on the CPU; convolutions are ATen's, at the machine's limit in channels-last."""
 
     name = "native"
+    label_errors = True
 
     def reasons(self) -> list[str]:
         return [_WHY] if _WHY else []

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..spec import BlockSpec
 from .base import Backend, StepsGrad, Wanted
-from .inner_loop import PER_BLOCK, inner_loop
+from .inner_loop import PER_BLOCK, inner_loop, laid_out
 
 __all__ = ["StepGradients", "apart", "side_by_side", "step_gradients", "steps", "steps_grad"]
 
@@ -115,6 +115,8 @@ def _steps_grad(
 ) -> StepsGrad:  # fmt: skip
     x = backend.layout(x) if blocks else x
     places = [i for i, flag in enumerate(updated) if flag]
+    first = min(places, default=len(parameters)) // PER_BLOCK
+    convolutions = range(PER_BLOCK * first, PER_BLOCK * len(blocks), PER_BLOCK)
     turned = {i: vi for i, vi in zip(places, apart(v, [parameters[i] for i in places]))}
     others: dict[int, Tensor] = {}
     gx = None
@@ -127,6 +129,8 @@ def _steps_grad(
         now = list(parameters)
         for i, value in zip(places, apart(path[:, step], [parameters[i] for i in places])):
             now[i] = value
+        for i in convolutions:  # as the steps read them
+            now[i] = laid_out(backend, now[i])
         u = {i: -rate * turned[i] for i, rate in zip(places, rates[step]) if second_order and rate != 0.0}
         done = step_gradients(backend, x, labels, now, blocks, u, slopes_of, asked, wanted.x)
         if wanted.rates:

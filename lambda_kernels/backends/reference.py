@@ -25,8 +25,10 @@ _PARTS = {
     "image_refusals": {"conv2d", "conv2d_weight_grad", "norm_relu_pool", "norm_relu_pool_grad", "conv_block"},
     "inner_loop": {
         "conv2d", "conv2d_input_grad", "conv2d_weight_grad", "linear", "norm_relu_pool", "norm_relu_pool_grad",
-        "conv_block", "block", "image_moments", "image_block", "image_block_grad", "cross_entropy_grad", "sgd_",
+        "conv_block", "block", "image_moments", "image_block", "image_block_grad", "cross_entropy_grad", "head_grad",
+        "sgd_",
     },
+    "head_grad": {"linear", "cross_entropy_grad"},
 }  # fmt: skip
 _PARTS["prepared"] = {*_PARTS["inner_loop"], "inner_loop"}
 _PARTS["logits"] = _PARTS["steps"] = _PARTS["steps_grad"] = {*_PARTS["inner_loop"], "norm_relu_pool_grad_grad"}
@@ -287,6 +289,19 @@ class Reference(Backend):
         loss = -torch.where(known, own, torch.nan).mean(1)
         target = labels.unsqueeze(2) == torch.arange(ways, device=logits.device)
         return loss, ((log_p.exp() - target.to(log_p.dtype)) / images).to(logits.dtype)
+
+    def head_grad(
+        self, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        logits = self.linear(x, weight, bias)
+        loss, g = self.cross_entropy_grad(logits.expand(labels.shape[0], *logits.shape[1:]), labels)
+        need_weight, need_bias, need_x = wanted
+        return (
+            loss,
+            self.linear(g.mT, x.mT, None) if need_weight else None,
+            g.sum(1) if need_bias else None,
+            self.linear(g, weight.mT, None) if need_x else None,
+        )
 
     def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
         for rate, pairs in by_rate(parameters, gradients, rates).items():

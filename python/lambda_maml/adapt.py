@@ -98,13 +98,14 @@ def _adapted(
     checks.check_support(a.parameters, xs, ys)
     support = a.support(xs, ys)
     state = recorded.adapted(a, support)
+    replayed = state is not None
     if state is None:
         support = a.check_labels(support)
         result = descend(a, support)
         a.check_finite(result.verdict.tolist(), xs)
         state = result.state
-        if plain:
-            remembered.keep(a, support, pattern, rule)
+    if plain:
+        remembered.keep(a, support, pattern, rule, replayed)
     return Learner(model, a.plan.program.modes, outcome(a, state))
 
 

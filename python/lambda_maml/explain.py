@@ -95,12 +95,13 @@ def _around(a: Adaptation, support: Support) -> list[str]:
     lines.append(
         f"  no CUDA graph: {'; '.join(why)}" if why else "the whole of it as one CUDA graph, from the second call on"
     )
-    if device.type == "cpu" and isinstance(support.xs, Tensor):
+    if isinstance(support.xs, Tensor) and (device.type == "cpu" or not why):
         again = remembered.refusals(a, support)
+        first = "second" if why else "third"  # a graph is recorded in the second
         lines.append(
             f"  no prepared call: {'; '.join(again)}"
             if again
-            else "from the second call of these shapes on: one prepared call"
+            else f"from the {first} call of these shapes on: one prepared call"
         )
     why_alone = a.plan.why_not_batched or a.why_unmapped
     lines.append(

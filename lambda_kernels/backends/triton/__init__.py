@@ -26,6 +26,7 @@ __all__ = ["Triton"]
 OLDEST = (3, 6)
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 LARGEST_POOL = 8
+MOST_WAYS = 32  # of a linear layer whose loss and gradients are two launches
 
 
 def interpreting() -> bool:
@@ -107,6 +108,16 @@ class Triton(Reference):
 
     def cross_entropy_grad(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return call("cross_entropy_grad", logits, labels)
+
+    def head_grad(
+        self, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        if weight.shape[1] > MOST_WAYS or not x.shape[1] or not x.shape[2]:
+            return super().head_grad(x, weight, bias, labels, wanted)
+        found: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None] = kernel("head_grad")(
+            x, weight, bias, labels, wanted
+        )
+        return found
 
     def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
         kinds = {(p.dtype, p.device) for p in parameters}

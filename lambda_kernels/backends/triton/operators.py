@@ -53,8 +53,8 @@ def call(name: str, *arguments: Any) -> Any:
 
 @cache
 def kernel(name: str) -> Callable[..., Any]:
-    """The implementation of an operator, or `sgd_`, which is none: it changes its operands."""
-    module = OPERATORS[name][0] if name in OPERATORS else "update"
+    """The implementation of an operator, or of what is none: `sgd_`, which changes its operands, and `head_grad`."""
+    module = OPERATORS[name][0] if name in OPERATORS else {"sgd_": "update", "head_grad": "head"}[name]
     return getattr(importlib.import_module(f"{__package__}.{module}"), name)
 
 

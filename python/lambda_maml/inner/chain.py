@@ -14,7 +14,7 @@ from lambda_kernels.chain import Chain
 
 from .adaptation import Adaptation, Stretch, Support
 
-__all__ = ["refusals", "run", "unfit"]
+__all__ = ["label_errors", "refusals", "run", "unfit"]
 
 
 def refusals(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, support: Support) -> list[str]:
@@ -48,6 +48,14 @@ def unfit(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, support:
     if support.labels.shape[1:] != x.shape[1 if support.tasks is not None else 0 :][:1]:
         return [f"the labels {list(support.labels.shape[1:])} are not one per input"]
     return chain.refusals(x if support.tasks is not None else x.unsqueeze(0), support.labels)
+
+
+def label_errors(a: Adaptation, support: Support) -> bool:
+    """Whether one of the chains that run the steps, from the inputs on, raises an error for a label that is no class;
+    else the loss is NaN."""
+    x, labels = support.xs if support.tasks is not None else support.xs.unsqueeze(0), support.labels
+    wholes = [s.part.whole for s in a.stretches]
+    return any(w is not None and labels is not None and w.backend(x, labels).label_errors for w in wholes)
 
 
 def run(

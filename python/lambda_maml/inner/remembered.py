@@ -1,5 +1,6 @@
-"""Adaptations that were made before, ready to be made again on a CPU by one call: what depends only on the network, the
-pattern and the shapes is kept with the network, for as long as it stays as it is."""
+"""Adaptations that were made before, ready to be made again by one call: a native operator on a CPU, a replay on a CUDA
+device. What depends only on the network, the pattern and the shapes is kept with the network, for as long as it stays
+as it is."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from lambda_kernels.program import memo_of
 
 from ..patterns import Pattern
 from ..plan import Plan
+from . import recorded
 from .adaptation import Adaptation, Support
 from .state import Outcome
 
@@ -26,8 +28,8 @@ _MOST = 64  # of a network's
 
 
 class _Call(NamedTuple):
-    run: Callable[..., list[Tensor] | None]
-    rates: list[float] | None  # None: those of the call, one for all
+    run: Callable[..., list[Tensor] | None]  # of xs and ys, with `rates` of steps and rates too
+    rates: list[float] | None  # None: those of the call, one for all; empty where they are recorded
     plan: Plan
     meta: dict[str, Tensor]  # the network's own parameters
     moved: tuple[str, ...]  # the names of what `run` gives
@@ -60,11 +62,16 @@ def again(
         return None
     with torch.enable_grad():  # as the steps run
         memo = memo_of(model, xs)
-    found: _Call | None = memo.get(_key(xs, ys, pattern, steps, fixed, norm)) if memo else None
-    if found is None or _watched(xs.device):
+    if not memo or mode_active(xs.device.type) is not None:
         return None
-    new = found.run(xs, ys, steps, [lr] if found.rates is None else found.rates)
-    if new is None:
+    if cuda_graph.refusal(xs.device) is None:
+        rates = "recorded", lr if rule is None else fixed
+        found: _Call | None = memo.get(_key(xs, ys, pattern, steps, rates, norm))
+        new = None if found is None else found.run(xs, ys)
+    else:
+        found = memo.get(_key(xs, ys, pattern, steps, fixed, norm))
+        new = None if found is None else found.run(xs, ys, steps, [lr] if found.rates is None else found.rates)
+    if found is None or new is None:
         return None
     return Again(found.plan, Outcome(found.meta, dict(zip(found.moved, new)), found.updated, {}))
 
@@ -80,15 +87,18 @@ def refusals(a: Adaptation, support: Support) -> list[str]:
         why.append("it is for first order under torch.nn.functional.cross_entropy")
     if type(support.xs) is not Tensor or type(support.ys) is not Tensor:
         why.append("support inputs and targets are not one plain tensor each")
-    elif _watched(support.xs.device):
-        why.append(f"{mode_active() or 'a CUDA device'}: the prepared call is for a CPU outside of all modes")
+    elif (mode := mode_active(support.xs.device.type)) is not None:
+        why.append(f"{mode}: the prepared call is for what runs outside of all modes")
     if a.buffers:
         why.append("the network has buffers, of which each learner has copies")
     return why
 
 
-def keep(a: Adaptation, support: Support, pattern: str | Pattern | None, rule: Any) -> None:
-    """Make an adaptation that went well ready, where one native operator made it; without `rule`, for any rate."""
+def keep(a: Adaptation, support: Support, pattern: str | Pattern | None, rule: Any, replayed: bool) -> None:
+    """Make an adaptation that went well ready, where one native operator made it, or one replay.
+
+    Without `rule` it is for any rate in the first case, for its own in the second.
+    """
     with torch.enable_grad():
         memo = memo_of(a.model, support.xs)
     if memo is None or support.tasks is not None or refusals(a, support) or support.labels is None or pattern is None:
@@ -96,23 +106,22 @@ def keep(a: Adaptation, support: Support, pattern: str | Pattern | None, rule: A
     (stretch,) = a.stretches
     chain = stretch.part.whole
     assert chain is not None
-    x = support.xs.unsqueeze(0)
-    run = chain.prepare(a.meta, stretch.part.updated, x, support.labels)
+    moved = chain.order(stretch.part.updated)
+    rates = None if rule is None else stretch.row_by_row(moved)
+    fixed: Hashable = None if rule is None else rule.fixed
+    run: Callable[..., list[Tensor] | None] | None
+    if replayed:
+        fixed = "recorded", stretch.rates if rule is None else fixed
+        run, rates = recorded.prepared(a, support), []
+    else:
+        run = chain.prepare(a.meta, stretch.part.updated, support.xs.unsqueeze(0), support.labels)
     if run is None:
         return
     if len(memo) >= _MOST:
         memo.clear()
-    moved = chain.order(stretch.part.updated)
-    rates = None if rule is None else stretch.row_by_row(moved)
-    key = _key(support.xs, support.ys, pattern, a.steps, None if rule is None else rule.fixed, a.norm)
+    key = _key(support.xs, support.ys, pattern, a.steps, fixed, a.norm)
     memo[key] = _Call(run, rates, a.plan, a.meta, tuple(moved), a.updated)
 
 
-def _key(xs: Tensor, ys: Tensor, pattern: str | Pattern, steps: int, rates: bytes | None, norm: str) -> Hashable:
+def _key(xs: Tensor, ys: Tensor, pattern: str | Pattern, steps: int, rates: Hashable, norm: str) -> Hashable:
     return pattern, steps, rates, norm, xs.shape, xs.dtype, xs.device, ys.shape, ys.dtype, ys.device, backend_in_force()
-
-
-def _watched(device: torch.device) -> bool:
-    """Whether something looks at, or changes, what torch's operators do, or records them: the prepared call runs
-    none."""
-    return cuda_graph.refusal(device) is None or mode_active() is not None

@@ -53,13 +53,14 @@ def tied(state: dict[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tens
 
 
 def verdict(rows: Sequence[Tensor], state: Mapping[str, Tensor], updated: Sequence[str]) -> Tensor:
-    """[steps + 1, T], float64: each task's support losses, and below them a number that is finite if all parameters
-    are; empty without steps. `rows` are the losses [T] or [] of one step each, and what a chain gave for several."""
+    """[steps + 1, T], in at least float32: each task's support losses, and below them a number that is finite if all
+    parameters are; empty without steps. `rows` are the losses [T] or [] of one step each, and what a chain gave for
+    several."""
     if not rows:
         return torch.empty(0)
     with torch.no_grad():
         if len(rows) == 1 and rows[0].dim() == 2:
-            return rows[0].double()
+            return rows[0]
         losses = torch.cat([v[:-1] if v.dim() == 2 else v.reshape(1, -1) for v in rows]).double()
         sums = [state[n].sum() for n in updated]
         after = torch.stack([s.abs() if s.is_complex() else s for s in sums]).double().sum()
