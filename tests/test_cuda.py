@@ -165,6 +165,29 @@ def test_image_block(runner: Runner, number: int, dtype: torch.dtype) -> None:
     check("dw dgamma dbeta", gradients, (dw, dgamma, dbeta), exact, terms=dz[0, :, 0].numel())
 
 
+@pytest.mark.parametrize("width", [5, 16])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_a_frozen_first_block_stores_no_convolution(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, pool: int, width: int
+) -> None:
+    """It goes by the patches' moments; a block whose patches are too large goes through the convolution."""
+    block = BlockSpec(ConvSpec((1, 1), (1, 1), (1, 1), 1), 1e-5, pool)
+
+    def operands(inputs: int) -> list[Tensor]:
+        shapes = (T, 3, inputs, 9, 7), (1, width, inputs, 3, 3), (T, width), (1, width)
+        return [torch.randn(s, dtype=torch.float64, device=runner.device) for s in shapes]
+
+    images, features = operands(3), operands(4)
+    want = REFERENCE.block(*double(*images), block)
+    torch.testing.assert_close([t.cpu() for t in runner.backend.block(*features, block)],
+                               list(REFERENCE.block(*double(*features), block)), **EXACT)  # fmt: skip
+    monkeypatch.setattr(Cuda, "conv2d", None)
+    monkeypatch.setattr(Cuda, "norm_relu_pool", None)
+    got = runner.backend.block(*images, block)
+    torch.testing.assert_close([t.cpu() for t in got], list(want), **EXACT)
+    assert got[0].permute(0, 1, 3, 4, 2).is_contiguous()
+
+
 def test_images_far_from_zero(runner: Runner) -> None:
     spec = ConvSpec((1, 1), (0, 0), (1, 1), 1)
     x, weight = 1000 + torch.randn(1, 9, 1, 20, 21), torch.rand(1, 5, 1, 3, 3)

@@ -97,7 +97,7 @@ struct Averages {
 
 // x, weight, moments, rstd -> y, index. A thread computes 8 outputs, two fours that lie 4 eights apart, at 4 places.
 template <typename T, int P>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     image_apply(const ImageBlock p, const Patches patches, const OutputCover cover, const Grid grid, bool packed) {
   using A = Wide<T>;
   constexpr int Q = kQuads<A>, kWindows = P == 2 ? Q : 4 * Q;
@@ -177,14 +177,14 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t to = (task * windows + i) * p.outputs + output;
         if (packed) {
           store(static_cast<T*>(p.y) + to, y);
-          store(p.index + to, index);
+          if (p.index) store(p.index + to, index);
           continue;
         }
 #pragma unroll
         for (int o = 0; o < 4; ++o) {
           if (output + o >= p.outputs) break;
           static_cast<T*>(p.y)[to + o] = y.at[o];
-          p.index[to + o] = index.at[o];
+          if (p.index) p.index[to + o] = index.at[o];
         }
       }
     }
@@ -339,7 +339,7 @@ cudaError_t backward(const ImageBlock& p, void* stream) {
 }  // namespace
 }  // namespace lk
 
-// Reads x, weight, gamma, beta, moments, eps; writes mean, rstd, y, index.
+// Reads x, weight, gamma, beta, moments, eps; writes mean, rstd, y and, where it is not null, index.
 LK_EXPORT int lk_image_block(const lk::ImageBlock* p, int dtype, void* stream) {
   if (!lk::fits(*p)) return cudaErrorInvalidConfiguration;
   return lk::with_dtype(dtype, [&]<typename T>() {

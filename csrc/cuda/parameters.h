@@ -47,7 +47,7 @@ struct ImageBlock {
   void* mean;             // [tasks, outputs] wide
   void* rstd;             // [tasks, outputs] wide
   void* y;                // [tasks, images, out_height / pool, out_width / pool, outputs]
-  uint8_t* index;         // as y, as in NormReluPool
+  uint8_t* index;         // as y, as in NormReluPool; forward: or null
   const void* gy;         // as y
   void* dweight;          // [tasks, outputs, K]
   void* dgamma;           // [tasks, outputs] as gamma

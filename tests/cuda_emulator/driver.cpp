@@ -97,6 +97,9 @@ void image(int dtype, int64_t inputs, int64_t outputs, int64_t pool, int64_t par
   p.y = bytes(tasks * windows * outputs, kSizes[dtype]);
   p.index = static_cast<uint8_t*>(bytes(tasks * windows * outputs, 1));
   expect(lk_image_block(&p, dtype, nullptr), "image_block");
+  lk::ImageBlock frozen = p;
+  frozen.index = nullptr;
+  expect(lk_image_block(&frozen, dtype, nullptr), "image_block without index");
   p.gy = p.y, p.y = nullptr, p.partial = doubles(tasks * parts * outputs * (K + 1));
   p.dweight = bytes(tasks * outputs * K, kSizes[dtype]);
   p.dgamma = bytes(tasks * outputs, kSizes[dtype]), p.dbeta = bytes(tasks * outputs, kSizes[dtype]);

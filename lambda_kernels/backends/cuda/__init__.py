@@ -213,6 +213,25 @@ class Cuda(Reference):
     def image_block(
         self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, index, mean, rstd = self._over_moments(x, weight, gamma, beta, moments, block, True)
+        assert index is not None
+        return y, index, mean, rstd
+
+    def block(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The first block by its patches' moments: neither the convolution's output nor the maxima's places are
+        stored."""
+        if self.image_refusals(x, weight, block):
+            return super().block(x, weight, gamma, beta, block)
+        moments = self.image_moments(x, (weight.shape[-2], weight.shape[-1]), block.conv)
+        y, _, mean, rstd = self._over_moments(x, weight, gamma, beta, moments, block, False)
+        return y, mean, rstd
+
+    def _over_moments(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, block: BlockSpec, places: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """`image_block`; None for its index where the maxima's places are not wanted."""
         spec, eps, pool = block
         tasks = max(t.shape[0] for t in (x, weight, gamma, beta))
         x, weight, moments = self.layout(x), weight.contiguous(), moments.contiguous()
@@ -220,7 +239,7 @@ class Cuda(Reference):
         parameters = geometry(x, weight.shape, spec, pool)
         share(parameters, x=x, weight=weight, gamma=gamma, beta=beta, moments=moments)
         size = tasks, x.shape[1], weight.shape[1], parameters.out_height // pool, parameters.out_width // pool
-        y, index = images_like(x, size, x.dtype), images_like(x, size, torch.uint8)
+        y, index = images_like(x, size, x.dtype), images_like(x, size, torch.uint8) if places else None
         mean, rstd = (torch.empty(tasks, weight.shape[1], dtype=wide(x), device=x.device) for _ in range(2))
         parameters.tasks, parameters.parts, parameters.eps = tasks, 1, eps
         parameters.wide_parameters = gamma.dtype == wide(x)

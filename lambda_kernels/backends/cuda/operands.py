@@ -57,7 +57,7 @@ def addresses(**tensors: Tensor | None) -> dict[str, int]:
     return {name: t.data_ptr() for name, t in tensors.items() if t is not None}
 
 
-def fill(parameters: ctypes.Structure, **tensors: Tensor) -> None:
+def fill(parameters: ctypes.Structure, **tensors: Tensor | None) -> None:
     for name, address in addresses(**tensors).items():
         setattr(parameters, name, address)
 
