@@ -31,6 +31,7 @@ struct Covariance {
 // moments, weight -> mean, rstd; one warp per (task, output).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) image_statistics(const ImageBlock p, int taps) {
+  wait_for_launch_before();
   const int64_t item = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   if (item >= p.tasks * p.outputs) return;
   const int64_t task = item / p.outputs, output = item % p.outputs;
@@ -99,6 +100,7 @@ struct Averages {
 template <typename T, int P>
 __global__ void __launch_bounds__(kThreads, 2)
     image_apply(const ImageBlock p, const Patches patches, const OutputCover cover, const Grid grid, bool packed) {
+  wait_for_launch_before();
   using A = Wide<T>;
   constexpr int Q = kQuads<A>, kWindows = P == 2 ? Q : 4 * Q;
   __shared__ __align__(16) A values[kMostTaps][Q][4];
@@ -199,6 +201,7 @@ constexpr int kRowTaps = kMostTaps + 4;  // 4 neighbouring rows start in 4 group
 template <typename T, int P>
 __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2)
     image_reduce(const ImageBlock p, const Patches patches, const Grid grid, int64_t chunks) {
+  wait_for_launch_before();
   using A = Wide<T>;
   constexpr int Q = kQuads<A>, kWindows = P == 2 ? Q : 4 * Q, kBatch = 4;
   __shared__ __align__(16) A values[4 * Q][kRowTaps];
@@ -277,6 +280,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2)
 // dgamma = rstd <w, A>, dw = gamma rstd (A - dgamma rstd cov(p) w).
 template <typename T>
 __global__ void __launch_bounds__(kThreads) merge_image_reduce(const ImageBlock p, int taps) {
+  wait_for_launch_before();
   constexpr int kWarps = kThreads / kWarp;
   __shared__ double shares[kWarps][kWarp + 1];
   const int64_t task = blockIdx.x / p.outputs, output = blockIdx.x % p.outputs, row = p.outputs * (taps + 1);

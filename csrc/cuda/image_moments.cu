@@ -10,6 +10,7 @@ constexpr int kMomentPixels = 64, kMomentStride = kMostTaps + 2;
 // for one pixel in `groups`.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) image_moments(const ImageBlock p, const Patches patches, const Grid grid) {
+  wait_for_launch_before();
   __shared__ __align__(16) double values[kMomentPixels][kMomentStride];  // a patch, 1, 0
   __shared__ double shares[kThreads][4];
   __shared__ Corner corners[kMomentPixels];
@@ -70,6 +71,7 @@ __global__ void __launch_bounds__(kThreads) image_moments(const ImageBlock p, co
 
 // partial -> moments, one thread per number.
 __global__ void __launch_bounds__(kThreads) merge_image_moments(const ImageBlock p, int64_t numbers, int64_t tasks) {
+  wait_for_launch_before();
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= tasks * numbers) return;
   const double* partial = p.partial + at / numbers * p.parts * numbers + at % numbers;

@@ -8,8 +8,8 @@ torch's allocator and nothing waits for the device, so that a CUDA graph can hol
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -304,6 +304,18 @@ class Cuda(Reference):
                     table.parameters[i], table.gradients[i] = parameter.data_ptr(), gradient.data_ptr()
                     table.sizes[i], table.rates[i] = parameter.numel(), rate
                 self._launch("sgd", table, some[0][0], f"{len(some)} tensors of {dtype}")
+
+    @contextmanager
+    def dependent_launches(self) -> Iterator[None]:
+        """In it, this thread's kernels are placed on the current device while the kernel before them in the stream ends,
+        and wait for that one before they read or write memory; a CUDA graph keeps such edges. Without effect below
+        compute capability 9.0."""
+        able = self._device != "cuda" or torch.cuda.get_device_capability() >= (9, 0)
+        self._library.set_dependent_launches(able)
+        try:
+            yield
+        finally:
+            self._library.set_dependent_launches(False)
 
 
 _OPERATORS = Cuda()

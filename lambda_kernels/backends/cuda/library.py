@@ -90,6 +90,7 @@ class Library:
             self._call("lk_set_device", ctypes.c_int, ctypes.c_int)
             for name in LAUNCHERS:
                 self._call(f"lk_{name}", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+            self._call("lk_set_dependent_launches", None, ctypes.c_int)
             self.architectures: str = self._call("lk_architectures", ctypes.c_char_p)().decode()
         except (OSError, AttributeError) as error:
             raise OSError(f"{path.name} is of no use ({error}): build lambda-kernels again") from None
@@ -101,6 +102,10 @@ class Library:
 
     def set_device(self, index: int) -> None:
         self._check("lk_set_device", self._code.lk_set_device(index), f"device {index}")
+
+    def set_dependent_launches(self, allowed: bool) -> None:
+        """For this thread's launches: whether one may be placed on the device while the one before it ends."""
+        self._code.lk_set_dependent_launches(allowed)
 
     def launch(self, name: str, parameters: ctypes.Structure, dtype: torch.dtype, stream: int, what: str) -> None:
         """RuntimeError, with CUDA's words and `what`, where the launch fails."""
