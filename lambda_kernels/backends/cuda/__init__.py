@@ -18,15 +18,18 @@ from torch import Tensor
 
 from ...spec import BlockSpec, ConvSpec, output_size
 from .. import native  # the schemas of torch.ops.lambda_kernels, where the extension loads
-from ..base import Call
+from ..base import Call, InnerLoop
 from ..reference import Reference, channels_last, each_rate
+from . import last_steps
 from .library import (
     DTYPES,
     LIBRARY,
     SGD_TENSORS,
     STRUCTURES,
     CrossEntropy,
+    LastSteps,
     Library,
+    Limits,
     NormReluPool,
     Sgd,
     covers,
@@ -47,7 +50,7 @@ from .operands import (
     wide,
 )  # fmt: skip
 
-__all__ = ["STRUCTURES", "Cuda", "Library", "covers"]
+__all__ = ["STRUCTURES", "Cuda", "Library", "Limits", "covers"]
 
 MOST_TAPS = 32  # of a patch, in the image block
 PART_PATCHES = 256
@@ -59,12 +62,14 @@ class Cuda(Reference):
     Args:
         library: the library to load in place of the package's own.
         device: the kind of device that the library's kernels run on (tests run them on the CPU).
+        limits: what a launch of all steps may take of the device, in place of what the device has.
     """
 
     name = "cuda"
 
-    def __init__(self, library: Path | None = None, device: str = "cuda"):
-        self._path, self._device = library or LIBRARY, device
+    def __init__(self, library: Path | None = None, device: str = "cuda", limits: Limits | None = None):
+        self._path, self._device, self._limits = library or LIBRARY, device, limits
+        self._by_device: dict[int, Limits] = {}
 
     @cached_property
     def _library(self) -> Library:
@@ -113,7 +118,8 @@ class Cuda(Reference):
     def layout(self, x: Tensor) -> Tensor:
         return channels_last(x)
 
-    def _launch(self, name: str, parameters: ctypes.Structure, x: Tensor, what: str) -> None:
+    def launch(self, name: str, parameters: ctypes.Structure, x: Tensor, what: str) -> None:
+        """Queues a launcher's kernels on the current stream of x's device."""
         if x.device.type != "cuda":
             self._library.launch(name, parameters, x.dtype, 0, what)
             return
@@ -152,7 +158,7 @@ class Cuda(Reference):
             z_task=z_task, gamma_task=stride(gamma), beta_task=stride(beta), wide_parameters=gamma.dtype == wide(z),
             eps=eps,
         )  # fmt: skip
-        self._launch("norm_relu_pool", parameters, z, named(z=z, gamma=gamma, beta=beta))
+        self.launch("norm_relu_pool", parameters, z, named(z=z, gamma=gamma, beta=beta))
         return y, index, mean, rstd
 
     def norm_relu_pool_grad(
@@ -182,7 +188,7 @@ class Cuda(Reference):
             tasks=tasks, images=images, channels=channels, height=height, width=width, pool=pool, parts=parts,
             z_task=z_task, gamma_task=stride(vector), wide_parameters=vector.dtype == wide(z),
         )  # fmt: skip
-        self._launch("norm_relu_pool_grad", parameters, z, named(gy=gy, z=z, gamma=vector))
+        self.launch("norm_relu_pool_grad", parameters, z, named(gy=gy, z=z, gamma=vector))
         return dz, dgamma.to(dtype), dbeta.to(dtype)
 
     def image_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
@@ -207,7 +213,7 @@ class Cuda(Reference):
         moments = torch.empty(x.shape[0], side, side, dtype=torch.float64, device=x.device)
         partial = torch.empty(x.shape[0], parameters.parts, side, side, dtype=torch.float64, device=x.device)
         fill(parameters, x=x, moments=moments, partial=partial)
-        self._launch("image_moments", parameters, x, f"{named(x=x)}, kernel {kernel}")
+        self.launch("image_moments", parameters, x, f"{named(x=x)}, kernel {kernel}")
         return moments
 
     def image_block(
@@ -245,7 +251,7 @@ class Cuda(Reference):
         parameters.wide_parameters = gamma.dtype == wide(x)
         fill(parameters, x=x, weight=weight, gamma=gamma, beta=beta, moments=moments, mean=mean, rstd=rstd, y=y,
               index=index)  # fmt: skip
-        self._launch("image_block", parameters, x, named(x=x, weight=weight, gamma=gamma, beta=beta))
+        self.launch("image_block", parameters, x, named(x=x, weight=weight, gamma=gamma, beta=beta))
         return y, index, mean, rstd
 
     def image_block_grad(
@@ -269,7 +275,7 @@ class Cuda(Reference):
         partial = torch.empty(tasks, parameters.parts, outputs, taps + 1, dtype=torch.float64, device=x.device)
         fill(parameters, gy=gy, x=x, weight=weight, gamma=vector, index=index, mean=mean, rstd=rstd, moments=moments,
               dweight=dweight, dgamma=dgamma, dbeta=dbeta, partial=partial)  # fmt: skip
-        self._launch("image_block_grad", parameters, x, named(gy=gy, x=x, weight=weight, gamma=vector))
+        self.launch("image_block_grad", parameters, x, named(gy=gy, x=x, weight=weight, gamma=vector))
         return dweight, dgamma.to(dtype), dbeta.to(dtype)
 
     def cross_entropy_grad(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,7 +290,7 @@ class Cuda(Reference):
             **addresses(logits=logits, labels=labels, loss=loss, gradient=gradient),
             tasks=tasks, images=images, ways=ways, logits_task=stride(logits), labels_task=stride(labels),
         )  # fmt: skip
-        self._launch("cross_entropy_grad", parameters, logits, named(logits=logits, labels=labels))
+        self.launch("cross_entropy_grad", parameters, logits, named(logits=logits, labels=labels))
         return loss, gradient
 
     def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
@@ -303,7 +309,7 @@ class Cuda(Reference):
                 for i, (parameter, gradient, rate) in enumerate(some):
                     table.parameters[i], table.gradients[i] = parameter.data_ptr(), gradient.data_ptr()
                     table.sizes[i], table.rates[i] = parameter.numel(), rate
-                self._launch("sgd", table, some[0][0], f"{len(some)} tensors of {dtype}")
+                self.launch("sgd", table, some[0][0], f"{len(some)} tensors of {dtype}")
 
     @contextmanager
     def dependent_launches(self) -> Iterator[None]:
@@ -316,6 +322,29 @@ class Cuda(Reference):
             yield
         finally:
             self._library.set_dependent_launches(False)
+
+    def limits(self, device: torch.device) -> Limits:
+        """What a launch whose blocks run together may take of a device."""
+        index = device.index or 0
+        if self._limits is not None:
+            return self._limits
+        if index not in self._by_device:
+            self._by_device[index] = self._library.limits(index)
+        return self._by_device[index]
+
+    def plan(self, steps: LastSteps, dtype: torch.dtype, limits: Limits) -> bool:
+        """Spreads the steps over a device; False where they do not fit."""
+        return self._library.plan(steps, dtype, limits)
+
+    def inner_loop(
+        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
+        steps: int, rates: Sequence[float], query: Tensor | None = None,
+    ) -> InnerLoop:  # fmt: skip
+        """The last block's steps, or the linear layer's, are one launch where there is room for them."""
+        plan = last_steps.planned(self, x, labels, parameters, updated, blocks, steps, rates)
+        if isinstance(plan, list):
+            return super().inner_loop(x, labels, parameters, updated, blocks, steps, rates, query)
+        return last_steps.inner_loop(self, self, plan, x, labels, parameters, updated, blocks, steps, rates, query)
 
 
 _OPERATORS = Cuda()
