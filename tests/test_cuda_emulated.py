@@ -31,7 +31,8 @@ def has_fma() -> bool:
 def contracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not has_fma():
         pytest.skip("needs a CPU with fused multiply-add: /proc/cpuinfo names none")
-    return build.library(tmp_path_factory.mktemp("contracted"), "-ffp-contract=fast", "-mfma", "-fexpensive-optimizations")
+    flags = "-ffp-contract=fast", "-mfma", "-fexpensive-optimizations"
+    return build.library(tmp_path_factory.mktemp("contracted"), *flags)
 
 
 def at_an_odd_address(t: Tensor) -> Tensor:
@@ -69,7 +70,8 @@ def everything(backend: Any, dtype: torch.dtype, place: Callable[[Tensor], Tenso
     found["update"] = parameters
     if dtype in (torch.float32, torch.float64):
         first = [made(8, 4, 3, 3) * 0.3, made(8), made(8), made(7, 72) * 0.1, made(7)]
-        steps = backend.inner_loop(made(2, 5, 4, 6, 7), labels, [place(p) for p in first], [True] * 5, [BLOCK], 2, [0.1])
+        first = [place(p) for p in first]
+        steps = backend.inner_loop(made(2, 5, 4, 6, 7), labels, first, [True] * 5, [BLOCK], 2, [0.1])
         found["steps"] = [steps.rows, *steps.updated]
     return found
 
@@ -78,9 +80,7 @@ def same_to_rounding(got: dict[str, list[Tensor]], want: dict[str, list[Tensor]]
     allowed = 10 * tolerance(dtype).operation
     for name, results in want.items():
         for mine, theirs in zip(got[name], results, strict=True):
-            torch.testing.assert_close(
-                mine, theirs, rtol=allowed, atol=allowed, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(mine, theirs, rtol=allowed, atol=allowed, msg=f"{name}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=name_of)
