@@ -8,9 +8,18 @@ namespace lk {
 namespace {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-// Such devices have no tensor cores for these types: kernels with products are compiled for them, not launched.
+// Such devices have no tensor cores for these types.
 template <typename T>
-__device__ inline void multiply(T (&)[4], const T (&)[4], const T (&)[2]) {}
+__device__ inline void multiply(T (&c)[4], const T (&a)[4], const T (&b)[2]) {
+  const int row = int(threadIdx.x) % kWarp / 4, column = int(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      c[i] += __shfl_sync(0xffffffffu, a[k / 4 * 2 + i / 2], row * 4 + k % 4) *
+              __shfl_sync(0xffffffffu, b[k / 4], (column + i % 2) * 4 + k % 4);
+  }
+}
 __device__ inline float rounded(float v) { return v; }
 #elif defined(__CUDACC__)
 __device__ inline void multiply(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
