@@ -61,6 +61,7 @@ struct ImageBlock {
   int64_t parts;                  // of a task's patches (backward: windows), reduced apart
   int64_t x_task, weight_task, gamma_task, beta_task, moments_task;  // strides, 0 where tasks share
   int64_t wide_parameters;                                           // as in NormReluPool
+  int64_t tf32;  // forward: 1: products may be rounded to TF32; not for float64
   double eps;
 };
 

@@ -38,6 +38,7 @@ from .operands import (
     BLOCKS,
     addresses,
     affine,
+    allows_tf32,
     fill,
     geometry,
     images_like,
@@ -248,7 +249,7 @@ class Cuda(Reference):
         y, index = images_like(x, size, x.dtype), images_like(x, size, torch.uint8) if places else None
         mean, rstd = (torch.empty(tasks, weight.shape[1], dtype=wide(x), device=x.device) for _ in range(2))
         parameters.tasks, parameters.parts, parameters.eps = tasks, 1, eps
-        parameters.wide_parameters = gamma.dtype == wide(x)
+        parameters.wide_parameters, parameters.tf32 = gamma.dtype == wide(x), allows_tf32(x)
         fill(parameters, x=x, weight=weight, gamma=gamma, beta=beta, moments=moments, mean=mean, rstd=rstd, y=y,
               index=index)  # fmt: skip
         self.launch("image_block", parameters, x, named(x=x, weight=weight, gamma=gamma, beta=beta))

@@ -7,7 +7,7 @@ the weights in shared memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from ...spec import BlockSpec, output_size
 from ..base import Backend, InnerLoop
 from .library import MOST_STEPS, MOVED, LastSteps
-from .operands import fill, named
+from .operands import allows_tf32, fill, named
 
 if TYPE_CHECKING:
     from . import Cuda
@@ -140,9 +140,3 @@ def _sizes(
             table.out_height, table.out_width = height, width
         size = torch.Size((*size[:-3], weight[0], height // spec.pool, width // spec.pool))
     return table
-
-
-def allows_tf32(x: Tensor) -> bool:
-    """Whether torch's switches let convolutions of x round to TF32."""
-    switch: Any = torch.backends.cudnn
-    return x.is_cuda and switch.conv.fp32_precision == "tf32"
