@@ -139,6 +139,22 @@ def test_float32(name: str, tf32: bool, runner: Runner, monkeypatch: pytest.Monk
     assert not tf32 or not case.network.layers or off > 1e-5  # it is TF32 that was tried
 
 
+def test_the_prefix_runs_on_another_backend(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a backend that chooses for each operation calls it."""
+    case = CASES["parts"]
+    backend, task, _, updated = prepared(case, runner)
+    operands = *task[:2], task.parameters, updated, case.network.specs, 2, [0.1]
+    want = backend.inner_loop(*operands, task.query)
+    plan = last_steps.planned(backend, *operands)
+    assert not isinstance(plan, list), plan
+    for name in ("block", "linear", "conv2d"):
+        monkeypatch.setattr(Cuda, name, None)
+    got = last_steps.inner_loop(backend, Reference(), plan, *operands, task.query)
+    assert got.logits is not None and want.logits is not None
+    for mine, theirs in zip([got.rows, got.logits, *got.updated], [want.rows, want.logits, *want.updated]):
+        near("result", mine, theirs)
+
+
 def test_a_block_that_rests_in_some_steps(runner: Runner) -> None:
     """A schedule: the block moves in the second step alone, the head in the others; both rest in the last."""
     case = CASES["parts"]
