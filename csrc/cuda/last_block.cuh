@@ -117,9 +117,10 @@ class LastBlock : public Station<T, Eights> {
         const int count = now * share.places;
         const T* dz = near.z + begin * share.places * C;
         // A product's terms are places, two neighbours a lane: their rows of x lie in other banks than the next lane's.
-        int m = 2 * (lane % 4);
-        Spot spots[2] = {spot(m, count), spot(m + 1, count)};
-        for (const int end = int(round_up(count, 8)); m < end; m += 8) {
+        const int own = 2 * (lane % 4);
+        Spot spots[2] = {spot(own, count), spot(own + 1, count)};
+        for (int from = 0; from < count; from += 8) {
+          const int m = from + own;
           T b[Eights][2];
 #pragma unroll
           for (int e = 0; e < Eights; ++e) {

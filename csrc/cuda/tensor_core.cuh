@@ -23,7 +23,8 @@ __device__ inline void multiply(T (&c)[4], const T (&a)[4], const T (&b)[2]) {
 __device__ inline float rounded(float v) { return v; }
 #elif defined(__CUDACC__)
 __device__ inline void multiply(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
@@ -33,9 +34,9 @@ __device__ inline void multiply(double (&c)[4], const double (&a)[4], const doub
   for (int k = 0; k < 2; ++k)
 #pragma unroll
     for (int row = 0; row < 2; ++row)
-      asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
-          : "+d"(c[2 * row]), "+d"(c[2 * row + 1])
-          : "d"(a[2 * k + row]), "d"(b[k]));
+      asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                   : "+d"(c[2 * row]), "+d"(c[2 * row + 1])
+                   : "d"(a[2 * k + row]), "d"(b[k]));
 }
 // To the nearest number of 10 bits, the form in which the tensor cores take floats.
 __device__ inline float rounded(float v) {
