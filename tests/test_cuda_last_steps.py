@@ -238,6 +238,13 @@ def test_what_one_launch_refuses_runs_in_the_ordinary_loop(
     torch.testing.assert_close(got.rows.cpu(), want.rows, rtol=1e-8, atol=1e-8)
 
 
+def test_tensors_of_another_device_are_refused(emulated_library: Path) -> None:
+    task = given(TWO)
+    backend = Cuda(emulated_library, "cuda")
+    why = last_steps.planned(backend, *task[:2], task.parameters, [True] * 8, TWO.specs, 3, [0.1])
+    assert isinstance(why, list) and "it runs on CUDA devices, the tensors are on cpu" in why
+
+
 def test_wrong_numbers_of_rates(runner: Runner) -> None:
     task = given(TWO).to(runner.device)
     with pytest.raises(ValueError, match="2 rates for 3 steps of 5 parameters"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...spec import BlockSpec, output_size
-from ..base import Backend, InnerLoop
+from ..base import Backend, Call, InnerLoop
 from .library import MOST_STEPS, MOVED, LastSteps
 from .operands import allows_tf32, fill, named
 
@@ -31,7 +31,7 @@ def planned(
     steps: int, rates: Sequence[float],
 ) -> LastSteps | list[str]:  # fmt: skip
     """How one launch takes these steps, or why it does not. The arguments are those of `inner_loop`."""
-    why = []
+    why = cuda.refusals(Call("inner_loop", x.device, x.dtype))
     first, at = _first(updated), sum(updated)
     if first < len(blocks) - 1:
         why.append(f"block {first + 1} of {len(blocks)} moves: it takes the last one and the linear layer")
