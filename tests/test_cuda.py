@@ -24,6 +24,7 @@ from cuda_checks import (
 from machine import fresh
 from torch import Tensor
 
+from lambda_kernels.backends import cuda
 from lambda_kernels.backends.base import Call
 from lambda_kernels.backends.cuda import Cuda
 from lambda_kernels.spec import BlockSpec, ConvSpec
@@ -163,6 +164,82 @@ def test_image_block(runner: Runner, number: int, dtype: torch.dtype) -> None:
     assert dz is not None
     dw = REFERENCE.conv2d_weight_grad(dz, x, torch.Size((tasks, *weight.shape[1:])), spec)
     check("dw dgamma dbeta", gradients, (dw, dgamma, dbeta), exact, terms=dz[0, :, 0].numel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("number", range(len(IMAGES)), ids=[case.name for case in IMAGES])
+def test_image_block_on_tensor_cores(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, number: int, dtype: torch.dtype
+) -> None:
+    """Products of numbers rounded to TF32: float32 keeps these digits, half precision loses nothing."""
+    monkeypatch.setattr(cuda, "allows_tf32", lambda _: True)
+    case = IMAGES[number]
+    x = torch.randn(T, case.images, case.inputs, *case.size) + 0.5
+    weight = torch.randn(1, case.width, case.inputs, *case.kernel) * 0.3
+    gamma, beta = torch.randn(T, case.width), torch.randn(1, case.width)
+    x, weight, gamma, beta = (t.to(device=runner.device, dtype=dtype) for t in (x, weight, gamma, beta))
+    block = BlockSpec(case.spec, 1e-5, case.pool)
+    moments = runner.backend.image_moments(x, case.kernel, case.spec)
+    y, index, *_ = runner.backend.image_block(x, weight, gamma, beta, moments, block)
+    xd, wd, gd, bd, md = double(x, weight, gamma, beta, moments)
+    truth = REFERENCE.image_block(xd, wd, gd, bd, md, block)
+    if dtype == torch.float32:
+        off = (y.cpu() - truth[0]).norm() / truth[0].norm()
+        assert 1e-6 < off < 1e-3  # it is TF32 that was tried
+    else:
+        stock = REFERENCE.image_block(x, weight, gamma, beta, moments, block)
+        check("y", (y,), (stock[0],), (truth[0],), terms=weight[0, 0].numel())
+    z = REFERENCE.conv2d(xd, wd, None, case.spec)
+    a = (z - truth[2][:, None, :, None, None]) * (gd * truth[3])[:, None, :, None, None] + bd[:, None, :, None, None]
+    sure = sure_windows(a, case.pool, 2e-3)
+    assert sure.double().mean() > 0.5 and torch.equal(index.cpu()[sure], truth[1][sure])
+    assert bool((index <= case.pool**2).all())
+    frozen = runner.backend.block(x, weight, gamma, beta, block)[0]
+    assert torch.equal(frozen, y)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+@pytest.mark.parametrize("width", [3, 8])
+def test_ties_and_what_is_not_finite_on_tensor_cores(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, pool: int, width: int
+) -> None:
+    """Small whole numbers are exact in TF32: the first of equal values is the maximum, a NaN comes before all."""
+    x = torch.randint(-1, 2, (2, 3, 2, 9, 8), device=runner.device).float()
+    weight = torch.randint(-1, 2, (1, width, 2, 1, 1), device=runner.device).float()
+    gamma, beta = torch.ones(2, width, device=runner.device), torch.zeros(1, width, device=runner.device)
+    block = BlockSpec(ConvSpec((1, 1), (0, 0), (1, 1), 1), 1e-5, pool)
+    moments = runner.backend.image_moments(x, (1, 1), block.conv)
+    moments[:, :-1, -1] = 0  # means of 0, so that nothing is rounded
+    x[1, 1, 0, 2, 3], x[1, 1, 0, 3, 3], x[1, 2, 1, 4, 4] = float("nan"), float("nan"), float("inf")
+    found = []
+    for allowed in (False, True):
+        monkeypatch.setattr(cuda, "allows_tf32", lambda _, allowed=allowed: allowed)
+        found.append(runner.backend.image_block(x, weight, gamma, beta, moments, block))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0, equal_nan=True)
+    assert bool(found[0][0].isnan().any())
+
+
+@pytest.mark.parametrize("width", [5, 16])
+@pytest.mark.parametrize("pool", [1, 2])
+def test_a_frozen_first_block_stores_no_convolution(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, pool: int, width: int
+) -> None:
+    """It goes by the patches' moments; a block whose patches are too large goes through the convolution."""
+    block = BlockSpec(ConvSpec((1, 1), (1, 1), (1, 1), 1), 1e-5, pool)
+
+    def operands(inputs: int) -> list[Tensor]:
+        shapes = (T, 3, inputs, 9, 7), (1, width, inputs, 3, 3), (T, width), (1, width)
+        return [torch.randn(s, dtype=torch.float64, device=runner.device) for s in shapes]
+
+    images, features = operands(3), operands(4)
+    want = REFERENCE.block(*double(*images), block)
+    torch.testing.assert_close([t.cpu() for t in runner.backend.block(*features, block)],
+                               list(REFERENCE.block(*double(*features), block)), **EXACT)  # fmt: skip
+    monkeypatch.setattr(Cuda, "conv2d", None)
+    monkeypatch.setattr(Cuda, "norm_relu_pool", None)
+    got = runner.backend.block(*images, block)
+    torch.testing.assert_close([t.cpu() for t in got], list(want), **EXACT)
+    assert got[0].permute(0, 1, 3, 4, 2).is_contiguous()
 
 
 def test_images_far_from_zero(runner: Runner) -> None:

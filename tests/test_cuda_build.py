@@ -37,6 +37,31 @@ __global__ void shared(float* out) {
   __syncthreads();
   if (threadIdx.x < 2) out[threadIdx.x] = values[threadIdx.x];
 }
+__global__ void grid(unsigned* counter, unsigned blocks, float* out) {
+  __shared__ float own;
+  if (threadIdx.x == 0) {
+    own = float(blockIdx.x);
+    reinterpret_cast<float*>(lk::dynamic_shared())[0] = own;
+    atomicAdd(counter, 1u);
+    while (*static_cast<volatile unsigned*>(counter) < blocks) __nanosleep(32);
+    out[blockIdx.x] = own + reinterpret_cast<float*>(lk::dynamic_shared())[0];
+  }
+  __syncthreads();
+}
+__global__ void order(float* out) {
+  if (threadIdx.x == 0) out[1 + int(out[0])] = float(blockIdx.x), out[0] += 1;
+}
+__global__ void waits(int threads) {
+  if (int(threadIdx.x) < threads) lk::wait_for_launch_before();
+}
+}
+LK_EXPORT int order_of_blocks(float* out) { return lk::launch(order, 40, dim3(32), nullptr, out); }
+LK_EXPORT int together(unsigned* counter, unsigned awaited, int blocks, float* out) {
+  return lk::launch_together(grid, blocks, dim3(64), 16, nullptr, counter, awaited, out);
+}
+LK_EXPORT int dependent(int allowed, int threads) {
+  lk::dependent_launches = allowed;
+  return lk::launch(waits, 2, dim3(32), nullptr, threads);
 }
 LK_EXPORT int run(int which, float* out) {
   int* none = nullptr;
@@ -48,18 +73,51 @@ LK_EXPORT const char* words() { return cudaGetErrorString(cudaErrorLaunchFailure
 """
 
 
-def test_the_emulator_finds_deadlocks_and_unwritten_shared_memory(tmp_path: Path) -> None:
-    (tmp_path / "broken.cu").write_text(BROKEN)
-    made = tmp_path / "broken.so"
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "broken.cu").write_text(BROKEN)
     command = ["g++", *build.FLAGS, f"-I{build.HERE}", f"-I{build.SOURCES}", "-shared", "-x", "c++"]
-    subprocess.run([*command, str(tmp_path / "broken.cu"), "-o", str(made)], check=True)
-    code = ctypes.CDLL(str(made))
+    subprocess.run([*command, str(folder / "broken.cu"), "-o", str(folder / "broken.so")], check=True)
+    code = ctypes.CDLL(str(folder / "broken.so"))
     code.words.restype = ctypes.c_char_p
+    return code
+
+
+def test_the_emulator_finds_deadlocks_and_unwritten_shared_memory(broken: Any) -> None:
+    code = broken
     out = (ctypes.c_float * 2)()
     assert code.run(0, out) == 719
-    assert code.words().startswith(b"deadlock in block 0 of 3: 40 threads wait at a barrier, 24 at a warp exchange")
-    assert code.run(1, out) == 719 and b"31 at a warp exchange, 1 have ended" in code.words()
+    words = rb"deadlock in block [012] of 3: 40 threads wait at a barrier, 24 at a warp exchange, 0 sleep"
+    assert re.match(words, code.words())
+    assert code.run(1, out) == 719 and b"31 at a warp exchange, 0 sleep, 1 have ended" in code.words()
     assert code.run(2, out) == 0 and out[0] == 1 and out[1] != out[1]
+
+
+def test_emulated_blocks_run_together_where_they_may_wait_for_each_other(broken: Any) -> None:
+    out, counter = (ctypes.c_float * 8)(), ctypes.c_uint(0)
+    assert broken.together(ctypes.byref(counter), 5, 5, out) == 0 and counter.value == 5
+    assert list(out)[:5] == [0, 2, 4, 6, 8]  # each block has its own shared memory, of both kinds
+    counter.value = 0
+    assert broken.together(ctypes.byref(counter), 6, 5, out) == 719  # they wait for one that is not there
+    assert re.match(rb"deadlock in block \d of 5: 63 threads wait at a barrier, .* 1 sleep", broken.words())
+    assert broken.together(ctypes.byref(counter), 0, 7, out) == 720  # more than the device holds at a time
+
+
+def test_emulated_blocks_run_in_another_order_in_each_launch(broken: Any) -> None:
+    orders = []
+    for _ in range(2):
+        out = (ctypes.c_float * 41)()
+        assert broken.order_of_blocks(out) == 0
+        orders.append(list(out)[1:])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40)) and orders[0] != orders[1]
+    assert all(order != sorted(order) for order in orders)
+
+
+def test_a_thread_that_does_not_wait_for_the_launch_before_is_found(broken: Any) -> None:
+    assert broken.dependent(0, 0) == broken.dependent(1, 32) == 0
+    assert broken.dependent(1, 31) == 719 and b"did not wait for the launch before" in broken.words()
+    assert broken.dependent(0, 31) == 0
 
 
 @pytest.mark.slow
@@ -176,14 +234,16 @@ BOUNDS = {
     "reduce": (128, 36864),
     "merge_reduce": (64, 4096),
     "dense": (128, 0),
-    "image_moments": (64, 28672),
+    "image_moments": (128, 28672),
     "merge_image_moments": (48, 0),
     "image_statistics": (64, 0),
-    "image_apply": (144, 36864),
+    "image_apply": (128, 36864),
+    "image_products": (128, 32768),
     "image_reduce": (192, 24576),
     "merge_image_reduce": (64, 4096),
     "cross_entropy": (96, 1024),
     "sgd": (64, 0),
+    "last_steps": (255, 0),  # one block on a multiprocessor, its shared memory is dynamic
 }
 ENTRY = re.compile(
     r"Compiling entry function '(?:void )?(?:lk::)?\(anonymous namespace\)::(?P<kernel>\w+)(?P<types><.*?>)?\(.*' "

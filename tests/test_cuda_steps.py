@@ -100,6 +100,24 @@ def test_every_task_sums_alike(runner: Runner) -> None:
     assert all(torch.equal(a, b) for a, b in zip(results(), results(), strict=True))
 
 
+def test_dependent_launches(runner: Runner) -> None:
+    """Every kernel waits for the one before it, where the emulator says that it has to; the results are the same."""
+    x = torch.randn(2, 4, 3, 10, 9, device=runner.device)
+    shapes = [(8, 3, 3, 3), (8,), (8,), (6, 8, 3, 3), (6,), (6,), (5, 24), (5,)]
+    first = [0.3 * torch.randn(shape, device=runner.device) for shape in shapes]
+    labels = torch.randint(5, (2, 4), device=runner.device)
+
+    def results() -> list[Tensor]:
+        found = [runner.backend.inner_loop(x, labels, first, [i >= at for i in range(8)], [norm_block(2)] * 2, 2, [0.1])
+                 for at in (0, 3, 6)]  # fmt: skip
+        return [t for f in found for t in (f.rows, *f.updated)]
+
+    want = results()
+    with runner.backend.dependent_launches():
+        got = results()
+    assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.gpu
 def test_compiled_on_a_device() -> None:
     backend: Any = Cuda()

@@ -8,6 +8,12 @@
 
 #include "parameters.h"
 
+#define LK_RETURN_IF_FAILED(call)           \
+  do {                                      \
+    const cudaError_t error = (call);       \
+    if (error != cudaSuccess) return error; \
+  } while (false)
+
 namespace lk {
 
 constexpr int kThreads = 256;
@@ -171,15 +177,64 @@ __device__ inline void join_rows(Join join) {
 
 inline bool aligned(const void* at, std::size_t bytes) { return reinterpret_cast<uintptr_t>(at) % bytes == 0; }
 
+// Whether a kernel may be placed on the device while the one before it in the stream still runs (programmatic dependent
+// launch); for this thread's launches. Every kernel waits for that one's end before it reads or writes memory.
+inline thread_local bool dependent_launches = false;
+
+// What each thread of each kernel does first. Whoever reads what this kernel writes waits in the same way, so that it
+// may be placed at once.
+__device__ inline void wait_for_launch_before() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 block, void* stream, Arguments... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute beside{};
+  beside.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  beside.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = block;
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &beside;
+  config.numAttrs = dependent_launches ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// A launch whose blocks all run at the same time and may wait for each other, with `shared` bytes of dynamic shared
+// memory. CUDA refuses it where the device has no room for all of them.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_together(void (*kernel)(Parameters...), int64_t blocks, dim3 block, int64_t shared, void* stream,
+                            Arguments... arguments) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > 0x7fffffff || shared > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  LK_RETURN_IF_FAILED(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = block;
+  config.dynamicSmemBytes = std::size_t(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &together;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// The dynamic shared memory of a block.
+__device__ inline unsigned char* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char dynamic[];
+  return dynamic;
+#else
+  return emulator::dynamic_shared();
+#endif
 }
 
 // call.template operator()<T>() with the storage type of dtype.
@@ -200,9 +255,3 @@ cudaError_t with_dtype(int dtype, Call call) {
 }
 
 }  // namespace lk
-
-#define LK_RETURN_IF_FAILED(call)           \
-  do {                                      \
-    const cudaError_t error = (call);       \
-    if (error != cudaSuccess) return error; \
-  } while (false)

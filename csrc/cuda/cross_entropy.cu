@@ -9,6 +9,7 @@ constexpr int kRowThreads = 256;
 // One block per task, one warp per row of logits [ways], rows in turn.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads, 2) cross_entropy(const CrossEntropy p) {
+  wait_for_launch_before();
   using A = Wide<T>;
   constexpr int kWarps = kRowThreads / kWarp;
   __shared__ double shares[kWarps];

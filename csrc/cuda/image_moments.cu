@@ -1,31 +1,33 @@
 // The second moments of images' patches, which are taken once for all steps: a block's statistics come from them.
 #include "patches.cuh"
+#include "tensor_core.cuh"
 
 namespace lk {
 namespace {
 
-constexpr int kMomentPixels = 64, kMomentStride = kMostTaps + 2;
+constexpr int kMomentPixels = kThreads / kWarp * 8;  // 8 for each warp
+constexpr int kMomentStride = kMostTaps + 4;         // 4 neighbouring pixels lie in other banks
 
-// x -> partial: the second moments of a part's patches with a 1 behind them. A thread has 2 x 2 of them, in doubles,
-// for one pixel in `groups`.
+// x -> partial: the second moments of a part's patches with a 1 behind them. A warp multiplies the patches of its pixels
+// with themselves on the tensor cores, in doubles: taps 0 to 15 with all, 16 to 31 with 16 to 31.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) image_moments(const ImageBlock p, const Patches patches, const Grid grid) {
-  __shared__ __align__(16) double values[kMomentPixels][kMomentStride];  // a patch, 1, 0
-  __shared__ double shares[kThreads][4];
+__global__ void __launch_bounds__(kThreads, 2) image_moments(const ImageBlock p, const Patches patches, const Grid grid) {
+  wait_for_launch_before();
+  constexpr int kTiles = 6;
+  __shared__ double values[kMomentPixels][kMomentStride];
+  __shared__ double products[kMostTaps][kMostTaps], lines[kMostTaps];
   __shared__ Corner corners[kMomentPixels];
   __shared__ Tap taps[kMostTaps];
-  const int me = threadIdx.x, K = patches.taps, side = K + 1, twos = (side + 1) / 2, pairs = twos * (twos + 1) / 2;
+  const int me = int(threadIdx.x), lane = me % kWarp, warp = me / kWarp, K = patches.taps, side = K + 1;
   const int64_t task = blockIdx.x / p.parts, part = blockIdx.x % p.parts;
   const int64_t count = p.images * grid.places;
   const int64_t begin = part_begin(count, part, p.parts), end = part_begin(count, part + 1, p.parts);
   const T* x = static_cast<const T*>(p.x) + task * patches.x_task;
   const Places places(grid, begin);
-  const int groups = kThreads / pairs, group = me / pairs;
-  int row = 0, column = me % pairs;  // of the 2 x 2 moments: row <= column < twos
-  while (column >= twos - row) column -= twos - row, ++row;
-  column += row;
-  double sums[2][2] = {};
+  double sums[kTiles][4] = {}, line[4] = {};
   if (me < K) taps[me] = patches.tap(me);
+  for (int e = me; e < kMomentPixels * (kMomentStride - K); e += kThreads)
+    values[e % kMomentPixels][K + e / kMomentPixels] = 0;
   for (int64_t tile = begin; tile < end; tile += kMomentPixels) {
     __syncthreads();
     if (me < kMomentPixels) {
@@ -36,40 +38,58 @@ __global__ void __launch_bounds__(kThreads) image_moments(const ImageBlock p, co
       }
     }
     __syncthreads();
-    for (int e = me; e < kMomentPixels * 2 * twos; e += kThreads) {
+    for (int e = me; e < kMomentPixels * K; e += kThreads) {
       const int k = e / kMomentPixels, at = e % kMomentPixels;
-      if (k < K)
-        values[at][k] = double(pixel(x, patches, corners[at], taps[k]));
-      else
-        values[at][k] = k == K && corners[at].image >= 0 ? 1.0 : 0.0;
+      values[at][k] = double(pixel(x, patches, corners[at], taps[k]));
     }
     __syncthreads();
-    if (group < groups) {
-      for (int at = group; at < kMomentPixels; at += groups) {
-        const Pack<double, 2> a = load<2>(&values[at][2 * row]), b = load<2>(&values[at][2 * column]);
+    double v[4][2];  // this lane's taps lane / 4 + 8 t, of two pixels
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
+    for (int t = 0; t < 4; ++t) {
 #pragma unroll
-          for (int j = 0; j < 2; ++j) sums[i][j] += a.at[i] * b.at[j];
-      }
+      for (int h = 0; h < 2; ++h) v[t][h] = values[warp * 8 + lane % 4 + 4 * h][8 * t + lane / 4];
+      line[t] += v[t][0] + v[t][1];
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const int row = i < 4 ? 0 : 2, column = i < 4 ? i : i - 2;  // in 8 taps
+      const double a[4] = {v[row][0], v[row + 1][0], v[row][1], v[row + 1][1]};
+      multiply(sums[i], a, v[column]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) shares[me][i] = sums[i / 2][i % 2];
-  __syncthreads();
-  if (me >= pairs) return;
-  double* partial = p.partial + (task * p.parts + part) * side * side;
+  for (int t = 0; t < 4; ++t) {
+    line[t] += __shfl_xor_sync(0xffffffffu, line[t], 1);
+    line[t] += __shfl_xor_sync(0xffffffffu, line[t], 2);
+  }
+  for (int turn = 0; turn < kThreads / kWarp; ++turn) {
+    __syncthreads();
+    if (warp != turn) continue;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    double sum = shares[me][i];
-    for (int other = 1; other < groups; ++other) sum += shares[other * pairs + me][i];
-    const int r = 2 * row + i / 2, c = 2 * column + i % 2;
-    if (r < side && c < side && r <= c) partial[r * side + c] = partial[c * side + r] = sum;
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        double& to = products[(i < 4 ? 0 : 16) + lane / 4 + j / 2 * 8][(i < 4 ? i : i - 2) * 8 + lane % 4 * 2 + j % 2];
+        to = turn > 0 ? to + sums[i][j] : sums[i][j];
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      double& to = lines[8 * t + lane / 4];
+      if (lane % 4 == 0) to = turn > 0 ? to + line[t] : line[t];
+    }
+  }
+  __syncthreads();
+  double* partial = p.partial + (task * p.parts + part) * side * side;
+  for (int e = me; e < side * side; e += kThreads) {
+    const int r = e / side, c = e % side, low = r < c ? r : c, high = r < c ? c : r;
+    partial[e] = high < K ? products[low][high] : low < K ? lines[low] : double(end - begin);
   }
 }
 
 // partial -> moments, one thread per number.
 __global__ void __launch_bounds__(kThreads) merge_image_moments(const ImageBlock p, int64_t numbers, int64_t tasks) {
+  wait_for_launch_before();
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= tasks * numbers) return;
   const double* partial = p.partial + at / numbers * p.parts * numbers + at % numbers;

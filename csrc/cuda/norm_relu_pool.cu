@@ -40,6 +40,7 @@ __device__ inline void add_run(const Pack<T, V> (&z)[Run], double& seen, double 
 // z -> partial: mean and m2 of each part's pixels.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 2) moments(const NormReluPool p, const Cover cover) {
+  wait_for_launch_before();
   constexpr int kRun = V > 4 ? 4 : 8;
   const Work work(cover);
   const int64_t pixels = p.images * p.height * p.width, step = blockDim.y;
@@ -87,6 +88,7 @@ __global__ void __launch_bounds__(kThreads, 2) moments(const NormReluPool p, con
 // partial -> mean, rstd. blockIdx.x: (task, kMergeChannels channels); threadIdx.y walks over the parts.
 template <typename A>
 __global__ void __launch_bounds__(kThreads) merge_moments(const NormReluPool p) {
+  wait_for_launch_before();
   const int64_t chunks = (p.channels + kMergeChannels - 1) / kMergeChannels;
   const int64_t task = blockIdx.x / chunks, channel = blockIdx.x % chunks * kMergeChannels + threadIdx.x;
   const int64_t pixels = p.images * p.height * p.width;
@@ -116,6 +118,7 @@ __global__ void __launch_bounds__(kThreads) merge_moments(const NormReluPool p) 
 // z, mean, rstd -> y, index. A thread reads `Windows` windows at a time.
 template <typename T, int V, int P>
 __global__ void __launch_bounds__(kThreads, 2) apply(const NormReluPool p, const Cover cover, const Grid grid) {
+  wait_for_launch_before();
   using A = Wide<T>;
   constexpr int kPlaces = P * P, kWindows = 4 / kPlaces;
   const Work work(cover);

@@ -7,6 +7,7 @@ namespace {
 // gy, z, index -> partial: sums of g (z - mean) and of g, g = gy where the ReLU is open. z is read at the maxima alone.
 template <typename T, int V, int P>
 __global__ void __launch_bounds__(kThreads, 2) reduce(const NormReluPool p, const Cover cover, const Grid grid) {
+  wait_for_launch_before();
   using A = Wide<T>;
   constexpr int kPlaces = P * P, kRun = V > 4 ? 1 : 2;
   const Work work(cover);
@@ -80,6 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2) reduce(const NormReluPool p, cons
 // partial -> sums, dgamma, dbeta; the grid is that of merge_moments.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) merge_reduce(const NormReluPool p) {
+  wait_for_launch_before();
   const int64_t chunks = (p.channels + kMergeChannels - 1) / kMergeChannels;
   const int64_t task = blockIdx.x / chunks, channel = blockIdx.x % chunks * kMergeChannels + threadIdx.x;
   double along = 0, total = 0;
@@ -111,6 +113,7 @@ __global__ void __launch_bounds__(kThreads) merge_reduce(const NormReluPool p) {
 // cover z, those of the last row and column partly where `pool` does not divide its size; there g is 0.
 template <typename T, int V, int P>
 __global__ void __launch_bounds__(kThreads, 2) dense(const NormReluPool p, const Cover cover, const Grid grid) {
+  wait_for_launch_before();
   using A = Wide<T>;
   constexpr int kPlaces = P * P, kWindows = P == 1 && V <= 4 ? 2 : 1;
   const Work work(cover);

@@ -47,7 +47,7 @@ struct ImageBlock {
   void* mean;             // [tasks, outputs] wide
   void* rstd;             // [tasks, outputs] wide
   void* y;                // [tasks, images, out_height / pool, out_width / pool, outputs]
-  uint8_t* index;         // as y, as in NormReluPool
+  uint8_t* index;         // as y, as in NormReluPool; forward: or null
   const void* gy;         // as y
   void* dweight;          // [tasks, outputs, K]
   void* dgamma;           // [tasks, outputs] as gamma
@@ -61,6 +61,7 @@ struct ImageBlock {
   int64_t parts;                  // of a task's patches (backward: windows), reduced apart
   int64_t x_task, weight_task, gamma_task, beta_task, moments_task;  // strides, 0 where tasks share
   int64_t wide_parameters;                                           // as in NormReluPool
+  int64_t tf32;  // forward: 1: products may be rounded to TF32; not for float64
   double eps;
 };
 
@@ -83,6 +84,39 @@ struct Sgd {
   int64_t sizes[kSgdTensors];  // elements
   double rates[kSgdTensors];
   int64_t count;
+};
+
+constexpr int kMostSteps = 32;
+enum Moved : int { kWeight, kGamma, kBeta, kHead, kBias, kMoved };
+
+// All steps of an inner loop of which only the last block (convolution, norm, ReLU, max-pool) and the linear layer
+// behind it take part, or the linear layer alone (outputs 0; x are its features). float32 and float64.
+//
+// A task's blocks share its output channels (`groups`) and its images (`parts`); they exchange sums through `scratch`.
+struct LastSteps {
+  const void* x;           // [tasks, images, height, width, inputs], or [tasks, images, features]
+  const int64_t* labels;   // [tasks, images]
+  const void* from[kMoved];  // weight [tasks, outputs, inputs, kernel_height, kernel_width], gamma and beta
+                             // [tasks, outputs], head [tasks, ways, features], bias [tasks, ways]
+  void* to[kMoved];          // the values after the steps, each task's own; null where a parameter stays
+  void* rows;                // [steps + 1, tasks]: losses before each step; 0 where the values are finite, else NaN
+  void* scratch;             // [tasks, scratch_bytes]
+  uint32_t* counters;        // [tasks] scratch
+  int64_t tasks, images;     // images: per task
+  int64_t inputs, height, width, outputs, kernel_height, kernel_width;
+  int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+  int64_t out_height, out_width;  // of the convolution
+  int64_t pool;                   // 1 or 2
+  int64_t ways, features, steps;
+  int64_t x_task, labels_task, from_task[kMoved];  // strides, 0 where tasks share
+  int64_t tf32;  // 1: the convolution's products of float32 are rounded to TF32; 0: they are exact to float32's digits
+  // What lk_last_steps_plan fills in.
+  int64_t channels, groups, parts;  // channels: of a block
+  int64_t images_at_once;           // that lie in shared memory
+  int64_t keeps_z, keeps_y;         // whether these lie there
+  int64_t shared_bytes, scratch_bytes, tasks_at_once;
+  double eps;
+  double rates[kMostSteps][kMoved];  // 0: the parameter stays in that step
 };
 
 }  // namespace lk

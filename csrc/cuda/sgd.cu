@@ -18,6 +18,7 @@ __device__ inline T moved(T parameter, T gradient, Wide<T> alpha) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) sgd(const __grid_constant__ Sgd p, const __grid_constant__ SgdBlocks blocks) {
+  wait_for_launch_before();
   constexpr int V = 16 / sizeof(T);
   int tensor = 0, beyond = int(p.count);
   while (beyond - tensor > 1) {

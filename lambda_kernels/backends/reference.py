@@ -21,7 +21,7 @@ from .inner_loop import inner_loop
 # Operations that a backend may fuse, and what they are made of.
 _PARTS = {
     "conv_block": {"conv2d", "norm_relu_pool"},
-    "block": {"conv2d", "norm_relu_pool", "conv_block"},
+    "block": {"conv2d", "norm_relu_pool", "conv_block", "image_moments", "image_block"},
     "image_refusals": {"conv2d", "conv2d_weight_grad", "norm_relu_pool", "norm_relu_pool_grad", "conv_block"},
     "inner_loop": {
         "conv2d", "conv2d_input_grad", "conv2d_weight_grad", "linear", "norm_relu_pool", "norm_relu_pool_grad",

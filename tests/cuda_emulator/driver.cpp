@@ -19,6 +19,8 @@ int lk_image_block(const lk::ImageBlock*, int, void*);
 int lk_image_block_grad(const lk::ImageBlock*, int, void*);
 int lk_cross_entropy_grad(const lk::CrossEntropy*, int, void*);
 int lk_sgd(const lk::Sgd*, int, void*);
+int lk_last_steps_plan(lk::LastSteps*, int, int64_t, int64_t);
+int lk_last_steps(const lk::LastSteps*, int, void*);
 }
 
 namespace {
@@ -97,6 +99,9 @@ void image(int dtype, int64_t inputs, int64_t outputs, int64_t pool, int64_t par
   p.y = bytes(tasks * windows * outputs, kSizes[dtype]);
   p.index = static_cast<uint8_t*>(bytes(tasks * windows * outputs, 1));
   expect(lk_image_block(&p, dtype, nullptr), "image_block");
+  lk::ImageBlock frozen = p;
+  frozen.index = nullptr;
+  expect(lk_image_block(&frozen, dtype, nullptr), "image_block without index");
   p.gy = p.y, p.y = nullptr, p.partial = doubles(tasks * parts * outputs * (K + 1));
   p.dweight = bytes(tasks * outputs * K, kSizes[dtype]);
   p.dgamma = bytes(tasks * outputs, kSizes[dtype]), p.dbeta = bytes(tasks * outputs, kSizes[dtype]);
@@ -123,6 +128,39 @@ void ends_of_a_step(int dtype) {
   expect(lk_sgd(&sgd, dtype, nullptr), "sgd");
 }
 
+// With `shifted`, no operand begins where a 16-byte access may.
+void last_steps(int dtype, int64_t tasks, int64_t inputs, int64_t outputs, int64_t pool, int64_t processors,
+                int64_t shared, bool shifted) {
+  constexpr int64_t images = 3, height = 5, width = 6, ways = 3;
+  const int64_t more = shifted ? 1 : 0;
+  const auto made = [&](int64_t count) { return odd(numbers(count + more, dtype), more * kSizes[dtype]); };
+  lk::LastSteps p{};
+  p.tasks = tasks, p.images = images, p.ways = ways, p.steps = 2, p.pool = 1, p.eps = 1e-5, p.tf32 = shifted;
+  p.features = outputs > 0 ? outputs * (height / pool) * (width / pool) : inputs;
+  p.x = made(tasks * images * (outputs > 0 ? height * width * inputs : inputs));
+  p.x_task = images * (outputs > 0 ? height * width * inputs : inputs);
+  if (outputs > 0) {
+    p.inputs = inputs, p.height = p.out_height = height, p.width = p.out_width = width, p.outputs = outputs;
+    p.kernel_height = p.kernel_width = 3, p.stride_y = p.stride_x = p.dilation_y = p.dilation_x = 1;
+    p.padding_y = p.padding_x = 1, p.pool = pool;
+  }
+  int64_t* labels = static_cast<int64_t*>(bytes(images, 8));
+  for (int64_t i = 0; i < images; ++i) labels[i] = i;
+  p.labels = labels;
+  const int64_t sizes[] = {outputs * inputs * 9, outputs, outputs, ways * p.features, ways};
+  for (int i = outputs > 0 ? 0 : lk::kHead; i < lk::kMoved; ++i) {
+    p.from_task[i] = i % 2 ? sizes[i] : 0;
+    p.from[i] = made((i % 2 ? tasks : 1) * sizes[i]);
+    p.to[i] = bytes(tasks * sizes[i], kSizes[dtype]);
+    p.rates[0][i] = 0.1, p.rates[1][i] = 0.2;
+  }
+  p.rows = bytes(3 * tasks, kSizes[dtype]);
+  expect(lk_last_steps_plan(&p, dtype, processors, shared), "last_steps_plan");
+  p.scratch = bytes(tasks * p.scratch_bytes, 1);
+  p.counters = static_cast<uint32_t*>(bytes(tasks, 4));
+  expect(lk_last_steps(&p, dtype, nullptr), "last_steps");
+}
+
 }  // namespace
 
 int main() {
@@ -136,6 +174,14 @@ int main() {
       image(dtype, 1, 5, pool, 1);
     }
     ends_of_a_step(dtype);
+    if (dtype <= lk::kFloat64) {
+      const int64_t all = 227 * 1024;
+      const bool first = dtype == 0;  // each case with shifted operands in one of the two dtypes
+      last_steps(dtype, 1, 4, 9, 2, 6, all, first);
+      last_steps(dtype, 2, 8, 6, 1, 4, kSizes[dtype] * 2600, !first);
+      last_steps(dtype, 1, 5, 33, 2, 2, all, !first);
+      last_steps(dtype, 1, 21, 0, 1, 3, all, first);
+    }
     owned.clear();
   }
   std::puts("ok");

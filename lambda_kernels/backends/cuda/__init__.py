@@ -8,8 +8,8 @@ torch's allocator and nothing waits for the device, so that a CUDA graph can hol
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -18,15 +18,18 @@ from torch import Tensor
 
 from ...spec import BlockSpec, ConvSpec, output_size
 from .. import native  # the schemas of torch.ops.lambda_kernels, where the extension loads
-from ..base import Call
+from ..base import Call, InnerLoop
 from ..reference import Reference, channels_last, each_rate
+from . import last_steps
 from .library import (
     DTYPES,
     LIBRARY,
     SGD_TENSORS,
     STRUCTURES,
     CrossEntropy,
+    LastSteps,
     Library,
+    Limits,
     NormReluPool,
     Sgd,
     covers,
@@ -35,6 +38,7 @@ from .operands import (
     BLOCKS,
     addresses,
     affine,
+    allows_tf32,
     fill,
     geometry,
     images_like,
@@ -47,7 +51,7 @@ from .operands import (
     wide,
 )  # fmt: skip
 
-__all__ = ["STRUCTURES", "Cuda", "Library", "covers"]
+__all__ = ["STRUCTURES", "Cuda", "Library", "Limits", "covers"]
 
 MOST_TAPS = 32  # of a patch, in the image block
 PART_PATCHES = 256
@@ -59,12 +63,14 @@ class Cuda(Reference):
     Args:
         library: the library to load in place of the package's own.
         device: the kind of device that the library's kernels run on (tests run them on the CPU).
+        limits: what a launch of all steps may take of the device, in place of what the device has.
     """
 
     name = "cuda"
 
-    def __init__(self, library: Path | None = None, device: str = "cuda"):
-        self._path, self._device = library or LIBRARY, device
+    def __init__(self, library: Path | None = None, device: str = "cuda", limits: Limits | None = None):
+        self._path, self._device, self._limits = library or LIBRARY, device, limits
+        self._by_device: dict[int, Limits] = {}
 
     @cached_property
     def _library(self) -> Library:
@@ -113,7 +119,8 @@ class Cuda(Reference):
     def layout(self, x: Tensor) -> Tensor:
         return channels_last(x)
 
-    def _launch(self, name: str, parameters: ctypes.Structure, x: Tensor, what: str) -> None:
+    def launch(self, name: str, parameters: ctypes.Structure, x: Tensor, what: str) -> None:
+        """Queues a launcher's kernels on the current stream of x's device."""
         if x.device.type != "cuda":
             self._library.launch(name, parameters, x.dtype, 0, what)
             return
@@ -152,7 +159,7 @@ class Cuda(Reference):
             z_task=z_task, gamma_task=stride(gamma), beta_task=stride(beta), wide_parameters=gamma.dtype == wide(z),
             eps=eps,
         )  # fmt: skip
-        self._launch("norm_relu_pool", parameters, z, named(z=z, gamma=gamma, beta=beta))
+        self.launch("norm_relu_pool", parameters, z, named(z=z, gamma=gamma, beta=beta))
         return y, index, mean, rstd
 
     def norm_relu_pool_grad(
@@ -182,7 +189,7 @@ class Cuda(Reference):
             tasks=tasks, images=images, channels=channels, height=height, width=width, pool=pool, parts=parts,
             z_task=z_task, gamma_task=stride(vector), wide_parameters=vector.dtype == wide(z),
         )  # fmt: skip
-        self._launch("norm_relu_pool_grad", parameters, z, named(gy=gy, z=z, gamma=vector))
+        self.launch("norm_relu_pool_grad", parameters, z, named(gy=gy, z=z, gamma=vector))
         return dz, dgamma.to(dtype), dbeta.to(dtype)
 
     def image_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
@@ -207,12 +214,31 @@ class Cuda(Reference):
         moments = torch.empty(x.shape[0], side, side, dtype=torch.float64, device=x.device)
         partial = torch.empty(x.shape[0], parameters.parts, side, side, dtype=torch.float64, device=x.device)
         fill(parameters, x=x, moments=moments, partial=partial)
-        self._launch("image_moments", parameters, x, f"{named(x=x)}, kernel {kernel}")
+        self.launch("image_moments", parameters, x, f"{named(x=x)}, kernel {kernel}")
         return moments
 
     def image_block(
         self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, index, mean, rstd = self._over_moments(x, weight, gamma, beta, moments, block, True)
+        assert index is not None
+        return y, index, mean, rstd
+
+    def block(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The first block by its patches' moments: neither the convolution's output nor the maxima's places are
+        stored."""
+        if self.image_refusals(x, weight, block):
+            return super().block(x, weight, gamma, beta, block)
+        moments = self.image_moments(x, (weight.shape[-2], weight.shape[-1]), block.conv)
+        y, _, mean, rstd = self._over_moments(x, weight, gamma, beta, moments, block, False)
+        return y, mean, rstd
+
+    def _over_moments(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, moments: Tensor, block: BlockSpec, places: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """`image_block`; None for its index where the maxima's places are not wanted."""
         spec, eps, pool = block
         tasks = max(t.shape[0] for t in (x, weight, gamma, beta))
         x, weight, moments = self.layout(x), weight.contiguous(), moments.contiguous()
@@ -220,13 +246,13 @@ class Cuda(Reference):
         parameters = geometry(x, weight.shape, spec, pool)
         share(parameters, x=x, weight=weight, gamma=gamma, beta=beta, moments=moments)
         size = tasks, x.shape[1], weight.shape[1], parameters.out_height // pool, parameters.out_width // pool
-        y, index = images_like(x, size, x.dtype), images_like(x, size, torch.uint8)
+        y, index = images_like(x, size, x.dtype), images_like(x, size, torch.uint8) if places else None
         mean, rstd = (torch.empty(tasks, weight.shape[1], dtype=wide(x), device=x.device) for _ in range(2))
         parameters.tasks, parameters.parts, parameters.eps = tasks, 1, eps
-        parameters.wide_parameters = gamma.dtype == wide(x)
+        parameters.wide_parameters, parameters.tf32 = gamma.dtype == wide(x), allows_tf32(x)
         fill(parameters, x=x, weight=weight, gamma=gamma, beta=beta, moments=moments, mean=mean, rstd=rstd, y=y,
               index=index)  # fmt: skip
-        self._launch("image_block", parameters, x, named(x=x, weight=weight, gamma=gamma, beta=beta))
+        self.launch("image_block", parameters, x, named(x=x, weight=weight, gamma=gamma, beta=beta))
         return y, index, mean, rstd
 
     def image_block_grad(
@@ -250,7 +276,7 @@ class Cuda(Reference):
         partial = torch.empty(tasks, parameters.parts, outputs, taps + 1, dtype=torch.float64, device=x.device)
         fill(parameters, gy=gy, x=x, weight=weight, gamma=vector, index=index, mean=mean, rstd=rstd, moments=moments,
               dweight=dweight, dgamma=dgamma, dbeta=dbeta, partial=partial)  # fmt: skip
-        self._launch("image_block_grad", parameters, x, named(gy=gy, x=x, weight=weight, gamma=vector))
+        self.launch("image_block_grad", parameters, x, named(gy=gy, x=x, weight=weight, gamma=vector))
         return dweight, dgamma.to(dtype), dbeta.to(dtype)
 
     def cross_entropy_grad(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,7 +291,7 @@ class Cuda(Reference):
             **addresses(logits=logits, labels=labels, loss=loss, gradient=gradient),
             tasks=tasks, images=images, ways=ways, logits_task=stride(logits), labels_task=stride(labels),
         )  # fmt: skip
-        self._launch("cross_entropy_grad", parameters, logits, named(logits=logits, labels=labels))
+        self.launch("cross_entropy_grad", parameters, logits, named(logits=logits, labels=labels))
         return loss, gradient
 
     def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
@@ -284,7 +310,42 @@ class Cuda(Reference):
                 for i, (parameter, gradient, rate) in enumerate(some):
                     table.parameters[i], table.gradients[i] = parameter.data_ptr(), gradient.data_ptr()
                     table.sizes[i], table.rates[i] = parameter.numel(), rate
-                self._launch("sgd", table, some[0][0], f"{len(some)} tensors of {dtype}")
+                self.launch("sgd", table, some[0][0], f"{len(some)} tensors of {dtype}")
+
+    @contextmanager
+    def dependent_launches(self) -> Iterator[None]:
+        """In it, this thread's kernels are placed on the current device while the one before them in the stream ends,
+        and wait for that one before they read or write memory; a CUDA graph keeps such edges. Without effect below
+        compute capability 9.0."""
+        able = self._device != "cuda" or torch.cuda.get_device_capability() >= (9, 0)
+        self._library.set_dependent_launches(able)
+        try:
+            yield
+        finally:
+            self._library.set_dependent_launches(False)
+
+    def limits(self, device: torch.device) -> Limits:
+        """What a launch whose blocks run together may take of a device."""
+        index = device.index or 0
+        if self._limits is not None:
+            return self._limits
+        if index not in self._by_device:
+            self._by_device[index] = self._library.limits(index)
+        return self._by_device[index]
+
+    def plan(self, steps: LastSteps, dtype: torch.dtype, limits: Limits) -> bool:
+        """Spreads the steps over a device; False where they do not fit."""
+        return self._library.plan(steps, dtype, limits)
+
+    def inner_loop(
+        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
+        steps: int, rates: Sequence[float], query: Tensor | None = None,
+    ) -> InnerLoop:  # fmt: skip
+        """The last block's steps, or the linear layer's, are one launch where there is room for them."""
+        plan = last_steps.planned(self, x, labels, parameters, updated, blocks, steps, rates)
+        if isinstance(plan, list):
+            return super().inner_loop(x, labels, parameters, updated, blocks, steps, rates, query)
+        return last_steps.inner_loop(self, self, plan, x, labels, parameters, updated, blocks, steps, rates, query)
 
 
 _OPERATORS = Cuda()

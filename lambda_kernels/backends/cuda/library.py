@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 __all__ = [
-    "DTYPES", "LIBRARY", "SGD_TENSORS", "STRUCTURES", "CrossEntropy", "ImageBlock", "Library", "NormReluPool", "Sgd",
-    "covers",
+    "DTYPES", "LIBRARY", "MOST_STEPS", "MOVED", "SGD_TENSORS", "STRUCTURES", "CrossEntropy", "ImageBlock", "LastSteps",
+    "Library", "Limits", "NormReluPool", "Sgd", "covers",
 ]  # fmt: skip
 
 LIBRARY = Path(__file__).parents[2] / "_cuda.so"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # lk::Dtype
 SGD_TENSORS = 96  # of one launch
+MOST_STEPS = 32  # of one launch of all steps
+MOVED = 5  # parameters of the last block and the linear layer: weight, gamma, beta, head, bias
 
 
 def _fields(pointers: str, sizes: str, doubles: str = "") -> list[tuple[str, Any]]:
@@ -39,7 +41,7 @@ class ImageBlock(ctypes.Structure):
         "x weight gamma beta moments mean rstd y index gy dweight dgamma dbeta partial",
         "tasks images inputs height width outputs kernel_height kernel_width stride_y stride_x padding_y padding_x "
         "dilation_y dilation_x out_height out_width pool parts x_task weight_task gamma_task beta_task moments_task "
-        "wide_parameters",
+        "wide_parameters tf32",
         "eps",
     )
 
@@ -58,13 +60,41 @@ class Sgd(ctypes.Structure):
     ]
 
 
+class LastSteps(ctypes.Structure):
+    _fields_ = [
+        *_fields("x labels", ""),
+        ("from_", ctypes.c_void_p * MOVED),
+        ("to", ctypes.c_void_p * MOVED),
+        *_fields(
+            "rows scratch counters",
+            "tasks images inputs height width outputs kernel_height kernel_width stride_y stride_x padding_y padding_x "
+            "dilation_y dilation_x out_height out_width pool ways features steps x_task labels_task",
+        ),
+        ("from_task", ctypes.c_int64 * MOVED),
+        *_fields(
+            "",
+            "tf32 channels groups parts images_at_once keeps_z keeps_y shared_bytes scratch_bytes tasks_at_once",
+            "eps",
+        ),
+        ("rates", ctypes.c_double * MOVED * MOST_STEPS),
+    ]
+
+
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "norm_relu_pool": NormReluPool, "image_block": ImageBlock, "cross_entropy": CrossEntropy, "sgd": Sgd,
+    "last_steps": LastSteps,
 }  # fmt: skip
 LAUNCHERS = (
     "norm_relu_pool", "norm_relu_pool_grad", "image_moments", "image_block", "image_block_grad", "cross_entropy_grad",
-    "sgd",
+    "sgd", "last_steps",
 )  # fmt: skip
+
+
+class Limits(NamedTuple):
+    """What a device has for blocks of threads that run together."""
+
+    processors: int
+    shared: int  # bytes of shared memory that one block may have
 
 
 class Library:
@@ -90,6 +120,11 @@ class Library:
             self._call("lk_set_device", ctypes.c_int, ctypes.c_int)
             for name in LAUNCHERS:
                 self._call(f"lk_{name}", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+            self._call(
+                "lk_last_steps_plan", ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_int64
+            )
+            self._call("lk_limits", ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+            self._call("lk_set_dependent_launches", None, ctypes.c_int)
             self.architectures: str = self._call("lk_architectures", ctypes.c_char_p)().decode()
         except (OSError, AttributeError) as error:
             raise OSError(f"{path.name} is of no use ({error}): build lambda-kernels again") from None
@@ -101,6 +136,20 @@ class Library:
 
     def set_device(self, index: int) -> None:
         self._check("lk_set_device", self._code.lk_set_device(index), f"device {index}")
+
+    def set_dependent_launches(self, allowed: bool) -> None:
+        """For this thread's launches: whether one may be placed on the device while the one before it ends."""
+        self._code.lk_set_dependent_launches(allowed)
+
+    def limits(self, index: int) -> Limits:
+        """Of a device."""
+        found = (ctypes.c_int64 * 2)()
+        self._check("lk_limits", self._code.lk_limits(index, found), f"device {index}")
+        return Limits(*found)
+
+    def plan(self, parameters: LastSteps, dtype: torch.dtype, limits: Limits) -> bool:
+        """Spreads the last block's steps over a device; False where they do not fit."""
+        return self._code.lk_last_steps_plan(ctypes.byref(parameters), DTYPES[dtype], *limits) == 0
 
     def launch(self, name: str, parameters: ctypes.Structure, dtype: torch.dtype, stream: int, what: str) -> None:
         """RuntimeError, with CUDA's words and `what`, where the launch fails."""

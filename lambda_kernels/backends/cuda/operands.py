@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ PART_BYTES = 65536
 def wide(x: Tensor) -> torch.dtype:
     """The dtype of statistics and sums."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def allows_tf32(x: Tensor) -> bool:
+    """Whether convolutions of x may multiply numbers rounded to TF32: the device can, and for float32 torch's switches
+    allow it; half precision has no more digits."""
+    switch: Any = torch.backends.cudnn
+    wished = x.dtype != torch.float64 and (x.dtype != torch.float32 or switch.conv.fp32_precision == "tf32")
+    return wished and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def one_dtype(z: Tensor, *others: Tensor) -> bool:
@@ -57,7 +66,7 @@ def addresses(**tensors: Tensor | None) -> dict[str, int]:
     return {name: t.data_ptr() for name, t in tensors.items() if t is not None}
 
 
-def fill(parameters: ctypes.Structure, **tensors: Tensor) -> None:
+def fill(parameters: ctypes.Structure, **tensors: Tensor | None) -> None:
     for name, address in addresses(**tensors).items():
         setattr(parameters, name, address)
 
