@@ -7,12 +7,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machine import PATIENCE
+
+from lambda_kernels.backends.table import cache_folder
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -34,19 +38,66 @@ KERNELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+OLDEST = "3.6.0"  # of the GPU machines; the pinned one is newer
+
+
+def ahead_of_time(*options: str, triton: Path | None = None) -> Any:
+    """What tests/triton_aot.py prints, with the triton of a folder instead of the installed one."""
+    paths = [*([str(triton)] if triton else []), str(ROOT), str(ROOT / "tests")]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "tests" / "triton_aot.py")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-        timeout=PATIENCE,
-    )
+        [sys.executable, "-W", "error", str(ROOT / "tests" / "triton_aot.py"), *options],
+        capture_output=True, text=True, env=environment | {"PYTHONPATH": os.pathsep.join(paths)}, timeout=PATIENCE,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return ahead_of_time()
+
+
+@pytest.fixture(scope="module")
+def oldest_triton() -> Path:
+    """A folder with the oldest triton that the backend takes; downloaded once where pip finds it."""
+    if metadata.version("triton") == OLDEST:
+        pytest.skip(f"triton {OLDEST} is the installed one")
+    named = os.environ.get("LAMBDA_KERNELS_OLDEST_TRITON")
+    if named:
+        return Path(named)
+    folder = cache_folder() / f"triton-{OLDEST}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as fresh:
+            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--no-deps"]
+            patience = ["--no-compile", "--retries", "1", "--timeout", "15"]
+            done = subprocess.run(
+                [*pip, *patience, "--target", f"{fresh}/triton", f"triton=={OLDEST}"], capture_output=True, text=True
+            )
+            if done.returncode != 0:
+                pip_says = done.stderr.strip().rpartition("\n")[2]
+                pytest.skip(
+                    f"triton {OLDEST} cannot be downloaded, and LAMBDA_KERNELS_OLDEST_TRITON names none: {pip_says}"
+                )
+            with suppress(OSError):  # another process was first
+                os.rename(f"{fresh}/triton", folder)
+    return folder
+
+
+def check_specialisations(found: dict[str, Any], version: str) -> None:
+    assert found["triton"] == version
+    assert found["tried"].keys() == KERNELS and found["failed"] == {}
+
+
+def test_sizes_of_every_kind_are_compiled() -> None:
+    # An argument that is 1 is a constant of the kernel, and a large one has 64 bits.
+    check_specialisations(ahead_of_time("--specialisations"), metadata.version("triton"))
+
+
+@pytest.mark.slow
+def test_the_oldest_triton_compiles_sizes_of_every_kind(oldest_triton: Path) -> None:
+    check_specialisations(ahead_of_time("--specialisations", triton=oldest_triton), OLDEST)
 
 
 @pytest.mark.slow

@@ -328,7 +328,7 @@ def dense_gradient(
     average = tl.load(mean + own, channel_inside, other=0.0)
     inverse = tl.load(rstd + own, channel_inside, other=0.0)
     scale = tl.load(gamma + task * gamma_task + channel, channel_inside, other=0.0).to(SUM) * inverse
-    values = images.to(SUM) * height.to(SUM) * width.to(SUM)
+    values = tl.cast(images, SUM) * tl.cast(height, SUM) * tl.cast(width, SUM)  # a size of 1 is a constant
     for_gamma = tl.load(sums + own, channel_inside, other=0.0) / values
     for_beta = tl.load(sums + tl.cast(tasks, tl.int64) * channels + own, channel_inside, other=0.0) / values
 
