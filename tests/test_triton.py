@@ -163,6 +163,39 @@ def test_a_wide_convolution_reads_one_tap_at_a_time(tasks: tuple[int, int], dtyp
         assert_as_exact(name, own, theirs, want, terms)
 
 
+def device_tiles() -> list[Any]:
+    """The tiles that a device chooses from, each size once: warps and stages mean nothing to the interpreter."""
+    from lambda_kernels.backends.triton import products
+
+    every = (*products.MATRIX_TILES, *products.WEIGHT_TILES, *products.SCALAR_TILES, *products.DOUBLE_TILES)
+    return list({tile[:3]: tile for tile in every}.values())
+
+
+@pytest.mark.parametrize("channels", [64, 6])  # one tap of the kernel at a time, and several
+@pytest.mark.parametrize("tile", device_tiles(), ids=lambda tile: "x".join(map(str, tile[:3])))
+def test_products_in_the_tiles_of_a_device(monkeypatch: pytest.MonkeyPatch, tile: Any, channels: int) -> None:
+    from lambda_kernels.backends.triton import products
+
+    monkeypatch.setattr(products, "_tiles", lambda operand, precision, *sizes: [tile.within(*sizes[:3])])
+    dtype = SINGLE if DEVICE == "cpu" else torch.float16  # float32 has tiles of its own there
+    x, weight = randn(1, 2, channels, 7, 5, dtype=dtype), randn(1, 40, channels, 3, 3, dtype=dtype)
+    gy, vector = randn(1, 2, 40, 7, 5, dtype=dtype), randn(1, 40, dtype=dtype)
+
+    def every(backend: Reference, x: Tensor, weight: Tensor, gy: Tensor, vector: Tensor) -> list[Tensor]:
+        z, _, _, mean, rstd = backend.conv_block(x, weight, vector, vector, BlockSpec(PLAIN, 1e-5, 2))
+        gx = backend.conv2d_input_grad(gy, weight, x.shape, PLAIN)
+        gw = backend.conv2d_weight_grad(gy, x, weight.shape, PLAIN)
+        return [z, rstd, gx, gw, backend.linear(gy.flatten(3)[:, 0], x.flatten(3)[:, 0], None)]
+
+    operands = (TRITON.layout(x), weight, TRITON.layout(gy), vector)
+    results = [every(TRITON, *operands), every(REFERENCE, *operands)]
+    truth = every(REFERENCE, *(t.double() for t in operands))
+    for name, terms, mine, stock, exact in zip(
+        ("z", "rstd", "x", "weight", "product"), (576, 70, 360, 70, 35), *results, truth
+    ):
+        assert_as_exact(name, mine, stock, exact, terms)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("shapes", LINEARS.values(), ids=LINEARS)
