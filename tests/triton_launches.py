@@ -6,6 +6,7 @@ Nothing runs: a driver without a device stands where triton looks for a GPU. Not
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -72,25 +73,37 @@ def specialised(call: Call) -> Launch:
     return Launch(call.kernel.fn.__module__.rpartition(".")[2], name, *found[0], call.options)
 
 
-def calls(dtype: str, every_tile: bool) -> list[Call]:
-    """What the backend launches for first and inner blocks, a head and their gradients, each specialisation once.
+class Recorded(NamedTuple):
+    """What was launched, each specialisation once, and the keys and how many tiles were timed for each of them."""
 
-    `dtype`: torch's name, or tf32. Without `every_tile` the first tile of each product.
+    calls: list[Call]
+    tiles: dict[Any, int]
+
+
+@contextmanager
+def recording(dtype: str, every_tile: bool) -> Iterator[Recorded]:
+    """The backend's launches are kept, not run; without `every_tile` with the first tile of each product.
+
+    `dtype`: torch's name, or tf32.
     """
     from lambda_kernels.backends.triton import launch, loss, norm, products, update
-    from lambda_kernels.spec import ConvSpec
 
-    found: list[tuple[Launch, Call]] = []
+    found: list[Launch] = []
+    recorded = Recorded([], {})
 
     def keep(kernel: Any, programs: int, where: torch.Tensor, *arguments: Any, **options: int) -> None:
         call = Call(kernel, arguments, options)
         one = specialised(call)
-        if all(one != other for other, _ in found):
-            found.append((one, call))
+        if one not in found:
+            found.append(one)
+            recorded.calls.append(call)
 
     def tile(self: Any, key: Any, tiles: Any, where: Any, run: Any) -> Any:
-        for one in tiles if every_tile else tiles[:1]:
-            run(one)
+        key = (self.kernel.fn.__name__, *key)
+        if key not in recorded.tiles:
+            recorded.tiles[key] = len(tiles)
+            for one in tiles if every_tile else tiles[:1]:
+                run(one)
         return tiles[0]
 
     def arithmetic(operand: torch.Tensor, kind: str) -> tuple[str, bool, Any]:
@@ -98,9 +111,6 @@ def calls(dtype: str, every_tile: bool) -> list[Call]:
 
         return "tf32" if dtype == "tf32" else "ieee", False, tl.float64 if dtype == "float64" else tl.float32
 
-    kind = getattr(torch, {"tf32": "float32"}.get(dtype, dtype))
-    spec, strided = ConvSpec((1, 1), (1, 1), (1, 1), 1), ConvSpec((2, 2), (1, 1), (1, 1), 1)
-    tasks, images, width, size, ways = 4, 25, 64, 20, 5
     with (
         mock.patch.object(launch.Tuner, "tile", tile),
         mock.patch.object(products, "_arithmetic", arithmetic),
@@ -109,26 +119,60 @@ def calls(dtype: str, every_tile: bool) -> list[Call]:
         mock.patch.object(loss, "launch", keep),
         mock.patch.object(update, "launch", keep),
     ):
+        yield recorded
+
+
+def calls(dtype: str, every_tile: bool, rare: bool = False) -> list[Call]:
+    """What the backend launches for first and inner blocks, a head and their gradients.
+
+    `rare`: convolutions with bias and with strides too, whose kernels differ from the others by their constants alone.
+    """
+    from lambda_kernels.backends.triton import loss, norm, products, update
+    from lambda_kernels.spec import ConvSpec
+
+    kind = getattr(torch, {"tf32": "float32"}.get(dtype, dtype))
+    spec, strided = ConvSpec((1, 1), (1, 1), (1, 1), 1), ConvSpec((2, 2), (1, 1), (1, 1), 1)
+    tasks, images, width, size, ways = 4, 25, 64, 20, 5
+    with recording(dtype, every_tile) as recorded:
         gamma = torch.empty(tasks, width, dtype=kind)
         for channels in (3, width):
             x = torch.empty(tasks, images, size, size, channels, dtype=kind).permute(0, 1, 4, 2, 3)
             weight = torch.empty(tasks, width, channels, 3, 3, dtype=kind)
             z, y, index, mean, rstd = norm.conv_block(x, weight, gamma, gamma, spec, 1e-5, 2)
             products.conv2d_weight_grad(z, x, weight.shape, spec)
-            if channels == 3 and every_tile:  # differ from the others by their constants alone
+            if channels == 3 and rare:
                 products.conv2d(x, weight[:1], gamma[:1], spec)
                 products.conv2d_input_grad(z[..., :10, :10], weight, x.shape, strided)
         products.conv2d_input_grad(z, weight, x.shape, spec)
-        norm.norm_relu_pool(z, gamma, gamma, 1e-5, 2)
+        norm.norm_relu_pool(z, gamma, gamma, 1e-5, 2)  # of so many pixels that their moments are merged in groups
         norm.norm_relu_pool_grad(y, z, gamma, index, mean, rstd, 2, True)
         features = y.flatten(2)
         head = torch.empty(tasks, ways, features.shape[2], dtype=kind)
         g = products.linear(features, head, gamma[:, :ways])
+        products.linear(features, head[:1], None)  # of all tasks' images at a time
         products.linear(g.mT, features.mT, None)
         products.linear(g, head.mT, None)
         update.sgd_([gamma, head], [gamma, head], [0.01, 0.02])
         loss.cross_entropy_grad(g, torch.zeros(1, images, dtype=torch.int64))
-    return [call for _, call in found]
+    return recorded.calls
+
+
+def adaptation(pattern: str, tasks: int) -> Recorded:
+    """What the steps of one adaptation of conv4 launch, in TF32: 64 channels, 84x84, 25 images of 5 classes."""
+    from lambda_kernels.backends.triton import Triton
+    from lambda_kernels.spec import BlockSpec, ConvSpec
+
+    block = BlockSpec(ConvSpec((1, 1), (1, 1), (1, 1), 1), 1e-5, 2)
+    shapes: list[tuple[int, ...]] = [
+        shape for channels in (3, 64, 64, 64) for shape in ((64, channels, 3, 3), (64,), (64,))
+    ]
+    shapes += [(5, 64 * 25), (5,)]
+    updated = [bit == "1" for bit, count in zip(pattern, (3, 3, 3, 3, 2)) for _ in range(count)]
+    parameters = [torch.zeros(tasks if moves else 1, *shape) for moves, shape in zip(updated, shapes)]
+    x, labels = torch.zeros(tasks, 25, 3, 84, 84), torch.zeros(tasks, 25, dtype=torch.int64)
+    with recording("tf32", every_tile=True) as recorded:
+        Triton().inner_loop(x, labels, parameters, updated, [block] * 4, 2, [0.01])  # the other steps repeat the second
+    return recorded
 
 
 def variants(call: Call, alone: bool) -> Iterator[tuple[str, Call]]:
