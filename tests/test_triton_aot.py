@@ -194,6 +194,8 @@ def check_products(rows: list[dict[str, Any]]) -> None:
         assert wide(row) and ptx.get("loop_loads", 0) <= 16 and sass["LDGSTS"] == sass["LDGSTS.128"], row
         if "x" not in row["precision"]:
             assert ptx.get("copies_16") and not ptx.get("loop_loads"), row
+    linear = [row for row in by_cores if (row["kernel"], row["dtype"]) == ("matrix_product", "tf32")]
+    assert linear and [row for row in linear if row["ptx"].get("copies_4") or not wide(row)] == []
     # Float32's exactness rests on sums that are added to each other outside of the tensor cores.
     split = [row for row in rows if "x" in row["precision"] and (row["transposed"] or row["kernel"] != "convolve")]
     assert {row["precision"] for row in split} == {"bf16x3", "bf16x6", "tf32x3"}

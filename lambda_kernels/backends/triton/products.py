@@ -210,7 +210,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return y
     bias_strides = _strides(bias) if bias is not None else [0, 0]
     precision, widen, total = _arithmetic(x, "matmul")
-    ways = _ways(x, precision, rows, columns, terms)
+    # With the columns abreast, copies that run ahead would turn float32 4 bytes at a time.
+    turned = x.dtype == torch.float32 and weight.stride(-1) != 1
+    tiles = [tile._replace(stages=1) if turned else tile for tile in MATRIX_TILES]
+    ways = _ways(x, precision, rows, columns, terms, dict.fromkeys(tiles, precision))
 
     def run(tile: Tile) -> None:
         programs = tasks * blocks(rows, tile.rows) * blocks(columns, tile.columns)
