@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from cases import IMAGES, ImageCase
 from chains import FEW, LR, MIXED, Network, given, in_other_memory
 from machine import needs_native
 
-from lambda_kernels.backends import native
+from lambda_kernels.backends import cuda, native
 from lambda_kernels.backends.reference import channels_last
 from lambda_kernels.spec import BlockSpec, ConvSpec
 
@@ -78,6 +79,23 @@ def test_every_operator_keeps_all_of_torchs_rules() -> None:
     torch.library.opcheck(OPS.chain_logits.default, features)
     back = (y, x, parameters[:-2], kept, *shape, [1] * (len(parameters) - 2), True, False)
     torch.library.opcheck(OPS.chain_logits_grad.default, back)
+
+
+def test_the_implementations_for_cuda_keep_torchs_rules(
+    emulated_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Those of the operators above that have one: as operators of their own, on the CPU.
+    monkeypatch.setattr(cuda, "_OPERATORS", cuda.Cuda(emulated_library, "cpu"))
+    every = torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
+    names = [name.split("::")[1] for name in every if name.startswith("lambda_kernels::")]
+    assert sorted(names) == ["norm_relu_pool", "norm_relu_pool_grad"]
+    library, known = torch.library.Library("lambda_kernels_emulated", "DEF"), calls()
+    for name in names:
+        operator = getattr(OPS, name).default
+        library.define(str(operator._schema).partition("::")[2])
+        library.impl(name, getattr(cuda, f"_{name}"), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lambda_kernels_emulated::{name}", operator, lib=library)
+        torch.library.opcheck(getattr(torch.ops.lambda_kernels_emulated, name).default, known[name])
 
 
 SHAPES = ("test_schema", "test_faketensor")

@@ -1,32 +1,36 @@
-# Kernels are not typed: triton reads their annotations.
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """Convolution, its two gradients and the linear layer, as matrix products with a task axis.
 
-A convolution's sum runs over k = (r, s, c), the channel c fastest. Products of float32 are exact, or TF32 where torch's
-own switch for this kind of operation allows it.
+A convolution's sum runs over k = (r, s, c), the channel c fastest. Products of float32 are TF32 where torch's switch
+for this kind of operation allows it. Else they are as exact as float32: fused multiply-adds, or sums of products of the
+operands' parts, which tensor cores take (tests/test_triton_parts.py). Every sum has a fixed order for a tile.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...spec import ConvSpec
 from .launch import INTERPRETED, LARGEST_COUNT, Tile, Tuner, blocks, bucket, launch
 from .outputs import conv2d_output, input_grad_output, linear_output, weight_grad_output
+from .product_kernels import convolve, matrix_product, sum_splits, weight_gradient
 
 # For tensor cores; the first one is taken where nothing can be measured.
 MATRIX_TILES: tuple[Tile, ...] = (
     Tile(128, 64, 32, 8, 3),
     Tile(64, 64, 32, 4, 3),
-    Tile(128, 64, 64, 8, 3),
     Tile(128, 128, 32, 8, 3),
     Tile(64, 32, 64, 4, 4),
     Tile(32, 32, 64, 4, 4),
+)
+# Beside them where a block of the sum is one tap of the kernel: pixels as columns, see _swapped.
+TAP_TILES = (
+    Tile(128, 64, 32, 4, 3),
+    Tile(256, 64, 32, 8, 3),
 )
 WEIGHT_TILES = (
     Tile(64, 64, 32, 4, 3),
@@ -34,12 +38,24 @@ WEIGHT_TILES = (
     Tile(64, 128, 32, 4, 3),
     Tile(32, 64, 32, 4, 3),
 )
+# Of float32, whose pixels would have to lie abreast for a tensor core: as sums of products of bfloat16, which need not,
+# closer than TF32; read 16 bytes at a time, as no copy runs ahead that would turn them.
+PARTED_WEIGHT_TILES = (
+    Tile(64, 64, 32, 4, 1),
+    Tile(64, 64, 64, 4, 1),
+    Tile(64, 128, 32, 4, 1),
+)
 # For float32 in fused multiply-adds, whose operands lie in registers, and for float64.
 SCALAR_TILES = (
     Tile(64, 64, 16, 4, 2),
     Tile(128, 64, 16, 8, 2),
     Tile(32, 64, 16, 4, 2),
     Tile(32, 32, 32, 4, 2),
+)
+# For float32 by tensor cores where TF32 is off: products of the operands' parts, the sums of blocks added outside.
+EXACT_TILES = (
+    Tile(64, 64, 32, 4, 3),
+    Tile(128, 64, 32, 8, 3),
 )
 DOUBLE_TILES = (
     Tile(128, 64, 16, 8, 2),
@@ -49,370 +65,10 @@ INTERPRETED_TILES: tuple[Tile, ...] = (Tile(128, 64, 64, 4, 1),)
 # Programs among which a weight gradient's pixels are split, and the fewest pixels worth a program.
 SPLIT_PROGRAMS = 512
 SPLIT_PIXELS = 256
+# The same for the terms of a matrix product.
+SPLIT_PRODUCTS = 128
+SPLIT_TERMS = 256
 REDUCE_BLOCK = 512
-
-
-@triton.jit
-def tile_moments(v, inside, count, ROWS: tl.constexpr):
-    """origin, shift, squares: the mean of v [ROWS, C] down its `count` rows as origin + shift, the squares about it.
-
-    The origin is the first row, of float32 in 8 bits: differences from it are exact, and sums of up to 256 equal ones.
-    """
-    first = tl.sum(tl.where((tl.arange(0, ROWS) == 0)[:, None], v, 0.0), 0)
-    origin = first if v.dtype == tl.float64 else first.to(tl.bfloat16).to(tl.float32)
-    d = tl.where(inside, v - origin[None, :], 0.0)
-    total = tl.sum(d, 0)
-    shift = total / count if v.dtype == tl.float64 else tl.div_rn(total, tl.zeros_like(total) + count)
-    d = tl.where(inside, d - shift[None, :], 0.0)
-    return origin, shift, tl.sum(d * d, 0)
-
-
-@triton.jit
-def convolve(
-    a,
-    weight,
-    bias,
-    y,
-    partial,
-    images,
-    a_height,
-    a_width,
-    y_height,
-    y_width,
-    pixels,
-    pixel_tiles,
-    outs,
-    groups,
-    a_task,
-    a_image,
-    a_channel,
-    a_row,
-    a_column,
-    w_task,
-    w_group,
-    w_out,
-    w_in,
-    w_row,
-    w_column,
-    bias_task,
-    bias_out,
-    y_task,
-    y_image,
-    y_channel,
-    y_row,
-    y_column,
-    CHANNELS: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BIASED: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    SUM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TERMS: tl.constexpr,
-):
-    """y = convolution(a, weight) + bias; TRANSPOSED: the gradient of a convolution's input, where a is that of y.
-
-    One program makes ROWS pixels x COLUMNS channels of one group. `pixels` counts those that share a weight, over the
-    images of one task or of all. MOMENTS: partial [T, pixel_tiles, 2, groups outs] gets the tile's mean of y and the
-    sum of squares about it.
-    """
-    pid = tl.program_id(0)
-    out_tiles = tl.cdiv(outs, COLUMNS)
-    out_tile = pid % out_tiles
-    tile = pid // out_tiles % pixel_tiles
-    group = pid // out_tiles // pixel_tiles % groups
-    task = (pid // out_tiles // pixel_tiles // groups).to(tl.int64)
-
-    pixel = tile * ROWS + tl.arange(0, ROWS)
-    row_inside = pixel < pixels
-    column = pixel % y_width
-    row = pixel // y_width % y_height
-    image = pixel // y_width // y_height
-    own_task = task + image // images
-    image = (image % images).to(tl.int64)
-    out = out_tile * COLUMNS + tl.arange(0, COLUMNS)
-    out_inside = out < outs
-
-    if TRANSPOSED:
-        h0 = row + PH
-        w0 = column + PW
-    else:
-        h0 = row * SH - PH
-        w0 = column * SW - PW
-    DOWN: tl.constexpr = -DH if TRANSPOSED else DH
-    RIGHT: tl.constexpr = -DW if TRANSPOSED else DW
-    SPREAD: tl.constexpr = TRANSPOSED and (SH > 1 or SW > 1)
-    a_base = own_task * a_task + image * a_image
-    if not SPREAD:
-        a_base += h0.to(tl.int64) * a_row + w0.to(tl.int64) * a_column
-    a_first = (group * CHANNELS).to(tl.int64) * a_channel
-    w_base = task * w_task + group.to(tl.int64) * w_group + out.to(tl.int64) * w_out
-
-    acc = tl.zeros((ROWS, COLUMNS), SUM)
-    for k0 in range(0, CHANNELS * KH * KW, TERMS):
-        if CHANNELS % TERMS == 0:  # one tap of the kernel per block: the image's border is a matter of rows alone
-            tap = k0 // CHANNELS
-            r = tap // KW
-            s = tap - r * KW
-            channel = (k0 - tap * CHANNELS + tl.arange(0, TERMS)).to(tl.int64)
-            h = h0 + r * DOWN
-            w = w0 + s * RIGHT
-            inside = row_inside
-            if SPREAD:
-                inside &= (h % SH == 0) & (w % SW == 0)
-                h = h // SH
-                w = w // SW
-                a_rows = a_base + h.to(tl.int64) * a_row + w.to(tl.int64) * a_column
-            else:
-                a_rows = a_base + tl.cast(r * DOWN, tl.int64) * a_row + tl.cast(s * RIGHT, tl.int64) * a_column
-            inside &= (h >= 0) & (h < a_height) & (w >= 0) & (w < a_width)
-            a_tile = tl.load(
-                a + (a_rows[:, None] + (a_first + channel * a_channel)[None, :]), inside[:, None], other=0.0
-            )
-            w_terms = channel * w_in + tl.cast(r, tl.int64) * w_row + tl.cast(s, tl.int64) * w_column
-            w_tile = tl.load(weight + (w_terms[:, None] + w_base[None, :]), out_inside[None, :], other=0.0)
-        else:
-            k = k0 + tl.arange(0, TERMS)
-            tap = k // CHANNELS
-            r = tap // KW
-            s = tap - r * KW
-            channel = (k - tap * CHANNELS).to(tl.int64)
-            term_inside = k < CHANNELS * KH * KW
-            h = h0[:, None] + (r * DOWN)[None, :]
-            w = w0[:, None] + (s * RIGHT)[None, :]
-            inside = row_inside[:, None] & term_inside[None, :]
-            a_terms = a_first + channel * a_channel
-            if SPREAD:
-                inside &= (h % SH == 0) & (w % SW == 0)
-                h = h // SH
-                w = w // SW
-                a_at = a_base[:, None] + a_terms[None, :] + h.to(tl.int64) * a_row + w.to(tl.int64) * a_column
-            else:
-                a_terms += (r * DOWN).to(tl.int64) * a_row + (s * RIGHT).to(tl.int64) * a_column
-                a_at = a_base[:, None] + a_terms[None, :]
-            inside &= (h >= 0) & (h < a_height) & (w >= 0) & (w < a_width)
-            a_tile = tl.load(a + a_at, inside, other=0.0)
-            w_terms = channel * w_in + r.to(tl.int64) * w_row + s.to(tl.int64) * w_column
-            w_tile = tl.load(
-                weight + (w_terms[:, None] + w_base[None, :]), term_inside[:, None] & out_inside[None, :], other=0.0
-            )
-        if WIDEN:
-            a_tile = a_tile.to(SUM)
-            w_tile = w_tile.to(SUM)
-        acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION, out_dtype=SUM)
-
-    to = group.to(tl.int64) * outs + out
-    if BIASED:
-        acc += tl.load(bias + task * bias_task + to * bias_out, out_inside, other=0.0).to(SUM)[None, :]
-    z = acc.to(y.dtype.element_ty)
-    y_rows = own_task * y_task + image * y_image + row.to(tl.int64) * y_row + column.to(tl.int64) * y_column
-    tl.store(y + (y_rows[:, None] + (to * y_channel)[None, :]), z, mask=row_inside[:, None] & out_inside[None, :])
-    if MOMENTS:
-        # Of the values as stored.
-        count = tl.minimum(pixels - tile * ROWS, ROWS).to(SUM)
-        origin, shift, squares = tile_moments(z.to(SUM), row_inside[:, None], count, ROWS)
-        at = (task * pixel_tiles + tile) * 2 * groups * outs + to
-        tl.store(partial + at, origin + shift, mask=out_inside)
-        tl.store(partial + at + groups * outs, squares, mask=out_inside)
-
-
-@triton.jit
-def weight_gradient(
-    gy,
-    x,
-    gw,
-    images,
-    height,
-    width,
-    y_height,
-    y_width,
-    pixels,
-    chunk,
-    splits,
-    outs,
-    groups,
-    g_task,
-    g_image,
-    g_channel,
-    g_row,
-    g_column,
-    x_task,
-    x_image,
-    x_channel,
-    x_row,
-    x_column,
-    gw_split,
-    gw_task,
-    gw_out,
-    gw_in,
-    gw_row,
-    gw_column,
-    CHANNELS: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    SUM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TERMS: tl.constexpr,
-):
-    """gw [splits, T, O, C / groups, kh, kw]: each split's share of the pixels of the weight gradient.
-
-    One program makes ROWS output channels x COLUMNS of k from `chunk` of the `pixels` that share a weight.
-    """
-    pid = tl.program_id(0)
-    out_tiles = tl.cdiv(outs, ROWS)
-    k_tiles = tl.cdiv(CHANNELS * KH * KW, COLUMNS)
-    out_tile = pid % out_tiles
-    pid = pid // out_tiles
-    k_tile = pid % k_tiles
-    pid = pid // k_tiles
-    split = pid % splits
-    group = pid // splits % groups
-    task = (pid // splits // groups).to(tl.int64)
-
-    out = out_tile * ROWS + tl.arange(0, ROWS)
-    out_inside = out < outs
-    to = group.to(tl.int64) * outs + out
-    k = k_tile * COLUMNS + tl.arange(0, COLUMNS)
-    k_inside = k < CHANNELS * KH * KW
-    tap = k // CHANNELS
-    channel = (k - tap * CHANNELS).to(tl.int64)
-    if CHANNELS % COLUMNS == 0:  # one tap of the kernel per program: the image's border is a matter of rows alone
-        tap = k_tile * COLUMNS // CHANNELS
-    r = tap // KW
-    s = tap - r * KW
-    down = r * DH - PH
-    right = s * DW - PW
-    g_columns = to * g_channel
-    x_columns = (group * CHANNELS + channel) * x_channel + down.to(tl.int64) * x_row + right.to(tl.int64) * x_column
-
-    first = split * chunk
-    last = tl.minimum(first + chunk, pixels)
-    acc = tl.zeros((ROWS, COLUMNS), SUM)
-    for p0 in range(first, last, TERMS):
-        pixel = p0 + tl.arange(0, TERMS)
-        pixel_inside = pixel < last
-        column = pixel % y_width
-        row = pixel // y_width % y_height
-        image = pixel // y_width // y_height
-        own_task = task + image // images
-        image = (image % images).to(tl.int64)
-        g_rows = own_task * g_task + image * g_image + row.to(tl.int64) * g_row + column.to(tl.int64) * g_column
-        g_tile = tl.load(
-            gy + (g_rows[:, None] + g_columns[None, :]), pixel_inside[:, None] & out_inside[None, :], other=0.0
-        )
-        x_rows = own_task * x_task + image * x_image
-        x_rows += (row * SH).to(tl.int64) * x_row + (column * SW).to(tl.int64) * x_column
-        if CHANNELS % COLUMNS == 0:
-            h = row * SH + down
-            w = column * SW + right
-            inside = (pixel_inside & (h >= 0) & (h < height) & (w >= 0) & (w < width))[:, None]
-        else:
-            h = (row * SH)[:, None] + down[None, :]
-            w = (column * SW)[:, None] + right[None, :]
-            inside = pixel_inside[:, None] & k_inside[None, :] & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        x_tile = tl.load(x + (x_rows[:, None] + x_columns[None, :]), inside, other=0.0)
-        if WIDEN:
-            g_tile = g_tile.to(SUM)
-            x_tile = x_tile.to(SUM)
-        acc = tl.dot(tl.trans(g_tile), x_tile, acc, input_precision=PRECISION, out_dtype=SUM)
-
-    gw_columns = channel * gw_in + r.to(tl.int64) * gw_row + s.to(tl.int64) * gw_column
-    gw += split.to(tl.int64) * gw_split + task * gw_task
-    tl.store(
-        gw + ((to * gw_out)[:, None] + gw_columns[None, :]),
-        acc.to(gw.dtype.element_ty),
-        mask=out_inside[:, None] & k_inside[None, :],
-    )
-
-
-@triton.jit
-def sum_splits(partial, gw, splits, size, CHANNELS: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr):
-    """gw [T O, CHANNELS, TAPS] = the sum of partial [splits, T O, TAPS, CHANNELS], always in the same order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), partial.dtype.element_ty)
-    for split in range(0, splits):
-        acc += tl.load(partial + tl.cast(split, tl.int64) * size + at, at < size, other=0.0)
-    channel = at % CHANNELS
-    tap = at // CHANNELS % TAPS
-    to = at // CHANNELS // TAPS
-    tl.store(gw + (to * CHANNELS + channel) * TAPS + tap, acc.to(gw.dtype.element_ty), mask=at < size)
-
-
-@triton.jit
-def matrix_product(
-    x,
-    weight,
-    bias,
-    y,
-    rows,
-    columns,
-    terms,
-    x_task,
-    x_row,
-    x_term,
-    w_task,
-    w_column,
-    w_term,
-    bias_task,
-    bias_column,
-    BIASED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    SUM: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TERMS: tl.constexpr,
-):
-    """y [T, rows, columns] = x weight^T + bias, each task's own; y is contiguous."""
-    pid = tl.program_id(0)
-    row_tiles = tl.cdiv(rows, ROWS)
-    column_tiles = tl.cdiv(columns, COLUMNS)
-    row = pid % row_tiles * ROWS + tl.arange(0, ROWS)
-    column = pid // row_tiles % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
-    task = (pid // row_tiles // column_tiles).to(tl.int64)
-    row_inside = row < rows
-    column_inside = column < columns
-    x_rows = task * x_task + row.to(tl.int64) * x_row
-    w_columns = task * w_task + column.to(tl.int64) * w_column
-    acc = tl.zeros((ROWS, COLUMNS), SUM)
-    for k0 in range(0, terms, TERMS):
-        k = k0 + tl.arange(0, TERMS)
-        inside = k < terms
-        k = k.to(tl.int64)
-        x_tile = tl.load(
-            x + (x_rows[:, None] + (k * x_term)[None, :]), row_inside[:, None] & inside[None, :], other=0.0
-        )
-        w_tile = tl.load(
-            weight + ((k * w_term)[:, None] + w_columns[None, :]), inside[:, None] & column_inside[None, :], other=0.0
-        )
-        if WIDEN:
-            x_tile = x_tile.to(SUM)
-            w_tile = w_tile.to(SUM)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION, out_dtype=SUM)
-    if BIASED:
-        acc += tl.load(bias + task * bias_task + column * bias_column, column_inside, other=0.0).to(SUM)[None, :]
-    at = (task * rows + row)[:, None] * columns + column[None, :]
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=row_inside[:, None] & column_inside[None, :])
-
 
 CONVOLVE, WEIGHT_GRADIENT, MATRIX_PRODUCT = Tuner(convolve), Tuner(weight_gradient), Tuner(matrix_product)
 
@@ -475,6 +131,9 @@ def _convolve(
     bias_strides = _strides(bias) if bias is not None else [0, 0]
     precision, widen, total = _arithmetic(a, "conv")
     partial = y.new_empty(0)
+    for_cores = (*MATRIX_TILES, *(TAP_TILES if channels % TAP_TILES[0].terms == 0 else ()))
+    matrix, exact = dict.fromkeys(for_cores, precision), dict.fromkeys(EXACT_TILES, "tf32x3")
+    ways = _ways(a, precision, pixels, outs, channels * kernel[0] * kernel[1], matrix, exact)
 
     def run(tile: Tile) -> None:
         nonlocal partial
@@ -488,14 +147,14 @@ def _convolve(
             images, *a.shape[-2:], *y.shape[-2:], pixels, tiles, outs, spec.groups,
             *_strides(a), w_task, w_group, w_out, w_in, w_row, w_column, *bias_strides, *_strides(y),
             channels, *kernel, *spec.stride, *spec.padding, *spec.dilation,
-            transposed, bias is not None, moments, precision, widen, total, tile.rows, tile.columns, tile.terms,
+            transposed, bias is not None, moments, _swapped(tile), ways[tile], widen, total,
+            tile.rows, tile.columns, tile.terms,
             **tile.options,
         )  # fmt: skip
 
     shape = bucket(1 if fold else tasks, pixels, outs)
     constants = (channels, spec.groups, *kernel, *spec.stride, transposed, moments, precision, str(a.dtype))
-    tiles = _tiles(a, precision, pixels, outs, channels * kernel[0] * kernel[1])
-    tile = CONVOLVE.tile((*shape, *constants), tiles, y, run)
+    tile = CONVOLVE.tile((*shape, *constants), list(ways), y, run)
     run(tile)
     return partial, tile.rows
 
@@ -513,40 +172,28 @@ def conv2d_weight_grad(gy: Tensor, x: Tensor, weight_shape: torch.Size, spec: Co
     if not pixels or not gw.numel():
         return gw.zero_()
     precision, widen, total = _arithmetic(x, "conv")
-    programs = tasks * spec.groups * blocks(outs, 64) * blocks(terms, 64)
-    splits = max(1, min(SPLIT_PROGRAMS // programs, pixels // SPLIT_PIXELS))
-    chunk = blocks(blocks(pixels, splits), 64) * 64
-    splits = blocks(pixels, chunk)
-    parts = gw.unsqueeze(0)
-    if splits > 1:
-        parts = gw.new_empty((splits, tasks, out, *kernel, channels), dtype=_wide(gw.dtype)).movedim(-1, 3)
+    parted = dict.fromkeys(PARTED_WEIGHT_TILES, "bf16x3")
+    matrix = parted if precision == "tf32" else dict.fromkeys(WEIGHT_TILES, precision)
+    ways = _ways(x, precision, outs, terms, pixels, matrix, {PARTED_WEIGHT_TILES[0]: "bf16x6"})
 
     def run(tile: Tile) -> None:
+        programs = tasks * spec.groups * blocks(outs, tile.rows) * blocks(terms, tile.columns)
+        chunk, splits = _split(pixels, SPLIT_PROGRAMS // programs, SPLIT_PIXELS, tile)
+        parts = gw.unsqueeze(0)
+        if splits > 1:
+            parts = gw.new_empty((splits, tasks, out, *kernel, channels), dtype=_wide(gw.dtype)).movedim(-1, 3)
         launch(
-            weight_gradient,
-            tasks * spec.groups * splits * blocks(outs, tile.rows) * blocks(terms, tile.columns),
-            x, gy, x, parts, images, *x.shape[-2:], *gy.shape[-2:], pixels, chunk, splits, outs, spec.groups,
+            weight_gradient, programs * splits, x,
+            gy, x, parts, images, *x.shape[-2:], *gy.shape[-2:], pixels, chunk, splits, outs, spec.groups,
             *_strides(gy), *_strides(x), *parts.stride(),
             channels, *kernel, *spec.stride, *spec.padding, *spec.dilation,
-            precision, widen, total, tile.rows, tile.columns, tile.terms,
+            ways[tile], widen, total, tile.rows, tile.columns, tile.terms,
             **tile.options,
         )  # fmt: skip
+        _sum(parts, gw, channels, kernel[0] * kernel[1])
 
     key = (*bucket(tasks, pixels, outs), channels, spec.groups, *kernel, *spec.stride, precision, str(x.dtype))
-    run(WEIGHT_GRADIENT.tile(key, _tiles(x, precision, outs, terms, pixels, WEIGHT_TILES), gw, run))
-    if splits > 1:
-        launch(
-            sum_splits,
-            blocks(gw.numel(), REDUCE_BLOCK),
-            gw,
-            parts,
-            gw,
-            splits,
-            gw.numel(),
-            channels,
-            kernel[0] * kernel[1],
-            REDUCE_BLOCK,
-        )
+    run(WEIGHT_GRADIENT.tile(key, list(ways), gw, run))
     return gw
 
 
@@ -563,34 +210,80 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return y
     bias_strides = _strides(bias) if bias is not None else [0, 0]
     precision, widen, total = _arithmetic(x, "matmul")
+    # With the columns abreast, copies that run ahead would turn float32 4 bytes at a time.
+    turned = x.dtype == torch.float32 and weight.stride(-1) != 1
+    tiles = [tile._replace(stages=1) if turned else tile for tile in MATRIX_TILES]
+    ways = _ways(x, precision, rows, columns, terms, dict.fromkeys(tiles, precision))
 
     def run(tile: Tile) -> None:
+        programs = tasks * blocks(rows, tile.rows) * blocks(columns, tile.columns)
+        chunk, splits = _split(terms, SPLIT_PRODUCTS // programs, SPLIT_TERMS, tile)
+        parts = y.unsqueeze(0) if splits == 1 else y.new_empty((splits, *y.shape), dtype=_wide(y.dtype))
         launch(
-            matrix_product,
-            tasks * blocks(rows, tile.rows) * blocks(columns, tile.columns),
-            y, x, weight, y if bias is None else bias, y, rows, columns, terms,
-            *_strides(x), *_strides(weight), *bias_strides,
-            bias is not None, precision, widen, total, tile.rows, tile.columns, tile.terms,
+            matrix_product, programs * splits, y,
+            x, weight, y if bias is None else bias, parts, rows, columns, terms, chunk, splits,
+            *_strides(x), *_strides(weight), *bias_strides, parts.stride(0),
+            bias is not None, ways[tile], widen, total, tile.rows, tile.columns, tile.terms,
             **tile.options,
         )  # fmt: skip
+        _sum(parts, y, 1, 1)
 
     fast = x.stride(-1) == 1, weight.stride(-1) == 1
     key = (*bucket(tasks, rows, columns, terms), *fast, precision, str(x.dtype))
-    run(MATRIX_PRODUCT.tile(key, _tiles(x, precision, rows, columns, terms), y, run))
+    run(MATRIX_PRODUCT.tile(key, list(ways), y, run))
     return y
 
 
-def _tiles(
-    operand: Tensor, precision: str, rows: int, columns: int, terms: int, matrix: tuple[Tile, ...] = MATRIX_TILES
-) -> list[Tile]:
-    """The tiles to try for a product of this size, those that are the same for it once."""
+def _split(count: int, most: int, fewest: int, tile: Tile) -> tuple[int, int]:
+    """How many of a sum's `count` terms each split takes, whole blocks of a tile, and how many splits that makes.
+
+    At most `most` splits, of at least about `fewest` terms each.
+    """
+    splits = max(1, min(most, count // fewest))
+    chunk = blocks(blocks(max(count, 1), splits), tile.terms) * tile.terms
+    return chunk, max(1, blocks(count, chunk))
+
+
+def _sum(parts: Tensor, whole: Tensor, channels: int, taps: int) -> None:
+    """Fill `whole` [..., channels, taps] with the sum of the splits of `parts`, unless it is the only one itself."""
+    if parts.shape[0] > 1:
+        launch(
+            sum_splits, blocks(whole.numel(), REDUCE_BLOCK), whole,
+            parts, whole, parts.shape[0], whole.numel(), channels, taps, REDUCE_BLOCK,
+        )  # fmt: skip
+
+
+def _ways(
+    operand: Tensor,
+    precision: str,
+    rows: int,
+    columns: int,
+    terms: int,
+    matrix: Mapping[Tile, str] | None = None,
+    exact: Mapping[Tile, str] | None = None,
+) -> dict[Tile, str]:
+    """The tiles to try for a product of this size, those that are the same for it once, and how each one multiplies.
+
+    `matrix`: for tensor cores, all of MATRIX_TILES by default; `exact`: beside the tiles of fused multiply-adds.
+    """
+    ways: Mapping[Tile, str]
     if INTERPRETED:
-        tiles = INTERPRETED_TILES
+        ways = dict.fromkeys(INTERPRETED_TILES, precision)
     elif operand.dtype == torch.float64:
-        tiles = DOUBLE_TILES
+        ways = dict.fromkeys(DOUBLE_TILES, precision)
+    elif operand.dtype == torch.float32 and precision == "ieee":
+        ways = {**dict.fromkeys(SCALAR_TILES, precision), **(exact or {})}
     else:
-        tiles = SCALAR_TILES if operand.dtype == torch.float32 and precision == "ieee" else matrix
-    return list(dict.fromkeys(tile.within(rows, columns, terms) for tile in tiles))
+        ways = dict.fromkeys(MATRIX_TILES, precision) if matrix is None else matrix
+    found: dict[Tile, str] = {}
+    for tile, way in ways.items():
+        found.setdefault(tile.within(rows, columns, terms), way)
+    return found
+
+
+def _swapped(tile: Tile) -> bool:
+    """Has each group of four warps more than the 64 rows of one tensor core instruction, and 64 columns for them?"""
+    return tile.rows * 4 > 64 * tile.warps and tile.columns % 64 == 0
 
 
 def _arithmetic(operand: Tensor, kind: str) -> tuple[str, bool, Any]:
