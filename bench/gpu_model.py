@@ -40,7 +40,7 @@ BYTES = 4.3e12, "a large copy, read and written: measured on such a card, withou
 RATES = {  # by kind of kernel, for float32 operands
     "matrix": (4.0e14, "a large TF32 product: half of the 7.9e14 that bfloat16 was measured at on an H200"),
     "convolve": (1.5e14, "Triton's TF32 for 64 channels, and cuDNN's: assumed"),
-    "weight gradient": (0.7e14, "Triton's, whose operands are transposed in 4-byte copies: assumed"),
+    "weight gradient": (0.7e14, "Triton's when it transposed by 4-byte copies (now of 16): assumed"),
     "grouped": (0.2e14, "cuDNN's convolutions in groups, which vmap makes: assumed"),
     "fma": (0.35e14, "multiply-adds without tensor cores, at half of their peak: assumed"),
     "float64": (1.0e13, "sums in float64, at a third of their peak: assumed"),

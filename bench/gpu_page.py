@@ -78,6 +78,13 @@ play a graph's rules on a tape of operators. Unproven until there are results:
   the first-call check of a program has not run on a device;
 - that the outer gradient, made of a backend's operations (`backends/outer_step.py`), gives right results on a
   device, and training with a rank per GPU (NCCL) too;
+- that a capture on a stream of the driver's, the pool that all recordings of a device share, and what is repaired after
+  a capture that failed (`_capture.py`, `cuda_graph.py`) do so under torch 2.11; that two devices and streams other than
+  the default one do (`tests/test_streams.py` asks a device);
+- that the cooperative launch of all steps of a small pattern (`csrc/cuda/last_steps.cu`), the tensor cores' products of
+  doubles, TF32 and half precision (`csrc/cuda/`), and kernels that are placed while the one before them ends, do so;
+- that products of bfloat16 and TF32 parts (`backends/triton/products.py`) keep float32's accuracy on a device as in
+  their model, and that the tiles which the sums of instructions favour are the fastest;
 - that `make gpu` fits its time, and that what it compiles ahead is all that its rows look for: its stages were started
   in dry runs alone;
 - every speed, and the goals below.

@@ -76,6 +76,7 @@ def cases() -> dict[str, Case]:
             [gy, images, first, gamma, *of_image[2:], moments], lambda b, *o: b.image_block_grad(*o, BLOCK)
         ),
         "cross_entropy_grad": Case([made(T, N, WAYS), labels], lambda b, *o: b.cross_entropy_grad(*o)),
+        "head_grad": Case([features, head, bias, labels], lambda b, *o: b.head_grad(*o, (True, True, True))),
         "sgd_": Case(some, sgd),
         "inner_loop": Case([made(T, N, C, 9, 13), labels, *chain], inner_loop),
     }

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -39,10 +40,10 @@ __all__ = ["KERNELS", "Nodes", "counted", "is_view"]
 # Kernels that a launcher of the CUDA library queues, and fills: `launch` in csrc/cuda.
 KERNELS = {
     "norm_relu_pool": 3, "norm_relu_pool_grad": 3, "image_moments": 2, "image_block": 2, "image_block_grad": 2,
-    "cross_entropy_grad": 1, "sgd": 1,
+    "cross_entropy_grad": 1, "sgd": 1, "last_steps": 2,
 }  # fmt: skip
 # Which backend an operation is given to, as a device would choose it (docs/gpu.md); the first word of a table's key.
-CHOICES = {"linear": "reference", "first": "cuda", "cross_entropy_grad": "cuda", "sgd_": "cuda"}
+CHOICES = {"inner_loop": "cuda", "linear": "reference", "first": "cuda", "cross_entropy_grad": "cuda", "sgd_": "cuda"}
 # Allocations, and a view that is not declared as one.
 NO_KERNELS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "_unsafe_view")
 
@@ -111,11 +112,8 @@ class _Cuda(Cuda):
     def reasons(self) -> list[str]:
         return []
 
-    def _launch(self, name: str, *_: Any) -> None:
+    def launch(self, name: str, *_: Any) -> None:
         self.nodes.launched(f"cuda {name}", KERNELS[name])
-
-    def launch(self, *given: Any) -> None:
-        self._launch(*given)
 
     def limits(self, *_: Any) -> Any:
         """What a launch of several steps may take of a device: whatever it asks for."""
@@ -178,6 +176,7 @@ def _noted(nodes: Nodes, make: Callable[[Nodes], Backend]) -> Iterator[None]:
 
         return replay
 
+    get_torch_obj_rule_map()  # what Dynamo reads off torch's functions once, before some are replaced
     with ExitStack() as stack:
         stack.callback(backends._chosen.clear)
         backend = make(nodes)

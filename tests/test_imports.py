@@ -55,7 +55,7 @@ INSIDE = {
         "clock": set(),
         "triton": {"base", "clock", "reference"},
         "table": set(),
-        "autotune": {"base", "clock", "reference", "table"},
+        "autotune": {"base", "clock", "cuda", "reference", "table"},
         "": {"autotune", "base", "cuda", "native", "reference", "table", "triton"},
     },
     "lambda_kernels.program": {

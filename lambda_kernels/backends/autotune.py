@@ -21,13 +21,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .._capture import capturing
 from .._torch import switches, unusual_switches
 from ..agreement import apart
 from ..spec import BlockSpec, ConvSpec
-from .base import Backend, Call
+from .base import Backend, Call, InnerLoop
 from .clock import Run, cuda_clock, say_measuring, unmeasured
+from .cuda import Cuda, last_steps
 from .reference import Reference, each_rate
 from .table import Choice, Table, table_of
 
@@ -252,6 +254,25 @@ class Autotune(Reference):
         runs: dict[str, Run] = {**whole, "parts": lambda: apart(*operands)}
         return runs[self._fastest(f"head_grad {_spelled(operands)}", x.device, runs, {})]()
 
+    def inner_loop(
+        self, x: Tensor, labels: Tensor, parameters: list[Tensor], updated: list[bool], blocks: list[BlockSpec],
+        steps: int, rates: Sequence[float], query: Tensor | None = None,
+    ) -> InnerLoop:  # fmt: skip
+        """All steps by one launch, where the CUDA backend has it and it is faster; else one operation at a time."""
+        given, apart = (x, labels, parameters, updated, blocks, steps, rates), super().inner_loop
+        cuda = self.candidates.get("cuda")
+        plan = last_steps.planned(cuda, *given) if isinstance(cuda, Cuda) else []
+        if not isinstance(cuda, Cuda) or isinstance(plan, list):
+            return apart(*given, query)
+        one, table = cuda, plan
+        runs: dict[str, Run] = {
+            "cuda": lambda: last_steps.inner_loop(one, self, table, *given, query),
+            "steps": lambda: apart(*given, query),
+        }
+        moving = "".join("01"[flag] for flag in updated)
+        asked = x, labels, *parameters, moving, *blocks, steps, *(() if query is None else (query,))
+        return runs[self._fastest(f"inner_loop {_spelled(asked)}", x.device, runs, {})]()
+
     def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
         moving = [i for i, rate in enumerate(each_rate(parameters, rates)) if rate != 0.0]
         if moving:
@@ -341,5 +362,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _floats(result: Any) -> list[Tensor]:
-    results = result if isinstance(result, (tuple, list)) else (result,)
-    return [t for t in results if isinstance(t, Tensor) and t.is_floating_point()]
+    return [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]

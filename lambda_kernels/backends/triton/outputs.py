@@ -35,9 +35,11 @@ def input_grad_output(gy: Tensor, weight: Tensor, x_shape: torch.Size) -> Tensor
 
 
 def weight_grad_output(gy: Tensor, x: Tensor, weight_shape: torch.Size) -> Tensor:
-    """An empty, contiguous gradient of weight; one per task unless the tasks share it."""
+    """An empty gradient of weight, one per task unless the tasks share it; where x is channels-last, as
+    `inner_loop.laid_out` lays out a weight."""
     tasks = max(gy.shape[0], x.shape[0]) if weight_shape[0] != 1 else 1
-    return gy.new_empty((tasks, *weight_shape[1:]))
+    wide = weight_shape[2] >= 8 and weight_shape[3] * weight_shape[4] > 1
+    return images(gy, (tasks, *weight_shape[1:]), is_channels_last(x) and wide)
 
 
 def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

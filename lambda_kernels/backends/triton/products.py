@@ -190,7 +190,8 @@ def conv2d_weight_grad(gy: Tensor, x: Tensor, weight_shape: torch.Size, spec: Co
             ways[tile], widen, total, tile.rows, tile.columns, tile.terms,
             **tile.options,
         )  # fmt: skip
-        _sum(parts, gw, channels, kernel[0] * kernel[1])
+        taps = kernel[0] * kernel[1]
+        _sum(parts, gw, *((channels, taps) if gw.is_contiguous() else (1, channels * taps)))
 
     key = (*bucket(tasks, pixels, outs), channels, spec.groups, *kernel, *spec.stride, precision, str(x.dtype))
     run(WEIGHT_GRADIENT.tile(key, list(ways), gw, run))
