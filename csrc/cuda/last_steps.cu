@@ -129,24 +129,28 @@ class Steps : public LastBlock<T, Terms, Eights> {
   __device__ void update(const double* rate) {
     const bool weight = Eights > 0 && rate[kWeight] != 0, head = rate[kHead] != 0;
     const T by_weight = T(-rate[kWeight]), by_head = T(-rate[kHead]);
+    const bool alone = p.parts == 1;  // else sums over the images are exchanged
+    const int weights = share.taps * share.inputs * C, all = int(share.exchanged());
+    T* own = far.gradients + (int64_t(group) * p.parts + part) * all;
     __syncthreads();
-    if (p.parts == 1) {
-      if constexpr (Eights > 0) {
-        if (weight)
-          this->weigh([&](int tap, int input, int channel, T sum) {
-            near.weight[(tap * share.inputs + input) * share.columns + channel] += by_weight * sum;
-          });
-      }
-      if (head) weigh_head([&](int i, T sum) { near.head[i] += by_head * sum; });
-    } else if (weight || head) {
-      const int weights = share.taps * share.inputs * C, all = int(share.exchanged());
-      T* own = far.gradients + (int64_t(group) * p.parts + part) * all;
-      if constexpr (Eights > 0) {
-        if (weight)
-          this->weigh(
-              [&](int tap, int input, int channel, T sum) { own[(tap * share.inputs + input) * C + channel] = sum; });
-      }
-      if (head) weigh_head([&](int i, T sum) { own[weights + i] = sum; });
+    if constexpr (Eights > 0) {
+      if (weight)
+        this->weigh([&](int tap, int input, int channel, T sum) {
+          const int k = tap * share.inputs + input;
+          if (alone)
+            near.weight[k * share.columns + channel] += by_weight * sum;
+          else
+            own[k * C + channel] = sum;
+        });
+    }
+    if (head)
+      weigh_head([&](int i, T sum) {
+        if (alone)
+          near.head[i] += by_head * sum;
+        else
+          own[weights + i] = sum;
+      });
+    if (!alone && (weight || head)) {
       meet();
       // Each part adds up its share of the numbers for all.
       const int begin = int(part_begin(all, part, p.parts)), end = int(part_begin(all, part + 1, p.parts));

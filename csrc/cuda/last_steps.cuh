@@ -148,6 +148,7 @@ class Station {
 
   template <typename Do>
   __device__ void each(int count, Do what) const {
+#pragma unroll 1
     for (int i = me; i < count; i += kStepThreads) what(i);
   }
 
