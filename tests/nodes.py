@@ -43,7 +43,14 @@ KERNELS = {
     "cross_entropy_grad": 1, "sgd": 1, "last_steps": 2,
 }  # fmt: skip
 # Which backend an operation is given to, as a device would choose it (docs/gpu.md); the first word of a table's key.
-CHOICES = {"inner_loop": "cuda", "linear": "reference", "first": "cuda", "cross_entropy_grad": "cuda", "sgd_": "cuda"}
+CHOICES = {
+    "inner_loop": "cuda",
+    "block": "cuda",
+    "linear": "reference",
+    "first": "cuda",
+    "cross_entropy_grad": "cuda",
+    "sgd_": "cuda",
+}
 # Allocations, and a view that is not declared as one.
 NO_KERNELS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "_unsafe_view")
 

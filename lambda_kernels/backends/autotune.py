@@ -178,6 +178,19 @@ class Autotune(Reference):
         runs: dict[str, Run] = {**whole, "parts": lambda: apart(*operands)}
         return runs[self._fastest(f"conv_block {_spelled(operands)}", x.device, runs, {})]()
 
+    def block(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Over images the fastest of each candidate's own pass and of its parts; else its parts."""
+        operands, apart = (x, weight, gamma, beta, block), super().block
+        whole = {
+            name: lambda b=backend: b.block(*operands)
+            for name, backend in self.candidates.items()
+            if name != _TRUTH and not backend.image_refusals(x, weight, block)
+        }
+        runs: dict[str, Run] = {**whole, "parts": lambda: apart(*operands)}
+        return runs[self._fastest(f"block {_spelled(operands)}", x.device, runs, {})]()
+
     def image_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
         """Empty where a candidate has kernels for the first block, and these were measured faster than going over z."""
         backend = self._image(x, weight, block)
