@@ -67,7 +67,7 @@ def test_many_tasks_move_and_compute_as_much_more():
     assert convolutions[1] <= 64 * convolutions[0] + query
     assert convolutions[1] >= 64 * convolutions[0]
     half = gpu_model.adaptation("00011", 64, torch.bfloat16)
-    assert sum(n.bytes for n in half.nodes) < 0.65 * sum(n.bytes for n in many.nodes)
+    assert sum(n.bytes for n in half.nodes) < 0.9 * sum(n.bytes for n in many.nodes)
     assert half.seconds < many.seconds
 
 
