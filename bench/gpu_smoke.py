@@ -41,6 +41,7 @@ def cases() -> dict[str, Case]:
     images, first, weight = made(T, N, C, H, W), made(T, WIDTH, C, 3, 3), made(T, WIDTH, WIDTH, 3, 3)
     x, z, gz = (made(T, N, WIDTH, H, W) for _ in range(3))
     gamma, beta = made(T, WIDTH), made(1, WIDTH)
+    wide = made(1, 25, 2 * WIDTH, 23, 23)  # so many pixels that moments of their tiles are merged in groups first
     y, index, mean, rstd = REFERENCE.norm_relu_pool(z, gamma, beta, BLOCK)
     gy = torch.randn_like(y)
     moments, of_image = moments_of(images), REFERENCE.conv_block(images, first, gamma, beta, BLOCK)
@@ -64,7 +65,13 @@ def cases() -> dict[str, Case]:
         "conv2d_input_grad": Case([gz, weight], lambda b, g, w: b.conv2d_input_grad(g, w, x.shape, spec)),
         "conv2d_weight_grad": Case([gz, x], lambda b, g, x: b.conv2d_weight_grad(g, x, weight.shape, spec)),
         "linear": Case([features, head, bias], lambda b, *o: b.linear(*o)),
-        "norm_relu_pool": Case([z, gamma, beta], lambda b, *o: b.norm_relu_pool(*o, BLOCK)),
+        "norm_relu_pool": Case(
+            [z, gamma, beta, wide],
+            lambda b, z, gamma, beta, wide: (
+                *b.norm_relu_pool(z, gamma, beta, BLOCK),
+                *b.norm_relu_pool(wide, gamma[:1].repeat(1, 2), beta.repeat(1, 2), BLOCK),
+            ),
+        ),
         "norm_relu_pool_grad": Case(
             [gy, z, gamma, index, mean, rstd], lambda b, *o: b.norm_relu_pool_grad(*o, BLOCK, True)
         ),

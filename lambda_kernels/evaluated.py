@@ -35,7 +35,7 @@ class EvaluatedChain:
 
     >>> program = program_for(model.eval(), (x,), {})              # its norms have running statistics
     >>> chain = EvaluatedChain.find(program, model)
-    >>> torch.allclose(chain(chain.folded(model.state_dict()), x), model(x), atol=1e-5)
+    >>> torch.allclose(chain(chain.folded(model.state_dict()), x), model(x), atol=1e-5)        # roundings
     True
     """
 

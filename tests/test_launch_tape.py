@@ -107,8 +107,9 @@ def test_adaptations_are_replayed_on_the_emulated_kernels(pattern: str, emulated
         got = adapt(model, xs, ys, **options)
         with lk.use_backend("reference"):
             want = adapt(copy.deepcopy(model), xs, ys, **options)
+            # here and below: float64 of some steps by kernels whose sums have an order of their own
             all_close(got.parameters_dict(), want.parameters_dict(), f"task {seed}", rtol=1e-8)
-            close(got(xq), want(xq), "logits", rtol=1e-8)
+            close(got(xq), want(xq), "logits", rtol=1e-8)  # as above
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1.01)
@@ -123,6 +124,7 @@ def test_many_tasks_are_replayed_on_the_emulated_kernels(emulated: None) -> None
         with torch.no_grad():
             got = adapt_tasks(model, xs, ys, xq, **options)
             with lk.use_backend("reference"):
+                # as above
                 close(got, adapt_tasks(copy.deepcopy(model), xs, ys, xq, **options), f"turn {turn}", rtol=1e-8)
     assert Rehearsed.replays >= 2
 
@@ -156,7 +158,7 @@ def test_parameters_that_lie_elsewhere_are_read_there(keeps: bool, emulated: Non
         got = adapt(model, xs, ys, **options).parameters_dict()
         with lk.use_backend("reference"):
             want = adapt(copy.deepcopy(model), xs, ys, **options).parameters_dict()
-        all_close(got, want, "moved", rtol=1e-8)
+        all_close(got, want, "moved", rtol=1e-8)  # as above
     assert Rehearsed.made == 2 and (before is None) is not keeps
 
 

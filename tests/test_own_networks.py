@@ -139,7 +139,7 @@ def test_the_command_line_trains_and_uses_it(tmp_path: Path, capsys: pytest.Capt
                      "in_channels": 1, "image_size": 28}  # fmt: skip
     capsys.readouterr()
     assert call("eval", best, "--tasks", 2, "--pattern", "head") == 0
-    assert capsys.readouterr().out.startswith("001: ")
+    assert capsys.readouterr().out.startswith("001 on 2 test tasks")
     assert call("select", best, "--tasks", 3, "--seconds", 0, "--max-drop", 1) == 0
     assert json.loads((tmp_path / "pattern.json").read_text())["network"] == "own_networks:residual"
     for name in "abcde":

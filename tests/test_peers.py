@@ -228,7 +228,7 @@ def test_without_a_compiler_the_peak_is_that_of_the_matrix_product(monkeypatch):
 def test_the_peak_of_memory_is_that_of_the_call():
     peak = functools.partial(module("memory").peak, harness.Configuration(84, 3, 16, 5, 5, 1), threads=1)
     first_layer = 4 * 25 * 16 * 84 * 84 / 2**20  # MiB, of which stock PyTorch holds several
-    assert peak("11111", "stock_full") > 2 * first_layer
+    assert min(peak("11111", "stock_full")) > 2 * first_layer
     with pytest.raises(harness.Skip, match="KeyError"):
         peak("11111", "nobody")
 

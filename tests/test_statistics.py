@@ -354,4 +354,5 @@ def test_a_chain_that_does_not_fit_the_images_is_left_to_the_network() -> None:
     assert chain is not None and len(chain.blocks) == 4
     assert chain(chain.folded(dict(learner.module.state_dict())), xq.double()) is None
     with on_threads(2), torch.no_grad():
+        # float32 through four blocks, by Winograd and not
         torch.testing.assert_close(learner(xq), by_parts(learner.module, xq), rtol=1e-4, atol=1e-5)

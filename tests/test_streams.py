@@ -107,7 +107,7 @@ def test_operations_run_on_the_current_stream(name: str, operation: str, device:
     with torch.cuda.stream(side):
         got = run(backend, *written_late(device, operands))
     torch.cuda.synchronize(device)
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)  # float64
 
 
 @two_devices
@@ -122,7 +122,7 @@ def test_operations_run_on_the_tensors_device(name: str, operation: str) -> None
     with torch.cuda.device(1):
         want = run(backend, *operands)
     assert all(t.device == torch.device("cuda:1") for t in got)
-    torch.testing.assert_close([got, late], [want, want], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close([got, late], [want, want], rtol=1e-10, atol=1e-10)  # float64
 
 
 def plain(device: str) -> tuple[Tensor, ...]:

@@ -302,7 +302,7 @@ class Learner(AdaptedNetwork):
         running statistics normalises all query images together, and one image alone by itself.
 
         >>> learner = adapt(model, xs, ys, pattern="00011").freeze_statistics()
-        >>> torch.allclose(learner(xq)[:1], learner(xq[:1]), atol=1e-5)
+        >>> torch.allclose(learner(xq)[:1], learner(xq[:1]), atol=1e-5)                        # roundings
         True
 
         The norms hold these statistics as `running_mean` and `running_var` and are in evaluation mode (`train()` takes
