@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import layers
@@ -17,11 +16,10 @@ from ._torch import mode_active
 from .backends import Native, choose
 from .functional import asks_for_a_derivative
 from .program import Program, Step
+from .program.fuse import RELUS
 from .spec import BlockSpec, conv_spec, output_size
 
 __all__ = ["EvaluatedChain"]
-
-_RELU = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 
 
 class _Block(NamedTuple):
@@ -176,7 +174,7 @@ def _is_relu(model: nn.Module, step: Step) -> bool:
     module = _module(model, step)
     if module is not None:
         return type(module) is nn.ReLU and not layers.has_hooks(module)
-    return step.kind == "function" and getattr(step.call, "function", getattr(step.call, "name", None)) in _RELU
+    return step.kind == "function" and getattr(step.call, "function", getattr(step.call, "name", None)) in RELUS
 
 
 def _pool(model: nn.Module, step: Step) -> int:

@@ -13,8 +13,9 @@ from .. import layers
 from ..layers import ConvBlock, has_hooks
 from .steps import Fusion
 
-__all__ = ["EVALUATION", "Fuser", "block_refusal"]
+__all__ = ["EVALUATION", "RELUS", "Fuser", "block_refusal"]
 
+RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")  # functions and names of tensor methods
 EVALUATION = "the norm is in evaluation mode, with running statistics"
 _POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 
@@ -58,7 +59,7 @@ class Fuser:
         module = self.module(node)
         if module is not None:
             return type(module) is nn.ReLU and not has_hooks(module)
-        return node.target in (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+        return node.target in RELUS
 
     def _pool_size(self, node: fx.Node) -> int:
         """The window of a max-pool whose windows tile the image, else 0."""

@@ -75,12 +75,16 @@ def adapt(
         RuntimeError: torch.inference_mode() is on.
         FloatingPointError: the support loss or the adapted parameters became infinite or NaN.
     """
-    if statistics not in STATISTICS:
-        raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}")
+    _check_statistics(statistics)
     model = network_of(model)
     learner = _adapted(model, xs, ys, pattern, steps, lr, rule, norm, second_order, loss)
     learner.__dict__["_support"] = support_of(xs)
     return learner.freeze_statistics() if statistics == "support" else learner
+
+
+def _check_statistics(statistics: str) -> None:
+    if statistics not in STATISTICS:
+        raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}")
 
 
 def _adapted(
@@ -170,8 +174,7 @@ def adapt_tasks(
     given: dict[str, Any] = dict(
         pattern=pattern, steps=steps, rule=rule_of(lr, rule), norm=norm, second_order=second_order, loss=loss
     )
-    if statistics not in STATISTICS:
-        raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}")
+    _check_statistics(statistics)
     tasks = batch.listed(xs, ys, xq)
     if statistics == "support":
         given["statistics"] = statistics

@@ -127,11 +127,13 @@ class AdaptedNetwork(nn.Module):
         if chain is None:
             return None
         own = chain.tensors(state)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in own):
+            return None
         version = [0 if t.is_inference() else t._version for t in own]
         kept = self.__dict__["_folded"]
         if kept is None or kept[0] is not chain or kept[2] != version or any(a is not b for a, b in zip(kept[1], own)):
             kept = self.__dict__["_folded"] = chain, own, version, chain.folded(state)
-        return None if torch.is_grad_enabled() and any(t.requires_grad for t in own) else chain(kept[3], x)
+        return chain(kept[3], x)
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.compile, torch.export and torch.jit trace: the network's own forward. By Dynamo's hand
