@@ -1,9 +1,14 @@
-"""lambda_maml.data.glyphs: the set that is drawn on the spot, its rasteriser and its cache."""
+"""lambda_maml.data.glyphs: the set that the package carries, and the renderer that it was drawn by."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import io
+import lzma
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,37 +22,41 @@ SPLITS = ("train", "val", "test")
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module")
-def glyph_cache(tmp_path_factory):
-    """A folder with the drawn set in it."""
-    folder = tmp_path_factory.mktemp("glyphs")
-    data.load("glyphs", folder)
-    return folder
+def _renderer():
+    """python/make_glyphs.py, which no wheel holds."""
+    path = Path(__file__).parents[1] / "python" / "make_glyphs.py"
+    spec = importlib.util.spec_from_file_location("make_glyphs", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["make_glyphs"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+make_glyphs = _renderer()
 
 
 @pytest.fixture(scope="module")
-def glyph_arrays(glyph_cache):
-    with np.load(next(glyph_cache.glob("*.npz"))) as file:
-        return file["images"], file["codes"]
+def glyph_arrays():
+    return glyphs.stored()
 
 
 def test_glyphs_are_the_reference_set(glyph_arrays):
     images, codes = glyph_arrays
     sha = hashlib.sha256(codes.astype("<i4").tobytes() + images.tobytes()).hexdigest()
     assert sha == "f56854910608a4fb07b3a1d68224c59899bf5571ca0f65fa80cc1c3970eaae40" == glyphs.DIGEST
-    assert glyphs.fonts_digest() == glyphs.FONTS_DIGEST
+    assert make_glyphs.fonts_digest() == make_glyphs.FONTS_DIGEST
 
 
-def test_glyphs_have_many_classes_of_many_scripts(glyph_cache):
-    sets = {split: data.load("glyphs", glyph_cache, split) for split in SPLITS}
+def test_glyphs_have_many_classes_of_many_scripts():
+    sets = {split: data.load("glyphs", split=split) for split in SPLITS}
     assert {s: d.num_classes for s, d in sets.items()} == {"train": 675, "val": 169, "test": 211}
     for dataset in sets.values():
         assert dataset.image_shape == (1, 28, 28) and set(dataset.counts) == {20}
         assert len({name.split("/")[0] for name in dataset.class_names}) >= 20
 
 
-def test_glyph_splits_share_no_character(glyph_cache):
-    names = [data.load("glyphs", glyph_cache, split).class_names for split in SPLITS]
+def test_glyph_splits_share_no_character():
+    names = [data.load("glyphs", split=split).class_names for split in SPLITS]
     assert len(set().union(*names)) == sum(map(len, names)) == 1055
 
 
@@ -68,10 +77,10 @@ def test_no_two_glyph_classes_share_an_outline(glyph_arrays):
     from fontTools.ttLib import TTFont
 
     codes = glyph_arrays[1].tolist()
-    for face in glyphs.FACES:
-        font = TTFont(glyphs.font_file(face))
+    for face in make_glyphs.FACES:
+        font = TTFont(make_glyphs.font_file(face))
         here = [c for c in codes if c in font.getBestCmap() and not (face.startswith("cm") and c > 127)]
-        edges, starts = glyphs.read_outlines(font, here)
+        edges, starts = make_glyphs.read_outlines(font, here)
         seen = [edges[a:b].tobytes() for a, b in zip(starts[:-1], starts[1:])]
         assert len(set(seen)) == len(here) > 20
 
@@ -87,7 +96,7 @@ def test_no_two_glyph_classes_look_the_same(glyph_arrays):
 def test_distinct_drops_what_looks_alike_in_any_pair_of_faces():
     noise = (RNG.random((4, 28, 28)) > 0.5).astype(np.uint8) * 16
     bitmaps = np.stack([noise[0], noise[1], noise[2], noise[1], noise[3]])
-    assert glyphs.distinct(bitmaps, np.array([3, 3, 5, 7, 8])) == [3, 5, 8]
+    assert make_glyphs.distinct(bitmaps, np.array([3, 3, 5, 7, 8])) == [3, 5, 8]
 
 
 def square(x0, y0, x1, y1, clockwise=True):
@@ -97,14 +106,14 @@ def square(x0, y0, x1, y1, clockwise=True):
 
 def draw(edges, stroke=0):
     """Rasterise with one outline unit a sample unit."""
-    one = np.array([[[glyphs._ONE, 0], [0, glyphs._ONE]]])
-    outlines = glyphs.Outlines(np.array(edges), np.array([0, len(edges)]))
+    one = np.array([[[make_glyphs._ONE, 0], [0, make_glyphs._ONE]]])
+    outlines = make_glyphs.Outlines(np.array(edges), np.array([0, len(edges)]))
     zero = np.zeros((1, 2), dtype=np.int64)
-    return glyphs.rasterise(outlines, np.zeros(1, dtype=np.int64), one, zero, zero, np.array([stroke]))[0]
+    return make_glyphs.rasterise(outlines, np.zeros(1, dtype=np.int64), one, zero, zero, np.array([stroke]))[0]
 
 
 def test_rasteriser_fills_by_the_nonzero_rule():
-    pixel = glyphs._UNIT * glyphs._SUB
+    pixel = make_glyphs._UNIT * make_glyphs._SUB
     big, small = square(-8 * pixel, -8 * pixel, 8 * pixel, 8 * pixel), (-4 * pixel, -4 * pixel, 4 * pixel, 4 * pixel)
     solid = np.zeros((28, 28), dtype=np.uint8)
     solid[6:22, 6:22] = 16
@@ -116,7 +125,7 @@ def test_rasteriser_fills_by_the_nonzero_rule():
 
 
 def test_rasteriser_counts_samples_and_changes_strokes():
-    pixel = glyphs._UNIT * glyphs._SUB
+    pixel = make_glyphs._UNIT * make_glyphs._SUB
     half = square(-8 * pixel, -8 * pixel, 8 * pixel + pixel, 8 * pixel + pixel // 2)  # centred again: 17 x 16.5 pixels
     assert draw(half).sum() == 17 * 4 * 16.5 * 4
     assert draw(half, 1).sum() == 68 * 66 + 2 * (68 + 66)
@@ -124,7 +133,7 @@ def test_rasteriser_counts_samples_and_changes_strokes():
 
 
 def test_rasteriser_clips_at_the_border():
-    huge = 40 * glyphs._UNIT * glyphs._SUB
+    huge = 40 * make_glyphs._UNIT * make_glyphs._SUB
     assert (draw(square(-huge, -huge, huge, huge)) == 16).all()
 
 
@@ -132,9 +141,9 @@ def test_rasteriser_clips_at_the_border():
 def test_outlines_agree_with_freetype(character):
     from fontTools.ttLib import TTFont
 
-    path = glyphs.font_file("DejaVuSans")
-    outlines = glyphs.read_outlines(TTFont(path), [ord(character)])
-    ours = glyphs.canonical(outlines, np.zeros(1, dtype=np.int64))[0].astype(float)
+    path = make_glyphs.font_file("DejaVuSans")
+    outlines = make_glyphs.read_outlines(TTFont(path), [ord(character)])
+    ours = make_glyphs.canonical(outlines, np.zeros(1, dtype=np.int64))[0].astype(float)
     mask = ImageFont.truetype(str(path), 400).getmask(character)
     theirs = Image.frombytes("L", mask.size, bytes(mask))
     theirs = theirs.crop(theirs.getbbox())
@@ -148,65 +157,48 @@ def test_outlines_agree_with_freetype(character):
 def test_a_missing_font_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.get_data_path", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no font file .*DejaVuSans\.ttf"):
-        data.load("glyphs", tmp_path)
+        make_glyphs.render()
+
+
+def _changed(images, codes):
+    held = io.BytesIO()
+    np.savez(held, images=images ^ 1, codes=codes)
+    return lzma.compress(held.getvalue(), preset=0)
 
 
 DAMAGES = {
-    "cut short": lambda b: b[: len(b) // 2],
-    "a pixel changed": lambda b: b[: len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1 :],
-    "empty": lambda b: b"",
-    "not an archive": lambda b: b"glyphs" * 100,
+    "cut short": (lambda whole: whole[: len(whole) // 2], "is damaged"),
+    "a bit changed": (lambda whole: whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:], "is damaged"),
+    "empty": (lambda whole: b"", "is damaged"),
+    "not an archive": (lambda whole: lzma.compress(b"glyphs"), "is damaged"),
+    "other pixels": (lambda whole: _changed(*glyphs.stored()), "is not the reference set"),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_glyph_cache_is_drawn_anew(glyph_cache, glyph_arrays, tmp_path, monkeypatch, damage):
-    sound = next(glyph_cache.glob("*.npz"))
-    path = tmp_path / sound.name
-    path.write_bytes(damage(sound.read_bytes()))
-    calls = []
-    monkeypatch.setattr(glyphs, "render", lambda: (calls.append(1), glyph_arrays[0], glyph_arrays[1].tolist())[1:])  # type: ignore[func-returns-value]
-    want = data.load("glyphs", glyph_cache, "val")
-    assert not calls
-    assert np.array_equal(data.load("glyphs", tmp_path, "val").images, want.images) and len(calls) == 1
-    assert np.array_equal(data.load("glyphs", tmp_path, "val").images, want.images) and len(calls) == 1
-    assert [p.name for p in tmp_path.iterdir()] == [sound.name]
+@pytest.mark.parametrize("damage, told", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_glyph_file_is_refused_with_the_remedy(tmp_path, monkeypatch, damage, told):
+    path = tmp_path / "glyphs.npz.xz"
+    path.write_bytes(damage(glyphs.FILE.read_bytes()))
+    monkeypatch.setattr(glyphs, "FILE", path)
+    with pytest.raises(ValueError, match=f"glyphs.npz.xz: the glyph set {told}.*install the package again"):
+        glyphs.stored.__wrapped__()
 
 
-def test_a_cache_of_another_digest_is_drawn_anew(glyph_cache, glyph_arrays, tmp_path, monkeypatch):
-    path = tmp_path / next(glyph_cache.glob("*.npz")).name
-    np.savez(path, images=glyph_arrays[0] ^ 1, codes=glyph_arrays[1], digest=np.array(glyphs.DIGEST))
-    monkeypatch.setattr(glyphs, "render", lambda: (glyph_arrays[0], glyph_arrays[1].tolist()))
-    assert np.array_equal(data.load("glyphs", tmp_path).images, data.load("glyphs", glyph_cache).images)
+def test_a_missing_glyph_file_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(glyphs, "FILE", tmp_path / "glyphs.npz.xz")
+    with pytest.raises(FileNotFoundError, match="glyphs.npz.xz: the glyph set is not there: install"):
+        glyphs.stored.__wrapped__()
 
 
-def test_a_consistent_cache_of_other_content_is_seen(glyph_cache, glyph_arrays, tmp_path):
-    path = tmp_path / next(glyph_cache.glob("*.npz")).name
-    images, codes = glyph_arrays[0].copy(), glyph_arrays[1]
-    images[0, 0, 0, 0] ^= 1
-    np.savez(path, images=images, codes=codes, digest=np.array(glyphs.digest(images, codes)))
-    with pytest.warns(UserWarning, match="not the reference set"):
-        data.load("glyphs", tmp_path)
-
-
-def test_glyphs_load_where_nothing_can_be_written(glyph_arrays, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(glyphs, "render", lambda: (glyph_arrays[0], glyph_arrays[1].tolist()))
-    assert data.load("glyphs", tmp_path / "file" / "below").num_classes == 675
-
-
-def test_glyph_draw_is_repeatable_on_other_cpu_features(glyph_arrays, tmp_path):
-    """A second process with NumPy's vector code off draws the same pixels."""
-    import subprocess
-    import sys
-
+def test_the_glyphs_are_drawn_again_with_the_same_pixels_on_other_cpu_features():
+    """Without NumPy's vector code, and from the fonts that are installed."""
     code = (
-        "import sys, numpy as np; from lambda_maml.data import glyphs;"
-        "i, c = glyphs.render(); print(glyphs.digest(i, np.array(c, np.int32)))"
+        "import numpy as np, make_glyphs as made; from lambda_maml.data import glyphs;"
+        "i, c = made.render(); print(glyphs.digest(i, np.array(c, np.int32)))"
     )
     features = "AVX2 FMA3 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL"
     environment = {**os.environ, "NPY_DISABLE_CPU_FEATURES": features, "OPENBLAS_NUM_THREADS": "1"}
-    paths = [str(Path(data.__file__).parents[2]), environment.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[1] / "python"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == glyphs.DIGEST, done.stderr

@@ -22,7 +22,7 @@ def load(
 
     Args:
         name: one of `NAMES`, with dashes or underscores.
-        root: the folder that holds the set, or its parent; for `glyphs` the cache folder (default: the user's).
+        root: the folder that holds the set, or its parent; `glyphs` needs none.
         split: train, val or test.
         rotations: turn each class by 90, 180 and 270 degrees into three more classes. Default: for Omniglot's train
             split, as usual in MAML's protocol, or as its split file lists them, and for nothing else.
@@ -45,5 +45,5 @@ def load(
         raise ValueError(f"{key}: root is not given. Expected under it: {layout}")
     if key == "omniglot" and folder is not None:
         return omniglot.load(split, folder, rotations)
-    dataset = glyphs.load(split, folder) if folder is None or key == "glyphs" else pickled_sets.load(key, split, folder)
+    dataset = glyphs.load(split) if folder is None or key == "glyphs" else pickled_sets.load(key, split, folder)
     return with_rotations(dataset) if rotations else dataset
