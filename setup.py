@@ -289,9 +289,16 @@ def build_command(torch: Any) -> type[build_ext]:
     return Build
 
 
+def dependencies(torch: ModuleType | None) -> list[str]:
+    """What the core needs. torch keeps its C++ interface within one minor version: that of the extension is named."""
+    fits = "torch>=2.11" if torch is None else f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"
+    return [fits, "numpy>=1.26", "safetensors>=0.4.3"]
+
+
 torch_module = find_torch()
 setup(
     version=version(),
+    install_requires=dependencies(torch_module),
     ext_modules=[extension(torch_module)],
     cmdclass={"build_ext": build_command(torch_module)},
 )

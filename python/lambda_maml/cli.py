@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lambda_kernels import __version__
-
 from .cli_train import exit_if_stopped, say_if_stopped, train, train_with_progress
 from .console import bar, device_of, device_option, json_option, options, print_json, say
 
@@ -52,7 +50,7 @@ HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "show_default": T
 
 
 @click.group(cls=Group, context_settings=HELP, invoke_without_command=True)
-@click.version_option(__version__, prog_name="lambda-maml")
+@click.version_option(package_name="lambda-kernels", prog_name="lambda-maml")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Adapt few-shot networks fast: find out which layers a MAML-trained network must update.
@@ -389,14 +387,18 @@ def _publish(found: dict[str, Any], warnings: list[str], path: Path, as_json: bo
     from .report import plot
 
     write_json(path, found)
-    plot(found, path.with_name("report.png"))
+    picture, drawn = path.with_name("report.png"), True
+    try:
+        plot(found, picture)
+    except ModuleNotFoundError as missing:
+        warnings, drawn = [*warnings, f"there is no picture: {missing}"], False
     for warning in warnings:
         say(f"warning: {warning}")
     if as_json:
         print_json(found)
     else:
         _tables(found)
-        click.echo(f"wrote {path} and {path.with_name('report.png')}")
+        click.echo(f"wrote {path}{f' and {picture}' if drawn else ''}")
 
 
 def _tables(found: Mapping[str, Any], every: bool = False) -> None:
@@ -507,7 +509,7 @@ def run(args: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("lambda-maml: interrupted", err=True)
         return 130
-    except (ValueError, OSError, ArithmeticError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, OSError, ArithmeticError, RuntimeError, NotImplementedError, ModuleNotFoundError) as error:
         if debug:
             raise
         message = str(error)

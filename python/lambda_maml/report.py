@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .extras import wanted
 from .files import atomic
 from .patterns import Pattern
 
@@ -59,8 +60,9 @@ def _ms(value: float | None) -> str:
 
 def headline(report: Report) -> Table:
     """The choice beside the full pattern, in this package and in plain PyTorch: times, and accuracy on test tasks."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    with wanted("cli", "a table"):
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
 
     chosen, full, stock, test = (report[key] for key in ("chosen", "full", "stock_full", "test"))
     tested = test["tasks"] > 0
@@ -106,8 +108,9 @@ def headline(report: Report) -> Table:
 
 def candidates(report: Report, *, every: bool = False) -> Table:
     """Candidates, the fastest first: the Pareto front and the well-known ones, or with `every` all of them."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    with wanted("cli", "a table"):
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
 
     known, front = names(report), [row["pattern"] for row in pareto(report)]
     rows = sorted(report["candidates"], key=lambda row: (row["time_ms"], -row["accuracy"]))
@@ -145,9 +148,10 @@ def candidates(report: Report, *, every: bool = False) -> Table:
 def plot(report: Report, path: str | Path) -> None:
     """Write a PNG: validation accuracy (95% bars) against adaptation time, the Pareto front, the choice, MAML, ANIL and
     plain PyTorch's full pattern. Raises ValueError for another file type."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    with wanted("report", "the picture"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     path = Path(path)
     if path.suffix.lower() != ".png":
