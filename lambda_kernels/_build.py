@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -36,3 +37,24 @@ def mismatch() -> str:
     if built is None or built.split(".")[:2] == running.split(".")[:2]:
         return ""
     return f"the extension was built for torch {built}, this is torch {running}: build it again"
+
+
+def hidden() -> str:
+    """The folder of an installed package that this one, which was not built, hides: as where Python was started in a
+    checkout. "" where there is none."""
+    own = Path(__file__).resolve().parent
+    try:
+        installed = Path(str(metadata.distribution("lambda-kernels").locate_file("lambda_kernels"))).resolve()
+    except metadata.PackageNotFoundError:
+        return ""
+    return str(installed) if installed != own and any(installed.glob("_C*.so")) else ""
+
+
+def not_built(error: ImportError) -> str:
+    """Why there is no extension to load, and the remedy."""
+    if other := hidden():
+        return (
+            f"this is the source in {Path(__file__).resolve().parents[1]}, which was not built and hides the package "
+            f"installed in {other}: start Python in another folder, or build the source with `make`"
+        )
+    return f"the extension lambda_kernels._C is not built ({error}): run `make`, or `pip install .` with a C++ compiler"

@@ -131,7 +131,7 @@ def _extension() -> tuple[dict[str, str | None] | None, str, str]:
     try:
         return build, str(importlib.import_module("lambda_kernels._C").isa()), ""
     except ModuleNotFoundError as error:
-        return build, "", f"it is not built ({error}): run make, or pip install . with a C++ compiler"
+        return build, "", _build.not_built(error)
     except (ImportError, RuntimeError) as error:  # RuntimeError: LAMBDA_KERNELS_ISA names what this machine cannot run
         return build, "", str(error)
 

@@ -128,6 +128,43 @@ def test_info_says_why_the_extension_does_not_load(tmp_path):
     assert report["backends"]["native"]["reasons"] and report["backends"]["reference"]["reasons"] == []
 
 
+UNBUILT = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]; "
+
+
+def test_an_extension_that_was_not_built_is_said_once_with_the_remedy(tmp_path):
+    shutil.copytree(PACKAGE, tmp_path / "lambda_kernels", ignore=shutil.ignore_patterns("*.so", "_build_info.json"))
+    program = UNBUILT + "import lambda_kernels, lambda_kernels.chain"
+    done = run("-c", program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 1 and "backend `reference`" in said[0] and "is not built" in said[0] and "run `make`" in said[0]
+
+
+def test_a_source_that_hides_the_installed_package_is_told(tmp_path):
+    for place in ("source", "installed"):
+        shutil.copytree(
+            PACKAGE, tmp_path / place / "lambda_kernels", ignore=shutil.ignore_patterns("*.so", "_build_info.json")
+        )
+    (tmp_path / "installed/lambda_kernels/_C.so").write_bytes(b"")
+    info_folder = tmp_path / "installed/lambda_kernels-0.1.0.dist-info"
+    info_folder.mkdir()
+    (info_folder / "METADATA").write_text("Metadata-Version: 2.1\nName: lambda-kernels\nVersion: 0.1.0\n")
+    program = UNBUILT + "sys.path.insert(1, '../installed'); from lambda_kernels import info; info.main(['--json'])"
+    done = run("-c", program, cwd=tmp_path / "source")
+    assert done.returncode == 0, done.stderr
+    why = json.loads(done.stdout)["extension"]["why_not"]
+    assert f"installed in {(tmp_path / 'installed/lambda_kernels').resolve()}" in why and "another folder" in why
+    assert why in done.stderr
+
+
+def test_a_wheel_names_the_torch_that_its_extension_fits(monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **given: None)
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    minor = ".".join(torch.__version__.split(".")[:2])
+    assert setup["dependencies"](torch)[0] == f"torch=={minor}.*"
+    assert setup["dependencies"](None)[0] == "torch>=2.11"
+
+
 def test_info_names_an_instruction_set_that_the_machine_lacks():
     done = run("-m", "lambda_kernels.info", "--json", LAMBDA_KERNELS_ISA="mmx")
     assert done.returncode == 0, done.stderr

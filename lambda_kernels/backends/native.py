@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
+from .._say import say_once
 from ..spec import BlockSpec, ConvSpec
 from .base import Call, InnerLoop, StepsGrad, Wanted
 from .reference import Reference, channels_last
@@ -21,10 +22,14 @@ if not _WHY:
         # Registers the operators of torch.ops.lambda_kernels. isa() throws where LAMBDA_KERNELS_ISA cannot be had.
         _extension = importlib.import_module("lambda_kernels._C")
         _extension.isa()
+    except ModuleNotFoundError as error:
+        _WHY = _build.not_built(error)
     except RuntimeError as error:
         _WHY = str(error)
     except ImportError as error:
         _WHY = f"the extension lambda_kernels._C does not load ({error}): build it with `pip install .`"
+if _WHY:
+    say_once(f"CPUs compute by backend `reference`, several times slower than by `native`: {_WHY}")
 
 MOST_TAPS = 32  # numbers of a patch that the kernels of the first block take
 
