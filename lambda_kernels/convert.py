@@ -6,7 +6,7 @@ import copy
 import functools
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -20,6 +20,9 @@ from .program import NORMS, Program, plain_view, program_for, program_seen
 __all__ = ["convert", "report", "to_torch"]
 
 _DROP_IN: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: Conv2d, nn.Linear: Linear}
+
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Fused:
@@ -77,7 +80,7 @@ def _revive(cls: Any, blocks: bool = True) -> nn.Module:
     return fused.__new__(fused)
 
 
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: Model) -> Model:
     """Put the drop-in layers into a model, in place, and return it.
 
     Every `nn.Conv2d` and `nn.Linear` becomes the layer of the same name here, and conv-norm-ReLU-pool runs in the
@@ -100,7 +103,7 @@ def convert(model: nn.Module) -> nn.Module:
         kinds = {type(module) for module in model.modules()}
         blocks = bool(kinds & {nn.Conv2d, Conv2d}) and nn.BatchNorm2d in kinds or ConvBlock in kinds
         if blocks or any(issubclass(kind, NORMS) for kind in kinds):
-            model.__class__ = _fused_class(cls, blocks)
+            model.__class__ = _fused_class(cls, blocks)  # type: ignore[assignment]
     return model
 
 
@@ -109,7 +112,7 @@ def _check_module(what: str, model: object) -> None:
         raise TypeError(f"{what}: a torch.nn.Module expected, got {type(model).__name__}: {what}(model), not its class")
 
 
-def to_torch(model: nn.Module) -> nn.Module:
+def to_torch(model: Model) -> Model:
     """A deep copy of the model in which every layer of this package is torch's own again: the yardstick's network.
 
     >>> type(to_torch(convert(nn.Linear(8, 5)))) is nn.Linear

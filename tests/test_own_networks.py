@@ -155,7 +155,7 @@ def test_the_command_line_trains_and_uses_it(tmp_path: Path, capsys: pytest.Capt
     [
         (
             ["--network", "resnet"],
-            "there is no network 'resnet': choose conv4, or name your function as MODULE:FUNCTION",
+            "there is no network 'resnet': choose conv4 or resnet12, or name your function as MODULE:FUNCTION",
         ),
         (["--network", "own_networks:residual", "--width", "3"], "--width 3 is of conv4: give --network-args width=3"),
         (["--network-args", "width=3"], "conv4 has --width alone"),

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lambda_maml import Pattern, adapt, data, models, select_pattern
 from lambda_maml import report as reports
+from lambda_maml.choice import choose
 from lambda_maml.evaluate import evaluate
 from lambda_maml.plain_torch import disagreement, plain_adapt
-from lambda_maml.select import choose, read_selection
+from lambda_maml.select import read_selection
 from lambda_maml.stats import mean_ci95, ratio_upper_bound95, t_quantile, upper_bound95
 from lambda_maml.timing import STOCK, Timing, interleave, measure_times, read_timings, timing_info
 

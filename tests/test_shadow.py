@@ -206,11 +206,11 @@ def test_what_the_forward_writes_is_kept_from_run_to_run_of_a_binding() -> None:
 def test_another_thread_is_not_disturbed() -> None:
     model = lk.convert(Opaque(nn.Sequential(nn.Flatten(), nn.Linear(4, 3))).double())
     x, y = torch.randn(6, 4, dtype=D), torch.arange(3).repeat(2)
-    want, wrong, stop = model.inner(x).detach(), [], threading.Event()  # type: ignore[operator]
+    want, wrong, stop = model.inner(x).detach(), [], threading.Event()
 
     def read() -> None:
         while not stop.is_set():
-            if not torch.equal(model.inner(x), want):  # type: ignore[operator]
+            if not torch.equal(model.inner(x), want):
                 wrong.append(1)
 
     reader = threading.Thread(target=read)

@@ -67,16 +67,31 @@ def save(path: str | Path, model: nn.Module, meta: Mapping[str, Any], rule: obje
 def load(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Read a checkpoint: the model built from its config, on the CPU, and its `meta`.
 
-    With `model` given, its parameters are overwritten instead and it is returned. Raises ValueError that names the
-    first key that differs in name or shape; `model` is then unchanged.
+    With `model` given, its parameters are overwritten instead and it is returned. Raises ValueError that names both
+    networks, if their names differ, or the first key that differs in name or shape; `model` is then unchanged.
     """
     tensors, meta = read_tensors(path)
     if model is None:
         if not isinstance(meta.get("network"), dict):
             raise ValueError(f"{path}: holds no network config: it is a training state, pass best.safetensors")
         model = models.build(meta["network"])
+    else:
+        _check_same_network(path, model, meta.get("network"))
     load_tensors(model, {k: v for k, v in tensors.items() if not k.startswith(_RULE)}, str(path))
     return model, meta
+
+
+def _check_same_network(path: str | Path, model: nn.Module, config: Any) -> None:
+    """ValueError where file and model are known to be networks of different names."""
+    try:
+        own = models.config_of(model)
+    except ValueError:
+        return
+    if isinstance(config, dict) and config.get("network") != own["network"]:
+        raise ValueError(
+            f"{path}: holds the network {config.get('network')}, not {own['network']}: load it without a model, which "
+            "is then built as the file says"
+        )
 
 
 def load_rule(path: str | Path, rule: nn.Module) -> None:

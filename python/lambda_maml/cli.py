@@ -135,6 +135,11 @@ cli.add_command(train)
     "--max-drop", type=click.FloatRange(0, 1), default=0.01,
     help="Allowed drop of accuracy against the full pattern, a fraction.",
 )  # fmt: skip
+@click.option(
+    "--patterns",
+    help="Candidates, separated by semicolons, as in 'ANIL; stages:00011'.  [default: all; by parts of the network "
+    "where it has more than 8 layers]",
+)
 @click.option("--relative", is_flag=True, help="The drop is a fraction of the full pattern's accuracy.")
 @click.option(
     "--rule", type=click.Choice(["bound", "point"]), default="bound",
@@ -150,8 +155,8 @@ cli.add_command(train)
 @json_option
 def select(
     checkpoint: Path, dataset: str | None, root: Path | None, tasks: int, steps: int | None, lr: float | None,
-    norm: str | None, max_drop: float, relative: bool, rule: str, timings: Path | None, seconds: float, seed: int,
-    out: Path | None, device: str, as_json: bool,
+    norm: str | None, max_drop: float, patterns: str | None, relative: bool, rule: str, timings: Path | None,
+    seconds: float, seed: int, out: Path | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Choose the fastest pattern whose accuracy is good enough.
 
@@ -181,7 +186,8 @@ def select(
         with bar("selecting", ranks) as progress:
             chosen = select_pattern(
                 model, val_tasks, test_tasks=test_tasks, **inner, max_drop=max_drop, relative=relative, decide=rule,
-                timings=timings, seconds=seconds, progress=progress, ranks=ranks,
+                patterns=None if patterns is None else [p.strip() for p in patterns.split(";")], timings=timings,
+                seconds=seconds, progress=progress, ranks=ranks,
             )  # fmt: skip
         if ranks.rank == 0:
             _publish(chosen.to_dict(), chosen.warnings, path, as_json)
@@ -263,6 +269,7 @@ def adapt(
     from .adapt import adapt as adapt_model
     from .images import class_folders, query_files, read_images
     from .learned_rates import load_learned_rule
+    from .models import image_shape
 
     if out is not None and out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: the name ends in .safetensors")
@@ -271,10 +278,11 @@ def adapt(
     bits, report = _pattern(model, pattern)
     inner = _inner(checkpoint, model, meta, report, steps, lr, norm)
     classes = class_folders(support)
-    if len(classes) != network["ways"]:
+    ways = network.get("ways", meta["settings"]["ways"])
+    if len(classes) != ways:
         found = f"{len(classes)} class folders ({', '.join(classes)})" if classes else "no class folder"
-        raise ValueError(f"{support}: {found}, but the network has {network['ways']} classes")
-    dark = network["in_channels"] == 1 if invert is None else invert
+        raise ValueError(f"{support}: {found}, but the network has {ways} classes")
+    dark = image_shape(network)[0] == 1 if invert is None else invert
 
     def read(paths: list[Path]) -> torch.Tensor:
         return read_images(paths, network, meta["dataset"], invert=dark).to(device)
@@ -329,6 +337,11 @@ def report(pattern_json: Path, out: Path | None, every: bool, as_json: bool) -> 
     from .select import read_selection
 
     found = read_selection(pattern_json)
+    if "metric" in found:
+        raise ValueError(
+            f"{pattern_json}: its scores are {found['metric']}, tables and picture are of accuracies: "
+            "print(selection.table) in Python shows them"
+        )
     picture = out or pattern_json.with_name("report.png")
     plot(found, picture)
     if as_json:
@@ -371,13 +384,14 @@ def _ways(
     import torch
 
     from .explain import explain
+    from .models import image_shape
 
     model, meta = _load(checkpoint, device)
     bits, report = _pattern(model, pattern)
-    network, settings = meta["network"], meta["settings"]
+    settings = meta["settings"]
     ys = torch.arange(settings["ways"]).repeat_interleave(settings["shots"]).to(device)
-    side = network["image_size"]
-    xs = torch.zeros(len(ys), network["in_channels"], side, side, dtype=next(model.parameters()).dtype, device=device)
+    some = next(model.parameters())
+    xs = torch.zeros(len(ys), *image_shape(meta["network"]), dtype=some.dtype, device=device)
     return explain(model, xs, ys, pattern=bits, **_inner(checkpoint, model, meta, report, steps, lr, norm))
 
 
@@ -421,11 +435,10 @@ def _load(path: Path, device: str) -> tuple[Any, dict[str, Any]]:
 
 def _images(meta: Mapping[str, Any], dataset: str | None, root: Path | None, split: str) -> Any:
     """The set that is named, or the checkpoint's; its images must fit the network."""
-    from . import data
+    from . import data, models
 
     images = data.load(dataset or meta["dataset"]["name"], root=root, split=split)
-    network = meta["network"]
-    fits = (network["in_channels"], network["image_size"], network["image_size"])
+    fits = models.image_shape(meta["network"])
     if tuple(images.image_shape) != fits:
         raise ValueError(
             f"{images.name} has images {list(images.image_shape)}, the checkpoint's network takes {list(fits)}"

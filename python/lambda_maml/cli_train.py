@@ -43,11 +43,13 @@ data_options = options(
 network_options = options(
     click.option(
         "--network", default="conv4",
-        help="conv4, or MODULE:FUNCTION: a function of your own, called with ways, in_channels and image_size.",
+        help="conv4, resnet12, or MODULE:FUNCTION: a function of your own, called with ways, in_channels and, if it "
+        "has such a parameter, image_size.",
     ),
     click.option(
         "--network-args", "network_args", multiple=True, metavar="KEY=VALUE",
-        help="One more argument of the function; may be repeated. Values are JSON, or else text.",
+        help="One more argument of the function, or of resnet12, as in widths=[64,128,256,512]; may be repeated. "
+        "Values are JSON, or else text.",
     ),
     click.option("--width", type=click.IntRange(1), help="Channels of each of conv4's convolutions.  [default: 32]"),
 )  # fmt: skip
@@ -224,12 +226,10 @@ def train_with_progress(
 
     ranks = ranks or ALONE
     channels, height, side = train_set.image_shape
-    if height != side:
-        raise ValueError(f"{train_set.name}: images are {height}x{side}, expected square ones")
     torch.manual_seed(settings.seed)
-    shape = {"ways": settings.ways, "in_channels": channels, "image_size": side}
+    shape = {"ways": settings.ways, "in_channels": channels, "image_size": side if height == side else [height, side]}
     model = models.build({**config, **shape}).to(ranks.device or device_of(device))
-    with bar("training", ranks) as progress:
+    with bar("training", ranks, left=False) as progress:
         return run(model, train_set, val_set, out=out, settings=settings, progress=progress, ranks=ranks, **more)
 
 
@@ -249,5 +249,6 @@ def _config(network: str, args: tuple[str, ...], width: int | None) -> dict[str,
             raise ValueError(f"--network-args {args[0]}: conv4 has --width alone")
         return {"network": network, "width": 32 if width is None else width}
     if width is not None:
-        raise ValueError(f"--width {width} is of conv4: give --network-args width={width} to {network}")
-    return {"network": network, "args": given}
+        named = "widths=[64,128,256,512]" if network == "resnet12" else f"width={width}"
+        raise ValueError(f"--width {width} is of conv4: give --network-args {named} to {network}")
+    return {"network": network, **({"args": given} if ":" in network else given)}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .progress import Progress, shown
+
 if TYPE_CHECKING:
     import torch
 
-    from .evaluate import Progress
     from .ranks import Ranks
 
 __all__ = ["bar", "device_of", "device_option", "json_option", "options", "print_json", "say"]
@@ -59,37 +59,6 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
-@contextmanager
-def bar(title: str, ranks: Ranks | None = None) -> Iterator[Progress | None]:
-    """A progress bar on stderr on a terminal, else a line there every ten seconds and at the end; None for every rank
-    but the first."""
-    if ranks is not None and ranks.rank != 0:
-        yield None
-        return
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
-
-        columns = (
-            TextColumn(title),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.description}"),
-        )
-        with Bar(*columns, console=console) as shown:
-            task = shown.add_task("", total=None)
-            yield lambda done, total, what: shown.update(task, completed=done, total=total, description=what)
-        return
-    last = time.monotonic()
-
-    def line(done: int, total: int, what: str) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last >= 10:
-            last = time.monotonic()
-            say(f"{title}: {done}/{total} {what}")
-
-    yield line
+def bar(title: str, ranks: Ranks | None = None, *, left: bool = True) -> AbstractContextManager[Progress | None]:
+    """A progress that `progress.shown` shows; None for every rank but the first."""
+    return shown(True, title, here=ranks is None or ranks.rank == 0, left=left)

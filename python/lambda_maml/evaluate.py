@@ -1,40 +1,95 @@
-"""Accuracy of an adapted model, task by task."""
+"""Query results of an adapted model, judged task by task."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapt import adapt_tasks
 from .data.episodes import Task
-from .inner.batch import alike
+from .inner import batch as batches
+from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Rule
 from .patterns import Pattern
+from .progress import Progress, shown
 from .ranks import ALONE, Ranks
 from .stats import mean_ci95
 
-Progress = Callable[[int, int, str], None]
-"""Called as progress(done, total, what): whole numbers of the same unit, and a few words on the last step."""
+__all__ = ["ACCURACY", "Evaluation", "Metric", "check_metric", "evaluate", "name_of", "stack", "worded"]
+
+ACCURACY = "accuracy"
+"""The share of a task's query images that are classified right, a fraction."""
+
+Metric = str | Callable[[Any, Any], Any]
+"""`ACCURACY`, or a function of one task's query result and target that gives a number, such as F.mse_loss."""
 
 
 class Evaluation(NamedTuple):
-    """Query accuracies of the adapted model: one per task, their mean and the half width of its 95% interval."""
+    """A score per task, their mean and the half width of its 95% interval, and the metric's name."""
 
-    accuracies: Tensor
+    scores: Tensor
     mean: float
     ci95: float
+    metric: str = ACCURACY
+
+    @property
+    def accuracies(self) -> Tensor:
+        """The scores, by their name where the metric is accuracy."""
+        return self.scores
+
+    def __repr__(self) -> str:
+        return f"Evaluation({self.metric} {self.mean:.4g} ± {self.ci95:.2g} over {len(self.scores)} tasks)"
 
 
 def stack(tasks: Sequence[Task], model: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tasks of equal shapes as xs [T, N, C, H, W], ys [T, N], xq [T, Q, C, H, W], yq [T, Q], on the model's device and
-    in its dtype."""
+    """Tasks of equal shapes as xs [T, N, C, H, W], ys [T, N], xq [T, Q, C, H, W], yq [T, Q], on the model's device;
+    inputs, and targets that are no whole numbers, in its dtype."""
     weight = next(model.parameters())
     xs, ys, xq, yq = (torch.stack(parts).to(weight.device) for parts in zip(*tasks, strict=True))
+    ys, yq = (y.to(weight.dtype) if y.is_floating_point() else y for y in (ys, yq))
     return xs.to(weight.dtype), ys, xq.to(weight.dtype), yq
+
+
+def name_of(metric: Metric) -> str:
+    """What tables and files call a metric.
+
+    >>> name_of(F.mse_loss)
+    'mse_loss'
+
+    Raises ValueError for what is none.
+    """
+    if metric == ACCURACY:
+        return ACCURACY
+    if isinstance(metric, str) or not callable(metric):
+        raise ValueError(
+            f"metric is {metric!r}, expected {ACCURACY!r} or a function (result, target) -> a number, such as "
+            "torch.nn.functional.mse_loss"
+        )
+    return str(getattr(metric, "__name__", type(metric).__name__))
+
+
+def worded(score: float, metric: str) -> str:
+    """A score for people.
+
+    >>> worded(0.975, "accuracy"), worded(0.0123456, "mse_loss")
+    ('97.5%', 'mse_loss 0.01235')
+    """
+    return f"{score:.1%}" if metric == ACCURACY else f"{metric} {score:.4g}"
+
+
+def check_metric(metric: Metric, tasks: Sequence[Task]) -> None:
+    """ValueError for what is no metric, and for accuracy where targets are no class numbers."""
+    if name_of(metric) == ACCURACY and tasks and tasks[0].yq.is_floating_point():
+        raise ValueError(
+            f"the targets are {str(tasks[0].yq.dtype).removeprefix('torch.')}, which have no accuracy: give "
+            "loss= and metric=, functions such as torch.nn.functional.mse_loss"
+        )
 
 
 def evaluate(
@@ -46,36 +101,61 @@ def evaluate(
     lr: Rate = DEFAULT_LR,
     rule: Rule | None = None,
     norm: str = "follow",
+    loss: Loss = F.cross_entropy,
+    metric: Metric = ACCURACY,
     statistics: str = "batch",
     batch: int = 16,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Adapt to each task's support set and classify its query set.
+    """Adapt to each task's support set and judge the result for its query set.
 
-    The accuracies (fractions, float64, [len(tasks)]) stay in the order of `tasks`, so that two patterns can be compared
-    task by task. Of `batch` tasks at a time, those of equal shapes are adapted together; they may differ in their
-    numbers of images, ways and queries. `lr`, `rule` and `statistics` are those of `adapt`. The `ranks` divide the
-    tasks and get the same accuracies. Raises ValueError without tasks.
+    The scores (float64, [len(tasks)]) stay in the order of `tasks`, so that two patterns can be compared task by task.
+    Of `batch` tasks at a time, those of equal shapes are adapted together; they may differ in their numbers of images,
+    ways and queries. `lr`, `rule`, `loss` and `statistics` are those of `adapt`. The `ranks` divide the tasks and get
+    the same scores.
+
+    >>> evaluate(model, tasks, pattern="00011", steps=5, lr=0.03)
+    Evaluation(accuracy ... ± ... over 2 tasks)
+
+    metric: "accuracy", a fraction, or a function that is called for one task with its query result and target, and
+        gives a number: `loss=F.mse_loss, metric=F.mse_loss` for regression.
+    progress: called as progress(done, total, what); True shows a bar, or lines, on stderr.
+
+    Raises ValueError without tasks, for an unknown metric, or one that gives an infinite number or NaN.
     """
     if not tasks:
         raise ValueError("evaluate: there are no tasks")
+    check_metric(metric, tasks)
     share = ranks.share(len(tasks))
 
-    def fill(accuracies: Tensor) -> None:
+    def fill(scores: Tensor) -> None:
         for begin in range(share.start, share.stop, batch):
             part = tasks[begin : min(begin + batch, share.stop)]
-            for places in alike(part):
+            for places in batches.alike(part):
                 xs, ys, xq, yq = stack([part[i] for i in places], model)
                 with torch.no_grad():  # the query pass; adapt_tasks turns gradients on for itself
-                    logits = adapt_tasks(
-                        model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm,
+                    results = adapt_tasks(
+                        model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm, loss=loss,
                         statistics=statistics,
                     )  # fmt: skip
-                found = (logits.argmax(-1) == yq).double().mean(-1)
-                accuracies[[begin + i for i in places]] = found.to(accuracies.device)
-            if progress is not None:
-                progress(begin - share.start + len(part), len(share), "tasks")
+                    found = _judged(metric, results, yq)
+                scores[[begin + i for i in places]] = found.to(scores.device)
+            if told is not None:
+                told(begin - share.start + len(part), len(share), "tasks")
 
-    accuracies = ranks.total(len(tasks), fill).cpu()
-    return Evaluation(accuracies, *mean_ci95(accuracies))
+    with shown(progress, "evaluating", here=ranks.rank == 0) as told:
+        scores = ranks.total(len(tasks), fill).cpu()
+    return Evaluation(scores, *mean_ci95(scores), name_of(metric))
+
+
+def _judged(metric: Metric, results: Any, yq: Tensor) -> Tensor:
+    """The scores of stacked tasks, float64 [T]."""
+    if isinstance(metric, str):
+        right: Tensor = results.argmax(-1) == yq
+        return right.double().mean(-1)
+    scores = [float(metric(batches.task(results, t), yq[t])) for t in range(len(yq))]
+    wrong = [score for score in scores if not math.isfinite(score)]
+    if wrong:
+        raise ValueError(f"metric {name_of(metric)} of a task is {wrong[0]}, expected a finite number")
+    return torch.tensor(scores, dtype=torch.float64)

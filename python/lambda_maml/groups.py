@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
-__all__ = ["bits_by_path", "bits_of", "checked", "is_bits"]
+__all__ = ["bits_by_path", "bits_of", "checked", "is_bits", "parts_of"]
 
 _NAMES = {name.lower(): name for name in ("MAML", "ANIL", "BOIL", "head")}
 
@@ -49,9 +49,7 @@ def bits_of(stage: str, names: Sequence[str], network: str) -> str:
     path, _, bits = stage.rpartition(":")
     parent = path
     if path == "stages" and not any(_below(name, path) for name in names):
-        parent = ""
-        while len(tops := dict.fromkeys(_child(name, parent) for name in names)) == 1 and parent not in names:
-            parent = next(iter(tops))
+        parent, _ = parts_of(names)
     groups = list(dict.fromkeys(_child(name, parent) for name in names if _below(name, parent)))
     if not groups:
         raise ValueError(f"pattern {stage!r}: {_no_layer(path, names, network)}")
@@ -62,6 +60,14 @@ def bits_of(stage: str, names: Sequence[str], network: str) -> str:
         )
     by_group = dict(zip(groups, bits))
     return "".join(by_group.get(_child(name, parent), "0") if _below(name, parent) else "0" for name in names)
+
+
+def parts_of(names: Sequence[str]) -> tuple[str, list[str]]:
+    """The path of the innermost module that holds all layers of these names, and those of its children with layers."""
+    parent = ""
+    while len(parts := dict.fromkeys(_child(name, parent) for name in names)) == 1 and parent not in names:
+        parent = next(iter(parts))
+    return parent, list(parts)
 
 
 def bits_by_path(given: Mapping[str, int], names: Sequence[str], network: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .data.layout import subfolders, visible
 from .data.pictures import read_picture
+from .models import image_shape
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
@@ -64,18 +65,18 @@ def read_images(
 
     Args:
         files: pictures of any bit depth and EXIF orientation (`data.pictures.read_picture`).
-        network: a config with in_channels (1: grey, 3: RGB) and image_size.
+        network: a config, which says in_channels (1: grey, 3: RGB) and image_size.
         dataset: mean and std, one value per channel.
         invert: turn light paper dark, since the grey sets have high ink.
 
     Raises:
         ValueError: a file is unreadable; the text names it.
     """
-    channels, size = network["in_channels"], network["image_size"]
-    pixels = np.empty((len(files), size, size, channels), np.uint8)
+    channels, height, width = image_shape(network)
+    pixels = np.empty((len(files), height, width, channels), np.uint8)
     for index, file in enumerate(files):
-        picture = read_picture(Path(file), "L" if channels == 1 else "RGB", size)
-        pixels[index] = picture.reshape(size, size, channels)
+        picture = read_picture(Path(file), "L" if channels == 1 else "RGB", (height, width))
+        pixels[index] = picture.reshape(height, width, channels)
     x = torch.from_numpy(255 - pixels if invert else pixels).permute(0, 3, 1, 2).to(torch.float32) / 255
     mean, std = (torch.tensor(dataset[key], dtype=torch.float32).view(-1, 1, 1) for key in ("mean", "std"))
     return ((x - mean) / std).contiguous()

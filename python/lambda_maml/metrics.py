@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import atomic, written
+from .progress import time_left
 
 __all__ = ["METRICS", "Metrics", "Pace"]
 
@@ -101,8 +102,4 @@ class Pace:
         seconds = iterations * self.tasks / self.tasks_per_second
         if minutes is not None:
             seconds = min(seconds, 60 * max(minutes, 0.0))
-        whole = round(seconds)
-        if whole < 60:
-            return f"{whole} s left"
-        hours, rest = divmod(round(seconds / 60), 60)
-        return f"{hours} h {rest} min left" if hours else f"{rest} min left"
+        return time_left(seconds)

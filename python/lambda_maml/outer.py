@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from . import schedule
 from .adapt import adapt, adapt_tasks
 from .data.episodes import Task
 from .evaluate import stack
-from .inner.batch import alike
+from .inner.batch import alike, task
+from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR
 from .inner.rule import Rule
 from .maml import LambdaMAML
@@ -23,7 +24,7 @@ __all__ = ["descent", "meta_gradient"]
 
 def meta_gradient(
     model: nn.Module, tasks: list[Task], settings: Settings, *, rule: Rule | None = None, batched: bool = True,
-    iteration: int = 0,
+    iteration: int = 0, loss: Loss = F.cross_entropy,
 ) -> float:  # fmt: skip
     """Add the gradient of the mean query loss after adaptation to the parameters' `.grad`; return that loss.
 
@@ -31,6 +32,7 @@ def meta_gradient(
 
     rule: how an inner step goes, in place of the settings' lr; its parameters get gradients too.
     batched: adapt tasks of equal shapes together, else all of them one after another, which needs less memory.
+    loss: of the support and the query set.
     iteration: updates so far, on which the settings may let pattern, order and loss depend.
 
     After Finn et al. 2017, algorithm 2. Under `outer="reptile"` the gradient is the way from the mean of the adapted
@@ -41,12 +43,13 @@ def meta_gradient(
         **descent(settings, rule),
     }  # fmt: skip
     if settings.outer == "reptile":
-        return _towards_adapted(model, tasks, {**given, "steps": settings.steps})
+        return _towards_adapted(model, tasks, {**given, "steps": settings.steps, "loss": loss})
     second_order = schedule.second_order(settings, iteration)
     weights = schedule.importances(settings, iteration)
     if weights is not None:
-        return _of_every_step(model, tasks, {**given, "first_order": not second_order}, weights)
-    return _of_query_loss(model, tasks, {**given, "steps": settings.steps, "second_order": second_order}, batched)
+        return _of_every_step(model, tasks, {**given, "first_order": not second_order}, weights, loss)
+    given |= {"steps": settings.steps, "second_order": second_order, "loss": loss}
+    return _of_query_loss(model, tasks, given, batched)
 
 
 def _of_query_loss(model: nn.Module, tasks: list[Task], given: dict[str, Any], batched: bool) -> float:
@@ -54,26 +57,35 @@ def _of_query_loss(model: nn.Module, tasks: list[Task], given: dict[str, Any], b
     total = 0.0
     for part in parts:
         xs, ys, xq, yq = stack(part, model)
-        logits = adapt_tasks(model, xs, ys, xq, **given)
-        loss = F.cross_entropy(logits.flatten(0, 1), yq.flatten()) / (len(tasks) / len(part))
+        results = adapt_tasks(model, xs, ys, xq, **given)
+        loss = _mean_loss(given["loss"], results, yq) / (len(tasks) / len(part))
         loss.backward()
         total += loss.item()
     return total
 
 
-def _of_every_step(model: nn.Module, tasks: list[Task], given: dict[str, Any], weights: list[float]) -> float:
+def _mean_loss(loss: Loss, results: Any, yq: Tensor) -> Tensor:
+    """The mean over stacked tasks of the query set's loss."""
+    if loss is F.cross_entropy:
+        return F.cross_entropy(results.flatten(0, 1), yq.flatten())
+    return torch.stack([loss(task(results, t), yq[t]) for t in range(len(yq))]).mean()
+
+
+def _of_every_step(
+    model: nn.Module, tasks: list[Task], given: dict[str, Any], weights: list[float], loss: Loss
+) -> float:
     """The query losses after each inner step, weighted (MAML++); one task after another."""
     maml = LambdaMAML(model, **given)
     total = 0.0
-    for task in tasks:
-        xs, ys, xq, yq = (part[0] for part in stack([task], model))
+    for one in tasks:
+        xs, ys, xq, yq = (part[0] for part in stack([one], model))
         learner, losses = maml.clone(), []
         for weight in weights:
-            learner.adapt(F.cross_entropy(learner(xs), ys))
-            losses.append(weight * F.cross_entropy(learner(xq), yq))
-        loss = torch.stack(losses).sum() / len(tasks)
-        loss.backward()
-        total += loss.item()
+            learner.adapt(loss(learner(xs), ys))
+            losses.append(weight * loss(learner(xq), yq))
+        whole = torch.stack(losses).sum() / len(tasks)
+        whole.backward()
+        total += whole.item()
     return total
 
 
@@ -81,8 +93,8 @@ def _towards_adapted(model: nn.Module, tasks: list[Task], given: dict[str, Any])
     """Reptile: the mean over tasks of theta - theta', theta' adapted to all images of a task, is the gradient (Nichol
     et al. 2018, algorithm 2: an SGD step of rate epsilon on it is the paper's update). The loss is that of theta'."""
     total = 0.0
-    for task in tasks:
-        xs, ys, xq, yq = (part[0] for part in stack([task], model))
+    for one in tasks:
+        xs, ys, xq, yq = (part[0] for part in stack([one], model))
         x, y = torch.cat([xs, xq]), torch.cat([ys, yq])
         with torch.no_grad():  # adapt turns gradients on for itself
             learner = adapt(model, x, y, **given)
@@ -91,7 +103,7 @@ def _towards_adapted(model: nn.Module, tasks: list[Task], given: dict[str, Any])
                 if name in adapted:
                     towards = (p - adapted[name]) / len(tasks)
                     p.grad = towards if p.grad is None else p.grad + towards
-            total += F.cross_entropy(learner(x), y).item() / len(tasks)
+            total += given["loss"](learner(x), y).item() / len(tasks)
     return total
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,19 +53,20 @@ def plain_adapt(
 
 
 def disagreement(
-    model: nn.Module, xs: Tensor, ys: Tensor, *, steps: int, lr: float, norm: str = "follow"
-) -> str | None:
+    model: nn.Module, xs: Tensor, ys: Tensor, *, steps: int, lr: float, norm: str = "follow",
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> str | None:  # fmt: skip
     """Compare `adapt` with the plain loop under the full pattern: None if they agree, else a sentence with the figures.
 
     Both are held against the plain loop in float64, by the rule of `lambda_kernels.agreement`. Distances are Euclidean
     over all parameters, in units of how far adaptation moved them.
     """
+    given: dict[str, Any] = {"steps": steps, "lr": lr, "norm": norm, "loss": loss}
     full = Pattern.full(len(models.layer_names(model)))
-    truth = dict(
-        plain_adapt(copy.deepcopy(model).double(), xs.double(), ys, steps=steps, lr=lr, norm=norm).named_parameters()
-    )
-    plain = dict(plain_adapt(model, xs, ys, steps=steps, lr=lr, norm=norm).named_parameters())
-    ours = {**plain, **adapt(model, xs, ys, pattern=full, steps=steps, lr=lr, norm=norm).parameters_dict()}
+    exactly = ys.double() if ys.is_floating_point() else ys
+    truth = dict(plain_adapt(copy.deepcopy(model).double(), xs.double(), exactly, **given).named_parameters())
+    plain = dict(plain_adapt(model, xs, ys, **given).named_parameters())
+    ours = {**plain, **adapt(model, xs, ys, pattern=full, **given).parameters_dict()}
 
     start = dict(model.named_parameters())
     began, got, stock, exact = ([named[k] for k in truth] for named in (start, ours, plain, truth))

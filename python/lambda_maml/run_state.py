@@ -23,8 +23,9 @@ BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 class Validation(NamedTuple):
-    """One line of the history: accuracy and the half width of its 95% interval on the validation tasks, the mean
-    training loss since the line before, and seconds of training in all runs so far."""
+    """One line of the history: accuracy (or the mean of the run's own metric) and the half width of its 95% interval
+    on the validation tasks, the mean training loss since the line before, and seconds of training in all runs so
+    far."""
 
     iteration: int
     accuracy: float
@@ -123,7 +124,7 @@ def _check_same(path: Path, saved: Mapping[str, Any], about: Mapping[str, Any]) 
     saved = {**saved, "settings": {**asdict(Settings()), **saved.get("settings", {})}}  # settings since then: not set
     if "images" not in saved:  # a run of an earlier version
         about = {name: value for name, value in about.items() if name != "images"}
-    for part in ("dataset", "images", "network", "settings", "rule"):
+    for part in ("dataset", "images", "network", "settings", "rule", "goal"):
         old, new = saved.get(part, {}), about.get(part, {})
         for name in {**old, **new}:
             if old.get(name) != new.get(name):

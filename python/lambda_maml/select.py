@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambda_kernels import info
@@ -16,52 +17,23 @@ from lambda_kernels.agreement import DRAWS
 
 from . import models
 from .adapt import STATISTICS
+from .choice import Candidate, Table, candidates_of, choose, finite, key_of
 from .data.episodes import Task
-from .evaluate import Evaluation, Progress, evaluate, stack
+from .evaluate import ACCURACY, Evaluation, Metric, check_metric, evaluate, name_of, stack, worded
 from .files import read_json, write_json
+from .goal import Goal
+from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate, Rates
 from .inner.rule import Rule, is_rule
 from .patterns import Pattern
 from .plain_torch import disagreement
+from .progress import Progress, shown
 from .ranks import ALONE, Ranks
-from .stats import mean_ci95, ratio_upper_bound95, upper_bound95
+from .stats import mean_ci95
 from .timing import STOCK, Timing, measure_times, read_timings
 
 FEW_TASKS = 30
 """With fewer validation tasks than this a selection carries a warning."""
-
-
-class Candidate(NamedTuple):
-    """One pattern: accuracy and the half width of its 95% interval (fractions), adaptation time (ms), the drop against
-    the full pattern and its one-sided 95% upper bound (fractions; of the full accuracy if the drop is relative)."""
-
-    pattern: Pattern
-    accuracy: float
-    ci95: float
-    time_ms: float
-    drop: float
-    drop_bound: float
-    admissible: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        keys = ("accuracy", "ci95", "time_ms", "drop", "drop_bound")
-        return {"pattern": str(self.pattern), **{key: _finite(getattr(self, key)) for key in keys}}
-
-
-class Table(list[Candidate]):
-    """Candidates, the fastest first; prints as a table in plain text."""
-
-    def __str__(self) -> str:
-        width = max(len("pattern"), *(len(str(c.pattern)) for c in self)) if self else len("pattern")
-        lines = [f"{'pattern':<{width}}  time ms  accuracy %        drop  bound  admissible"]
-        for c in self:
-            ci = f"+- {100 * c.ci95:.2f}" if math.isfinite(c.ci95) else "+- ?"
-            bound = f"{100 * c.drop_bound:5.2f}" if math.isfinite(c.drop_bound) else "    ?"
-            lines.append(
-                f"{c.pattern!s:<{width}}  {c.time_ms:7.3f}  {100 * c.accuracy:6.2f} {ci:<9}  {100 * c.drop:5.2f}  "
-                f"{bound}  {'yes' if c.admissible else 'no'}"
-            )
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -87,15 +59,16 @@ class Selection:
         raise KeyError(f"{wanted} is none of the candidates: {', '.join(str(c.pattern) for c in self.table)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The form of pattern.json, schema 1: times in ms, accuracies as fractions, None for what is undefined."""
-        full, stock = self[self.full_pattern].to_dict(), self.times.get(STOCK)
-        end = self.end_to_end_ms
+        """The form of pattern.json, schema 1: times in ms, accuracies as fractions, None for what is undefined.
+        Those of another metric are called scores, and `metric` names it."""
+        rows = {c.pattern: c.to_dict(self.table.metric) for c in self.table}
+        full, stock, end = rows[self.full_pattern], self.times.get(STOCK), self.end_to_end_ms
         return {
             "schema": 1,
             **self.settings,
-            "chosen": {**self[self.pattern].to_dict(), "end_to_end_ms": end.get(str(self.pattern))},
+            "chosen": {**rows[self.pattern], "end_to_end_ms": end.get(str(self.pattern))},
             "full": {
-                **{key: full[key] for key in ("pattern", "accuracy", "ci95", "time_ms")},
+                **{key: full[key] for key in ("pattern", key_of(self.table.metric), "ci95", "time_ms")},
                 "end_to_end_ms": end.get(str(self.full_pattern)),
             },
             "stock_full": {
@@ -104,7 +77,7 @@ class Selection:
                 "end_to_end_ms": end.get(STOCK),
             },
             "test": self.test,
-            "candidates": [c.to_dict() for c in self.table],
+            "candidates": list(rows.values()),
             "environment": self.environment,
         }
 
@@ -114,42 +87,6 @@ class Selection:
     def save(self, path: str | Path) -> None:
         """Write pattern.json, atomically."""
         write_json(path, self.to_dict())
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def choose(
-    accuracies: Mapping[Pattern, Tensor], times_ms: Mapping[Pattern, float], full: Pattern, *, max_drop: float,
-    rule: str = "bound", relative: bool = False,
-) -> tuple[Pattern, Table]:  # fmt: skip
-    """The fastest admissible pattern, and every candidate, from accuracies [tasks] on the same tasks and times.
-
-    A pattern is admissible if its drop (rule "point") or the one-sided 95% upper bound of its drop over paired tasks
-    (rule "bound", Student's t; Fieller's bound of the ratio if `relative`) is at most `max_drop`. `full` always is.
-    Equal times: the higher accuracy, then the pattern's text. The bound is for one pattern at a time: the best of many
-    still looks better than it is, which is why the choice is reported on other tasks.
-    """
-    base = accuracies[full].double()
-    rows = []
-    for pattern, own in accuracies.items():
-        own = own.double()
-        if own.shape != base.shape:
-            raise ValueError(f"choose: {pattern} has {own.numel()} tasks, {full} has {base.numel()}")
-        mean, ci95 = mean_ci95(own)
-        if pattern == full:
-            drop = bound = 0.0
-        elif relative:
-            reference = float(base.mean())
-            drop = float((base - own).mean()) / reference if reference > 0 else math.inf
-            bound = ratio_upper_bound95(base - own, base)
-        else:
-            drop, bound = float((base - own).mean()), upper_bound95(base - own)
-        admissible = pattern == full or (drop if rule == "point" else bound) <= max_drop + 1e-12
-        rows.append(Candidate(pattern, mean, ci95, times_ms[pattern], drop, bound, admissible))
-    rows.sort(key=lambda c: (c.time_ms, -c.accuracy, str(c.pattern)))
-    return next(c.pattern for c in rows if c.admissible), Table(rows)
 
 
 def select_pattern(
@@ -163,11 +100,14 @@ def select_pattern(
     rule: str | Rule = "bound",
     decide: str | None = None,
     norm: str = "follow",
+    loss: Loss = F.cross_entropy,
+    metric: Metric = ACCURACY,
+    lower_is_better: bool = False,
     patterns: Iterable[Pattern | str] | None = None,
     test_tasks: Sequence[Task] | None = None,
     timings: str | Path | None = None,
     seconds: float | None = 30.0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     ranks: Ranks = ALONE,
 ) -> Selection:
     """Evaluate every pattern on the same validation `tasks`, time each, and take the fastest within `max_drop`.
@@ -178,18 +118,24 @@ def select_pattern(
 
     After Khabarlak 2022 (arXiv 2206.05930).
 
-    steps, lr, norm: of the inner loop, as in `adapt`.
-    patterns: candidates, default all 2^n - 1; the full pattern is always among them.
-    max_drop: allowed drop of accuracy against the full pattern, a fraction; of the full accuracy if `relative`.
+    steps, lr, norm, loss: of the inner loop, as in `adapt`.
+    metric, lower_is_better: what a pattern is judged by, as in `evaluate`, and whether less of it is better:
+        `loss=F.mse_loss, metric=F.mse_loss, lower_is_better=True` for regression.
+    patterns: candidates; the full pattern is always among them. Default: all 2^n - 1, by parts of the network ("stages:
+        ...") where it has more than 8 layers; see `choice.candidates_of`.
+    max_drop: how much worse than the full pattern's the mean score may be, in the metric's unit: a fraction for
+        accuracy. With `relative`, as a fraction of the full pattern's score.
     rule: how an inner step goes, in place of `lr` (see `rules`); or how a drop is judged, "bound" or "point" (see
         `choose`), which `decide` says too.
     test_tasks: tasks to report the choice and the full pattern on, with the norms' statistics of the query images
         together and with those of the support set (see `adapt`); none of them may be among `tasks`.
     timings: pytest-benchmark's JSON to take the times from, see `read_timings`; else adaptation is timed here on the
         first task, all patterns and plain PyTorch interleaved, for about `seconds`.
+    progress: called as progress(done, total, what); True shows a bar, or lines, on stderr.
     ranks: they divide the tasks; rank 0 alone measures times, while the others sleep. All get the same selection.
 
-    Raises ValueError for an unknown rule, a negative max_drop, no tasks, or test tasks that were chosen on.
+    Raises ValueError for an unknown rule or metric, a max_drop out of range, no tasks, or test tasks that were chosen
+    on.
     """
     inner = rule if not isinstance(rule, str) and is_rule(rule) else None
     if inner is None and decide is None:
@@ -198,19 +144,21 @@ def select_pattern(
     if decide not in ("bound", "point") or (inner is None and rule != "bound"):
         wrong = decide if decide not in ("bound", "point") else rule
         raise ValueError(f"rule is {wrong!r}, expected 'bound' or 'point', or an inner rule such as rules.adam(0.01)")
-    descent: dict[str, Any] = {"lr": lr, "rule": inner}
-    if not 0 <= max_drop <= 1:
-        raise ValueError(f"max_drop is {max_drop}, expected a fraction from 0 to 1")
     if not all(isinstance(task, Task) for task in tasks):
         raise TypeError("select_pattern: tasks must be a list of Task(xs, ys, xq, yq), as data.sample_tasks gives it")
     if not tasks:
         raise ValueError("select_pattern: there are no tasks")
+    check_metric(metric, tasks)
+    goal = Goal(loss, metric, lower_is_better)
+    name = goal.name
+    most = 1.0 if name == ACCURACY or relative else math.inf
+    if not 0 <= max_drop <= most or max_drop == math.inf:
+        raise ValueError(f"max_drop is {max_drop}, expected {'a fraction from 0 to 1' if most == 1 else '0 or more'}")
     if test_tasks:
         _check_disjoint(tasks, test_tasks)
-    layers = len(models.layer_names(model))
-    full = Pattern.full(layers)
-    given = Pattern.all(layers) if patterns is None else (Pattern.of(model, p) for p in patterns)
-    candidates = list(dict.fromkeys([*given, full]))
+    descent: dict[str, Any] = {"steps": steps, "lr": lr, "rule": inner, "norm": norm, "loss": loss}
+    candidates = candidates_of(model, patterns)
+    full = Pattern.full(len(models.layer_names(model)))
     ways, shots = _ways_shots(tasks[0])
     xs, ys, xq, _ = (part[0] for part in stack(tasks[:1], model))
     warnings: list[str] = []
@@ -229,32 +177,34 @@ def select_pattern(
                 file, patterns=candidates, network=network, shots=shots, steps=steps, norm=norm, dtype=dtype
             )
         )
-
-    found: dict[Pattern, Evaluation] = {}
-    for pattern in candidates:
-        found[pattern] = evaluate(model, tasks, pattern=pattern, steps=steps, norm=norm, ranks=ranks, **descent)
-        if progress is not None:
-            progress(len(found), len(candidates), f"patterns, {pattern} at {found[pattern].mean:.1%}")
+    judged: dict[str, Any] = {**descent, "metric": metric, "ranks": ranks}
+    plain = inner is None and isinstance(lr, (int, float))  # what plain PyTorch's loop is written for
+    fault: str | None = None
 
     def measure(patterns: Iterable[Pattern], **more: Any) -> dict[str, Timing]:
         return ranks.first(
-            lambda: measure_times(
-                model, xs, ys, patterns=patterns, steps=steps, norm=norm, stock=fault is None, **descent, **more
-            )
+            lambda: measure_times(model, xs, ys, patterns=patterns, stock=fault is None, **descent, **more)
         )
 
-    plain = inner is None and isinstance(lr, (int, float))  # what plain PyTorch's loop is written for
-    fault = None
-    if plain:
-        rate = float(lr)  # type: ignore[arg-type]
-        fault = ranks.first(lambda: _disagreement(model, tasks[:DRAWS], steps=steps, lr=rate, norm=norm))
-    if fault is not None:
-        warnings.append(fault)
-        external.pop(STOCK, None)
-    times = external if timings is not None else measure(candidates, seconds=seconds, progress=progress)
-    accuracies = {p: e.accuracies for p, e in found.items()}
+    with shown(progress, "selecting", here=ranks.rank == 0) as told:
+        found: dict[Pattern, Evaluation] = {}
+        for pattern in candidates:
+            found[pattern] = evaluate(model, tasks, pattern=pattern, **judged)
+            if told is not None:
+                told(len(found), len(candidates), f"patterns, {pattern} at {worded(found[pattern].mean, name)}")
+        if plain:
+            given = {**descent, "lr": float(lr)}  # type: ignore[arg-type]
+            fault = ranks.first(lambda: _disagreement(model, tasks[:DRAWS], given))
+        if fault is not None:
+            warnings.append(fault)
+            external.pop(STOCK, None)
+        times = external if timings is not None else measure(candidates, seconds=seconds, progress=told)
+    scores = {p: e.scores for p, e in found.items()}
     times_ms = {p: times[str(p)].median for p in candidates}
-    pattern, table = choose(accuracies, times_ms, full, max_drop=max_drop, rule=decide, relative=relative)
+    pattern, table = choose(
+        scores, times_ms, full, max_drop=max_drop, rule=decide, relative=relative, metric=name,
+        lower_is_better=lower_is_better,
+    )  # fmt: skip
     end_to_end: dict[str, float] = {}
     if timings is None:
         pair = measure([pattern, full], xq=xq, seconds=None if seconds is None else seconds / 4)
@@ -267,48 +217,54 @@ def select_pattern(
             "network": network.get("network", type(model).__name__),
             "ways": ways, "shots": shots, "steps": steps, "lr": rates_in_json(lr, inner), "norm": norm,
             **({} if inner is None else {"inner_rule": repr(inner)}),
+            **({} if name == ACCURACY else {"metric": name, "lower_is_better": lower_is_better}),
             "max_drop": max_drop, "rule": decide, "relative": relative,
         },
         times=times,
         end_to_end_ms=end_to_end,
-        test=_on_test(model, test_tasks or [], pattern, full, steps=steps, norm=norm, ranks=ranks, **descent),
+        test=_on_test(model, test_tasks or [], pattern, full, goal.sign, judged),
         environment=environment,
         full_pattern=full,
         warnings=warnings,
     )  # fmt: skip
 
 
-def _disagreement(model: nn.Module, tasks: Sequence[Task], *, steps: int, lr: float, norm: str) -> str | None:
+def _disagreement(model: nn.Module, tasks: Sequence[Task], descent: Mapping[str, Any]) -> str | None:
     """None where `adapt` agrees with plain PyTorch on one of the tasks, else the figures of the last one."""
     fault: str | None = None
     for task in tasks:
         xs, ys, _, _ = (part[0] for part in stack([task], model))
-        fault = disagreement(model, xs, ys, steps=steps, lr=lr, norm=norm)
+        fault = disagreement(model, xs, ys, **{k: v for k, v in descent.items() if k != "rule"})
         if fault is None:
             break
     return fault
 
 
-def _on_test(model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, **inner: Any) -> dict[str, Any]:
+def _on_test(
+    model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, sign: int, judged: Mapping[str, Any]
+) -> dict[str, Any]:
     """The choice and the full pattern on `tasks`: query images together, and under "support" each by itself."""
-    together, alone = (_compared(model, tasks, pattern, full, statistics=s, **inner) for s in STATISTICS)
+    together, alone = (
+        _compared(model, tasks, pattern, full, sign, {**judged, "statistics": statistics}) for statistics in STATISTICS
+    )
     return {"tasks": len(tasks), **together, "support": alone}
 
 
 def _compared(
-    model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, **inner: Any
+    model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, sign: int, judged: Mapping[str, Any]
 ) -> dict[str, float | None]:
-    """Accuracies, and the drop (their difference) with its two-sided interval."""
+    """Mean scores, and the drop (how much worse the choice is) with its two-sided interval."""
+    full_key, chosen_key = (f"{which}_{key_of(name_of(judged['metric']))}" for which in ("full", "chosen"))
     if not tasks:
-        return {"full_accuracy": None, "chosen_accuracy": None, "drop": None, "drop_ci95": None}
-    best = evaluate(model, tasks, pattern=full, **inner)
-    own = best if pattern == full else evaluate(model, tasks, pattern=pattern, **inner)
-    drop, ci95 = mean_ci95(best.accuracies - own.accuracies)
+        return {full_key: None, chosen_key: None, "drop": None, "drop_ci95": None}
+    best = evaluate(model, tasks, pattern=full, **judged)
+    own = best if pattern == full else evaluate(model, tasks, pattern=pattern, **judged)
+    drop, ci95 = mean_ci95(sign * (best.scores - own.scores))
     return {
-        "full_accuracy": best.mean,
-        "chosen_accuracy": own.mean,
+        full_key: best.mean,
+        chosen_key: own.mean,
         "drop": drop,
-        "drop_ci95": 0.0 if pattern == full else _finite(ci95),
+        "drop_ci95": 0.0 if pattern == full else finite(ci95),
     }
 
 
@@ -330,8 +286,11 @@ def _network(model: nn.Module) -> dict[str, Any]:
         return {}
 
 
-def _ways_shots(task: Task) -> tuple[int, int]:
-    """Classes of the support set, and its images per class (the least, if they differ)."""
+def _ways_shots(task: Task) -> tuple[int | None, int]:
+    """Classes of the support set, and its images per class (the least, if they differ); its size where targets are no
+    class numbers."""
+    if task.ys.is_floating_point():
+        return None, len(task.ys)
     classes, counts = task.ys.unique(return_counts=True)
     return classes.numel(), int(counts.min())
 
@@ -344,20 +303,28 @@ def _check_disjoint(tasks: Sequence[Task], test_tasks: Sequence[Task]) -> None:
 
 
 _NUMBER, _MAYBE = (int, float), (int, float, type(None))
-_CANDIDATE: dict[str, Any] = {
-    "pattern": str, "accuracy": _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER, "drop": _MAYBE, "drop_bound": _MAYBE,
-}  # fmt: skip
-_ON_TEST = {"full_accuracy": _MAYBE, "chosen_accuracy": _MAYBE, "drop": _MAYBE, "drop_ci95": _MAYBE}
-_FORM: dict[str, Any] = {
-    "network": str, "ways": int, "shots": int, "steps": int, "lr": (int, float, list), "norm": str,
-    "max_drop": _NUMBER, "rule": str,
-    "chosen": _CANDIDATE,
-    "full": {"pattern": str, "accuracy": _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER},
-    "stock_full": {"pattern": str, "time_ms": _MAYBE},
-    "test": {"tasks": int, **_ON_TEST},
-    "candidates": list,
-    "environment": dict,
-}  # fmt: skip
+
+
+def _row(key: str) -> dict[str, Any]:
+    """The form of a candidate whose score is called `key`."""
+    return {"pattern": str, key: _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER, "drop": _MAYBE, "drop_bound": _MAYBE}
+
+
+def _on_tasks(key: str) -> dict[str, Any]:
+    return {f"full_{key}": _MAYBE, f"chosen_{key}": _MAYBE, "drop": _MAYBE, "drop_ci95": _MAYBE}
+
+
+def _form(key: str) -> dict[str, Any]:
+    return {
+        "network": str, "ways": int if key == ACCURACY else _MAYBE, "shots": int, "steps": int,
+        "lr": (int, float, list), "norm": str, "max_drop": _NUMBER, "rule": str,
+        "chosen": _row(key),
+        "full": {"pattern": str, key: _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER},
+        "stock_full": {"pattern": str, "time_ms": _MAYBE},
+        "test": {"tasks": int, **_on_tasks(key)},
+        "candidates": list,
+        "environment": dict,
+    }  # fmt: skip
 
 
 def read_selection(path: str | Path) -> dict[str, Any]:
@@ -367,11 +334,12 @@ def read_selection(path: str | Path) -> dict[str, Any]:
     if schema != 1:
         raise ValueError(f"{path}: schema is {schema}, expected 1: not a pattern.json of this version")
     own_rates = {"lr": object} if "inner_rule" in value else {}
-    _check_form(f"{path}: ", value, {**_FORM, **own_rates})
+    key = key_of(value.get("metric", ACCURACY))
+    _check_form(f"{path}: ", value, {**_form(key), **own_rates})
     if "support" in value["test"]:  # files of before 2026-11-29 have none
-        _check_form(f"{path}: test.support.", value["test"]["support"], _ON_TEST)
+        _check_form(f"{path}: test.support.", value["test"]["support"], _on_tasks(key))
     for index, row in enumerate(value["candidates"]):
-        _check_form(f"{path}: candidates[{index}].", row, _CANDIDATE)
+        _check_form(f"{path}: candidates[{index}].", row, _row(key))
         try:
             Pattern.parse(row["pattern"])
         except ValueError as error:

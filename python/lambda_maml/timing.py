@@ -14,18 +14,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambda_kernels import info, to_torch
 
 from . import models
 from .adapt import adapt
-from .evaluate import Progress
 from .files import read_json
+from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Rule
 from .patterns import Pattern
 from .plain_torch import inner_loop, inner_parameters
+from .progress import Progress
 
 STOCK = "stock_full"
 """Name of the full pattern run by plain PyTorch among the timings."""
@@ -43,12 +45,12 @@ class _Stock:
     """The plain loop, ready to run: its parameters are put back before each run, outside the clock."""
 
     def __init__(
-        self, model: nn.Module, xs: Tensor, ys: Tensor, steps: int, lr: float, norm: str, xq: Tensor | None
+        self, model: nn.Module, xs: Tensor, ys: Tensor, steps: int, lr: float, norm: str, loss: Loss, xq: Tensor | None
     ) -> None:
         self.model = to_torch(model)
         self.free = inner_parameters(self.model, norm)
         self.start = [p.detach().clone() for p in self.free]
-        self.call = (xs, ys, steps, lr)
+        self.call = (xs, ys, steps, lr, loss)
         self.xq = xq
 
     def reset(self) -> None:
@@ -57,8 +59,8 @@ class _Stock:
                 p.copy_(start)
 
     def __call__(self) -> None:
-        xs, ys, steps, lr = self.call
-        inner_loop(self.model, self.free, xs, ys, steps=steps, lr=lr)
+        xs, ys, steps, lr, loss = self.call
+        inner_loop(self.model, self.free, xs, ys, steps=steps, lr=lr, loss=loss)
         if self.xq is not None:
             with torch.no_grad():
                 self.model(self.xq)
@@ -110,8 +112,9 @@ def _summary(times: Sequence[float]) -> Timing:
 
 def measure_times(
     model: nn.Module, xs: Tensor, ys: Tensor, *, patterns: Iterable[Pattern | str], steps: int, lr: Rate = DEFAULT_LR,
-    rule: Rule | None = None, norm: str = "follow", stock: bool = True, xq: Tensor | None = None, repeats: int = 20,
-    warmup: int = 2, seconds: float | None = None, progress: Progress | None = None,
+    rule: Rule | None = None, norm: str = "follow", loss: Loss = F.cross_entropy, stock: bool = True,
+    xq: Tensor | None = None, repeats: int = 20, warmup: int = 2, seconds: float | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
     """Adaptation time of every pattern on xs [N, C, H, W], ys [N], interleaved in this process; keys are the patterns'
     texts.
@@ -123,7 +126,7 @@ def measure_times(
 
     def ours(pattern: Pattern) -> Callable[[], object]:
         def run() -> None:
-            learner = adapt(model, xs, ys, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm)
+            learner = adapt(model, xs, ys, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm, loss=loss)
             if xq is not None:
                 with torch.no_grad():
                     learner(xq)
@@ -132,7 +135,7 @@ def measure_times(
 
     runs: dict[str, Callable[[], object]] = {str(p): ours(p) for p in (Pattern.of(model, p) for p in patterns)}
     plain = stock and rule is None and isinstance(lr, (int, float))
-    yardstick = _Stock(model, xs, ys, steps, float(lr), norm, xq) if plain else None  # type: ignore[arg-type]
+    yardstick = _Stock(model, xs, ys, steps, float(lr), norm, loss, xq) if plain else None  # type: ignore[arg-type]
     if yardstick is not None:
         runs[STOCK] = yardstick
 
@@ -148,21 +151,32 @@ def measure_times(
 
 def measure_time(
     model: nn.Module, xs: Tensor, ys: Tensor, *, pattern: Pattern | str, steps: int, lr: Rate = DEFAULT_LR,
-    rule: Rule | None = None, norm: str = "follow", repeats: int = 20,
+    rule: Rule | None = None, norm: str = "follow", loss: Loss = F.cross_entropy,
+    repeats: int = 20,
 ) -> float:  # fmt: skip
     """Median adaptation time in milliseconds: support tensors xs [N, C, H, W], ys [N] to adapted parameters.
 
     >>> measure_time(model, xs, ys, pattern="00011", steps=5, lr=0.03, repeats=3) > 0
     True
 
-    The query forward is not in it; a device is waited for. pattern, steps, lr, rule and norm are those of `adapt`;
-    `repeats` runs are counted, after two that are not.
+    The query forward is not in it; a device is waited for. pattern, steps, lr, rule, norm and loss are those of
+    `adapt`; `repeats` runs are counted, after two that are not.
 
     Raises:
         ValueError, TypeError: as `adapt`, or `repeats` is below 1.
     """
     times = measure_times(
-        model, xs, ys, patterns=[pattern], steps=steps, lr=lr, rule=rule, norm=norm, stock=False, repeats=repeats
+        model,
+        xs,
+        ys,
+        patterns=[pattern],
+        steps=steps,
+        lr=lr,
+        rule=rule,
+        norm=norm,
+        loss=loss,
+        stock=False,
+        repeats=repeats,
     )
     return times[str(Pattern.of(model, pattern))].median
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from . import checkpoint, data, models, schedule
@@ -18,14 +19,16 @@ from .ahead import Ahead
 from .average import Average
 from .data.episodes import Task
 from .data.imageset import ImageSet
-from .evaluate import Progress, evaluate
+from .evaluate import ACCURACY, Metric, check_metric, evaluate, worded
 from .files import remove_leftovers
-from .inner.checks import lacks_memory
+from .goal import Goal
+from .inner.checks import Loss, lacks_memory
 from .inner.rule import Rule
 from .learned_rates import check_rates, fault_in, fixed_rates, learned_rule
 from .lock import locked
 from .metrics import METRICS, Metrics, Pace
 from .outer import descent, meta_gradient
+from .progress import Progress, shown
 from .ranks import ALONE, Lost, Ranks, Stopped
 from .run_state import BEST, LAST, Result, State, Validation
 from .settings import Settings
@@ -33,12 +36,16 @@ from .stopping import Stop, stoppable
 
 __all__ = ["BEST", "LAST", "Result", "Settings", "Validation", "meta_gradient", "train"]
 
+Sample = Callable[[int, int], Sequence[Task]]
+"""Called as sample(first, count), gives the tasks `first` to `first + count - 1` of an endless sequence."""
+
 
 def train(
-    model: nn.Module, train_set: ImageSet, val_set: ImageSet, *, out: str | Path, settings: Settings | None = None,
-    rule: Rule | None = None, iterations: int, minutes: float | None = None, resume: bool = False,
-    overwrite: bool = False, batched: bool = True, progress: Progress | None = None, log_every: int = 50,
-    tensorboard: bool = False, ranks: Ranks = ALONE,
+    model: nn.Module, train_set: ImageSet | Sample, val_set: ImageSet | Sample, *, out: str | Path,
+    settings: Settings | None = None, rule: Rule | None = None, loss: Loss = F.cross_entropy,
+    metric: Metric = ACCURACY, lower_is_better: bool = False, iterations: int, minutes: float | None = None,
+    resume: bool = False, overwrite: bool = False, batched: bool = True, progress: Progress | bool | None = None,
+    log_every: int = 50, tensorboard: bool = False, ranks: Ranks = ALONE,
 ) -> Result:  # fmt: skip
     """Meta-train `model` in place until `iterations` are done, `minutes` of this run are over, or a signal comes.
 
@@ -47,6 +54,13 @@ def train(
     >>> train(model, images, images, out=folder, settings=settings, iterations=2).iteration
     2
 
+    A set is an `ImageSet`, or a function `sample(first, count)` that gives the tasks `first` to `first + count - 1` of
+    an endless sequence, always the same; the settings' ways, shots and query then say nothing.
+
+    `loss` is that of the inner loop and of the query set, `metric` (with `lower_is_better`) what validation judges by,
+    as in `evaluate`: `loss=F.mse_loss, metric=F.mse_loss, lower_is_better=True` for regression. `accuracy` in the
+    history is then that metric's mean.
+
     `rule` takes the place of the settings' inner rate; its parameters (learned rates) are meta-trained with the
     model's, and both checkpoints hold them: `checkpoint.load_rule`.
 
@@ -54,6 +68,8 @@ def train(
     state to resume from), and metrics.jsonl (a line per validation and per `log_every` iterations; with `tensorboard`
     also TensorBoard's files). The tasks depend on the seed and the iteration alone, so that a run that is interrupted
     or killed and resumed ends with the same bits as one that is not (on the same machine and number of threads).
+
+    `progress` is called as progress(done, total, what); True shows a bar, or lines, on stderr.
 
     Ctrl-C, SIGTERM and SIGUSR1 end the run after the present iteration; its state is saved.
 
@@ -72,14 +88,16 @@ def train(
     if log_every < 1:
         raise ValueError(f"log_every is {log_every}, expected at least 1")
     with locked(out, "train") if ranks.rank == 0 else contextlib.nullcontext():
-        run = _Run(model, train_set, val_set, Path(out), settings or Settings(), rule, batched, ranks)
+        goal = Goal(loss, metric, lower_is_better)
+        run = _Run(model, train_set, val_set, Path(out), settings or Settings(), rule, goal, batched, ranks)
         if resume:
             run.state.resume(run.out / LAST, ranks)
         elif ranks.first((run.out / LAST).exists) and not overwrite:
             raise ValueError(f"{run.out / LAST} holds an earlier run: resume it (--resume) or choose another folder")
         run.start(log_every, tensorboard)
-        with stoppable() as stop, contextlib.closing(run.metrics), _saved_by_those_left(run):
-            _iterate(run, stop, iterations, minutes, progress)
+        bar = shown(progress, "training", here=ranks.rank == 0, left=False)
+        with bar as told, stoppable() as stop, contextlib.closing(run.metrics), _saved_by_those_left(run):
+            _iterate(run, stop, iterations, minutes, told)
         return run.state.result
 
 
@@ -122,24 +140,29 @@ class _Run:
     """A run on its way: what one iteration and one validation do."""
 
     def __init__(
-        self, model: nn.Module, train_set: ImageSet, val_set: ImageSet, out: Path, settings: Settings,
-        rule: Rule | None, batched: bool, ranks: Ranks,
+        self, model: nn.Module, train_set: ImageSet | Sample, val_set: ImageSet | Sample, out: Path,
+        settings: Settings, rule: Rule | None, goal: Goal, batched: bool, ranks: Ranks,
     ) -> None:  # fmt: skip
         if settings.learn_lr is not None and rule is not None:
             raise ValueError(
                 f"give rule={rule!r} or learn_lr={settings.learn_lr!r}, not both: a rule has its own rates"
             )
         self.model, self.out, self.settings, self.batched, self.ranks = model, out, settings, batched, ranks
+        self.goal = goal
         self.share = ranks.share(settings.meta_batch)
-        settings.augment.check(train_set.image_shape[0])
+        if isinstance(train_set, ImageSet):
+            settings.augment.check(train_set.image_shape[0])
+        elif settings.augment:
+            raise ValueError("flip, crop and jitter change the images of an ImageSet: leave them out for own tasks")
         self.train_set, self.pattern = train_set, schedule.validation_pattern(settings, model)
         self.rule = rule if settings.learn_lr is None else learned_rule(model, settings)
         self.learned = list(self.rule.parameters()) if isinstance(self.rule, nn.Module) else []
         self.parameters = [*model.parameters(), *self.learned]
-        about = _about(model, self.rule, settings, train_set, val_set)
+        about = _about(model, self.rule, settings, goal, train_set, val_set)
         average = None if settings.average is None else Average(self.parameters, settings.average)
         self.state = State(model, self.rule, self._optimizer(), about, average)
         self.val_tasks = self._sampled(val_set, settings.val_tasks)
+        check_metric(goal.metric, self.val_tasks)
         self.pace = Pace(settings.meta_batch)
         self._rates_told: set[str] = set()
 
@@ -174,7 +197,7 @@ class _Run:
     def told(self, left: int, minutes: float | None) -> str:
         """The run in a few words, for who waits."""
         result = self.state.result
-        best = f", best validation {result.best.accuracy:.1%}" if result.best else ""
+        best = f", best validation {worded(result.best.accuracy, self.goal.name)}" if result.best else ""
         pace = f"{self.pace.tasks_per_second:.3g} tasks/s, {self.pace.left(left, minutes)}"
         return f"iterations, loss {result.losses[-1]:.3f}, {pace}{best}"
 
@@ -183,10 +206,19 @@ class _Run:
         first = iteration * self.settings.meta_batch + self.share.start
         return self._sampled(self.train_set, len(self.share), first=first, augment=self.settings.augment)
 
-    def _sampled(self, images: ImageSet, count: int, **more: Any) -> list[Task]:
+    def _sampled(self, source: ImageSet | Sample, count: int, first: int = 0, **more: Any) -> list[Task]:
         settings = self.settings
+        if not isinstance(source, ImageSet):
+            return list(source(first, count))
         return data.sample_tasks(
-            images, count, ways=settings.ways, shots=settings.shots, query=settings.query, seed=settings.seed, **more
+            source,
+            count,
+            first=first,
+            ways=settings.ways,
+            shots=settings.shots,
+            query=settings.query,
+            seed=settings.seed,
+            **more,
         )
 
     def update(self, tasks: list[Task]) -> None:
@@ -226,7 +258,7 @@ class _Run:
         try:
             return meta_gradient(
                 self.model, tasks, self.settings, rule=self.rule, batched=self.batched,
-                iteration=self.state.result.iteration,
+                iteration=self.state.result.iteration, loss=self.goal.loss,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
@@ -282,7 +314,8 @@ class _Run:
         settings, result = self.settings, self.state.result
         found = evaluate(
             self.model, self.val_tasks, pattern=self.pattern, steps=settings.evaluation_steps, norm=settings.norm,
-            progress=_stopping(stop), ranks=self.ranks, **self._descent(),
+            loss=self.goal.loss, metric=self.goal.metric, progress=_stopping(stop), ranks=self.ranks,
+            **self._descent(),
         )  # fmt: skip
         seconds = self._seconds_before + self.seconds
         mean_loss = sum(result.losses) / len(result.losses) if result.losses else None
@@ -290,12 +323,12 @@ class _Run:
         line = Validation(result.iteration, found.mean, ci95, mean_loss, seconds)
         result.losses.clear()
         result.history.append(line)
-        if result.best is None or line.accuracy > result.best.accuracy:
+        if result.best is None or self.goal.better(line.accuracy, result.best.accuracy):
             result.best = line
-            metrics = {"iteration": line.iteration, "val_accuracy": line.accuracy, "val_ci95": line.ci95}
+            metrics = {"iteration": line.iteration, f"val_{self.goal.name}": line.accuracy, "val_ci95": line.ci95}
             about = {**self.state.about, "metrics": metrics}
             self.ranks.first(lambda: checkpoint.save(self.out / BEST, self.model, about, self.rule))
-        values = line._asdict()
+        values = {self.goal.name if key == "accuracy" else key: value for key, value in line._asdict().items()}
         self.metrics.write("validation", values.pop("iteration"), values)
 
     @property
@@ -345,16 +378,24 @@ def _saved_by_those_left(run: _Run) -> Iterator[None]:
 
 
 def _about(
-    model: nn.Module, rule: Rule | None, settings: Settings, train_set: ImageSet, val_set: ImageSet
-) -> dict[str, Any]:
+    model: nn.Module, rule: Rule | None, settings: Settings, goal: Goal, train_set: ImageSet | Sample,
+    val_set: ImageSet | Sample,
+) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint says of its run: settings, network, rule, images, and how their pixels become tensors."""
     about: dict[str, Any] = {
-        "settings": asdict(settings),
-        "network": models.config_of(model),
-        "dataset": {"name": train_set.name, "mean": list(train_set.mean), "std": list(train_set.std)},
-        "images": {"of training": train_set.fingerprint(), "of validation": val_set.fingerprint()},
-    }
+        "settings": asdict(settings), "network": models.config_of(model), "dataset": _told_of(train_set)
+    }  # fmt: skip
+    if isinstance(train_set, ImageSet) and isinstance(val_set, ImageSet):
+        about["images"] = {"of training": train_set.fingerprint(), "of validation": val_set.fingerprint()}
+    if goal != Goal():
+        about["goal"] = {"loss": goal.loss_name, "metric": goal.name, "lower_is_better": goal.lower_is_better}
     if rule is not None:
         told = type(rule).__qualname__ if type(rule).__repr__ is object.__repr__ else repr(rule)  # no address
         about["rule"] = {"name": " ".join(told.split())}
     return about
+
+
+def _told_of(source: ImageSet | Sample) -> dict[str, Any]:
+    if isinstance(source, ImageSet):
+        return {"name": source.name, "mean": list(source.mean), "std": list(source.std)}
+    return {"name": getattr(source, "__qualname__", type(source).__qualname__)}

@@ -140,6 +140,6 @@ def _divided(home: Path, split: str) -> list[str]:
 
 def _decode(path: Path) -> NDArray[np.uint8]:
     try:
-        return 255 - read_picture(path, "L", SIZE)
+        return 255 - read_picture(path, "L", (SIZE, SIZE))
     except ValueError as error:
         raise ValueError(f"omniglot: unreadable image {error}") from error

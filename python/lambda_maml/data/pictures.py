@@ -24,15 +24,18 @@ _UPRIGHT = {
 }  # fmt: skip
 
 
-def read_picture(source: Path | bytes, mode: Literal["L", "RGB"], size: int | None = None) -> NDArray[np.uint8]:
-    """A picture as uint8 [H, W] (L, grey) or [H, W, 3] (RGB), as a viewer shows it, resized to `size` with Lanczos.
+def read_picture(
+    source: Path | bytes, mode: Literal["L", "RGB"], size: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
+    """A picture as uint8 [H, W] (L, grey) or [H, W, 3] (RGB), as a viewer shows it, resized to `size` = (H, W) with
+    Lanczos.
 
     It is turned upright by its EXIF orientation; transparent parts are white. Palettes, CMYK and the like become grey
     or RGB. Samples of more than 8 bits are scaled: 16 bits by 255 / 65535, 12 bits by 255 / 4095. 32-bit whole numbers
     and floats count as 0..1 (floats only), 0..255, 0..65535 or, whole numbers only, 0..2^31 - 1, the smallest of these
     that holds the picture's largest value.
 
-    >>> read_picture(Path("greek/alpha.png"), "L", 28).shape
+    >>> read_picture(Path("greek/alpha.png"), "L", (28, 28)).shape
     (28, 28)
 
     Raises:
@@ -58,7 +61,7 @@ def read_picture(source: Path | bytes, mode: Literal["L", "RGB"], size: int | No
             what = str(error)
         raise ValueError(f"{name}not a readable image: {what}") from error
     if size is not None:
-        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+        picture = picture.resize(size[::-1], Image.Resampling.LANCZOS)
     return np.asarray(picture)
 
 
