@@ -20,10 +20,14 @@ from lambda_kernels import backends, convert, functional, layers
 from lambda_maml import LambdaMAML, Learner, Pattern, data, models, rules
 from lambda_maml.ahead import Ahead
 from lambda_maml.average import Average
+from lambda_maml.choice import candidates_of
+from lambda_maml.evaluate import evaluate, name_of, worded
+from lambda_maml.goal import Goal
 from lambda_maml.learned_rates import learned_rule
 from lambda_maml.lock import locked
 from lambda_maml.maml import TaskLearner
 from lambda_maml.processes import joined, launched
+from lambda_maml.progress import time_left
 from lambda_maml.ranks import Lost, Ranks, Stopped
 from lambda_maml.schedule import importances
 from lambda_maml.settings import Settings, stages
@@ -39,6 +43,8 @@ PUBLIC = (
     *(value for name in lambda_maml.__all__ if not isinstance(value := getattr(lambda_maml, name), ModuleType)),
     *(rules.Rule, rules.sgd, rules.momentum, rules.adam, rules.rmsprop, rules.weight_decay, rules.clip),
     *(TaskLearner, data.load, data.sample_tasks, data.Augment, data.ImageSet.fingerprint, models.conv4, models.build),
+    *(models.resnet12, models.create, models.config_of, models.image_shape, evaluate, worded, name_of),
+    *(candidates_of, Goal, time_left),
     *(train, Settings, stages, importances, learned_rule, Ahead, Average),
     *(joined, launched, locked, Lost, Stopped, Ranks, Ranks.share, Ranks.first, Ranks.first_then_all, Ranks.total),
     *(Ranks.mean_gradient, Ranks.agreed, Ranks.start_alike, Ranks.check_alike, Ranks.own_random_numbers, Ranks.is_heir),

@@ -51,6 +51,10 @@ class Table(list[Candidate]):
         super().__init__(rows)
         self.metric = metric
 
+    def __repr__(self) -> str:
+        fastest = f", {self[0].pattern} the fastest" if self else ""
+        return f"Table({len(self)} patterns by {self.metric}{fastest})"
+
     def __str__(self) -> str:
         percent = self.metric == ACCURACY
         width = max(len("pattern"), *(len(str(c.pattern)) for c in self)) if self else len("pattern")

@@ -292,10 +292,19 @@ class Learner(AdaptedNetwork):
     torch.Size([75, 5])
     >>> sorted(learner.state_dict()) == sorted(model.state_dict())
     True
+    >>> learner                                  # learner.module prints as the model does
+    Learner(Conv4, adapted: block4.conv, block4.norm, head)
 
     Its frozen parameters are the model's own: a later change of them shows here. `to_module` gives a copy of its own.
     It refers to the support set, for `freeze_statistics`.
     """
+
+    def __repr__(self) -> str:
+        model, _, outcome = self.__dict__["_held"]
+        parts = list(dict.fromkeys(name.rpartition(".")[0] for name in outcome.updated))
+        if len(parts) > 6:
+            parts[2:-2] = [f"... {len(parts) - 4} more ..."]
+        return f"Learner({type(model).__name__}{', adapted: ' if parts else ''}{', '.join(parts)})"
 
     def freeze_statistics(self, xs: Any = None) -> Learner:
         """Take the norms' statistics from one pass of the adapted network over the support set, for good.

@@ -109,6 +109,11 @@ class LambdaMAML(nn.Module):
             name, value = "rule", rule_of(value)
         super().__setattr__(name, value)
 
+    def __repr__(self) -> str:
+        pattern = "all" if self.every_layer else self.pattern
+        order = "first order" if self.first_order else "second order"
+        return f"LambdaMAML({type(self.module).__name__}, pattern={pattern}, rule={self.rule!r}, {order})"
+
     @property
     def lr(self) -> Any:
         """The rule's rates, as they were given; `maml.lr = 0.1` is `maml.rule = rules.sgd(0.1)`."""
@@ -213,6 +218,9 @@ class TaskLearner(AdaptedNetwork):
     ) -> None:
         super().__init__(model, modes, Outcome(state, {}, (), aliases_of(model), in_graph=True))
         self.__dict__.update(_settings=settings, _step=step, _memory=None, _prefix=None, _passed=None, _met=None)
+
+    def __repr__(self) -> str:
+        return f"TaskLearner({type(self.__dict__['_held'][0]).__name__} after {self._step} inner steps)"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result with the parameters adapted so far; for the same input the frozen prefix runs once."""

@@ -46,6 +46,10 @@ class Result:
     stopped: str = "iterations"
     recent: list[float] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        best = f", best validation {self.best.accuracy:.4g} at {self.best.iteration}" if self.best else ""
+        return f"Result({self.iteration} iterations, ended by {self.stopped}{best})"
+
     @property
     def validated(self) -> int:
         """The iteration of the last validation."""

@@ -50,6 +50,11 @@ class Selection:
     full_pattern: Pattern
     warnings: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        rows = [(c.pattern, worded(c.score, self.table.metric), c.time_ms) for c in self.table]
+        told = [f"{p} {s} in {ms:.3g} ms" for p, s, ms in rows if p in (self.pattern, self.full_pattern)]
+        return f"Selection({self.pattern} of {len(rows)} patterns: {', '.join(told)})"
+
     def __getitem__(self, pattern: Pattern | str) -> Candidate:
         """The candidate of this pattern."""
         wanted = Pattern.parse(pattern)

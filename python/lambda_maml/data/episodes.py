@@ -20,6 +20,10 @@ class Task(NamedTuple):
     xq: torch.Tensor  # [ways * query, C, H, W] float32
     yq: torch.Tensor  # [ways * query] int64
 
+    def __repr__(self) -> str:
+        values = (list(part.shape) if isinstance(part, torch.Tensor) else part for part in self)
+        return f"Task({', '.join(f'{name} {value}' for name, value in zip(self._fields, values))})"
+
 
 def sample_tasks(
     dataset: ImageSet, n: int, ways: int = 5, shots: int = 1, query: int = 15, seed: int = 0, first: int = 0,

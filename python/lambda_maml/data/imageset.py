@@ -56,6 +56,10 @@ class ImageSet:
             raise ValueError(f"{where}: mean {self.mean} and std {self.std} need {channels} values each, std above 0")
         object.__setattr__(self, "starts", np.concatenate([[0], np.cumsum(self.counts)]).astype(np.int64))
 
+    def __repr__(self) -> str:
+        shape = list(self.image_shape)
+        return f"ImageSet({self.name} {self.split}: {self.num_classes} classes, {len(self)} images of {shape})"
+
     @property
     def num_classes(self) -> int:
         """How many classes the split has."""

@@ -23,7 +23,7 @@ class Outcome:
         in_graph: bool = False,
     ) -> None:  # fmt: skip
         self._meta, self._adapted = meta, {**meta, **adapted}
-        self._updated, self._aliases = updated, aliases
+        self.updated, self._aliases = updated, aliases
         self._in_graph, self._attach = in_graph, torch.is_grad_enabled()
 
     @cached_property
@@ -40,9 +40,9 @@ class Outcome:
         if not self._attach:
             return {n: t.detach() if t.requires_grad else t for n, t in adapted.items()}
         with torch.inference_mode(False), torch.enable_grad():
-            attached = _Attached.apply(*(meta[n] for n in self._updated), *(adapted[n] for n in self._updated))
+            attached = _Attached.apply(*(meta[n] for n in self.updated), *(adapted[n] for n in self.updated))
         frozen = {n: meta[n] if t.requires_grad else adapted[n] for n, t in meta.items()}
-        return tied({**frozen, **dict(zip(self._updated, attached))}, self._aliases)
+        return tied({**frozen, **dict(zip(self.updated, attached))}, self._aliases)
 
 
 def tied(state: dict[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tensor]:
