@@ -104,6 +104,7 @@ INSIDE = {
         "plain_torch": {"adapt", "models", "patterns"},
         "timing": {"adapt", "files", "inner", "models", "patterns", "plain_torch", "progress"},
         "settings": {"data"},
+        "run_tasks": {"data", "settings"},
         "stopping": set(),
         "ahead": set(),
         "average": set(),
@@ -114,7 +115,8 @@ INSIDE = {
         "run_state": {"average", "checkpoint", "inner", "ranks", "settings"},
         "train": {
             "ahead", "average", "checkpoint", "data", "evaluate", "files", "goal", "inner", "learned_rates", "lock",
-            "metrics", "models", "outer", "progress", "ranks", "run_state", "schedule", "settings", "stopping",
+            "metrics", "models", "outer", "progress", "ranks", "run_state", "run_tasks", "schedule", "settings",
+            "stopping",
         },
         "select": {
             "adapt", "choice", "data", "evaluate", "files", "goal", "inner", "models", "patterns", "plain_torch",

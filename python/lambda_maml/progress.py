@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 __all__ = ["Progress", "shown", "time_left"]
 
@@ -22,7 +23,7 @@ def shown(
 ) -> Iterator[Progress | None]:
     """What to call as work goes on: the function that is given, or, for True, what shows it on stderr.
 
-    On a terminal that is a bar, else a line every ten seconds and at the end. With `left` the time left is said too,
+    On a terminal that is a bar (by rich, if it is installed), else a line every ten seconds and at the end. With `left` the time left is said too,
     by the pace so far. False and None show nothing, nor does a process that is not the one to do it (`here`).
     """
     if not isinstance(progress, bool):
@@ -31,10 +32,7 @@ def shown(
     if not progress or not here:
         yield None
         return
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if (console := _terminal()) is None:
         yield _with_time_left(_lines(title)) if left else _lines(title)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -48,6 +46,16 @@ def shown(
             bars.update(task, completed=done, total=total, description=what)
 
         yield _with_time_left(update) if left else update
+
+
+def _terminal() -> Any:
+    """stderr as rich's console, or None where it is no terminal or rich is not installed."""
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError:
+        return None
+    console = Console(stderr=True)
+    return console if console.is_terminal else None
 
 
 def _lines(title: str) -> Progress:

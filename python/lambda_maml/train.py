@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import checkpoint, data, models, schedule
+from . import checkpoint, models, run_tasks, schedule
 from .ahead import Ahead
 from .average import Average
 from .data.episodes import Task
@@ -31,13 +31,11 @@ from .outer import descent, meta_gradient
 from .progress import Progress, shown
 from .ranks import ALONE, Lost, Ranks, Stopped
 from .run_state import BEST, LAST, Result, State, Validation
+from .run_tasks import Sample, sampled, told_of
 from .settings import Settings
 from .stopping import Stop, stoppable
 
 __all__ = ["BEST", "LAST", "Result", "Settings", "Validation", "meta_gradient", "train"]
-
-Sample = Callable[[int, int], Sequence[Task]]
-"""Called as sample(first, count), gives the tasks `first` to `first + count - 1` of an endless sequence."""
 
 
 def train(
@@ -150,10 +148,7 @@ class _Run:
         self.model, self.out, self.settings, self.batched, self.ranks = model, out, settings, batched, ranks
         self.goal = goal
         self.share = ranks.share(settings.meta_batch)
-        if isinstance(train_set, ImageSet):
-            settings.augment.check(train_set.image_shape[0])
-        elif settings.augment:
-            raise ValueError("flip, crop and jitter change the images of an ImageSet: leave them out for own tasks")
+        run_tasks.check(train_set, settings)
         self.train_set, self.pattern = train_set, schedule.validation_pattern(settings, model)
         self.rule = rule if settings.learn_lr is None else learned_rule(model, settings)
         self.learned = list(self.rule.parameters()) if isinstance(self.rule, nn.Module) else []
@@ -161,7 +156,7 @@ class _Run:
         about = _about(model, self.rule, settings, goal, train_set, val_set)
         average = None if settings.average is None else Average(self.parameters, settings.average)
         self.state = State(model, self.rule, self._optimizer(), about, average)
-        self.val_tasks = self._sampled(val_set, settings.val_tasks)
+        self.val_tasks = sampled(val_set, settings, settings.val_tasks)
         check_metric(goal.metric, self.val_tasks)
         self.pace = Pace(settings.meta_batch)
         self._rates_told: set[str] = set()
@@ -204,22 +199,7 @@ class _Run:
     def tasks(self, iteration: int) -> list[Task]:
         """This rank's share of the meta-batch of an iteration, counted from 0."""
         first = iteration * self.settings.meta_batch + self.share.start
-        return self._sampled(self.train_set, len(self.share), first=first, augment=self.settings.augment)
-
-    def _sampled(self, source: ImageSet | Sample, count: int, first: int = 0, **more: Any) -> list[Task]:
-        settings = self.settings
-        if not isinstance(source, ImageSet):
-            return list(source(first, count))
-        return data.sample_tasks(
-            source,
-            count,
-            first=first,
-            ways=settings.ways,
-            shots=settings.shots,
-            query=settings.query,
-            seed=settings.seed,
-            **more,
-        )
+        return sampled(self.train_set, self.settings, len(self.share), first, self.settings.augment)
 
     def update(self, tasks: list[Task]) -> None:
         """One iteration: the gradient over the tasks, and the optimiser's step."""
@@ -383,19 +363,11 @@ def _about(
 ) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint says of its run: settings, network, rule, images, and how their pixels become tensors."""
     about: dict[str, Any] = {
-        "settings": asdict(settings), "network": models.config_of(model), "dataset": _told_of(train_set)
+        "settings": asdict(settings), "network": models.config_of(model), **told_of(train_set, val_set)
     }  # fmt: skip
-    if isinstance(train_set, ImageSet) and isinstance(val_set, ImageSet):
-        about["images"] = {"of training": train_set.fingerprint(), "of validation": val_set.fingerprint()}
     if goal != Goal():
         about["goal"] = {"loss": goal.loss_name, "metric": goal.name, "lower_is_better": goal.lower_is_better}
     if rule is not None:
         told = type(rule).__qualname__ if type(rule).__repr__ is object.__repr__ else repr(rule)  # no address
         about["rule"] = {"name": " ".join(told.split())}
     return about
-
-
-def _told_of(source: ImageSet | Sample) -> dict[str, Any]:
-    if isinstance(source, ImageSet):
-        return {"name": source.name, "mean": list(source.mean), "std": list(source.std)}
-    return {"name": getattr(source, "__qualname__", type(source).__qualname__)}
