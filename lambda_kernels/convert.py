@@ -26,19 +26,20 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Fused:
-    """Runs a module's program, in which conv-norm-ReLU-pool runs are one block, in place of its forward."""
+    """Runs a module's program, in which conv-norm-ReLU-pool runs are one block, in place of its forward. A name on the
+    class hides a module's child of that name, so that these are unlike any."""
 
-    fuses: type[nn.Module]
-    blocks: bool
+    _lambda_fuses: type[nn.Module]
+    _lambda_blocks: bool
 
     def __init_subclass__(cls, **named: Any) -> None:
         """Without the model's own, which may keep a register of its classes."""
 
     def __prepare_scriptable__(self) -> nn.Module:
-        return as_torchs(self, self.fuses)  # type: ignore[arg-type]
+        return as_torchs(self, self._lambda_fuses)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _revive, (self.fuses, self.blocks), super().__reduce_ex__(2)[2]
+        return _revive, (self._lambda_fuses, self._lambda_blocks), super().__reduce_ex__(2)[2]
 
 
 def _forward_of(cls: Any, blocks: bool) -> Callable[..., Any]:
@@ -66,8 +67,8 @@ def _forward_of(cls: Any, blocks: bool) -> Callable[..., Any]:
 @cache
 def _fused_class(cls: Any, blocks: bool) -> type[nn.Module]:
     names = {
-        "fuses": cls,
-        "blocks": blocks,
+        "_lambda_fuses": cls,
+        "_lambda_blocks": blocks,
         "forward": _forward_of(cls, blocks),
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
@@ -122,7 +123,7 @@ def to_torch(model: Model) -> Model:
     held = [t for m in model.modules() for t in m.__dict__.values() if isinstance(t, Tensor) and not t.is_leaf]
     twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in held})  # what hooks computed, as those of prune do
     for module in twin.modules():
-        module.__class__ = type(module).fuses if isinstance(module, Fused) else torch_class(module)
+        module.__class__ = type(module)._lambda_fuses if isinstance(module, Fused) else torch_class(module)
     return twin
 
 

@@ -184,7 +184,9 @@ def as_torchs(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     Its children are other objects too, down to the last: torch.jit.script puts what it compiles in their places.
     """
     twin = object.__new__(cls)
-    children = {name: c and as_torchs(c, getattr(c, "fuses", torch_class(c))) for name, c in module._modules.items()}
+    children = {
+        name: c and as_torchs(c, getattr(c, "_lambda_fuses", torch_class(c))) for name, c in module._modules.items()
+    }
     twin.__dict__.update(module.__dict__, _modules=children)
     return twin
 

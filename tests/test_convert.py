@@ -291,3 +291,26 @@ def test_what_is_no_module_is_named(function: Any) -> None:
     for thing in (None, nn.Linear, [nn.Linear(2, 2)]):
         with pytest.raises(TypeError, match=rf"{function.__name__}: a torch.nn.Module expected, got "):
             function(thing)
+
+
+class Named(nn.Module):
+    """Children with names that vision transformers have, and that a fused class could hide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fuses, self.norm = nn.Conv2d(1, 2, 3, bias=False), nn.BatchNorm2d(2, track_running_stats=False)
+        self.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.fuses(x)).relu().mean((2, 3))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_children_of_any_name_stay_reachable() -> None:
+    torch.manual_seed(0)
+    model, x = Named(), torch.randn(4, 1, 6, 6)
+    want = model(x)
+    assert isinstance(lk.convert(model).blocks, nn.ModuleList) and isinstance(model.fuses, nn.Conv2d)
+    torch.testing.assert_close(model(x), want)

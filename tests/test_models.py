@@ -31,6 +31,13 @@ def test_features_at_the_head(size: int, side: int) -> None:
     assert model(torch.randn(2, 1, size, size)).shape == (2, 3)
 
 
+def test_images_need_not_be_square() -> None:
+    model = models.conv4(ways=3, in_channels=1, width=2, image_size=[32, 50])
+    assert model(torch.randn(2, 1, 32, 50)).shape == (2, 3)
+    assert models.config_of(models.conv4(3, 1, 2, (32, 50))) == models.config_of(model)
+    assert models.image_shape(models.config_of(model)) == (1, 32, 50)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_it_is_the_network_of_the_papers(training: bool) -> None:
     model = models.conv4(ways=4, in_channels=2, width=3, image_size=20).double().train(training)

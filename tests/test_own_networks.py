@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from machine import fresh
@@ -44,6 +46,10 @@ def nothing(ways, in_channels, image_size):
 def dropping(ways, in_channels, image_size):
     return nn.Sequential(nn.Flatten(), nn.Linear(image_size**2, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, ways))
 
+def of_any_size(ways, in_channels):
+    mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.ReLU(), mean, nn.Linear(4, ways))
+
 class Nested:
     make = staticmethod(residual)
 """
@@ -70,6 +76,31 @@ def test_a_network_is_built_anew_from_its_settings() -> None:
     twin = models.build(models.config_of(model))
     twin.load_state_dict(model.state_dict())
     assert models.build({"network": "own_networks:Nested.make", **SHAPE})[0].out_channels == 4  # type: ignore[index]
+
+
+def test_a_function_without_image_size_is_called_without_it(tmp_path: Path) -> None:
+    config = {"network": "own_networks:of_any_size", **SHAPE}
+    model = models.build(config)
+    checkpoint.save(tmp_path / "a.safetensors", model, {})
+    again, meta = checkpoint.load(tmp_path / "a.safetensors")
+    assert models.config_of(again) == meta["network"] == config and models.image_shape(config) == (1, 16, 16)
+    with pytest.raises(ValueError, match="own_networks:of_any_size have no image_size, so that images cannot be read"):
+        models.image_shape({"network": "own_networks:of_any_size", "ways": 3, "in_channels": 1})
+
+
+def test_images_need_not_be_square(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = [replace(images, images=np.ascontiguousarray(images.images[:, :, :12])) for images in (TRAIN, VAL)]
+    model = models.build({"network": "own_networks:of_any_size", "ways": 3, "in_channels": 1, "image_size": [16, 12]})
+    train(model, *wide, out=tmp_path, settings=small(second_order=False), iterations=1)
+    for name in "abc":
+        (tmp_path / "support" / name).mkdir(parents=True)
+        Image.new("L", (40, 20), 40 * ord(name) % 255).save(tmp_path / "support" / name / "1.png")
+    best, support = tmp_path / BEST, tmp_path / "support"
+    assert call("adapt", best, "--support", support, "--query", support) == 0
+    assert capsys.readouterr().out.count(".png: ") == 3
+    assert call("info", best) == 0 and "under 11" in capsys.readouterr().out
+    assert call("eval", best, "--dataset", "glyphs") == 2
+    assert "glyphs has images [1, 28, 28], the checkpoint's network takes [1, 16, 12]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -140,8 +171,10 @@ def test_the_command_line_trains_and_uses_it(tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert call("eval", best, "--tasks", 2, "--pattern", "head") == 0
     assert capsys.readouterr().out.startswith("001 on 2 test tasks")
-    assert call("select", best, "--tasks", 3, "--seconds", 0, "--max-drop", 1) == 0
-    assert json.loads((tmp_path / "pattern.json").read_text())["network"] == "own_networks:residual"
+    assert call("select", best, "--tasks", 3, "--seconds", 0, "--max-drop", 1, "--patterns", "ANIL; 101") == 0
+    found = json.loads((tmp_path / "pattern.json").read_text())
+    assert found["network"] == "own_networks:residual"
+    assert {row["pattern"] for row in found["candidates"]} == {"001", "101", "111"}
     for name in "abcde":
         (tmp_path / "support" / name).mkdir(parents=True)
         Image.new("L", (28, 28), 40 * ord(name) % 255).save(tmp_path / "support" / name / "1.png")

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lambda_kernels as lk
 from lambda_maml import Pattern, adapt, checkpoint, cli, explain, models
+from lambda_maml.choice import candidates_of
 from lambda_maml.train import BEST
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,6 +106,13 @@ def test_frozen_stages_run_once_and_the_result_is_the_plain_loops(model: nn.Modu
         torch.testing.assert_close(value, state[name], **STEPS)
 
 
+def test_the_candidates_of_a_deep_network_are_by_stage(model: nn.Module) -> None:
+    found = candidates_of(model, None)
+    assert len(found) == 31 and found[0] == Pattern("0" * 16 + "1") and found[1] == Pattern("0" * 12 + "11110")
+    deep = nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)))
+    assert [str(p) for p in candidates_of(deep, None)] == ["0" * (9 - k) + "1" * k for k in range(1, 10)]
+
+
 def test_settings_and_back(tmp_path: Path) -> None:
     settings = {"network": "resnet12", "ways": 3, "in_channels": 1, "image_size": [16, 32], "widths": WIDTHS}
     model = models.build(settings)
@@ -141,17 +149,12 @@ def call(*args: Any) -> int:
 
 
 def test_the_command_line_trains_and_uses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = ["--steps", 1, "--lr", 0.1, "--ways", 3, "--query", 2, "--val-tasks", 2, "--iterations", 1]
+    short = ["--steps", 1, "--lr", 0.1, "--ways", 3, "--query", 2, "--val-tasks", 2, "--iterations", 1, "--first-order"]
     own = ["--network", "resnet12", "--network-args", f"widths={json.dumps(WIDTHS)}", "--pattern", "stages:00011"]
     assert call("train", "--out", tmp_path, *own, *short) == 0
     best = tmp_path / BEST
     assert call("eval", best, "--tasks", 2, "--pattern", "stages:00011") == 0
     assert "00000000000011111 on 2 test tasks" in capsys.readouterr().out
-    some = "stages:00011; ANIL"
-    assert call("select", best, "--tasks", 3, "--seconds", 0, "--max-drop", 1, "--patterns", some) == 0
-    found = json.loads((tmp_path / "pattern.json").read_text())
-    assert found["network"] == "resnet12"
-    assert {row["pattern"] for row in found["candidates"]} == {"0" * 12 + "1" * 5, "0" * 16 + "1", "1" * 17}
     for name in "abc":
         (tmp_path / "support" / name).mkdir(parents=True)
         Image.new("L", (28, 20), 40 * ord(name) % 255).save(tmp_path / "support" / name / "1.png")

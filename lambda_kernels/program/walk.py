@@ -23,7 +23,7 @@ _SILENT = frozenset((*vars(type("", (), {})), "__init__", "__annotations__", "__
 def plain_class(module: nn.Module) -> Any:
     """The class that a module had before `convert` made a fused one of it."""
     cls: Any = type(module)
-    return getattr(cls, "fuses", cls)
+    return getattr(cls, "_lambda_fuses", cls)
 
 
 def plain_view(module: nn.Module, cls: Any) -> nn.Module:

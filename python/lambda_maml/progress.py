@@ -24,7 +24,8 @@ def shown(
     """What to call as work goes on: the function that is given, or, for True, what shows it on stderr.
 
     On a terminal that is a bar (by rich, if it is installed), else a line every ten seconds and at the end. With `left`
-    the time left is said too, by the pace so far. False and None show nothing, nor does a process that is not the one to do it (`here`).
+    the time left is said too, by the pace so far. False and None show nothing, nor does a process that is not the one
+    to do it (`here`).
     """
     if not isinstance(progress, bool):
         yield progress
