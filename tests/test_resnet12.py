@@ -158,12 +158,9 @@ def test_the_command_line_trains_and_uses_it(tmp_path: Path, capsys: pytest.Capt
     for name in "abc":
         (tmp_path / "support" / name).mkdir(parents=True)
         Image.new("L", (28, 20), 40 * ord(name) % 255).save(tmp_path / "support" / name / "1.png")
-    pattern = tmp_path / "pattern.json"
+    folder = tmp_path / "support"
     capsys.readouterr()
-    assert (
-        call("adapt", best, "--support", tmp_path / "support", "--query", tmp_path / "support", "--pattern", pattern)
-        == 0
-    )
+    assert call("adapt", best, "--support", folder, "--query", folder, "--pattern", "ANIL") == 0
     assert capsys.readouterr().out.count("\n") == 4
     assert call("train", "--out", tmp_path / "x", "--network", "resnet12", "--width", 8) == 2
     assert "give --network-args widths=[64,128,256,512] to resnet12" in capsys.readouterr().err
