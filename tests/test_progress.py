@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from small_runs import TRAIN, VAL, small
 
-from lambda_maml import data, models, progress, select_pattern
+from lambda_maml import data, models, select_pattern
 from lambda_maml.evaluate import evaluate
 from lambda_maml.progress import shown, time_left
 from lambda_maml.train import train
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds that the module is told."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("lambda_maml.progress.time.monotonic", lambda: now[0])
     return now
 
 

@@ -39,8 +39,8 @@ def sines(first: int, count: int, seed: int = 0) -> list[Task]:
     tasks = []
     for k in range(first, first + count):
         generator = torch.Generator().manual_seed(1000 * seed + k)
-        a, b, *x = torch.rand(17, generator=generator)
-        x = 10 * torch.stack(x)[:, None] - 5
+        a, b, *points = torch.rand(17, generator=generator)
+        x = 10 * torch.stack(points)[:, None] - 5
         y = (0.1 + 4.9 * a) * torch.sin(x + math.pi * b)
         tasks.append(Task(x[:5], y[:5], x[5:], y[5:]))
     return tasks
@@ -50,7 +50,7 @@ def plain_mse(model: nn.Module, task: Task, bits: str = "111") -> Tensor:
     """The query MSE after the inner loop, differentiable to second order."""
     task = Task(*(part.double() for part in task))
     names = [name for bit, layer in zip(bits, "024") if bit == "1" for name in (f"{layer}.weight", f"{layer}.bias")]
-    params = dict(model.named_parameters())
+    params: dict[str, Tensor] = dict(model.named_parameters())
     for _ in range(DESCENT["steps"]):
         loss = F.mse_loss(torch.func.functional_call(model, params, (task.xs,)), task.ys)
         grads = torch.autograd.grad(loss, [params[n] for n in names], create_graph=True)
@@ -141,7 +141,7 @@ def test_what_does_not_go_together_is_refused() -> None:
 
 def test_reptile_and_losses_of_every_step_take_the_loss(tmp_path: Path) -> None:
     for name, more in (("reptile", {"outer": "reptile"}), ("steps", {"multi_step_iterations": 2})):
-        settings = Settings(**DESCENT, meta_batch=1, val_tasks=1, val_every=1, **more)  # type: ignore[arg-type]
+        settings = Settings(**DESCENT, meta_batch=1, val_tasks=1, val_every=1, **more)
         model = models.create(f"{__name__}:mlp")
         result = train(
             model, sines, sines, out=tmp_path / name, settings=settings, iterations=1, lower_is_better=True, **MSE

@@ -34,7 +34,7 @@ def test_mypy_finds_nothing(program: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not installed")
 def test_pyright_finds_nothing(program: Path) -> None:
-    settings = {"extraPaths": [str(ROOT), str(ROOT / "python")], "include": [str(program)]}
+    settings = {"extraPaths": [str(ROOT), str(ROOT / "python")]}
     (program.parent / "pyrightconfig.json").write_text(json.dumps(settings))
     command = ["pyright", "--pythonpath", sys.executable, "-p", str(program.parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
