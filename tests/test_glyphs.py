@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +23,11 @@ SPLITS = ("train", "val", "test")
 RNG = np.random.default_rng(0)
 
 
-def _renderer():
+def _renderer() -> Any:
     """python/make_glyphs.py, which no wheel holds."""
     path = Path(__file__).parents[1] / "python" / "make_glyphs.py"
     spec = importlib.util.spec_from_file_location("make_glyphs", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["make_glyphs"] = module
     spec.loader.exec_module(module)
