@@ -15,6 +15,7 @@ NUMBER = r"[-+]?\d+\.\d+"
 # What each of them prints, whole.
 PRINTS = {
     "backend.py": r"largest difference of the logits: \d\.\d\de-0[5-9]\n",
+    "export.py": r"\d+% right; the first one is [a-e]\nlargest difference to the learner's logits: \d\.\d\de-0[5-9]\n",
     "inner_rule.py": rf"(.+: query loss {NUMBER}, its derivative by the decay {NUMBER}\n){{4}}",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -232,3 +233,12 @@ def test_classes_of_a_wide_network_are_in_order(tmp_path: Path) -> None:
     network, note = loaded(tmp_path / "m.pt2")
     with torch.no_grad():
         assert [note["classes"][k] for k in network(xs).argmax(-1)] == names
+
+
+def test_the_page_on_export_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "export.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, str(page), "exec"), names)
+    assert names["logits"].shape == (3, 5) and json.loads(names["note"][NOTE])["classes"] == list("abcde")
