@@ -38,7 +38,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example as its CMakeLists.txt builds it."""
     folder = tmp_path_factory.mktemp("cpp")
     prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    for command in (["-S", EXAMPLE, "-B", folder, prefix, "-Wno-dev"], ["--build", folder]):
+    for command in (("-S", str(EXAMPLE), "-B", str(folder), prefix, "-Wno-dev"), ("--build", str(folder))):
         done = run("cmake", *command)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "adapt"

@@ -20,6 +20,7 @@ from lambda_kernels.agreement import apart
 from lambda_kernels.program import program_for
 from lambda_kernels.program.structure import flatten
 
+from .extras import wanted
 from .files import atomic, written
 from .statistics import fold
 
@@ -71,8 +72,8 @@ def export(network: nn.Module, xs: Any, path: str | Path, contents: Contents) ->
         path: NAME.pt2 (`torch.export.save`) or NAME.onnx.
 
     Raises:
-        ValueError: torch.export or torch.onnx cannot take the network, `contents` does not fit it, or what is needed
-            for ONNX is not installed.
+        ValueError: torch.export or torch.onnx cannot take the network, or `contents` does not fit it.
+        ModuleNotFoundError: what is needed for ONNX is not installed.
         OSError: the file cannot be written; an earlier one stays as it was.
     """
     path = Path(path)
@@ -100,18 +101,13 @@ def export(network: nn.Module, xs: Any, path: str | Path, contents: Contents) ->
 
 
 def check_name(path: Path) -> None:
-    """Raises ValueError where no such file can be written: its ending, or what is needed for it and not installed."""
+    """Raises ValueError for another ending, ModuleNotFoundError where what writes the file is not installed."""
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"{path}: the name ends in .pt2 (torch.export) or .onnx")
     if path.suffix == ".onnx":
-        try:
+        with wanted("export", path.name):
             for name in ("onnx", "onnxscript"):
                 importlib.import_module(name)
-        except ImportError as error:
-            raise ValueError(
-                f"{path}: ONNX files need onnx and onnxscript ({error}): pip install 'lambda-kernels[export]', or "
-                "export to a .pt2"
-            ) from error
 
 
 def _check(contents: Contents, tensors: Sequence[Tensor], logits: Any) -> None:

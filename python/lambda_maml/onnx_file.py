@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .export import FORMAT, NOTE
+from .extras import wanted
 from .images import read_images
 
 __all__ = ["OnnxFile"]
@@ -24,19 +25,15 @@ class OnnxFile:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: ONNX Runtime is not installed or cannot take the file, or it is another's or says too little.
+        ModuleNotFoundError: ONNX Runtime is not installed.
+        ValueError: it cannot take the file, which is another's or says too little.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        try:
+        with wanted("export", path.name):
             runtime = importlib.import_module("onnxruntime")
-        except ImportError as error:
-            raise ValueError(
-                f"{path}: ONNX Runtime is not installed ({error}): pip install onnxruntime, or predict by the "
-                ".safetensors that the file was made of"
-            ) from error
         try:
             self._session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         except Exception as error:
