@@ -15,7 +15,7 @@ import functools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         o = self.options
-        fills = {
+        fills: dict[str, Callable[[str, Configuration], dict[str, Any]]] = {
             "adapt": self.adapt,
             "forward": self.forward,
             "frozen": self.frozen,
