@@ -101,7 +101,7 @@ tried-wheel:
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(VENV)/.built
-	rm -f lambda_kernels/_C*.so lambda_kernels/_cuda*.so lambda_kernels/_build_info.json
+	rm -f lambda_kernels/_C*.so lambda_kernels/liblambda_kernels.so lambda_kernels/_cuda*.so lambda_kernels/_build_info.json
 	for folder in lambda_kernels python tests bench; do \
 	    test ! -d $$folder || find $$folder -name __pycache__ -type d -prune -exec rm -rf {} +; done
 

@@ -1,5 +1,6 @@
-"""Builds the extension lambda_kernels._C against the torch that is installed, and the CUDA kernels
-lambda_kernels/_cuda.so with nvcc alone, against no torch at all; all else is in pyproject.toml.
+"""Builds the operators lambda_kernels/liblambda_kernels.so and the Python module lambda_kernels._C around them against
+the torch that is installed, and the CUDA kernels lambda_kernels/_cuda.so with nvcc alone, against no torch at all; all
+else is in pyproject.toml.
 
 Environment: CXX (compiler), MAX_JOBS (compilers at a time, default: the cores), SOURCE_DATE_EPOCH (date in the build
 information), LAMBDA_KERNELS_LOCAL_VERSION (what follows the `+` of the version, such as `cpu`).
@@ -41,6 +42,9 @@ COMPILE_FLAGS = [
     "-fno-math-errno",
     "-fno-trapping-math",
 ]
+LIBRARY = "liblambda_kernels.so"
+OPERATORS, MODULE = "lambda_kernels.liblambda_kernels", "lambda_kernels._C"
+BINDING = ["csrc/binding.cpp", "csrc/inner_loop/prepared_call.cpp", "csrc/snapshot.cpp"]  # all that speaks to Python
 COMPILERS = ("g++", "c++", "clang++")
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static"]
 ARCHITECTURES = "8.0 9.0 10.0+PTX"
@@ -214,17 +218,20 @@ def version() -> str:
     return f"{found[1]}+{local}" if local else found[1]
 
 
-def extension(torch: ModuleType | None) -> Extension:
+def extensions(torch: ModuleType | None) -> list[Extension]:
+    """The operators, which need libtorch alone, and the Python module, which is linked to them."""
     sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp"))
     headers = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".inl"))
+    operators = [source for source in sources if source not in BINDING]
     if torch is None:
-        return Extension("lambda_kernels._C", sources, depends=headers)
+        return [Extension(OPERATORS, operators, depends=headers), Extension(MODULE, BINDING, depends=headers)]
     from torch.utils.cpp_extension import CppExtension
 
-    made: Extension = CppExtension(
-        "lambda_kernels._C", sources, depends=[*headers, "setup.py"], include_dirs=[str(ROOT / "csrc")]
-    )
-    return made
+    common: dict[str, Any] = {"depends": [*headers, "setup.py"], "include_dirs": [str(ROOT / "csrc")]}
+    library = CppExtension(OPERATORS, operators, py_limited_api=True, **common)  # not linked to libtorch_python
+    module = CppExtension(MODULE, BINDING, runtime_library_dirs=["$ORIGIN"], **common)
+    module.libraries.insert(0, f":{LIBRARY}")
+    return [library, module]
 
 
 def build_command(torch: Any) -> type[build_ext]:
@@ -259,6 +266,10 @@ def build_command(torch: Any) -> type[build_ext]:
             target = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
             self.build_temp = str(ROOT / "build" / f"temp-{target}")
 
+        def get_ext_filename(self, ext_name: str) -> str:
+            name: str = super().get_ext_filename(ext_name)
+            return str(Path(name).with_name(LIBRARY)) if ext_name.endswith(Path(LIBRARY).stem) else name
+
         def run(self) -> None:
             compiler, compiler_version = find_compiler()
             nvcc, names = wanted_nvcc(torch), architectures()
@@ -271,6 +282,8 @@ def build_command(torch: Any) -> type[build_ext]:
                 flags.append("-fopenmp")
             for ext in self.extensions:
                 ext.extra_compile_args = list(flags)
+                # where setuptools puts what it links, also in an inplace build, which copies it from there
+                ext.library_dirs.append(str(Path(self.build_lib) / "lambda_kernels"))
             folder = ROOT / "lambda_kernels" if self.inplace else Path(self.build_lib) / "lambda_kernels"
             folder.mkdir(parents=True, exist_ok=True)
             # Ahead of the extension, which takes longer: a build that is cut off leaves the kernels.
@@ -299,6 +312,6 @@ torch_module = find_torch()
 setup(
     version=version(),
     install_requires=dependencies(torch_module),
-    ext_modules=[extension(torch_module)],
+    ext_modules=extensions(torch_module),
     cmdclass={"build_ext": build_command(torch_module)},
 )

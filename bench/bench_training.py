@@ -1,5 +1,6 @@
 """Meta-training on the CPU beside stock PyTorch and the packages that do the same: meta-gradients in second and first
-order, the query pass, the memory of the graph, `lambda-maml train` beside its loop in other packages, and on two ranks.
+order, the query pass, with frozen norms too, the memory of the graph, `lambda-maml train` beside its loop in other
+packages, and on two ranks.
 
 All columns of a row alternate in one process; a ratio is taken inside each round. Nothing of a configuration is timed
 before everybody's gradients were compared with the plain loop's in float64 and in float32. Whoever is not installed, or
@@ -9,11 +10,12 @@ breaks, is a column that says so; whoever gives another result stops the configu
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,7 @@ from harness import (
     Row,
     Wrong,
     check_adapt,
+    compare,
     each_round,
     fill_rows,
     make_problem,
@@ -46,11 +49,12 @@ from peers import FULL, LAST, Ours, StockFull
 from peers_options import command, names_of
 from rich.console import Console
 
+import lambda_kernels as lk
 from lambda_maml import Pattern, adapt
 
 CPU = torch.device("cpu")
 STEPS = 5
-KINDS = ("adapt", "meta", "forward", "train", "ranks", "graph")
+KINDS = ("adapt", "meta", "forward", "frozen", "frozen-one", "train", "ranks", "graph")
 # Where the rows that are not taken everywhere are taken.
 PLACES = {"train": ("cifar",), "ranks": ("cifar",), "graph": ("cifar", "omniglot")}
 
@@ -79,9 +83,11 @@ class Bench:
 
     def rows(self) -> Iterator[Row]:
         o = self.options
-        fills = {
+        fills: dict[str, Callable[[str, Configuration], dict[str, Any]]] = {
             "adapt": self.adapt,
             "forward": self.forward,
+            "frozen": self.frozen,
+            "frozen-one": functools.partial(self.frozen, images=1),
             "train": self.train,
             "ranks": self.ranks,
             "graph": self.graph,
@@ -181,6 +187,23 @@ class Bench:
             0.2,
         )
         return {**compared(each), "query": len(batch.xq[0])}
+
+    @torch.no_grad()
+    def frozen(self, name: str, c: Configuration, images: int | None = None) -> dict[str, Any]:
+        """The logits of a task's query images, or of some, by the norms' statistics of its support set: the learner,
+        its folded network, and the network that was not converted, in torch's modules with the same statistics."""
+        model, batch = meta.make_meta_problem(c, tasks=1)
+        problem, xq = Tasks(model, batch.xs, batch.ys, batch.xq).problem(0), batch.xq[0, :images]
+        learner = adapt(*problem, pattern=FULL, steps=c.steps, lr=LR, norm=NORM, statistics="support")
+        stock = lk.to_torch(learner.to_module()).eval()
+        run = {"ours": learner, "folded": learner.to_module(fold=True), "stock": stock}
+        truth = copy.deepcopy(stock).double()(xq.double())
+        for who in ("ours", "folded"):
+            compare(f"the logits of {who}", [run[who](xq)], [stock(xq)], [truth], float(truth.norm()))
+        each = self.time({who: Column(functools.partial(network, xq)) for who, network in run.items()}, 0.2)
+        found = compared(each)
+        found["ratios"]["stock over folded"] = spread(ratio(each["stock"], each["folded"]))
+        return {**found, "query": len(xq)}
 
     def train(self, name: str, c: Configuration) -> dict[str, Any]:
         """`lambda-maml train` in second order, beside its loop in stock PyTorch and the packages; milliseconds a

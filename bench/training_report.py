@@ -19,6 +19,7 @@ GOALS = {
     "mini-imagenet": (4.0, 7.0, 6.0, 4.0),
 }
 FORWARD_GOAL, TRAIN_GOAL, RANKS_GOAL = 3.0, 3.0, 1.7
+FROZEN_GOALS = {"frozen-one": 3.0, "frozen": 4.0}
 MEMORY_GOALS = {FULL: 3.0, LAST: 10.0}
 NAMES = {
     "ours": "ours",
@@ -39,7 +40,7 @@ def tables(document: Row) -> Iterator[Table]:
     """Those that have rows."""
     found = Found(document)
     cases = (found.case(bits, second) for bits, second in ((FULL, True), (LAST, True), (FULL, False)))
-    others = (found.floors(), found.forward(), found.train(), found.ranks(), found.graph())
+    others = (found.floors(), found.forward(), found.frozen(), found.train(), found.ranks(), found.graph())
     yield from (table for table in (found.goals(), *cases, *others, found.missing()) if table.rows)
 
 
@@ -110,6 +111,19 @@ class Found(Rows):
             "The logits of one task's query images, 15 per class, by adapted weights, without gradient; milliseconds."
         )
         return Table("The query pass alone", note, ["network", "ours", "stock", "ours is faster by"], found)
+
+    def frozen(self) -> Table:
+        found = [
+            [named(row), str(row["query"]), *(span(row["columns"][n]) for n in ("ours", "folded", "stock")),
+             *(self.against(row["ratios"][n], goal) for n in ("stock", "stock over folded"))]
+            for kind, goal in FROZEN_GOALS.items() for row in self.of(kind)
+        ]  # fmt: skip
+        note = (
+            "Logits by norms with the support set's statistics, without gradient; milliseconds. Stock is the network "
+            "in torch's modules with the same statistics."
+        )
+        head = ["network", "images", "learner", "folded", "stock", "the learner is faster by", "folded is faster by"]
+        return Table("Classification with frozen norms", note, head, found)
 
     def train(self) -> Table:
         found = []

@@ -55,6 +55,6 @@ class Borrowed {
 
 constexpr std::size_t kMostKept = std::size_t(256) << 20;  // bytes of all arenas that wait in the pool
 
-std::size_t kept_bytes();  // of the pool now
+[[gnu::visibility("default")]] std::size_t kept_bytes();  // of the pool now
 
 }  // namespace lk

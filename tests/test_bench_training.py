@@ -131,7 +131,8 @@ def run(what: str, path: Path, *arguments: str) -> subprocess.CompletedProcess[s
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of a run of all kinds of rows but the graph's memory, which takes a process for each figure."""
     folder = tmp_path_factory.mktemp("training")
-    done = run("right", folder / "t.json", "--kinds=adapt,meta,forward,train,ranks", f"--markdown={folder / 't.md'}")
+    kinds = "--kinds=adapt,meta,forward,train,ranks,frozen,frozen-one"
+    done = run("right", folder / "t.json", kinds, f"--markdown={folder / 't.md'}")
     assert done.returncode == 0, done.stdout + done.stderr
     document = page.read(folder / "t.json", "training")
     assert (folder / "t.md").read_text() == report.markdown(document)
@@ -148,12 +149,15 @@ def test_every_row_is_there_with_times_or_reasons(results):
     assert [row["name"] for row in results["rows"]] == [
         "adapt omniglot", "meta omniglot second order 11111", "meta omniglot second order 00011",
         "meta omniglot first order 11111", "forward omniglot", "train omniglot", "ranks omniglot",
+        "frozen omniglot", "frozen-one omniglot",
     ]  # fmt: skip
     assert {row["status"] for row in results["rows"]} == {"passed"}
     for row in results["rows"]:
         timed = {name for name, column in row["columns"].items() if "skipped" not in column}
         assert all(is_spread(row["columns"][name]) for name in timed)
-        assert set(row["ratios"]) == timed - {"ours"} and all(map(is_spread, row["ratios"].values()))
+        assert set(row["ratios"]) - {"stock over folded"} == timed - {"ours"} and all(
+            map(is_spread, row["ratios"].values())
+        )
     for row in results["rows"][1:4]:
         assert {"ours", "verbs", "stock", "higher", "learn2learn"} <= set(row["columns"])
         assert row["columns"]["higher"] == {"skipped": "RuntimeError: cannot"}
@@ -162,6 +166,7 @@ def test_every_row_is_there_with_times_or_reasons(results):
     assert {"stock_full", "stock_prefix"} <= set(results["rows"][2]["columns"])
     assert set(results["rows"][5]["columns"]) == {"ours", "stock", "higher", "learn2learn"}
     assert set(results["rows"][6]["columns"]) == {"ours", "one"}
+    assert [row["query"] for row in results["rows"][7:]] == [45, 1]
 
 
 def test_a_wrong_gradient_stops_its_configuration(tmp_path):
@@ -198,13 +203,14 @@ def test_the_memory_of_a_meta_gradient_is_that_of_its_graph():
 def measured(results: dict[str, Any]) -> dict[str, Any]:
     """The results with some figures made up, as of a real run."""
     found = copy.deepcopy({**results, "tiny": False})
-    adapted, second, last, first, forward, trained, ranks = found["rows"]
+    adapted, second, last, first, forward, trained, ranks, frozen, _ = found["rows"]
     second["ratios"]["stock"] = {"median": 3.1, "q1": 3.0, "q3": 3.2}
     last["ratios"]["stock_full"] = {"median": 6.0, "q1": 5.5, "q3": 6.5}
     second.update(floor_ms=30.0, flops=7e9)
     for name, time in {"ours": 40.0, "verbs": 60.0, "stock": 120.0}.items():
         second["columns"][name] = {"median": time, "q1": time, "q3": time}
     ranks["ratios"]["one"] = {"median": 1.8, "q1": 1.6, "q3": 1.9}
+    frozen["ratios"]["stock over folded"] = {"median": 4.5, "q1": 4.4, "q3": 4.6}
     trained["columns"]["ours"] = {"median": 20.0, "q1": 16.0, "q3": 25.0}
     found["rows"][4] = {**forward, "status": "failed", "reason": "0.2 away"}
     mib = {"ours": 10.0, "stock": 25.0, "ours_steps": 2.0, "stock_steps": 7.0, "ours_twice": 2.5, "kept": 0.4}
@@ -223,6 +229,7 @@ def test_the_page_leads_with_training_and_its_goals(results):
     assert any("| second order `11111` | 7 | 30.0 | 75% | 50% | 25% |" in line for line in lines)
     assert any("| 1.80x (1.60 to 1.90); goal 1.7x: reached |" in line for line in lines)
     assert any("| the trainer | 50.0 (40.0 to 62.5) |" in line for line in lines)
+    assert any(line.endswith("| 4.50x (4.40 to 4.60); goal 4x: reached |") for line in lines)
     memory = "10.0, 25.0: 2.50x; goal 3x: not reached | 2.00, 7.00: 3.50x; goal 3x: reached | 12.0, 26.0 | 0.50 | 0.40"
     assert any(f"| `11111` | {memory} |" in line for line in lines)
     assert "| forward omniglot | failed | 0.2 away |" in lines

@@ -17,6 +17,7 @@ SCORES = r"Evaluation\(mse_loss .+ over 50 tasks\)\n"
 PRINTS = {
     "backend.py": r"largest difference of the logits: \d\.\d\de-0[5-9]\n",
     "backbones.py": r"(?:(?:timm|torchvision) \w+, .+: [01]+, logits \[15, 5\]\n){3}",
+    "export.py": r"\d+% right; the first one is [a-e]\nlargest difference to the learner's logits: \d\.\d\de-0[5-9]\n",
     "inner_rule.py": rf"(.+: query loss {NUMBER}, its derivative by the decay {NUMBER}\n){{4}}",
     "regression.py": rf"{SCORES}{SCORES}pattern  time ms  mse_loss .+\n(?:[01]{{3}} .+\n){{7}}",
 }

@@ -56,4 +56,4 @@ def test_the_public_names_are_what_they_name_whatever_was_imported_before():
     assert kinds["data"] == kinds["models"] == kinds["rules"] == "module" and kinds["Learner"] == "type"
     assert set(lambda_maml.__all__) <= set(dir(lambda_maml))
     with pytest.raises(AttributeError, match="no attribute 'adopt'"):
-        lambda_maml.adopt  # type: ignore[attr-defined]
+        _ = lambda_maml.adopt  # type: ignore[attr-defined]

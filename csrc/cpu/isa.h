@@ -4,6 +4,6 @@
 namespace lk {
 
 // The fastest one of this machine, or the one that LAMBDA_KERNELS_ISA names: "avx512", "avx2", "generic".
-const char* isa();
+[[gnu::visibility("default")]] const char* isa();
 
 }  // namespace lk

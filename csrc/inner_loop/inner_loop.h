@@ -19,6 +19,7 @@ namespace lk {
 // -> rows [steps + 1, T], float64: the loss before each step, and 0 where all of a task's updated parameters are finite,
 // else NaN; the updated parameters' new values, [T, ...], without the axis where T is 1 and they came without; the query
 // images' logits [T, Q, ways], or [0] without a query.
+[[gnu::visibility("default")]]
 std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor> inner_loop(const at::Tensor& x, const at::Tensor& labels,
                                                                        at::TensorList parameters, at::IntArrayRef updated,
                                                                        at::IntArrayRef geometry, at::ArrayRef<double> eps,

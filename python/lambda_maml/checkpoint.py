@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import models
 from .files import atomic, write_json, written
+from .statistics import restore
 
 FORMAT = "lambda-maml 1"
 _RULE = "rule:"  # in front of the names of a rule's tensors; no parameter of a module has a colon in its name
@@ -49,9 +50,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(header["meta"])
 
 
-def save(path: str | Path, model: nn.Module, meta: Mapping[str, Any], rule: object = None) -> None:
+def save(
+    path: str | Path, model: nn.Module, meta: Mapping[str, Any], rule: object = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Write `model` to `path` (a .safetensors name) and `meta` with the network's config to a .json of the same name.
-    A rule's parameters and buffers go with them.
+    A rule's parameters and buffers go with them. `state`, an adapted network's `state_dict`, stands in for the model's.
 
     `meta` holds what JSON can (training settings, metrics). The JSON is for people and programs; `load` reads only the
     safetensors file, whose header holds the same, so that the two can never be mixed up.
@@ -60,12 +64,14 @@ def save(path: str | Path, model: nn.Module, meta: Mapping[str, Any], rule: obje
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a checkpoint's name ends in .safetensors")
     meta = {**meta, "network": models.config_of(model)}
-    write_tensors(path, {**model.state_dict(), **tensors_of_rule(rule)}, meta)
+    own = model.state_dict() if state is None else state
+    write_tensors(path, {**own, **tensors_of_rule(rule)}, meta)
     write_json(path.with_suffix(".json"), meta)
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """Read a checkpoint: the model built from its config, on the CPU, and its `meta`.
+    """Read a checkpoint: the model built from its config, on the CPU, and its `meta`. An adapted network comes with the
+    norm statistics of its support set, in evaluation mode.
 
     With `model` given, its parameters are overwritten instead and it is returned. Raises ValueError that names both
     networks, if their names differ, or the first key that differs in name or shape; `model` is then unchanged.
@@ -75,6 +81,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, d
         if not isinstance(meta.get("network"), dict):
             raise ValueError(f"{path}: holds no network config: it is a training state, pass best.safetensors")
         model = models.build(meta["network"])
+        if "adapted" in meta:
+            restore(model, tensors)
     else:
         _check_same_network(path, model, meta.get("network"))
     load_tensors(model, {k: v for k, v in tensors.items() if not k.startswith(_RULE)}, str(path))

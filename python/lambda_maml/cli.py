@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .cli_export import export, line, predict, predictions
 from .cli_train import exit_if_stopped, say_if_stopped, train, train_with_progress
 from .console import bar, device_of, device_option, json_option, options, print_json, say
 
@@ -255,7 +256,10 @@ def evaluate_command(
     "--statistics", type=click.Choice(["support", "batch"]), default="support",
     help="Classify each image by itself, by the support set's norm statistics, or all together, by their own.",
 )  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), help="Write the adapted network here (.safetensors).")
+@click.option(
+    "--out", type=click.Path(path_type=Path),
+    help="Write the adapted network here (.safetensors), for predict and export.",
+)  # fmt: skip
 @device_option
 @json_option
 def adapt(
@@ -273,6 +277,11 @@ def adapt(
 
     if out is not None and out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: the name ends in .safetensors")
+    if out is not None and statistics == "batch":
+        raise ValueError(
+            f"--out {out}: an adapted checkpoint holds the support set's statistics, by which predict classifies each "
+            "image: leave out --statistics batch, or --out"
+        )
     model, meta = _load(checkpoint, device)
     network = meta["network"]
     bits, report = _pattern(model, pattern)
@@ -293,21 +302,17 @@ def adapt(
     xq = read(queries) if queries else None
 
     learner = adapt_model(model, xs, ys, pattern=bits, statistics=statistics, **inner)
-    predictions = []
+    if statistics == "support":
+        learner.eval()  # as predict has it: without dropout
+    classified = []
     if xq is not None:
         with torch.no_grad():
-            chances = learner(xq).softmax(-1).cpu()
-        names = list(classes)
-        predictions = [
-            {"image": str(path), "class": names[int(row.argmax())], "probability": float(row.max())}
-            for path, row in zip(queries, chances, strict=True)
-        ]
+            classified = predictions(queries, list(classes), learner(xq).cpu())
     told = _in_json(inner)
     if out is not None:
-        adapted = {key: value.detach() for key, value in learner.parameters_dict().items()}
-        model.load_state_dict({**model.state_dict(), **adapted})
+        adapted = {"pattern": bits, **told, "classes": list(classes), "images": list(xs.shape[1:]), "invert": dark}
         rates = load_learned_rule(checkpoint, model, meta)
-        files.save(out, model, {**meta, "adapted": {"pattern": bits, **told, "classes": list(classes)}}, rates)
+        files.save(out, model, {**meta, "adapted": adapted}, rates, learner.state_dict())
         say(f"wrote {out}")
     if as_json:
         print_json(
@@ -317,13 +322,17 @@ def adapt(
                 **told,
                 "classes": list(classes),
                 "support": len(labels),
-                "predictions": predictions,
+                "predictions": classified,
             }
         )
         return
     click.echo(f"adapted under {bits} to {len(labels)} support images of {', '.join(classes)}")
-    for row in predictions:
-        click.echo(f"{row['image']}: {row['class']} ({row['probability']:.1%})")
+    for prediction in classified:
+        click.echo(line(prediction))
+
+
+cli.add_command(predict)
+cli.add_command(export)
 
 
 @cli.command()
@@ -430,6 +439,11 @@ def _load(path: Path, device: str) -> tuple[Any, dict[str, Any]]:
 
     where = device_of(device)
     model, meta = checkpoint.load(path)
+    if "adapted" in meta:
+        raise ValueError(
+            f"{path}: is adapted to {', '.join(meta['adapted']['classes'])} already: predict and export take it; give "
+            "the checkpoint of training"
+        )
     return model.to(where), meta
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +16,13 @@ from lambda_kernels.norms import exact_norms
 from lambda_kernels.program import OwnState, aliases_of, modes_of, program_for, replace, shadow, tensors_of
 from lambda_kernels.program.structure import flatten
 
+from .export import Contents, export
 from .inner.state import Outcome
 from .plan import Plan, plan_of
-from .say import say_once
 from .statistics import fold as folded
-from .statistics import freeze
+from .statistics import freeze, norms_of_batches, warn_of_few
 
-__all__ = ["AdaptedNetwork", "Learner", "network_of", "support_of"]
-
-FEW = 5
-"""Fewer images than these say little of a task's statistics."""
+__all__ = ["AdaptedNetwork", "Learner", "learner_of", "network_of", "support_of"]
 
 _CONTENTS = ("_parameters", "_buffers", "_modules")
 
@@ -113,7 +111,7 @@ class AdaptedNetwork(nn.Module):
         plan, network, state = self._call(args, kwargs)
         if len(args) == 1 and not kwargs:
             if plan.normalises_batches and not torch.is_grad_enabled():
-                _warn_of_few(args[0])
+                warn_of_few(args[0])
             logits = plan.classify(state, args[0])
             logits = self._evaluated(plan, network, state, args[0]) if logits is None else logits
             if logits is not None:
@@ -272,16 +270,7 @@ class AdaptedNetwork(nn.Module):
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (Learner, self.to_module())
-
-
-def _warn_of_few(x: Any) -> None:
-    images = x.shape[0] if isinstance(x, Tensor) and x.dim() else FEW
-    if images < FEW:
-        say_once(
-            f"{images} images are normalised by their own statistics alone, which costs accuracy: "
-            'adapt(..., statistics="support") or learner.freeze_statistics() takes those of the support set'
-        )
+        return learner_of, (self.to_module(),)
 
 
 class Learner(AdaptedNetwork):
@@ -346,6 +335,31 @@ class Learner(AdaptedNetwork):
             folded(network, self._support_set(None))
         return network
 
+    def export(
+        self, path: str | Path, *, classes: Sequence[str] | None = None, mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None, invert: bool = False, normalise: bool = False, example: Any = None,
+    ) -> None:  # fmt: skip
+        """Write the network to a file that needs nothing of this package: .pt2 (`torch.export.load`) or .onnx.
+
+        It takes any number of images and classifies each by itself, in evaluation mode: norms that would use a batch's
+        statistics get those of the support set, as by `freeze_statistics`. The learner stays as it is.
+
+        >>> learner.export("adapted.pt2", classes=["cat", "dog"], mean=[0.5], std=[0.25])
+        >>> torch.export.load("adapted.pt2").module()(xq).shape
+        torch.Size([75, 2])
+
+        Args: see `lambda_maml.export.export`. example: images [N, C, H, W] to trace by; None: the support set.
+
+        Raises:
+            ValueError: torch.export or torch.onnx cannot take the network, or what is said of it does not fit it.
+            OSError: the file cannot be written; an earlier one stays as it was.
+        """
+        network = super().to_module()
+        if norms_of_batches(network):
+            freeze(network, self._support_set(None))
+        xs = self._support_set(None) if example is None else example
+        export(network, xs, path, Contents(classes, mean, std, invert, normalise))
+
     def _support_set(self, xs: Any) -> Any:
         if xs is not None:
             self.__dict__["_support"] = support_of(xs)
@@ -369,10 +383,10 @@ def support_of(xs: Any) -> tuple[Any, list[int]]:
     return xs, [0 if t.is_inference() else t._version for t in tensors]
 
 
-def _restored(kind: type[AdaptedNetwork], network: nn.Module) -> AdaptedNetwork:
-    """A learner around a network that is its own."""
+def learner_of(network: nn.Module) -> Learner:
+    """A learner around a network that is adapted already, its own from now on; its support set is not known."""
     parameters, buffers = tensors_of(network)
-    return kind(network, modes_of(network), Outcome({**parameters, **buffers}, {}, (), aliases_of(network), True))
+    return Learner(network, modes_of(network), Outcome({**parameters, **buffers}, {}, (), aliases_of(network), True))
 
 
 def network_of(model: nn.Module) -> nn.Module:

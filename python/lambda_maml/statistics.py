@@ -9,7 +9,7 @@ folds into the convolution ahead of it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,12 @@ from lambda_kernels.layers import ConvBlock, has_hooks, uses_batch_statistics
 from lambda_kernels.program import Program, program_for
 from lambda_kernels.program.structure import flatten
 
-__all__ = ["fold", "freeze", "norms_of_batches"]
+from .say import say_once
+
+__all__ = ["fold", "freeze", "norms_of_batches", "restore", "warn_of_few"]
+
+FEW = 5
+"""Fewer images than these say little of a task's statistics."""
 
 
 def norms_of_batches(network: nn.Module) -> dict[str, _BatchNorm]:
@@ -69,12 +74,35 @@ def freeze(network: nn.Module, xs: Any) -> None:
         for hook in hooks:
             hook.remove()
     for path, (mean, variance) in seen.items():
-        norm = norms[path]
-        norm.running_mean, norm.running_var = mean, variance
-        norm.num_batches_tracked = torch.ones((), dtype=torch.long, device=mean.device)
-        norm.track_running_stats = True
-        norm.training = False
+        _hold(norms[path], mean, variance)
     _check_alone(network, xs)
+
+
+def _hold(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    norm.running_mean, norm.running_var = mean, variance
+    norm.num_batches_tracked = torch.ones((), dtype=torch.long, device=mean.device)
+    norm.track_running_stats = True
+    norm.training = False
+
+
+def restore(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Make the network take the `state_dict` of one whose norms were given statistics, in place: batch norms without
+    running statistics that have some there get room for them, and all is in evaluation mode."""
+    for path, norm in norms_of_batches(network).items():
+        mean, variance = (state.get(f"{path}.running_{name}".lstrip(".")) for name in ("mean", "var"))
+        if norm.running_mean is None and mean is not None and variance is not None:
+            _hold(norm, torch.empty_like(mean), torch.empty_like(variance))
+    network.eval()
+
+
+def warn_of_few(x: Any) -> None:
+    """Say once what it costs to normalise few images by their own statistics."""
+    images = x.shape[0] if isinstance(x, Tensor) and x.dim() else FEW
+    if images < FEW:
+        say_once(
+            f"{images} images are normalised by their own statistics alone, which costs accuracy: "
+            'adapt(..., statistics="support") or learner.freeze_statistics() takes those of the support set'
+        )
 
 
 def _check_alone(network: nn.Module, xs: Any) -> None:
