@@ -74,7 +74,7 @@ INSIDE = {
         "": {"calls", "fuse", "lookup", "shadow", "steps", "structure", "walk"},
     },
     "lambda_maml": {
-        "data": set(),
+        "data": {"progress"},
         "files": set(),
         "say": set(),
         "extras": set(),
@@ -125,10 +125,11 @@ INSIDE = {
         "report": {"extras", "files", "patterns"},
         "": {"adapt", "data", "explain", "inner", "learner", "maml", "models", "patterns", "select", "timing"},
         "console": {"progress", "ranks"},
-        "cli_train": {"console", "data", "models", "processes", "ranks", "settings", "stopping", "train"},
+        "cli_data": {"console", "data", "models", "ranks"},
+        "cli_train": {"cli_data", "console", "models", "processes", "ranks", "settings", "stopping", "train"},
         "cli": {
-            "adapt", "checkpoint", "cli_train", "console", "data", "evaluate", "explain", "files", "images", "inner",
-            "learned_rates", "lock", "models", "patterns", "processes", "report", "select", "train",
+            "adapt", "checkpoint", "cli_data", "cli_train", "console", "data", "evaluate", "explain", "files", "images",
+            "inner", "learned_rates", "lock", "models", "patterns", "processes", "ranks", "report", "select", "train",
         },
         "__main__": {"cli", "extras"},
     },
