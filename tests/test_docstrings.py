@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BLOCKS, EXACT, BlockCase
+from PIL import Image
 
 import lambda_maml
 from lambda_kernels import backends, convert, functional, layers
@@ -43,6 +44,7 @@ PUBLIC = (
     *(value for name in lambda_maml.__all__ if not isinstance(value := getattr(lambda_maml, name), ModuleType)),
     *(rules.Rule, rules.sgd, rules.momentum, rules.adam, rules.rmsprop, rules.weight_decay, rules.clip),
     *(TaskLearner, data.load, data.sample_tasks, data.Augment, data.ImageSet.fingerprint, models.conv4, models.build),
+    *(data.ImageSet, data.from_folder, data.from_dataset, data.divide, data.divided),
     *(models.resnet12, models.create, models.config_of, models.image_shape, evaluate, worded, name_of),
     *(candidates_of, Goal, time_left),
     *(train, Settings, stages, importances, learned_rule, Ahead, Average),
@@ -75,9 +77,14 @@ def names() -> dict[str, Any]:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("of", [*PUBLIC, *METHODS], ids=lambda of: of.__qualname__)
 def test_the_examples_of_the_adapter_run(
-    of: Any, names: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    of: Any, names: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
+    if of is data.from_folder:
+        for k in range(20):
+            (tmp_path / "pictures" / f"{k}").mkdir(parents=True)
+            Image.new("L", (9, 9)).save(tmp_path / "pictures" / f"{k}" / "1.png")
+        monkeypatch.chdir(tmp_path)
     model = models.conv4(ways=5, in_channels=1, width=8, image_size=28)
     own = dict(zip(("xs", "ys", "xq", "yq"), names["tasks"][0]))
     found = {

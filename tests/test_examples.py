@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ SCORES = r"Evaluation\(mse_loss .+ over 50 tasks\)\n"
 # What each of them prints, whole.
 PRINTS = {
     "backend.py": r"largest difference of the logits: \d\.\d\de-0[5-9]\n",
+    "own_folder.py": r"Folder\(.+: train 19 classes, 190 pictures, val 5 .+, test 6 .+ of 28x28x1, 0.2 MiB\)\n"
+    r"60 iterations: [5-9]\d% of new classes' pictures are classified right \(chance: 33%\)\n",
     "backbones.py": r"(?:(?:timm|torchvision) \w+, .+: [01]+, logits \[15, 5\]\n){3}",
     "export.py": r"\d+% right; the first one is [a-e]\nlargest difference to the learner's logits: \d\.\d\de-0[5-9]\n",
     "inner_rule.py": rf"(.+: query loss {NUMBER}, its derivative by the decay {NUMBER}\n){{4}}",
@@ -27,6 +30,7 @@ PRINTS = {
 @pytest.mark.parametrize("name", PRINTS)
 def test_it_runs_as_written(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_BACKENDS", dict(backends._BACKENDS))  # one of them registers its own
+    monkeypatch.setattr(sys, "argv", [name])
     monkeypatch.syspath_prepend(str(EXAMPLES))  # as `python FILE` has it
     try:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lambda_maml.data import pictures
 from lambda_maml.data.layout import visible
-from lambda_maml.data.pictures import read_picture
+from lambda_maml.data.pictures import read_picture, shown
 from lambda_maml.images import class_folders, image_files, query_files, read_images
 
 GREY = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
@@ -266,3 +267,25 @@ def test_a_picture_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "x.png").mkdir()
     with pytest.raises(ValueError, match=r"x.png: not a readable image: .*[Dd]irectory"):
         read_picture(tmp_path / "x.png", "RGB")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_large_jpeg_is_decoded_at_a_fraction_and_hardly_differs(tmp_path, mode, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    down, right = np.arange(640)[:, None, None] / 40, np.arange(800)[None, :, None] / 50
+    waves = 128 + 90 * np.sin(down) * np.cos(right + np.arange(3))
+    Image.fromarray(waves.astype(np.uint8)).save(tmp_path / "x.jpg", exif=exif)
+    sizes: list[tuple[int, int]] = []
+
+    def noted(picture, *how):
+        sizes.append(picture.size)
+        return shown(picture, *how)
+
+    monkeypatch.setattr(pictures, "shown", noted)
+    got = read_picture(tmp_path / "x.jpg", mode, (30, 20))
+    whole = read_picture(tmp_path / "x.jpg", mode)
+    with Image.open(tmp_path / "x.jpg") as picture:
+        want = shown(picture, mode, (30, 20))
+    assert sizes == [(100, 80), (800, 640)] and whole.shape[:2] == (800, 640)
+    assert abs(got.astype(int) - want).max() <= 2

@@ -165,7 +165,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "unequal without targets": (([X, X], None, [X]), ValueError, "got 2 in xs, 2 in ys, 1 in xq"),
     "no tasks": (([], [], []), ValueError, "there are no tasks"),
     "an empty list of Task": (([],), ValueError, "there are no tasks"),
-    "a list of other things": (([(X, Y, X)],), TypeError, "must hold Task.* got a tuple"),
+    "a list of other things": (([(X, Y, X)],), TypeError, "task 0 is a tuple of 3 .*expected Task"),
     "a stacked part": (([X, X], torch.stack([Y, Y]), [X, X]), ValueError, "must agree on T"),
     "one task's labels": (([X, X[:3], X], [Y, Y[:3] * 9, Y], [X] * 3), ValueError, "from 0 to 9.*task 1 of"),
     "one of several": (([X, X], [Y, Y - 5], [X, X]), ValueError, "from -5.*one of the tasks 0, 1 of the list"),

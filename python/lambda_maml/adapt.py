@@ -161,7 +161,8 @@ def adapt_tasks(
     Args:
         xs: [T, N, C, H, W]; ys: [T, N]; xq: [T, Q, C, H, W], or structures of tensors with T in front; the others as in
             `adapt`. Or three lists of what `adapt` and its learner take, [N, C, H, W], [N] and [Q, C, H, W], where ys
-            may be None; or one list of `Task`. With statistics="support" the tasks are adapted one after another.
+            may be None; or one list of tasks, `Task` or plain
+            tuples (xs, ys, xq, yq). With statistics="support" the tasks are adapted one after another.
 
     Returns:
         Query logits [T, Q, ways], or what the network gives, in its own structure, with T in front of every tensor; for

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .cli_data import SETS, checkpoint_sets, folder_options, root_option
 from .cli_export import export, line, predict, predictions
 from .cli_train import exit_if_stopped, say_if_stopped, train, train_with_progress
 from .console import bar, device_of, device_option, json_option, options, print_json, say
@@ -65,12 +66,7 @@ def cli(ctx: click.Context) -> None:
 
 
 data_options = options(
-    click.option(
-        "--dataset",
-        help="glyphs (built in), omniglot, cifar_fs, fc100, mini_imagenet or tiered_imagenet.  "
-        "[default: the checkpoint's]",
-    ),
-    click.option("--root", type=click.Path(path_type=Path), help="Folder in which the set lies (glyphs needs none)."),
+    click.option("--dataset", help=f"{SETS}  [default: the checkpoint's]"), root_option, folder_options
 )
 inner_options = options(
     click.option("--steps", type=click.IntRange(1), help="Gradient steps of adaptation.  [default: the checkpoint's]"),
@@ -157,7 +153,7 @@ cli.add_command(train)
 def select(
     checkpoint: Path, dataset: str | None, root: Path | None, tasks: int, steps: int | None, lr: float | None,
     norm: str | None, max_drop: float, patterns: str | None, relative: bool, rule: str, timings: Path | None,
-    seconds: float, seed: int, out: Path | None, device: str, as_json: bool,
+    seconds: float, seed: int, out: Path | None, device: str, as_json: bool, **pictures: int | None,
 ) -> None:  # fmt: skip
     """Choose the fastest pattern whose accuracy is good enough.
 
@@ -179,7 +175,7 @@ def select(
         ranks.check_alike(model.state_dict())
         inner = _inner(checkpoint, model, meta, {}, steps, lr, norm)
         val_set, test_set = ranks.first_then_all(
-            lambda: [_images(meta, dataset, root, split) for split in ("val", "test")]
+            lambda: checkpoint_sets(meta, dataset, root, ("val", "test"), pictures, ranks)
         )
         episode = _episode(meta)
         val_tasks = data.sample_tasks(val_set, tasks, seed=SELECT_SEED + seed, **episode)
@@ -207,6 +203,7 @@ def select(
 def evaluate_command(
     checkpoint: Path, pattern: str | None, dataset: str | None, root: Path | None, split: str, tasks: int,
     steps: int | None, lr: float | None, norm: str | None, seed: int, device: str, as_json: bool,
+    **pictures: int | None,
 ) -> None:  # fmt: skip
     """Accuracy of a checkpoint on new tasks, under a pattern.
 
@@ -216,11 +213,13 @@ def evaluate_command(
     from . import data
     from .adapt import STATISTICS
     from .evaluate import evaluate
+    from .ranks import ALONE
 
     model, meta = _load(checkpoint, device)
     bits, report = _pattern(model, pattern)
     inner = _inner(checkpoint, model, meta, report, steps, lr, norm)
-    episodes = data.sample_tasks(_images(meta, dataset, root, split), tasks, seed=TEST_SEED + seed, **_episode(meta))
+    (images,) = checkpoint_sets(meta, dataset, root, (split,), pictures, ALONE)
+    episodes = data.sample_tasks(images, tasks, seed=TEST_SEED + seed, **_episode(meta))
     found: dict[str, dict[str, float | None]] = {}
     for statistics in STATISTICS:
         with bar(f"evaluating, statistics of the {statistics}") as progress:
@@ -250,7 +249,7 @@ def evaluate_command(
 @inner_options
 @click.option(
     "--invert/--no-invert", default=None,
-    help="Dark ink on light paper becomes high.  [default: --invert for one-channel networks]",
+    help="Dark ink on light paper becomes high.  [default: as in training, else --invert for one-channel networks]",
 )  # fmt: skip
 @click.option(
     "--statistics", type=click.Choice(["support", "batch"]), default="support",
@@ -271,9 +270,8 @@ def adapt(
 
     from . import checkpoint as files
     from .adapt import adapt as adapt_model
-    from .images import class_folders, query_files, read_images
+    from .images import class_folders, inverted, query_files, read_images
     from .learned_rates import load_learned_rule
-    from .models import image_shape
 
     if out is not None and out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: the name ends in .safetensors")
@@ -291,7 +289,7 @@ def adapt(
     if len(classes) != ways:
         found = f"{len(classes)} class folders ({', '.join(classes)})" if classes else "no class folder"
         raise ValueError(f"{support}: {found}, but the network has {ways} classes")
-    dark = image_shape(network)[0] == 1 if invert is None else invert
+    dark = inverted(network, meta["dataset"]) if invert is None else invert
 
     def read(paths: list[Path]) -> torch.Tensor:
         return read_images(paths, network, meta["dataset"], invert=dark).to(device)
@@ -445,19 +443,6 @@ def _load(path: Path, device: str) -> tuple[Any, dict[str, Any]]:
             "the checkpoint of training"
         )
     return model.to(where), meta
-
-
-def _images(meta: Mapping[str, Any], dataset: str | None, root: Path | None, split: str) -> Any:
-    """The set that is named, or the checkpoint's; its images must fit the network."""
-    from . import data, models
-
-    images = data.load(dataset or meta["dataset"]["name"], root=root, split=split)
-    fits = models.image_shape(meta["network"])
-    if tuple(images.image_shape) != fits:
-        raise ValueError(
-            f"{images.name} has images {list(images.image_shape)}, the checkpoint's network takes {list(fits)}"
-        )
-    return images
 
 
 def _episode(meta: Mapping[str, Any]) -> dict[str, Any]:

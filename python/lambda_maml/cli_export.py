@@ -123,7 +123,7 @@ def _classifier(path: Path, device: str) -> tuple[list[str], Callable[[Sequence[
             "program of yours, or give the .safetensors or an .onnx"
         )
     learner, adapted, dataset = _adapted(path, device)
-    channels, size, _ = adapted["images"]
+    channels, *size = adapted["images"]
     network = {"in_channels": channels, "image_size": size}
 
     def classify(files: Sequence[Path]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .cli_data import FOLDER_KEYS, SETS, folder_options, image_sets, root_option, split_options
 from .console import bar, device_of, device_option, json_option, options, print_json, say
 
 if TYPE_CHECKING:
@@ -19,11 +20,10 @@ if TYPE_CHECKING:
 __all__ = ["exit_if_stopped", "say_if_stopped", "train", "train_with_progress"]
 
 data_options = options(
-    click.option(
-        "--dataset", default="glyphs",
-        help="glyphs (built in), omniglot, cifar_fs, fc100, mini_imagenet or tiered_imagenet.",
-    ),
-    click.option("--root", type=click.Path(path_type=Path), help="Folder in which the set lies (glyphs needs none)."),
+    click.option("--dataset", default="glyphs", help=SETS),
+    root_option,
+    folder_options,
+    split_options,
     click.option(
         "--out", type=click.Path(path_type=Path), required=True, help="Folder for the checkpoint and the state."
     ),
@@ -153,15 +153,15 @@ def train(
 
     Several processes divide the tasks: torchrun --nproc-per-node 4 -m lambda_maml train ...
     """
-    from . import data
     from .processes import joined
     from .settings import Settings
 
+    pictures = {key: settings.pop(key) for key in FOLDER_KEYS}
     with joined(device) as ranks:
         chosen = Settings(**settings, second_order=not first_order)
         config = _config(network, network_args, width)
         train_set, val_set = ranks.first_then_all(
-            lambda: [data.load(dataset, root=root, split=split) for split in ("train", "val")]
+            lambda: image_sets(dataset, root, ("train", "val"), settings, pictures, ranks)
         )
         result = train_with_progress(
             train_set, val_set, out, chosen, config, iterations=iterations, minutes=minutes, resume=resume,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapt import adapt_tasks
-from .data.episodes import Task
+from .data.episodes import Task, as_tasks
 from .inner import batch as batches
 from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate
@@ -108,7 +108,8 @@ def evaluate(
     progress: Progress | bool | None = None,
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Adapt to each task's support set and judge the result for its query set.
+    """Adapt to each task's support set and judge the result for its query set; a task is a `Task`, or a plain tuple of
+    its parts.
 
     The scores (float64, [len(tasks)]) stay in the order of `tasks`, so that two patterns can be compared task by task.
     Of `batch` tasks at a time, those of equal shapes are adapted together; they may differ in their numbers of images,
@@ -126,6 +127,7 @@ def evaluate(
     """
     if not tasks:
         raise ValueError("evaluate: there are no tasks")
+    tasks = as_tasks(tasks, "evaluate")
     check_metric(metric, tasks)
     share = ranks.share(len(tasks))
 

@@ -6,41 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .data.layout import subfolders, visible
-from .data.pictures import read_picture
+from .data.layout import SUFFIXES, class_folders, image_files, subfolders
+from .data.pictures import read_pixels
 from .models import image_shape
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder, by name, without hidden ones."""
-    return [path for path in visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file()]
-
-
-def class_folders(root: Path) -> dict[str, list[Path]]:
-    """Class name -> image files, one sub-folder per class, by name, without hidden ones (`data.layout.visible`).
-
-    >>> class_folders(Path("support"))
-    {'alpha': [PosixPath('support/alpha/1.png')], 'beta': [PosixPath('support/beta/1.png')]}
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: a class folder has no image.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
-    found = {folder.name: image_files(folder) for folder in subfolders(root)}
-    empty = [name for name, files in found.items() if not files]
-    if empty:
-        folder = root / empty[0]
-        names = ", ".join(path.name for path in visible(folder)[:3]) or "nothing"
-        raise ValueError(f"{folder}: no image in this class folder, but {names} (known endings: {' '.join(SUFFIXES)})")
-    return found
+__all__ = ["class_folders", "image_files", "inverted", "query_files", "read_images"]
 
 
 def query_files(root: Path) -> list[Path]:
@@ -58,6 +31,12 @@ def query_files(root: Path) -> list[Path]:
     return files
 
 
+def inverted(network: Mapping[str, Any], dataset: Mapping[str, Any]) -> bool:
+    """Whether pictures are turned, light paper dark, to be like those of training: as the checkpoint's folder of
+    pictures was, else for grey networks, since the grey sets have high ink."""
+    return bool(dataset.get("invert", image_shape(network)[0] == 1))
+
+
 def read_images(
     files: Sequence[Path], network: Mapping[str, Any], dataset: Mapping[str, Any], *, invert: bool
 ) -> Tensor:
@@ -67,16 +46,13 @@ def read_images(
         files: pictures of any bit depth and EXIF orientation (`data.pictures.read_picture`).
         network: a config, which says in_channels (1: grey, 3: RGB) and image_size.
         dataset: mean and std, one value per channel.
-        invert: turn light paper dark, since the grey sets have high ink.
+        invert: turn light paper dark, see `inverted`.
 
     Raises:
         ValueError: a file is unreadable; the text names it.
     """
     channels, height, width = image_shape(network)
-    pixels = np.empty((len(files), height, width, channels), np.uint8)
-    for index, file in enumerate(files):
-        picture = read_picture(Path(file), "L" if channels == 1 else "RGB", (height, width))
-        pixels[index] = picture.reshape(height, width, channels)
-    x = torch.from_numpy(255 - pixels if invert else pixels).permute(0, 3, 1, 2).to(torch.float32) / 255
+    pixels = read_pixels(files, (height, width), channels, invert=invert)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32) / 255
     mean, std = (torch.tensor(dataset[key], dtype=torch.float32).view(-1, 1, 1) for key in ("mean", "std"))
     return ((x - mean) / std).contiguous()

@@ -51,7 +51,7 @@ class OnnxFile:
     def classify(self, files: Sequence[Path]) -> Tensor:
         """The logits of picture files, read as the support set was."""
         note = self._note
-        _, channels, size, _ = note["inputs"][0]["shape"]
+        _, channels, *size = note["inputs"][0]["shape"]
         network = {"in_channels": channels, "image_size": size}
         if note["normalise"]:
             plain = {"mean": [0.0] * channels, "std": [1.0] * channels}

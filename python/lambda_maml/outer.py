@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import schedule
 from .adapt import adapt, adapt_tasks
-from .data.episodes import Task
+from .data.episodes import Task, as_tasks
 from .evaluate import stack
 from .inner.batch import alike, task
 from .inner.checks import Loss
@@ -28,7 +28,8 @@ def meta_gradient(
 ) -> float:  # fmt: skip
     """Add the gradient of the mean query loss after adaptation to the parameters' `.grad`; return that loss.
 
-    tasks: they may differ in their numbers of images, ways and queries; each counts as much as any other.
+    tasks: `Task`s or plain tuples of the same parts; they may differ in their numbers of images, ways and queries. Each
+        counts as much as any other.
 
     rule: how an inner step goes, in place of the settings' lr; its parameters get gradients too.
     batched: adapt tasks of equal shapes together, else all of them one after another, which needs less memory.
@@ -38,6 +39,7 @@ def meta_gradient(
     After Finn et al. 2017, algorithm 2. Under `outer="reptile"` the gradient is the way from the mean of the adapted
     parameters to the present ones, and the loss that of the adapted networks on their tasks' images.
     """
+    tasks = as_tasks(tasks, "meta_gradient")
     given: dict[str, Any] = {
         "pattern": schedule.training_pattern(settings, iteration, model), "norm": settings.norm,
         **descent(settings, rule),

@@ -7,14 +7,15 @@ from typing import Any
 
 from . import data
 from .data.augment import Augment
-from .data.episodes import Task
+from .data.episodes import Task, as_tasks
 from .data.imageset import ImageSet
 from .settings import Settings
 
 __all__ = ["Sample", "check", "sampled", "told_of"]
 
 Sample = Callable[[int, int], Sequence[Task]]
-"""Called as sample(first, count), gives the tasks `first` to `first + count - 1` of an endless sequence."""
+"""Called as sample(first, count), gives the tasks `first` to `first + count - 1` of an endless sequence; a task
+may be a plain tuple (xs, ys, xq, yq)."""
 
 
 def check(source: ImageSet | Sample, settings: Settings) -> None:
@@ -30,7 +31,7 @@ def sampled(
 ) -> list[Task]:
     """Tasks `first` to `first + count - 1`: episodes of an image set as the settings have them, or the function's."""
     if not isinstance(source, ImageSet):
-        return list(source(first, count))
+        return as_tasks(source(first, count), "train")
     return data.sample_tasks(
         source, count, ways=settings.ways, shots=settings.shots, query=settings.query, seed=settings.seed,
         first=first, augment=augment,
@@ -41,7 +42,7 @@ def told_of(train: ImageSet | Sample, val: ImageSet | Sample) -> dict[str, Any]:
     """What a checkpoint says of them."""
     if not isinstance(train, ImageSet):
         return {"dataset": {"name": getattr(train, "__qualname__", type(train).__qualname__)}}
-    told = {"dataset": {"name": train.name, "mean": list(train.mean), "std": list(train.std)}}
+    told = {"dataset": {"name": train.name, "mean": list(train.mean), "std": list(train.std), **train.origin}}
     if not isinstance(val, ImageSet):
         return told
     return {**told, "images": {"of training": train.fingerprint(), "of validation": val.fingerprint()}}

@@ -18,7 +18,7 @@ from lambda_kernels.agreement import DRAWS
 from . import models
 from .adapt import STATISTICS
 from .choice import Candidate, Table, candidates_of, choose, finite, key_of
-from .data.episodes import Task
+from .data.episodes import Task, as_tasks
 from .evaluate import ACCURACY, Evaluation, Metric, check_metric, evaluate, name_of, stack, worded
 from .files import read_json, write_json
 from .goal import Goal
@@ -149,8 +149,7 @@ def select_pattern(
     if decide not in ("bound", "point") or (inner is None and rule != "bound"):
         wrong = decide if decide not in ("bound", "point") else rule
         raise ValueError(f"rule is {wrong!r}, expected 'bound' or 'point', or an inner rule such as rules.adam(0.01)")
-    if not all(isinstance(task, Task) for task in tasks):
-        raise TypeError("select_pattern: tasks must be a list of Task(xs, ys, xq, yq), as data.sample_tasks gives it")
+    tasks, test_tasks = as_tasks(tasks, "select_pattern"), as_tasks(test_tasks or (), "select_pattern: test_tasks")
     if not tasks:
         raise ValueError("select_pattern: there are no tasks")
     check_metric(metric, tasks)
@@ -227,7 +226,7 @@ def select_pattern(
         },
         times=times,
         end_to_end_ms=end_to_end,
-        test=_on_test(model, test_tasks or [], pattern, full, goal.sign, judged),
+        test=_on_test(model, test_tasks, pattern, full, goal.sign, judged),
         environment=environment,
         full_pattern=full,
         warnings=warnings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,38 @@ class Task(NamedTuple):
     def __repr__(self) -> str:
         values = (list(part.shape) if isinstance(part, torch.Tensor) else part for part in self)
         return f"Task({', '.join(f'{name} {value}' for name, value in zip(self._fields, values))})"
+
+
+def as_tasks(tasks: Iterable[Any], caller: str) -> list[Task]:
+    """`Task`s, from such or from plain tuples (xs, ys, xq, yq).
+
+    >>> as_tasks([(torch.zeros(5, 1, 28, 28), torch.arange(5), torch.zeros(75, 1, 28, 28), None)], "evaluate")[0].ys
+    tensor([0, 1, 2, 3, 4])
+
+    Raises:
+        TypeError: an entry is neither.
+        ValueError: a tuple's images and labels are not of equal number.
+    """
+    return [task if isinstance(task, Task) else _task(task, f"{caller}: task {k}") for k, task in enumerate(tasks)]
+
+
+def _task(given: Any, what: str) -> Task:
+    if not isinstance(given, (tuple, list)) or len(given) != len(Task._fields):
+        told = type(given).__name__
+        if isinstance(given, (tuple, list)):
+            told = f"{told} of {len(given)} ({', '.join(type(part).__name__ for part in given[:5])})"
+        hint = "; data.from_learn2learn divides pairs of images and labels" if told.startswith("tuple of 2") else ""
+        raise TypeError(
+            f"{what} is a {told}, expected Task(xs, ys, xq, yq), as data.sample_tasks gives it, or a plain tuple of "
+            f"these four{hint}"
+        )
+    task = Task(*given)
+    for images, labels, name in ((task.xs, task.ys, "s"), (task.xq, task.yq, "q")):
+        if isinstance(images, torch.Tensor) and isinstance(labels, torch.Tensor) and len(images) != len(labels):
+            raise ValueError(
+                f"{what}: {len(images)} images in x{name}, {len(labels)} labels in y{name}; the order is xs, ys, xq, yq"
+            )
+    return task
 
 
 def sample_tasks(

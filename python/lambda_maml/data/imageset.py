@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImageSet(Dataset[tuple[torch.Tensor, int]]):
     """Images of one split, class-major: all images of class 0, then class 1, and so on. Classes may differ in size.
+
+    It is a torch `Dataset` too: item i is the normalised image [C, H, W] and its class number.
+
+    >>> images = ImageSet("dice", "train", np.zeros((6, 8, 8, 1), np.uint8), (4, 2), ("one", "two"))
+    >>> image, label = images[4]
+    >>> image.shape, images.class_names[label]
+    (torch.Size([1, 8, 8]), 'two')
 
     Args:
         name, split: where the images come from, for messages and reports.
@@ -24,6 +32,7 @@ class ImageSet:
         counts: images of each class, in order; they add up to M.
         class_names: one name per class.
         mean, std: one value per channel. A tensor is `(pixel / 255 - mean) / std`; 0 and 1 leave the range 0..1.
+        origin: what a checkpoint has to keep beside these to read pictures in the same way; what JSON can hold.
 
     Raises:
         ValueError: the parts do not fit together.
@@ -36,6 +45,7 @@ class ImageSet:
     class_names: tuple[str, ...]
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    origin: Mapping[str, Any] = field(default_factory=dict)
     starts: NDArray[np.int64] = field(init=False, repr=False)  # [classes + 1]: class k owns starts[k]:starts[k + 1]
 
     def __post_init__(self) -> None:
@@ -74,6 +84,18 @@ class ImageSet:
     def __len__(self) -> int:
         """How many images the split has."""
         return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """Image `index` as float32 [C, H, W], normalised, and its class number."""
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"{self.name} {self.split} has {len(self)} images, asked for number {index}")
+        return self.tensors(np.array([place]))[0], int(np.searchsorted(self.starts, place, side="right")) - 1
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """Class numbers of all images, [M]."""
+        return np.repeat(np.arange(self.num_classes), self.counts)
 
     def fingerprint(self) -> str:
         """The set in a few words, by which another one of the same name is told: counts, and hashes of the class names
@@ -117,23 +139,34 @@ def with_rotations(dataset: ImageSet) -> ImageSet:
         raise ValueError(f"{dataset.name}: rotations need square images, these are {height}x{width}")
     turned = [np.rot90(dataset.images, k, axes=(1, 2)) for k in range(4)]
     names = dataset.class_names + tuple(f"{name}@{90 * k}" for k in (1, 2, 3) for name in dataset.class_names)
-    return ImageSet(
-        dataset.name,
-        dataset.split,
-        np.ascontiguousarray(np.concatenate(turned)),
-        dataset.counts * 4,
-        names,
-        dataset.mean,
-        dataset.std,
-    )
+    images = np.ascontiguousarray(np.concatenate(turned))
+    return replace(dataset, images=images, counts=dataset.counts * 4, class_names=names)
 
 
-def chosen(dataset: ImageSet, classes: Sequence[int]) -> ImageSet:
-    """The set with the classes `classes` alone, in that order."""
+def chosen(dataset: ImageSet, classes: Sequence[int], split: str | None = None) -> ImageSet:
+    """The set with the classes `classes` alone, in that order; as `split`, if it is given."""
     rows = [np.arange(dataset.starts[k], dataset.starts[k + 1]) for k in classes]
     return replace(
         dataset,
+        split=split or dataset.split,
         images=dataset.images[np.concatenate(rows)],
         counts=tuple(dataset.counts[k] for k in classes),
         class_names=tuple(dataset.class_names[k] for k in classes),
     )
+
+
+def statistics(images: NDArray[np.uint8]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel of images [M, H, W, C], as fractions of 255, to four decimals.
+
+    Grey images are left as they are, 0 and 1: ink is high, paper is zero.
+    """
+    channels = images.shape[-1]
+    if channels == 1:
+        return (0.0,), (1.0,)
+    counts = np.zeros((channels, 256), np.int64)
+    for part in np.array_split(images, len(images) // 256 + 1):
+        counts += [np.bincount(part[..., c].reshape(-1), minlength=256) for c in range(channels)]
+    shares, levels = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
+    mean = shares @ levels
+    std = np.sqrt(np.maximum(shares @ levels**2 - mean**2, 0))
+    return tuple(mean.round(4).tolist()), tuple(np.maximum(std, 1 / 255).round(4).tolist())

@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+"""Endings of picture files, in lower case."""
+
 LEFTOVERS = frozenset(
     (
         "__macosx", "icon\r",  # macOS
@@ -29,6 +32,32 @@ def visible(folder: Path) -> list[Path]:
 def subfolders(folder: Path) -> list[Path]:
     """The visible folders in a folder, by name."""
     return [path for path in visible(folder) if path.is_dir()]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files in a folder, by name, without hidden ones."""
+    return [path for path in visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file()]
+
+
+def class_folders(root: Path) -> dict[str, list[Path]]:
+    """Class name -> image files, one sub-folder per class, by name, without hidden ones (`visible`).
+
+    >>> class_folders(Path("support"))
+    {'alpha': [PosixPath('support/alpha/1.png')], 'beta': [PosixPath('support/beta/1.png')]}
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a class folder has no image.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder")
+    found = {folder.name: image_files(folder) for folder in subfolders(root)}
+    empty = [name for name, files in found.items() if not files]
+    if empty:
+        folder = root / empty[0]
+        names = ", ".join(path.name for path in visible(folder)[:3]) or "nothing"
+        raise ValueError(f"{folder}: no image in this class folder, but {names} (known endings: {' '.join(SUFFIXES)})")
+    return found
 
 
 def homes(root: Path, names: Sequence[str]) -> list[Path]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..progress import Progress
 from .mistaken import mistaken
 
 if TYPE_CHECKING:
@@ -24,9 +27,10 @@ _UPRIGHT = {
 }  # fmt: skip
 
 
-def read_picture(
-    source: Path | bytes, mode: Literal["L", "RGB"], size: tuple[int, int] | None = None
-) -> NDArray[np.uint8]:
+Mode = Literal["L", "RGB"]
+
+
+def read_picture(source: Path | bytes, mode: Mode, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """A picture as uint8 [H, W] (L, grey) or [H, W, 3] (RGB), as a viewer shows it, resized to `size` = (H, W) with
     Lanczos.
 
@@ -42,15 +46,73 @@ def read_picture(
         ValueError: not a readable picture, or samples that are negative, NaN or too large; the text says what the
             file is if its first bytes tell.
     """
+    with _opened(source) as picture:
+        if size is not None:
+            # A large JPEG is decoded at half its size and less, still of twice `size`: as Pillow's own thumbnails are.
+            picture.draft(None, (2 * max(size), 2 * max(size)))  # it may lie on a side
+        picture.load()
+        return shown(picture, mode, size)
+
+
+def read_pixels(
+    files: Sequence[Path], size: tuple[int, int], channels: int, *, invert: bool, progress: Progress | None = None
+) -> NDArray[np.uint8]:
+    """Pictures as uint8 [n, H, W, channels], `size` being (H, W); with `invert` 255 minus that: dark ink is high.
+
+    Raises:
+        ValueError: a file is unreadable; the text names it.
+    """
+    pixels = np.empty((len(files), *size, channels), np.uint8)
+    for index, file in enumerate(files):
+        picture = read_picture(Path(file), "L" if channels == 1 else "RGB", size)
+        pixels[index] = picture.reshape(*size, channels)
+        if progress is not None:
+            progress(index + 1, len(files), "pictures")
+    return np.subtract(255, pixels, out=pixels) if invert else pixels
+
+
+def is_grey(source: Path) -> bool:
+    """Whether a picture file has no colour by its header: one channel, or a palette of greys.
+
+    Raises ValueError for a file that is no picture.
+    """
+    with _opened(source) as picture:
+        return without_colour(picture)
+
+
+def without_colour(picture: Picture) -> bool:
+    """Whether a picture has one channel, transparency aside, or a palette of greys."""
+    if picture.mode == "P":
+        palette = np.array(picture.getpalette(), np.uint8).reshape(-1, 3)
+        return bool((palette == palette[:, :1]).all())
+    return picture.mode in ("1", "L", "LA", "La", "F") or picture.mode.startswith("I")
+
+
+def shown(picture: Picture, mode: Mode, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """A picture of Pillow's, as `read_picture` has it.
+
+    Raises:
+        ValueError: its samples are negative, NaN or too large.
+    """
+    from PIL import Image
+
+    eight = _eight_bits(picture) if picture.mode[0] in "IF" else picture
+    upright = eight if picture.format == "TIFF" else _upright(eight)  # Pillow turns TIFFs itself
+    flat = _on_white(upright).convert(mode)
+    if size is not None:
+        flat = flat.resize(size[::-1], Image.Resampling.LANCZOS)
+    return np.asarray(flat)
+
+
+@contextmanager
+def _opened(source: Path | bytes) -> Iterator[ImageFile]:
+    """The picture; whatever goes wrong with it inside is a ValueError that names it."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         # Given a path, Pillow maps uncompressed TIFFs and then mixes up their height and width if they lie on a side.
         with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file, Image.open(file) as opened:
-            opened.load()
-            picture = _eight_bits(opened) if opened.mode[0] in "IF" else opened
-            picture = picture if opened.format == "TIFF" else _upright(picture)  # Pillow turns TIFFs itself
-            picture = _on_white(picture).convert(mode)
+            yield opened
     except Exception as error:  # decoders raise many kinds
         unknown = isinstance(error, UnidentifiedImageError)  # its text names an object of Python
         name, what = "", f"{'its format is unknown' if unknown else error}; copy it again or remove it"
@@ -60,9 +122,6 @@ def read_picture(
         if isinstance(error, _Samples):
             what = str(error)
         raise ValueError(f"{name}not a readable image: {what}") from error
-    if size is not None:
-        picture = picture.resize(size[::-1], Image.Resampling.LANCZOS)
-    return np.asarray(picture)
 
 
 class _Samples(ValueError):
@@ -91,7 +150,7 @@ def _on_white(picture: Picture) -> Picture:
     return paper
 
 
-def _eight_bits(picture: ImageFile) -> Picture:
+def _eight_bits(picture: Picture) -> Picture:
     """A one-channel picture of 16-bit, 32-bit or float samples as 8-bit grey, with alpha where it is transparent."""
     from PIL import Image, ImageChops
 

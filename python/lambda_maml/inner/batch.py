@@ -12,7 +12,7 @@ from lambda_kernels import cuda_graph
 from lambda_kernels.program import flatten
 from lambda_kernels.program.structure import opened
 
-from ..data.episodes import Task
+from ..data.episodes import as_tasks
 from . import chain, outer, recorded
 from .adaptation import Adaptation
 from .loop import classify, descend, outcome
@@ -29,19 +29,14 @@ class Given(NamedTuple):
 
 
 def listed(xs: Any, ys: Any, xq: Any) -> list[Given] | None:
-    """The tasks of three lists, of which `ys` may be None, or of one list of `Task`; None for stacked tasks.
+    """The tasks of three lists, of which `ys` may be None, or of one list of tasks; None for stacked tasks.
 
     Raises:
         ValueError: the lists are empty, or of unequal length.
-        TypeError: a list alone holds something else than `Task`.
+        TypeError: a list alone holds something else than tasks.
     """
     if ys is None and xq is None and isinstance(xs, (list, tuple)):
-        wrong = next((type(t).__name__ for t in xs if not isinstance(t, Task)), None)
-        if wrong is not None:
-            raise TypeError(
-                f"adapt_tasks: a list by itself must hold Task(xs, ys, xq, yq), got a {wrong} in it: give xs, ys and "
-                "xq as three lists, or stacked"
-            )
+        xs = as_tasks(xs, "adapt_tasks")
         xs, ys, xq = ([getattr(t, name) for t in xs] for name in ("xs", "ys", "xq"))
     if not (isinstance(xs, list) and isinstance(xq, list) and (ys is None or isinstance(ys, list))):
         return None
