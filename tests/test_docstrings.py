@@ -26,6 +26,7 @@ from lambda_maml.goal import Goal
 from lambda_maml.learned_rates import learned_rule
 from lambda_maml.lock import locked
 from lambda_maml.maml import TaskLearner
+from lambda_maml.parts import Parts
 from lambda_maml.processes import joined, launched
 from lambda_maml.progress import time_left
 from lambda_maml.ranks import Lost, Ranks, Stopped
@@ -48,7 +49,7 @@ PUBLIC = (
     *(train, Settings, stages, importances, learned_rule, Ahead, Average),
     *(joined, launched, locked, Lost, Stopped, Ranks, Ranks.share, Ranks.first, Ranks.first_then_all, Ranks.total),
     *(getattr(methods, name) for name in methods.__all__),
-    *(places.Objective, places.Problem, places.Turn),
+    *(places.Objective, places.Problem, places.Turn, Parts),
     *(Ranks.mean_gradient, Ranks.agreed, Ranks.start_alike, Ranks.check_alike, Ranks.own_random_numbers, Ranks.is_heir),
 )
 
@@ -71,7 +72,7 @@ def names() -> dict[str, Any]:
     """What the examples of lambda_maml speak of: a network, and two tasks of 5 ways and 1 shot."""
     tasks = data.sample_tasks(data.load("glyphs"), 2, ways=5, shots=1)
     public = {name: getattr(lambda_maml, name) for name in lambda_maml.__all__}
-    public |= {name: getattr(methods, name) for name in methods.__all__} | {"Turn": places.Turn}
+    public |= {name: getattr(methods, name) for name in methods.__all__} | {"Turn": places.Turn, "methods": methods}
     return {**public, "torch": torch, "nn": torch.nn, "loss_fn": F.cross_entropy, "tasks": tasks}
 
 

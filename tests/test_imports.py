@@ -117,11 +117,12 @@ INSIDE = {
         "schedule": {"network", "patterns", "settings"},
         "learned_rates": {"checkpoint", "inner", "network", "settings"},
         "outer": {"adapt", "data", "evaluate", "inner", "maml", "schedule", "settings"},
+        "parts": {"adapt", "data", "evaluate", "inner", "methods", "outer", "places", "schedule", "settings", "solved"},
         "run_state": {"average", "checkpoint", "inner", "ranks", "settings"},
         "train": {
             "ahead", "average", "checkpoint", "data", "evaluate", "files", "goal", "inner", "learned_rates", "lock",
-            "metrics", "models", "outer", "progress", "ranks", "run_state", "run_tasks", "schedule", "settings",
-            "stopping",
+            "metrics", "models", "outer", "parts", "progress", "ranks", "run_state", "run_tasks", "schedule",
+            "settings", "stopping",
         },
         "select": {
             "adapt", "choice", "data", "evaluate", "files", "goal", "inner", "models", "patterns", "plain_torch",

@@ -254,7 +254,7 @@ def test_version_two_moves_all_sets_at_the_cost_of_one() -> None:
     solver = memory(pattern, version=2, tasks=tasks, batch=batch)
     names = Pattern(pattern).parameters(CONV4.network)
     start = {n: CONV4.network.get_parameter(n).detach().clone() for n in names}
-    mean, sets = dict(start), {}
+    mean, sets = dict(start), dict[int, dict[str, Tensor]]()
     for iteration, keys in enumerate([(0, 1), (1, 2), (0, 2), (0, 1), (1, 2), (0, 1), (0, 1), (2, 0)]):
         w = {n: p + 0.05 * iteration for n, p in start.items()}
         put(w)

@@ -87,6 +87,8 @@ class Objective(nn.Module):
     ...         return (self.predictions(problem, learned, xq) - yq).square().mean()
     """
 
+    adapts = True  # whether it asks for what was learned
+
     def forward(self, problem: Problem, learned: Learned, xq: Any, yq: Any) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} is an objective without `forward`")
 
@@ -102,7 +104,7 @@ class Objective(nn.Module):
 class _Sum(Objective):
     def __init__(self, parts: Sequence[Objective]) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.parts, self.adapts = nn.ModuleList(parts), any(part.adapts for part in parts)
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.parts))

@@ -50,6 +50,8 @@ class direct(query_loss):
     direct(cross_entropy)
     """
 
+    adapts = False
+
     def forward(self, problem: Problem, learned: Learned, xq: Any, yq: Any) -> Tensor:
         return self.loss(
             problem.predict(problem.start, _joined(problem.inputs, xq)), _joined(problem.labels, yq)
