@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lambda_maml import Pattern, adapt, adapt_tasks, explain, rules
-from lambda_maml.methods import alfa, backward, descend, lslr
+from lambda_maml.cost import layer_costs
+from lambda_maml.data import Task
+from lambda_maml.methods import alfa, backward, descend, lslr, schedule_of, sparse_rates
+from lambda_maml.parts import Parts
+from lambda_maml.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATTERNS = pytest.mark.parametrize("pattern", ["11111", "00011", "11111,00001"])
@@ -124,6 +128,36 @@ def test_learned_rates_stay_on_the_chain_and_generated_ones_say_why_not() -> Non
     assert "steps 1 to 3: a chain with its own way back" in told
     told = explain(CONV4.network, xs, rule=alfa(names("00011"), STEPS), **given)
     assert "steps 1 to 3: autograd" in told and "is no gradient descent with one rate per parameter and step" in told
+
+
+def test_a_rate_of_zero_and_a_bit_of_zero_give_the_same_parameters() -> None:
+    xs, ys, _, _ = CONV4.task()
+    own = {n: torch.full((STEPS,), 0.05, dtype=torch.float64) for n in names("11111")}
+    for n in own:
+        if not n.startswith(("block4", "head")):
+            own[n][:] = 0.0
+        if n.startswith("block4"):
+            own[n][1:] = 1e-9
+    pruned = {n: torch.where(r > 1e-6, r, 0.0) for n, r in own.items()}
+    pattern = schedule_of(rules.sgd(own), CONV4.network, threshold=1e-6)
+    assert str(pattern) == "00011,00001"
+    want = adapt(CONV4.network, xs, ys, pattern="11111", steps=STEPS, rule=rules.sgd(pruned)).parameters_dict()
+    all_close(adapt(CONV4.network, xs, ys, pattern=pattern, steps=STEPS, lr=0.05).parameters_dict(), want, "schedule")
+    nothing = schedule_of(rules.sgd({n: r * 0.1 for n, r in own.items()}), CONV4.network, threshold=1.0)
+    assert str(nothing) == "00010,00001"  # of the largest rate, the first of equal ones
+    with pytest.raises(ValueError, match="one rate for each tensor and step expected"):
+        schedule_of(rules.sgd(0.1), CONV4.network, 0.0)
+
+
+def test_dear_rates_are_driven_to_zero_first() -> None:
+    xs, ys, xq, yq = CONV4.task()
+    rule = lslr(names("11111"), STEPS, lr=0.05).double()
+    parts = Parts(objective=sparse_rates(rule, CONV4.network, xs, weight=2.0)).of_run(rule, Settings(), 1)
+    parts.gradient(CONV4.network, [Task(xs, ys, xq, yq)], [0], Settings(pattern="11111", steps=STEPS), 0)
+    from_rates = {n: float(r.grad[0]) for n, r in rule.lr.items()}
+    shares = [from_rates[f"block{i}.conv.weight"] for i in (1, 2, 3, 4)] + [from_rates["head.weight"]]
+    costs = torch.tensor(layer_costs(CONV4.network, xs)).double()
+    torch.testing.assert_close(torch.tensor(shares).double(), 2.0 * costs / costs.sum())
 
 
 def test_what_does_not_fit_is_said() -> None:

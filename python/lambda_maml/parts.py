@@ -14,6 +14,7 @@ from .adapt import adapt_tasks
 from .data.episodes import Task
 from .evaluate import stack
 from .inner.batch import alike
+from .inner.checks import Loss
 from .inner.rule import Rule
 from .inner.rules import rule_of
 from .methods import descend, query_loss
@@ -22,7 +23,7 @@ from .places import Learned, Objective, Solver, TaskSource, TaskWeights, Turn, d
 from .settings import Settings
 from .solved import learned_by, posed
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "trained_with"]
 
 
 class Parts(nn.Module):
@@ -37,17 +38,19 @@ class Parts(nn.Module):
 
     Args:
         solver: the inner loop, see `places.Solver`; without it the settings' steps and rates.
-        objective: one task's outer loss, see `places.Objective`; default: cross-entropy on the query set.
+        objective: one task's outer loss, see `places.Objective`; default: `loss` on the query set.
         weights: how the tasks' losses become one, see `places.TaskWeights`; default: their mean.
         source: which tasks are drawn, see `places.TaskSource`; default: each once.
+        loss: of the support set, and of the query set where there is no objective.
     """
 
     def __init__(
         self, *, solver: Solver | None = None, objective: Objective | None = None,
-        weights: TaskWeights | None = None, source: TaskSource | None = None,
+        weights: TaskWeights | None = None, source: TaskSource | None = None, loss: Loss = F.cross_entropy,
     ) -> None:  # fmt: skip
         super().__init__()
         self.solver, self.objective, self.weights, self.source = solver, objective, weights, source
+        self.loss = loss
         self.rule: Rule | None = None
         self._heard: tuple[list[int], Tensor] | None = None
 
@@ -116,7 +119,8 @@ class Parts(nn.Module):
             "pattern": schedule.training_pattern(settings, iteration, model), "norm": settings.norm,
             "second_order": schedule.second_order(settings, iteration),
         }  # fmt: skip
-        if self.objective is None and (self.solver is None or descent_of(self.solver) is not None):
+        plain = self.objective is None and self.loss is F.cross_entropy
+        if plain and (self.solver is None or descent_of(self.solver) is not None):
             own: dict[str, Any] = {"solver": self.solver}
             if self.solver is None:
                 own = {**descent(settings, self.rule), "steps": settings.steps}
@@ -124,14 +128,19 @@ class Parts(nn.Module):
             return _in_batches(model, tasks, groups, {**given, **own})
         rule = rule_of(**descent(settings, self.rule))
         solver = descend(rule, settings.steps) if self.solver is None else self.solver
-        objective = query_loss() if self.objective is None else self.objective
+        objective = query_loss(self.loss) if self.objective is None else self.objective
         found = []
         for task, turn in zip(tasks, turns):
             xs, ys, xq, yq = (part[0] for part in stack([task], model))
-            _, problem = posed(model, xs, ys, loss=F.cross_entropy, solver=solver, turn=turn, **given)
+            _, problem = posed(model, xs, ys, loss=self.loss, solver=solver, turn=turn, **given)
             learned = learned_by(solver, problem) if objective.adapts else Learned(problem.start)
             found.append(objective(problem, learned, xq, yq))
         return torch.stack(found)
+
+
+def trained_with(rule: Rule | None, parts: Parts | None, settings: Settings, processes: int) -> Any:
+    """What a run trains and keeps beside the network: the parts and the rule in them, or the rule alone."""
+    return rule if parts is None else parts.of_run(rule, settings, processes)
 
 
 def _in_batches(model: nn.Module, tasks: list[Task], groups: list[list[int]], given: dict[str, Any]) -> Tensor:

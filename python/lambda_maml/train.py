@@ -28,7 +28,7 @@ from .learned_rates import check_rates, fault_in, fixed_rates, learned_rule
 from .lock import locked
 from .metrics import METRICS, Metrics, Pace
 from .outer import descent, meta_gradient
-from .parts import Parts
+from .parts import Parts, trained_with
 from .progress import Progress, shown
 from .ranks import ALONE, Lost, Ranks, Stopped
 from .run_state import BEST, LAST, Result, State, Validation
@@ -155,7 +155,7 @@ class _Run:
         self.train_set, self.pattern = train_set, schedule.validation_pattern(settings, model)
         self.rule = rule if settings.learn_lr is None else learned_rule(model, settings)
         self.parts = parts
-        self.held: Any = self.rule if parts is None else parts.of_run(self.rule, settings, ranks.count)
+        self.held = trained_with(self.rule, parts, settings, ranks.count)
         self.learned = list(self.held.parameters()) if isinstance(self.held, nn.Module) else []
         self.parameters = [*model.parameters(), *self.learned]
         about = _about(model, self.held, settings, goal, train_set, val_set)

@@ -3,16 +3,19 @@ run once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lambda_kernels import to_torch
 from lambda_kernels.program import LinearCall, flatten
 
+from ..cost import operations_of
+from ..patterns import Pattern
 from ..plan import Part
 from . import autograd, checks
 from .adaptation import Adaptation, Support
@@ -199,6 +202,24 @@ class Problem:
     def loss(self, params: Mapping[str, Tensor], rows: Tensor | None = None) -> Tensor:
         """The support loss, the mean over the rows."""
         return checks.scalar(self._a.loss(self.outputs(params, rows), self.targets(rows)))
+
+    def loss_of(self, outputs: Any) -> Tensor:
+        """The support loss of what a network gave."""
+        return checks.scalar(self._a.loss(outputs, self.labels))
+
+    def losses(self, outputs: Tensor) -> Tensor:
+        """[N]: the loss of each row by itself, of what a network gave."""
+        rows = range(self.rows)
+        return torch.stack([checks.scalar(self._a.loss(outputs[n : n + 1], self.labels[n : n + 1])) for n in rows])
+
+    def twin(self) -> nn.Module:
+        """A copy of the network in torch's own layers, to look into."""
+        return to_torch(self._a.model)
+
+    def costs(self, patterns: Iterable[Pattern]) -> dict[Pattern, int]:
+        """Multiply-adds of a step under other patterns; see `Pattern.cost`."""
+        operations = operations_of(self._a.model, self.inputs)
+        return {p: operations.costs(p.parameters(self._a.model))[1] for p in patterns}
 
     def predict(self, params: Mapping[str, Tensor], x: Any) -> Any:
         """What the network gives for other inputs, with these parameters in the places of the model's."""
