@@ -75,7 +75,7 @@ def plain(
 
 def best_rows(model: nn.Module, params: dict[str, Tensor], xs: Tensor, ys: Tensor, share: float) -> Tensor:
     with torch.no_grad():
-        features, last = xs, list(model)
+        last = list(model.children())
         twin = nn.Sequential(*last[:-1])
         features = functional_call(
             twin, {n: p for n, p in params.items() if not n.startswith(f"{len(last) - 1}.")}, (xs,)
@@ -104,7 +104,7 @@ def test_scores_of_classes_and_of_a_frozen_head() -> None:
     for pattern in ("01", "10"):
         _, problem = posed(model, xs, ys, pattern, "follow", False, F.cross_entropy, descend(rules.sgd(LR), 1), Turn())
         found.append(top_gradient(0.5).scores(problem, problem.meta))
-    grads = torch.autograd.grad(F.cross_entropy(model(xs[2:3]), ys[2:3]), list(model[2].parameters()))
+    grads = torch.autograd.grad(F.cross_entropy(model(xs[2:3]), ys[2:3]), [model.get_parameter("2.weight"), model.get_parameter("2.bias")])
     for got in found:
         torch.testing.assert_close(got[2], torch.cat([g.flatten() for g in grads]).norm())
 
@@ -163,7 +163,7 @@ def test_the_bootstrap_is_the_way_that_is_left(pattern: str) -> None:
     want = 7.0 * torch.cat([(start[n] - own[n]).flatten() for n in names]).norm()
     found = bootstrap(3, 0.05, 7.0)(problem, learned, xs, ys)
     torch.testing.assert_close(found, want)
-    assert all(g is not None for g in torch.autograd.grad(found, [model[4].weight], allow_unused=True))
+    assert all(g is not None for g in torch.autograd.grad(found, [model.get_parameter("4.weight")], allow_unused=True))
     query = query_loss(F.mse_loss)
     alone, none = query(problem, learned, xs, ys), (query + bootstrap(3, 0.05, 0.0))(problem, learned, xs, ys)
     assert torch.equal(alone, none)
@@ -172,11 +172,12 @@ def test_the_bootstrap_is_the_way_that_is_left(pattern: str) -> None:
 def test_a_field_is_meta_trained_from_its_best_points() -> None:
     model = field()
     solver = descend(rules.sgd(LR), 2, estimator=backward(select=top_gradient(0.5)))
-    parts = Parts(solver=solver, objective=query_loss(F.mse_loss) + bootstrap(2, 0.05, 0.1), loss=F.mse_loss)
+    parts = Parts(solver=solver, objective=query_loss(F.mse_loss) + bootstrap(2, 0.05, 0.1))
     optimiser, losses = torch.optim.Adam(model.parameters(), 1e-3), []
     for iteration in range(8):
         optimiser.zero_grad()
-        losses.append(parts.gradient(model, pictures(TRAIN)(0, 2), [0, 1], Settings(pattern="0111"), iteration))
+        tasks, settings = pictures(TRAIN)(0, 2), Settings(pattern="0111")
+        losses.append(parts.gradient(model, tasks, [0, 1], settings, iteration, loss=F.mse_loss))
         optimiser.step()
     assert losses[-1] < losses[0]
 
@@ -203,8 +204,8 @@ def test_a_field_starts_in_the_range_of_its_values() -> None:
     model = siren(2, 3, width=64, layers=5)
     xs = torch.rand(400, 2) * 2 - 1
     assert abs(float(model(xs).detach().mean()) - 0.5) < 0.1
-    assert float(model[0].weight.detach().abs().max()) <= 0.5 and len(list(model)) == 9
-    assert float(model[2].weight.detach().abs().max()) <= math.sqrt(6 / 64) / 30
+    assert float(model.get_parameter("0.weight").detach().abs().max()) <= 0.5 and len(list(model)) == 9
+    assert float(model.get_parameter("2.weight").detach().abs().max()) <= math.sqrt(6 / 64) / 30
 
 
 @pytest.mark.parametrize("pattern", ["11111", "00011"])

@@ -38,19 +38,17 @@ class Parts(nn.Module):
 
     Args:
         solver: the inner loop, see `places.Solver`; without it the settings' steps and rates.
-        objective: one task's outer loss, see `places.Objective`; default: `loss` on the query set.
+        objective: one task's outer loss, see `places.Objective`; default: the run's loss on the query set.
         weights: how the tasks' losses become one, see `places.TaskWeights`; default: their mean.
         source: which tasks are drawn, see `places.TaskSource`; default: each once.
-        loss: of the support set, and of the query set where there is no objective.
     """
 
     def __init__(
         self, *, solver: Solver | None = None, objective: Objective | None = None,
-        weights: TaskWeights | None = None, source: TaskSource | None = None, loss: Loss = F.cross_entropy,
+        weights: TaskWeights | None = None, source: TaskSource | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.solver, self.objective, self.weights, self.source = solver, objective, weights, source
-        self.loss = loss
         self.rule: Rule | None = None
         self._heard: tuple[list[int], Tensor] | None = None
 
@@ -91,16 +89,16 @@ class Parts(nn.Module):
 
     def gradient(
         self, model: nn.Module, tasks: list[Task], numbers: list[int], settings: Settings, iteration: int,
-        batched: bool = True,
+        batched: bool = True, loss: Loss = F.cross_entropy,
     ) -> float:  # fmt: skip
-        """Add the gradient of the outer loss to the parameters' `.grad`; return that loss."""
+        """Add the gradient of the outer loss to the parameters' `.grad`; return that loss. `loss` is the inner one."""
         finite = self.source is not None and self.source.size is not None
         turns = [Turn(settings.seed, iteration, i, n if finite else None) for i, n in enumerate(numbers)]
-        losses = self._losses(model, tasks, turns, settings, iteration, batched)
-        loss = losses.mean() if self.weights is None else self.weights.combine(losses, iteration)
-        loss.backward()
+        losses = self._losses(model, tasks, turns, settings, iteration, batched, loss)
+        whole = losses.mean() if self.weights is None else self.weights.combine(losses, iteration)
+        whole.backward()
         self._heard = numbers, losses.detach()
-        return loss.item()
+        return whole.item()
 
     def after_step(self, iteration: int) -> None:
         """Let the parts hear of the losses, once the network has moved."""
@@ -112,14 +110,15 @@ class Parts(nn.Module):
             self.source.report(numbers, losses, iteration)
 
     def _losses(
-        self, model: nn.Module, tasks: list[Task], turns: list[Turn], settings: Settings, iteration: int, batched: bool
-    ) -> Tensor:
+        self, model: nn.Module, tasks: list[Task], turns: list[Turn], settings: Settings, iteration: int, batched: bool,
+        loss: Loss,
+    ) -> Tensor:  # fmt: skip
         """[T]: the tasks' outer losses."""
         given: dict[str, Any] = {
             "pattern": schedule.training_pattern(settings, iteration, model), "norm": settings.norm,
-            "second_order": schedule.second_order(settings, iteration),
+            "second_order": schedule.second_order(settings, iteration), "loss": loss,
         }  # fmt: skip
-        plain = self.objective is None and self.loss is F.cross_entropy
+        plain = self.objective is None and loss is F.cross_entropy
         if plain and (self.solver is None or descent_of(self.solver) is not None):
             own: dict[str, Any] = {"solver": self.solver}
             if self.solver is None:
@@ -128,11 +127,11 @@ class Parts(nn.Module):
             return _in_batches(model, tasks, groups, {**given, **own})
         rule = rule_of(**descent(settings, self.rule))
         solver = descend(rule, settings.steps) if self.solver is None else self.solver
-        objective = query_loss(self.loss) if self.objective is None else self.objective
+        objective = query_loss(loss) if self.objective is None else self.objective
         found = []
         for task, turn in zip(tasks, turns):
             xs, ys, xq, yq = (part[0] for part in stack([task], model))
-            _, problem = posed(model, xs, ys, loss=self.loss, solver=solver, turn=turn, **given)
+            _, problem = posed(model, xs, ys, solver=solver, turn=turn, **given)
             learned = learned_by(solver, problem) if objective.adapts else Learned(problem.start)
             found.append(objective(problem, learned, xq, yq))
         return torch.stack(found)

@@ -128,11 +128,15 @@ class TaskWeights(Protocol):
 class TaskSource(Protocol):
     """Which tasks a meta-batch has, by their numbers: task k of a sequence depends on its number alone.
 
-    `size` is the number of tasks where it is finite, else None. `listens` says whether later draws depend on `report`.
+    `listens` says whether later draws depend on `report`.
     """
 
-    size: int | None
     listens: bool
+
+    @property
+    def size(self) -> int | None:
+        """The number of tasks where it is finite."""
+        ...
 
     def draw(self, iteration: int, count: int) -> list[int]:
         """The numbers of the tasks of an iteration."""
