@@ -18,7 +18,7 @@ from PIL import Image
 
 import lambda_maml
 from lambda_kernels import backends, convert, functional, layers
-from lambda_maml import LambdaMAML, Learner, Pattern, data, models, rules
+from lambda_maml import LambdaMAML, Learner, Pattern, data, methods, models, places, rules
 from lambda_maml.ahead import Ahead
 from lambda_maml.average import Average
 from lambda_maml.choice import candidates_of
@@ -27,6 +27,7 @@ from lambda_maml.goal import Goal
 from lambda_maml.learned_rates import learned_rule
 from lambda_maml.lock import locked
 from lambda_maml.maml import TaskLearner
+from lambda_maml.parts import Parts
 from lambda_maml.processes import joined, launched
 from lambda_maml.progress import time_left
 from lambda_maml.ranks import Lost, Ranks, Stopped
@@ -49,6 +50,8 @@ PUBLIC = (
     *(candidates_of, Goal, time_left),
     *(train, Settings, stages, importances, learned_rule, Ahead, Average),
     *(joined, launched, locked, Lost, Stopped, Ranks, Ranks.share, Ranks.first, Ranks.first_then_all, Ranks.total),
+    *(getattr(methods, name) for name in methods.__all__),
+    *(places.Objective, places.Problem, places.Turn, Parts),
     *(Ranks.mean_gradient, Ranks.agreed, Ranks.start_alike, Ranks.check_alike, Ranks.own_random_numbers, Ranks.is_heir),
 )
 
@@ -71,6 +74,7 @@ def names() -> dict[str, Any]:
     """What the examples of lambda_maml speak of: a network, and two tasks of 5 ways and 1 shot."""
     tasks = data.sample_tasks(data.load("glyphs"), 2, ways=5, shots=1)
     public = {name: getattr(lambda_maml, name) for name in lambda_maml.__all__}
+    public |= {name: getattr(methods, name) for name in methods.__all__} | {"Turn": places.Turn, "methods": methods}
     return {**public, "torch": torch, "nn": torch.nn, "loss_fn": F.cross_entropy, "tasks": tasks}
 
 

@@ -23,6 +23,7 @@ PRINTS = {
     "export.py": r"\d+% right; the first one is [a-e]\nlargest difference to the learner's logits: \d\.\d\de-0[5-9]\n",
     "inner_rule.py": rf"(.+: query loss {NUMBER}, its derivative by the decay {NUMBER}\n){{4}}",
     "regression.py": rf"{SCORES}{SCORES}pattern  time ms  mse_loss .+\n(?:[01]{{3}} .+\n){{7}}",
+    "own_method.py": rf"iteration 40, scale {NUMBER}, one task's accuracy {NUMBER}\n",
 }
 
 

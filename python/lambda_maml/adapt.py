@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,12 +15,15 @@ from .inner import batch, channels, checks, recorded, remembered
 from .inner.adaptation import Adaptation, describe
 from .inner.checks import Loss
 from .inner.loop import descend, outcome
+from .inner.problem import FIRST, Turn
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Rule
 from .inner.rules import rule_of
 from .learner import Learner, network_of, support_of
 from .patterns import Pattern
+from .places import PatternChooser, Solver, descent_of
 from .say import say_once
+from .solved import chosen, solve, turns_of
 
 __all__ = ["STATISTICS", "adapt", "adapt_tasks"]
 
@@ -32,7 +36,7 @@ def adapt(
     xs: Any,
     ys: Any,
     *,
-    pattern: str | Pattern | None,
+    pattern: str | Pattern | PatternChooser | None,
     steps: int = 5,
     lr: Rate = DEFAULT_LR,
     rule: Rule | None = None,
@@ -40,6 +44,8 @@ def adapt(
     second_order: bool = False,
     loss: Loss = F.cross_entropy,
     statistics: str = "batch",
+    solver: Solver | None = None,
+    turn: Turn = FIRST,
 ) -> Learner:
     """Adapt a network to one task: theta <- theta - lr grad loss(f_theta(xs), ys), `steps` times, under a pattern.
 
@@ -59,7 +65,8 @@ def adapt(
         xs: [N, C, H, W], support images, or a tuple or dict of tensors that the network takes as its one argument.
         ys: [N], class numbers 0..ways-1, or whatever `loss` takes: tensors in any structure, None.
         pattern: one bit per layer, a name such as "ANIL", or a schedule; see `Pattern`. A parameter that it names is
-            updated, whatever its `requires_grad`; None updates all parameters that require a gradient.
+            updated, whatever its `requires_grad`; None updates all parameters that require a gradient. Or what chooses
+            a pattern for the task, see `places.PatternChooser`.
         steps: number of gradient steps, K.
         lr: inner learning rate: a number, or one per layer, tensor or step, learned or not; see `rules.sgd`.
         rule: how a step goes, in place of `lr`: `rules.adam(0.01)`, `rules.clip(norm=1.0) | rules.sgd(0.1)`, your own.
@@ -69,15 +76,24 @@ def adapt(
         loss: from the network's result and ys to a scalar, the mean over the support set.
         statistics: of the batch norms when the learner is called. "batch": of the images that it is called with
             together, as published results have it; "support": of the support set, see `Learner.freeze_statistics`.
+        solver: what finds the parameters in place of `steps` steps of `lr` or `rule`: `methods.ridge_head(1.0)`, say.
+        turn: which task of which iteration this is, for what a solver draws or remembers.
 
     Raises:
-        ValueError, TypeError: pattern, shapes, labels, dtypes or devices do not fit.
+        ValueError, TypeError: pattern, shapes, labels, dtypes or devices do not fit, or solver and rates are given.
         RuntimeError: torch.inference_mode() is on.
         FloatingPointError: the support loss or the adapted parameters became infinite or NaN.
     """
     _check_statistics(statistics)
     model = network_of(model)
-    learner = _adapted(model, xs, ys, pattern, steps, lr, rule, norm, second_order, loss)
+    if callable(pattern):
+        pattern = chosen(model, xs, ys, pattern, norm, loss, turn)
+    if solver is not None:
+        steps, rule = _solver_alone(solver, steps, lr, rule)
+    if solver is not None and rule is None:
+        learner = solve(model, xs, ys, pattern, norm, second_order, loss, solver, turn)
+    else:
+        learner = _adapted(model, xs, ys, pattern, steps, lr, rule, norm, second_order, loss)
     learner.__dict__["_support"] = support_of(xs)
     return learner.freeze_statistics() if statistics == "support" else learner
 
@@ -85,6 +101,14 @@ def adapt(
 def _check_statistics(statistics: str) -> None:
     if statistics not in STATISTICS:
         raise ValueError(f"statistics must be one of {', '.join(STATISTICS)}, got {statistics!r}")
+
+
+def _solver_alone(solver: Solver, steps: int, lr: Rate, rule: Rule | None) -> tuple[int, Rule | None]:
+    """The steps and the rule of a solver that is the core's gradient descent; no rule of any other."""
+    if rule is not None or lr is not DEFAULT_LR:
+        raise ValueError(f"give solver={solver!r} or {f'lr={lr!r}' if rule is None else f'rule={rule!r}'}, not both")
+    descent = descent_of(solver)
+    return (steps, None) if descent is None else (descent[1], descent[0])
 
 
 def _adapted(
@@ -133,7 +157,7 @@ def adapt_tasks(
     ys: Any = None,
     xq: Any = None,
     *,
-    pattern: str | Pattern | None,
+    pattern: str | Pattern | PatternChooser | None,
     steps: int = 5,
     lr: Rate = DEFAULT_LR,
     rule: Rule | None = None,
@@ -141,6 +165,8 @@ def adapt_tasks(
     second_order: bool = False,
     loss: Loss = F.cross_entropy,
     statistics: str = "batch",
+    solver: Solver | None = None,
+    turns: Sequence[Turn] | None = None,
 ) -> Any:
     """Adapt to T tasks, each by itself as `adapt` does, and give their query results; the tasks run as batches.
 
@@ -161,8 +187,8 @@ def adapt_tasks(
     Args:
         xs: [T, N, C, H, W]; ys: [T, N]; xq: [T, Q, C, H, W], or structures of tensors with T in front; the others as in
             `adapt`. Or three lists of what `adapt` and its learner take, [N, C, H, W], [N] and [Q, C, H, W], where ys
-            may be None; or one list of tasks, `Task` or plain
-            tuples (xs, ys, xq, yq). With statistics="support" the tasks are adapted one after another.
+            may be None; or one list of tasks, `Task` or plain tuples (xs, ys, xq, yq). With statistics="support", and
+            under solvers and choosers of their own, the tasks are adapted one after another; `turns` are theirs.
 
     Returns:
         Query logits [T, Q, ways], or what the network gives, in its own structure, with T in front of every tensor; for
@@ -172,18 +198,26 @@ def adapt_tasks(
         ValueError: lists of unequal length; else as `adapt`.
     """
     model = network_of(model)
+    if solver is not None:
+        steps, rule = _solver_alone(solver, steps, lr, rule)
     given: dict[str, Any] = dict(
         pattern=pattern, steps=steps, rule=rule_of(lr, rule), norm=norm, second_order=second_order, loss=loss
     )
     _check_statistics(statistics)
     tasks = batch.listed(xs, ys, xq)
-    if statistics == "support":
-        given["statistics"] = statistics
-        why = 'statistics="support" takes a pass of its own over each support set'
+    alone: dict[str, Any] = {} if statistics == "batch" else {"statistics": statistics}
+    why = 'statistics="support" takes a pass of its own over each support set'
+    if solver is not None and rule is None:
+        alone["solver"], why = solver, f"{solver!r} sees one task"
+        given = {**given, "rule": None}
+    if callable(pattern):
+        why = f"{pattern!r} chooses a pattern for each"
+    if alone or callable(pattern):
+        given |= alone
         if tasks is not None:
-            return _one_by_one(model, why, tasks, given)
-        checks.check_tasks(xs, ys, xq)
-        return batch.stacked(_one_by_one(model, why, batch.unstacked(xs, ys, xq), given))
+            return _one_by_one(model, why, tasks, given, turns_of(len(tasks), turns))
+        count = turns_of(checks.check_tasks(xs, ys, xq), turns)
+        return batch.stacked(_one_by_one(model, why, batch.unstacked(xs, ys, xq), given, count))
     if isinstance(pattern, Pattern) and pattern.rows:
         if tasks is None:
             checks.check_tasks(xs, ys, xq)
@@ -253,6 +287,9 @@ def _together(a: Adaptation, xs: Any, ys: Any, xq: Any, given: dict[str, Any]) -
         return found
 
 
-def _one_by_one(model: nn.Module, why: str, tasks: Iterable[batch.Given], given: dict[str, Any]) -> list[Any]:
+def _one_by_one(
+    model: nn.Module, why: str, tasks: Iterable[batch.Given], given: dict[str, Any], turns: Iterable[Turn] | None = None
+) -> list[Any]:
     say_once(f"{type(model).__name__} is adapted one task at a time: {why}. `explain` lists what each way needs")
-    return [adapt(model, x, y, **given)(q) for x, y, q in tasks]
+    own = itertools.repeat(FIRST) if turns is None else turns
+    return [adapt(model, x, y, **given, turn=turn)(q) for (x, y, q), turn in zip(tasks, own)]

@@ -56,6 +56,13 @@ class Operations(NamedTuple):
             if len(rewritten) == known:
                 return moving, passes
 
+    def costs(self, updated: Sequence[str]) -> tuple[int, int, int]:
+        """Multiply-adds of what runs once, of a step, and of a step that runs everything; see `patterns.Cost`."""
+        moving, passes = self.moving(updated)
+        forward = [operation.forward for operation in self.steps]
+        every = [f * (1 + gradients) for f, gradients in zip(forward, passes)]
+        return sum(f for i, f in enumerate(forward) if i not in moving), sum(every[i] for i in moving), sum(every)
+
 
 def layer_costs(model: nn.Module, sample: Any) -> list[int]:
     """Multiply-adds of the forward pass of each layer, in the order of `layers_of`; see `operations_of`."""

@@ -14,9 +14,11 @@ from .adapt import adapt_tasks
 from .data.episodes import Task, as_tasks
 from .inner import batch as batches
 from .inner.checks import Loss
+from .inner.problem import Turn
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Rule
 from .patterns import Pattern
+from .places import PatternChooser, Solver
 from .progress import Progress, shown
 from .ranks import ALONE, Ranks
 from .stats import mean_ci95
@@ -96,8 +98,8 @@ def evaluate(
     model: nn.Module,
     tasks: Sequence[Task],
     *,
-    pattern: Pattern | str,
-    steps: int,
+    pattern: Pattern | str | PatternChooser,
+    steps: int = 5,
     lr: Rate = DEFAULT_LR,
     rule: Rule | None = None,
     norm: str = "follow",
@@ -107,14 +109,15 @@ def evaluate(
     batch: int = 16,
     progress: Progress | bool | None = None,
     ranks: Ranks = ALONE,
+    solver: Solver | None = None,
 ) -> Evaluation:
     """Adapt to each task's support set and judge the result for its query set; a task is a `Task`, or a plain tuple of
     its parts.
 
     The scores (float64, [len(tasks)]) stay in the order of `tasks`, so that two patterns can be compared task by task.
     Of `batch` tasks at a time, those of equal shapes are adapted together; they may differ in their numbers of images,
-    ways and queries. `lr`, `rule`, `loss` and `statistics` are those of `adapt`. The `ranks` divide the tasks and get
-    the same scores.
+    ways and queries. `lr`, `rule`, `loss`, `statistics` and `solver` are those of `adapt`. The `ranks` divide the tasks
+    and get the same scores.
 
     >>> evaluate(model, tasks, pattern="00011", steps=5, lr=0.03)
     Evaluation(accuracy ... ± ... over 2 tasks)
@@ -139,7 +142,7 @@ def evaluate(
                 with torch.no_grad():  # the query pass; adapt_tasks turns gradients on for itself
                     results = adapt_tasks(
                         model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm, loss=loss,
-                        statistics=statistics,
+                        statistics=statistics, solver=solver, turns=[Turn(task=begin + i) for i in places],
                     )  # fmt: skip
                     found = _judged(metric, results, yq)
                 scores[[begin + i for i in places]] = found.to(scores.device)

@@ -15,11 +15,14 @@ from .inner import channels, recorded, remembered
 from .inner.adaptation import Adaptation, Support, describe
 from .inner.checks import Loss
 from .inner.loop import ways
+from .inner.problem import FIRST, Problem
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Rule
 from .inner.rules import rule_of
 from .learner import network_of
 from .patterns import Pattern
+from .places import PatternChooser, Solver, descent_of
+from .solved import chosen, posed
 
 __all__ = ["explain"]
 
@@ -29,13 +32,14 @@ def explain(
     xs: Any,
     ys: Any = None,
     *,
-    pattern: str | Pattern | None,
+    pattern: str | Pattern | PatternChooser | None,
     steps: int = 5,
     lr: Rate = DEFAULT_LR,
     rule: Rule | None = None,
     norm: str = "follow",
     second_order: bool = False,
     loss: Loss = F.cross_entropy,
+    solver: Solver | None = None,
 ) -> str:
     """How `adapt` would adapt to a support set, in words: the way of each stretch of steps, and why no faster one.
 
@@ -47,20 +51,25 @@ def explain(
     ...
 
     Args:
-        ys: the labels; without them, class numbers are supposed. The others as in `adapt`.
+        ys: the labels; without them, class numbers are supposed. The others as in `adapt`; of a `solver` that is no
+            gradient descent it says what is run once.
 
     Raises:
         ValueError, TypeError: as `adapt`, for its settings.
     """
     model = network_of(model)
+    ys = _some_labels(xs) if ys is None else ys
+    if callable(pattern):
+        pattern = chosen(model, xs, ys, pattern, norm, loss, FIRST)
+    if solver is not None and (descent := descent_of(solver)) is None:
+        return _of_solver(*posed(model, xs, ys, pattern, norm, second_order, loss, solver, FIRST))
+    if solver is not None and descent is not None:
+        rule, steps = descent
     rule, told = rule_of(lr, rule), pattern
     if isinstance(pattern, Pattern) and pattern.rows:
         network = channels.split(model, xs, pattern, norm, rule)
         model, pattern = network.model, network.pattern
     a = describe(model, xs, pattern, rule, steps, norm, second_order, loss)
-    inputs = flatten(xs)[0]
-    if ys is None and inputs:
-        ys = torch.zeros(inputs[0].shape[0], dtype=torch.int64, device=inputs[0].device)
     support = a.support(xs, ys)
     if ys is not None and support.labels is not None:
         support = a.check_labels(support)
@@ -80,6 +89,25 @@ def explain(
         lines += [f"  not {way}: {'; '.join(why)}" for way, why in found if why]
     lines += _around(a, support)
     return "\n".join(lines)
+
+
+def _some_labels(xs: Any) -> Tensor | None:
+    """Class numbers for inputs [N, ...]."""
+    inputs = flatten(xs)[0]
+    return torch.zeros(inputs[0].shape[0], dtype=torch.int64, device=inputs[0].device) if inputs else None
+
+
+def _of_solver(a: Adaptation, problem: Problem) -> str:
+    """What is said of a solver that is no gradient descent as the core has it."""
+    order = "second order" if a.second_order else "first order"
+    return "\n".join(
+        [
+            f"{problem.network} under {a.pattern}, {a.rule!r}, {order}",
+            f"a solver of its own ({_prefix(a, a.plan.part(a.updated))})",
+            "  no chain, no CUDA graph, no prepared call: these are for gradient descent by the plain gradient",
+            "  adapt_tasks goes task by task: a solver sees one task",
+        ]
+    )
 
 
 def _prefix(a: Adaptation, part: Any) -> str:

@@ -256,11 +256,7 @@ class Pattern:
         Raises:
             ValueError: the pattern does not fit the network, or the network cannot be run without values.
         """
-        operations = operations_of(model, sample)
-        moving, passes = operations.moving(self.parameters(model, "follow", step))
-        forward = [operation.forward for operation in operations.steps]
-        every = [f * (1 + gradients) for f, gradients in zip(forward, passes)]
-        return Cost(sum(f for i, f in enumerate(forward) if i not in moving), sum(every[i] for i in moving), sum(every))
+        return Cost(*operations_of(model, sample).costs(self.parameters(model, "follow", step)))
 
     def __str__(self) -> str:
         told = "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in self.rows)

@@ -28,6 +28,7 @@ from .learned_rates import check_rates, fault_in, fixed_rates, learned_rule
 from .lock import locked
 from .metrics import METRICS, Metrics, Pace
 from .outer import descent, meta_gradient
+from .parts import Parts, trained_with
 from .progress import Progress, shown
 from .ranks import ALONE, Lost, Ranks, Stopped
 from .run_state import BEST, LAST, Result, State, Validation
@@ -35,7 +36,7 @@ from .run_tasks import Sample, sampled, told_of
 from .settings import Settings
 from .stopping import Stop, stoppable
 
-__all__ = ["BEST", "LAST", "Result", "Settings", "Validation", "meta_gradient", "train"]
+__all__ = ["BEST", "LAST", "Parts", "Result", "Settings", "Validation", "meta_gradient", "train"]
 
 
 def train(
@@ -44,6 +45,7 @@ def train(
     metric: Metric = ACCURACY, lower_is_better: bool = False, iterations: int, minutes: float | None = None,
     resume: bool = False, overwrite: bool = False, batched: bool = True, progress: Progress | bool | None = None,
     log_every: int = 50, tensorboard: bool = False, ranks: Ranks = ALONE,
+    parts: Parts | None = None,
 ) -> Result:  # fmt: skip
     """Meta-train `model` in place until `iterations` are done, `minutes` of this run are over, or a signal comes.
 
@@ -60,7 +62,8 @@ def train(
     history is then that metric's mean.
 
     `rule` takes the place of the settings' inner rate; its parameters (learned rates) are meta-trained with the
-    model's, and both checkpoints hold them: `checkpoint.load_rule`.
+    model's, and both checkpoints hold them: `checkpoint.load_rule`. So it is with `parts`, which have other places than
+    the inner step: see `Parts`.
 
     In `out`: best.safetensors and best.json (the checkpoint of the best validation accuracy), last.safetensors (the
     state to resume from), and metrics.jsonl (a line per validation and per `log_every` iterations; with `tensorboard`
@@ -87,7 +90,7 @@ def train(
         raise ValueError(f"log_every is {log_every}, expected at least 1")
     with locked(out, "train") if ranks.rank == 0 else contextlib.nullcontext():
         goal = Goal(loss, metric, lower_is_better)
-        run = _Run(model, train_set, val_set, Path(out), settings or Settings(), rule, goal, batched, ranks)
+        run = _Run(model, train_set, val_set, Path(out), settings or Settings(), rule, goal, batched, ranks, parts)
         if resume:
             run.state.resume(run.out / LAST, ranks)
         elif ranks.first((run.out / LAST).exists) and not overwrite:
@@ -110,7 +113,7 @@ def _iterate(run: _Run, stop: Stop, iterations: int, minutes: float | None, prog
         return "minutes" if result.iteration > begun and run.seconds >= 60 * minutes else None
 
     run.model.train()
-    with Ahead(run.tasks, iterations) as ahead:
+    with Ahead(run.tasks, 0 if run.parts is not None and run.parts.listens else iterations) as ahead:
         while (why := ranks.agreed(reason)) is None or why == "minutes":
             if result.iteration % run.settings.val_every == 0 and result.validated < result.iteration:
                 run.validate(stop)
@@ -139,7 +142,7 @@ class _Run:
 
     def __init__(
         self, model: nn.Module, train_set: ImageSet | Sample, val_set: ImageSet | Sample, out: Path,
-        settings: Settings, rule: Rule | None, goal: Goal, batched: bool, ranks: Ranks,
+        settings: Settings, rule: Rule | None, goal: Goal, batched: bool, ranks: Ranks, parts: Parts | None,
     ) -> None:  # fmt: skip
         if settings.learn_lr is not None and rule is not None:
             raise ValueError(
@@ -151,15 +154,18 @@ class _Run:
         run_tasks.check(train_set, settings)
         self.train_set, self.pattern = train_set, schedule.validation_pattern(settings, model)
         self.rule = rule if settings.learn_lr is None else learned_rule(model, settings)
-        self.learned = list(self.rule.parameters()) if isinstance(self.rule, nn.Module) else []
+        self.parts = parts
+        self.held = trained_with(self.rule, parts, settings, ranks.count)
+        self.learned = list(self.held.parameters()) if isinstance(self.held, nn.Module) else []
         self.parameters = [*model.parameters(), *self.learned]
-        about = _about(model, self.rule, settings, goal, train_set, val_set)
+        about = _about(model, self.held, settings, goal, train_set, val_set)
         average = None if settings.average is None else Average(self.parameters, settings.average)
-        self.state = State(model, self.rule, self._optimizer(), about, average)
+        self.state = State(model, self.held, self._optimizer(), about, average)
         self.val_tasks = sampled(val_set, settings, settings.val_tasks)
         check_metric(goal.metric, self.val_tasks)
         self.pace = Pace(settings.meta_batch)
         self._rates_told: set[str] = set()
+        self.numbers: dict[int, list[int]] = {}  # of the tasks that were made and not yet learned from
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
@@ -198,6 +204,10 @@ class _Run:
 
     def tasks(self, iteration: int) -> list[Task]:
         """This rank's share of the meta-batch of an iteration, counted from 0."""
+        if self.parts is not None:
+            numbers = self.numbers[iteration] = self.parts.numbers(iteration, self.settings.meta_batch)
+            augment = self.settings.augment
+            return [t for n in numbers for t in sampled(self.train_set, self.settings, 1, n, augment)]
         first = iteration * self.settings.meta_batch + self.share.start
         return sampled(self.train_set, self.settings, len(self.share), first, self.settings.augment)
 
@@ -212,10 +222,12 @@ class _Run:
         for group in state.optimizer.param_groups:
             group["lr"] = schedule.meta_rate(self.settings, result.iteration)
         state.optimizer.step()
+        if self.parts is not None:
+            self.parts.after_step(result.iteration)
         if state.average is not None:
             state.average.update()
-        if isinstance(self.rule, nn.Module):
-            check_rates(self.model, self.rule, where, self._rates_told)
+        if isinstance(self.held, nn.Module):
+            check_rates(self.model, self.held, where, self._rates_told)
         result.losses.append(loss)
         result.recent.append(loss)
         result.iteration += 1
@@ -235,10 +247,16 @@ class _Run:
         return loss
 
     def _own_gradient(self, tasks: list[Task], where: str) -> float:
+        iteration = self.state.result.iteration
         try:
+            if self.parts is not None:
+                numbers = self.numbers.pop(iteration)
+                return self.parts.gradient(
+                    self.model, tasks, numbers, self.settings, iteration, self.batched, self.goal.loss
+                )
             return meta_gradient(
-                self.model, tasks, self.settings, rule=self.rule, batched=self.batched,
-                iteration=self.state.result.iteration, loss=self.goal.loss,
+                self.model, tasks, self.settings, rule=self.rule, batched=self.batched, iteration=iteration,
+                loss=self.goal.loss,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
@@ -255,7 +273,7 @@ class _Run:
         if not torch.isfinite(norm):
             named = self.model.named_parameters()
             wrong = [n for n, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
-            fault = fault_in(self.model, self.rule, of_gradient=True) if isinstance(self.rule, nn.Module) else None
+            fault = fault_in(self.model, self.held, of_gradient=True) if isinstance(self.held, nn.Module) else None
             of = f"the learned rate of {fault[0]}" if fault is not None else wrong[0] if wrong else "all weights"
             raise FloatingPointError(
                 f"training diverged: the gradient of {of} is {fault[1] if fault is not None else norm.item()} {where}: "
@@ -307,7 +325,7 @@ class _Run:
             result.best = line
             metrics = {"iteration": line.iteration, f"val_{self.goal.name}": line.accuracy, "val_ci95": line.ci95}
             about = {**self.state.about, "metrics": metrics}
-            self.ranks.first(lambda: checkpoint.save(self.out / BEST, self.model, about, self.rule))
+            self.ranks.first(lambda: checkpoint.save(self.out / BEST, self.model, about, self.held))
         values = {self.goal.name if key == "accuracy" else key: value for key, value in line._asdict().items()}
         self.metrics.write("validation", values.pop("iteration"), values)
 
@@ -326,6 +344,8 @@ class _Run:
 
     def _descent(self) -> dict[str, Any]:
         """The inner loop's rates in validation: learned ones as they stand."""
+        if self.parts is not None and self.parts.solver is not None:
+            return {"solver": self.parts.solver}
         form = self.settings.learn_lr
         if form is None:
             return descent(self.settings, self.rule)

@@ -86,11 +86,15 @@ class Prefix:
             for slot, x in enumerate(inputs)
         )
 
+    def outputs(self, state: Mapping[str, Tensor]) -> Any:
+        """The network's result for one task's support inputs, with the parameters of the moment."""
+        return self._frozen(self.a.modules, state)
+
     def losses(self, state: dict[str, Tensor]) -> Tensor:
         """The support loss, or [T] of them, with the parameters of the moment."""
         a = self.a
         if self.support.tasks is None:
-            return checks.scalar(a.loss(self._frozen(a.modules, state), self.support.ys))
+            return checks.scalar(a.loss(self.outputs(state), self.support.ys))
 
         def one(state: Mapping[str, Tensor], boundary: tuple[Any, ...], ys: Any) -> Tensor:
             return checks.scalar(a.loss(self.part.finish(a.modules, state, boundary), ys))

@@ -1,0 +1,49 @@
+"""Methods related to MAML under patterns, each as a part for one of the `places`: one file a method."""
+
+from .alfa import alfa
+from .descend import backward, descend
+from .fisher import fisher
+from .forward_gradient import forward_gradient
+from .lslr import lslr
+from .ntk import ntk
+from .objectives import direct, query_loss
+from .pruned_context import bootstrap, rescaled, top_gradient
+from .remembering import remembering
+from .ridge import ridge_head
+from .siren import pictures, psnr, sines, siren
+from .sources import covering, endless, pool, prioritised
+from .sparse_rates import schedule_of, sparse_rates
+from .steepest import steepest
+from .task_weights import spsa, spsa_track, uncertainty, uniform
+
+__all__ = [
+    "alfa",
+    "backward",
+    "bootstrap",
+    "covering",
+    "descend",
+    "direct",
+    "endless",
+    "fisher",
+    "forward_gradient",
+    "lslr",
+    "ntk",
+    "pictures",
+    "pool",
+    "prioritised",
+    "psnr",
+    "query_loss",
+    "remembering",
+    "rescaled",
+    "ridge_head",
+    "schedule_of",
+    "sines",
+    "siren",
+    "sparse_rates",
+    "spsa",
+    "spsa_track",
+    "steepest",
+    "top_gradient",
+    "uncertainty",
+    "uniform",
+]

@@ -1,0 +1,118 @@
+"""The head's closed form: ridge regression on the features of a frozen prefix, one N x N system in place of steps.
+
+Bertinetto, Henriques, Torr, Vedaldi, *Meta-learning with differentiable closed-form solvers*, ICLR 2019, section 3.1
+(R2-D2), and the stand-in for the inner loop of Park, Kang, *Fast Adaptation with Kernel and Gradient based Meta
+Learning*, arXiv 2411.00404, whose equations we have not seen: an inner loop that is a closed form in function space.
+With Phi = [features, 1] [N, F + 1], one-hot targets Y [N, C] and the head's meta-trained W0 [C, F + 1]:
+
+    W = argmin 1/2 |Phi W^T - Y|^2 + lam/2 |W - W0|^2 = W0 + (Y - Phi W0^T)^T (Phi Phi^T + lam I)^-1 Phi
+
+What differs here: the way is from W0, not from 0, so it is the limit of gradient descent on the same objective; R2-D2
+regresses from 0 and learns a scale and a shift of the outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..places import Learned, Problem
+
+__all__ = ["fitted_head", "is_head_alone", "regularised", "ridge_head", "targets_of"]
+
+
+class ridge_head(nn.Module):
+    """Fits the last layer, a linear one, to the support set's labels as numbers; the pattern is that of the head.
+
+    >>> learner = adapt(model, xs, ys, pattern="00001", solver=ridge_head(1.0))
+    >>> learner(xq).shape
+    torch.Size([75, 5])
+
+    In second order it is differentiated in features, W0 and lam, so that meta-training makes features for it.
+
+    Args:
+        lam: the ridge, at least 0; with 0 the support set is fitted exactly, if Phi has rank N.
+        learned: whether lam is a meta-parameter; its logarithm is then learned, from lam on.
+
+    Raises:
+        ValueError: lam is out of range; when it adapts: another layer than the head moves, the labels are neither class
+            numbers nor of the outputs' shape, or lam is 0 and Phi has a lower rank than N.
+    """
+
+    def __init__(self, lam: float = 1.0, learned: bool = False) -> None:
+        super().__init__()
+        if not 0.0 <= lam < math.inf or (learned and lam == 0.0):
+            raise ValueError(f"ridge_head: lam must be {'above' if learned else 'at least'} 0, got {lam!r}")
+        self.fixed_lam = lam
+        self.log_lam = nn.Parameter(torch.tensor(math.log(lam))) if learned else None
+
+    def extra_repr(self) -> str:
+        return f"lam={self.fixed_lam}" + (", learned=True" if self.log_lam is not None else "")
+
+    def forward(self, problem: Problem) -> Learned:
+        if not is_head_alone(problem):
+            raise ValueError(
+                f"ridge_head: pattern {problem.pattern} moves {', '.join(problem.names)}, the closed form is of the "
+                "last layer alone: give the pattern 'head', or take ntk() for other layers"
+            )
+        lam = self.fixed_lam if self.log_lam is None else self.log_lam.exp()
+        return fitted_head(problem, lambda kernel, rest: regularised(kernel, rest, lam))
+
+
+def is_head_alone(problem: Problem) -> bool:
+    """Whether a linear last layer is all that moves."""
+    return set(problem.names) == {n for n in problem.head if n}
+
+
+def fitted_head(problem: Problem, solve: Callable[[Tensor, Tensor], Tensor]) -> Learned:
+    """The head W0 + solve(Phi Phi^T, Y - Phi W0^T)^T Phi; `solve` gets [N, N] and [N, C], and gives [N, C]."""
+    weight, bias = problem.head
+    start = problem.constants(problem.meta)
+    phi = problem.features(start)
+    logits = F.linear(phi, start[weight], start[bias] if bias else None)
+    rest = targets_of(problem, logits) - logits
+    kernel = phi @ phi.T + (1.0 if bias else 0.0)
+    dual = solve(kernel, rest)
+    new = {weight: problem.meta[weight] + dual.T @ phi}
+    if bias:
+        new[bias] = problem.meta[bias] + dual.sum(0)
+    return Learned({n: new[n] for n in problem.names})
+
+
+def regularised(kernel: Tensor, rest: Tensor, lam: Any) -> Tensor:
+    """(kernel + lam I)^-1 rest.
+
+    Raises:
+        ValueError: the matrix is singular.
+    """
+    eye = torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    try:
+        found: Tensor = torch.linalg.solve(kernel + lam * eye, rest)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"the kernel of {len(kernel)} support outputs is singular with the ridge {float(lam):g}: raise the ridge"
+        ) from error
+    return found
+
+
+def targets_of(problem: Problem, outputs: Tensor) -> Tensor:
+    """What a squared loss compares the support outputs [N, C] with: labels of their shape, or class numbers one-hot.
+
+    Raises:
+        ValueError: the labels are neither.
+    """
+    labels: Any = problem.labels
+    if isinstance(labels, Tensor) and labels.shape == outputs.shape and labels.is_floating_point():
+        return labels
+    if isinstance(labels, Tensor) and labels.shape == outputs.shape[:1] and not labels.is_floating_point():
+        return F.one_hot(labels.long(), outputs.shape[1]).to(outputs.dtype)
+    told = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+    raise ValueError(
+        f"a closed form needs labels for a squared loss, class numbers [N] or numbers {list(outputs.shape)} as "
+        f"{problem.network} gives them, got {told}"
+    )

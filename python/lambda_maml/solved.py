@@ -1,0 +1,112 @@
+"""Adaptation by a solver, around the core's description and checks of an adaptation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inner import checks
+from .inner.adaptation import Adaptation, describe
+from .inner.checks import Loss
+from .inner.loop import outcome
+from .inner.problem import Problem, Turn
+from .learner import Learner
+from .patterns import Pattern
+from .places import Learned, PatternChooser, Solver
+
+__all__ = ["Solved", "chosen", "learned_by", "posed", "solve", "turns_of"]
+
+
+class Solved(Learner):
+    """A network that a solver adapted to one task; its predictions are the solver's own, where it has some."""
+
+    def __init__(self, a: Adaptation, learned: Learned) -> None:
+        params = learned.params if a.in_graph else {n: p.detach() for n, p in learned.params.items()}
+        super().__init__(a.model, a.plan.program.modes, outcome(a, a.tie({**a.start(None), **params})))
+        self.__dict__["_predict"] = learned.predict
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        predict = self.__dict__["_predict"]
+        return super().forward(*args, **kwargs) if predict is None else predict(*args, **kwargs)
+
+    def freeze_statistics(self, xs: Any = None) -> Learner:
+        if self.__dict__["_predict"] is not None:
+            raise ValueError(
+                "the solver's predictions are not those of a network whose norms could be frozen: "
+                'keep statistics="batch", or take `to_module()`, the network with the parameters that it found'
+            )
+        return super().freeze_statistics(xs)
+
+
+def solve(
+    model: nn.Module, xs: Any, ys: Any, pattern: str | Pattern | None, norm: str, second_order: bool, loss: Loss,
+    solver: Solver, turn: Turn,
+) -> Learner:  # fmt: skip
+    """The network as a solver adapts it to one task.
+
+    Raises:
+        ValueError, TypeError: pattern, shapes, labels, dtypes or devices do not fit, or the solver gives other names.
+        FloatingPointError: what it found is infinite or NaN.
+    """
+    a, problem = posed(model, xs, ys, pattern, norm, second_order, loss, solver, turn)
+    return Solved(a, learned_by(solver, problem))
+
+
+def posed(
+    model: nn.Module, xs: Any, ys: Any, pattern: str | Pattern | None, norm: str, second_order: bool, loss: Loss,
+    solver: Any, turn: Turn,
+) -> tuple[Adaptation, Problem]:  # fmt: skip
+    """One task as a part gets it, checked."""
+    steps = getattr(solver, "steps", None)
+    if steps is None:  # of a closed form: the steps that a schedule has patterns for
+        steps = len(Pattern.parse("MAML" if pattern is None else pattern).stages)
+    a = describe(model, xs, pattern, solver, steps, norm, second_order, loss)
+    if getattr(solver, "in_graph", False) and torch.is_grad_enabled():
+        a = replace(a, in_graph=True)
+    checks.check_support(a.parameters, xs, ys)
+    return a, Problem(a, a.check_labels(a.support(xs, ys)), turn)
+
+
+def learned_by(solver: Solver, problem: Problem) -> Learned:
+    """What a solver finds, of the names and shapes that it was asked for, and finite."""
+    with torch.enable_grad():
+        learned = solver(problem)
+    wanted = {n: list(p.shape) for n, p in problem.meta.items()}
+    found = {n: list(p.shape) for n, p in learned.params.items()}
+    if found != wanted:
+        raise ValueError(f"{solver!r} gave {found}: a solver gives a tensor of each parameter's shape, {wanted}")
+    with torch.no_grad():
+        sums: list[Tensor] = [p.abs().sum().double() for p in learned.params.values()]
+        if sums and not torch.isfinite(torch.stack(sums).sum()):
+            raise FloatingPointError(
+                f"adaptation under {problem.pattern} with {solver!r} diverged: parameters became infinite or NaN: "
+                "lower its rate, raise its ridge, or look at the images' scale"
+            )
+    return learned
+
+
+def chosen(
+    model: nn.Module, xs: Any, ys: Any, chooser: PatternChooser, norm: str, loss: Loss, turn: Turn
+) -> Pattern:  # fmt: skip
+    """The pattern that a chooser takes for one task.
+
+    Raises:
+        TypeError: it gives something else than a pattern.
+    """
+    _, problem = posed(model, xs, ys, "MAML", norm, False, loss, chooser, turn)
+    with torch.enable_grad():
+        found: object = chooser(problem)
+    if not isinstance(found, Pattern):
+        raise TypeError(f"{chooser!r} gave {found!r}: a chooser of patterns gives a Pattern")
+    return found
+
+
+def turns_of(tasks: int, turns: Any) -> list[Turn]:
+    """The turns of so many tasks: as given, else the first iteration's."""
+    found = [Turn(task=k) for k in range(tasks)] if turns is None else list(turns)
+    if len(found) != tasks:
+        raise ValueError(f"adapt_tasks: {tasks} tasks, but {len(found)} turns: give one for each")
+    return found
