@@ -106,7 +106,8 @@ def _source(document: Row) -> str:
 
 def _machine(report: Row) -> str:
     found = report["environment"]
-    return f"{found['device']}, {found['threads']} threads, commit {found['commit']}"
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    return f"{found['device']}, {threads}, commit {found['commit']}"
 
 
 def results() -> tuple[Row, Row, Row]:

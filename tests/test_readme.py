@@ -13,6 +13,7 @@ import pytest
 import torch
 from benches import module
 
+import lambda_kernels
 import lambda_maml
 from lambda_maml import Pattern, cli
 from lambda_maml.maml import TaskLearner
@@ -112,6 +113,19 @@ def test_image_sets_are_all_there() -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("## ")[0]
     rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert sorted(rows) == sorted(lambda_maml.data.NAMES)
+
+
+def test_the_site_has_every_page() -> None:
+    places = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(places) == sorted("index.md" if page == README else page.name for page in PAGES)
+
+
+def test_the_citation_is_of_this_version_and_actions_are_pinned() -> None:
+    cited = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited == [lambda_kernels.__version__]
+    flows = [path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    used = [action for flow in flows for action in re.findall(r"uses: (.+)$", flow, re.MULTILINE)]
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in used)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

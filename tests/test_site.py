@@ -39,7 +39,7 @@ needs_browser = pytest.mark.skipif(
     CHROMIUM is None or importlib.util.find_spec("axe_playwright_python") is None,
     reason="needs chromium, and docs/requirements.txt, which make docs installs",
 )
-pytestmark = [needs_mkdocs, pytest.mark.xdist_group("site")]
+pytestmark = needs_mkdocs
 
 
 class Page(HTMLParser):
