@@ -12,7 +12,6 @@ import pytest
 from machine import PATIENCE
 from test_readme import README, ROOT, blocks
 
-
 KEPT = "reveal_type(lk.convert(nn.Sequential()))\nreveal_type(lk.to_torch(nn.Linear(2, 3)))\n"
 """What is converted keeps its type."""
 
