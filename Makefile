@@ -9,14 +9,19 @@ NATIVE := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml lambda_kernels
 supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 13) or sys.exit( \
     "lambda-kernels needs Python 3.10 to 3.13, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 
-.DEFAULT_GOAL := help
-.PHONY: help demo test fuzz bench peers timings gpu format lint wheel tried-wheel clean distclean force
+.DEFAULT_GOAL := all
+.PHONY: all help demo docs test fuzz bench peers timings gpu format lint wheel tried-wheel clean distclean force
+
+all: $(VENV)/.built
+	@echo "Ready: source $(BIN)/activate, then lambda-maml demo, or lambda-maml --help. make help lists what else make does."
 
 help:
+	@echo "make          $(VENV) with all requirements, and the kernels"
 	@echo "make demo     train on an embedded image set, choose a pattern, draw the picture: runs/demo"
 	@echo "make test     all tests"
+	@echo "make docs     the pages as a site: build/site/index.html"
 	@echo "make fuzz     random networks and calls beside plain PyTorch for SECONDS=600, from SEED=0 on"
-	@echo "make bench    benchmarks: make peers, which writes docs/performance.md, then make timings: bench/results/local.json"
+	@echo "make bench    benchmarks: make peers, which writes docs/performance.md and README's figures, then make timings: bench/results/local.json"
 	@echo "make gpu      build, tests and benchmarks on a GPU machine with $(PYTHON) as it is: bench/results, docs/gpu.md"
 	@echo "make lint     ruff and mypy, and the forms of ruff format and clang-format; make format writes these"
 	@echo "make wheel    wheels in dist/ (CPU; with a CUDA torch also CUDA), each tried in an environment of its own"
@@ -28,6 +33,9 @@ demo: $(VENV)/.built
 
 test: $(VENV)/.built
 	$(BIN)/python -m pytest tests -p no:benchmark --numprocesses 2 --dist worksteal
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Random networks and calls beside plain PyTorch, each with a seed that shows it again.
 SECONDS ?= 600
@@ -48,6 +56,7 @@ peers: $(VENV)/.built $(VENV)/.peers
 	$(BIN)/python bench/bench_peers.py --json bench/results/peers.json.tmp $(PEERS_ARGS)
 	mv bench/results/peers.json.tmp bench/results/peers.json
 	$(BIN)/python bench/peers_report.py --markdown bench/results/peers.md --plot bench/results/peers.svg
+	$(BIN)/python bench/front_page.py
 
 timings: $(VENV)/.built
 	mkdir -p bench/results
@@ -125,6 +134,10 @@ $(VENV)/.required: requirements.txt | $(BIN)/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade
 	$(PIP) install --quiet 'pip>=22.3'
 	$(PIP) install --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.docs: docs/requirements.txt | $(BIN)/python
+	$(PIP) install --quiet --requirement $<
 	@touch $@
 
 # Nothing of this project needs them, and their torch is ours: without them the benchmark says so and goes on.

@@ -17,6 +17,7 @@ from report_tables import Row, Rows, Table, machine, named
 
 __all__ = ["Table", "machine", "markdown", "page", "plot", "read", "tables"]
 FULL, LAST = "11111", "00011"
+COLOURS = ("#0072b2", "#d55e00", "#56b4e9", "#e69f00")  # of Okabe and Ito, in the order of OVER
 RESULTS, PAGE = ROOT / "bench" / "results" / "peers.json", ROOT / "docs" / "performance.md"
 TRAINING = training_report.RESULTS
 # Of the issue: how often faster ours is, in the order of OVER.
@@ -243,26 +244,27 @@ def plot(document: Row, path: Path) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = "peers"  # the same file for the same results
     rows = Found(document).of("adapt")
-    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.9 * len(rows)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(5.4, 1.6 + 1.1 * len(rows)), layout="constrained")
     for turn, (pattern, name) in enumerate(OVER):
         places = [line + 0.2 * (turn - 1.5) for line in range(len(rows))]
         ratios = [row["ratios"][pattern][name] for row in rows]
         medians = [r["median"] for r in ratios]
         whiskers = [[r["median"] - r["q1"] for r in ratios], [r["q3"] - r["median"] for r in ratios]]
-        bars = axes.barh(places, medians, 0.18, xerr=whiskers, label=f"{pattern} over {NAMES[name]}")
-        axes.bar_label(bars, [digits(m) for m in medians], padding=3, fontsize=7)
+        label = f"{pattern} over {NAMES[name]}"
+        bars = axes.barh(places, medians, 0.18, xerr=whiskers, color=COLOURS[turn], ecolor="0.4", label=label)
+        axes.bar_label(bars, [digits(m) for m in medians], padding=3, fontsize=9)
         for row, place in zip(rows, places):
             if row["configuration"] in GOALS:
                 axes.plot(GOALS[row["configuration"]][turn], place, "|", color="black", markersize=12)
     axes.set_xscale("log")
-    axes.set_xlim(left=1)
+    axes.set_xlim(1, 1.5 * max(r["q3"] for row in rows for of in row["ratios"].values() for r in of.values()))
     axes.xaxis.set_major_locator(FixedLocator([1, 2, 3, 5, 10, 20, 30, 50, 100]))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_yticks(range(len(rows)), [row["network"].replace(", 5-way", ",\n5-way") for row in rows])
+    axes.set_yticks(range(len(rows)), [row["network"].replace(", ", ",\n") for row in rows], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("how often faster ours adapts; |: goal")
-    figure.legend(loc="outside upper center", ncols=len(OVER), fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)

@@ -11,13 +11,17 @@ from typing import Any
 import click
 import pytest
 import torch
+from benches import module
 
+import lambda_kernels
 import lambda_maml
-from lambda_maml import LambdaMAML, Pattern, cli
+from lambda_maml import Pattern, cli
+from lambda_maml.maml import TaskLearner
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY"))]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -33,20 +37,32 @@ def fewer(function: Callable[..., Any], **small: Any) -> Callable[..., Any]:
     return lambda *args, **given: function(*args, **{**given, **small})
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_the_code_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def shortened(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Tasks, candidates, timings and iterations of the pages' code are few, and what it writes goes to the folder."""
+    from lambda_maml import train
+
     sample = lambda_maml.data.sample_tasks
     monkeypatch.setattr(lambda_maml.data, "sample_tasks", lambda dataset, n, **more: sample(dataset, min(n, 2), **more))
     some = ["00001", "00011", "10000"]
     monkeypatch.setattr(lambda_maml, "select_pattern", fewer(lambda_maml.select_pattern, patterns=some, seconds=0.0))
-    found = blocks(README, "python")
-    assert found
+    monkeypatch.setattr(train, "train", fewer(train.train, iterations=1))
+    monkeypatch.setattr(train, "Settings", fewer(train.Settings, val_tasks=2, query=2))
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_the_code_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shortened(monkeypatch, tmp_path)
     names: dict[str, Any] = {}
-    for code in found:
-        exec(compile(code, str(README), "exec"), names)
-    assert names["logits"].shape == (75, 5) and bool(torch.isfinite(names["logits"]).all())
-    assert isinstance(names["maml"], LambdaMAML) and isinstance(names["chosen"].pattern, Pattern)
-    assert all(p.grad is not None for p in names["model"].parameters())
+    for code in blocks(page, "python"):
+        exec(compile(code, str(page), "exec"), names)
+    if page == README:
+        assert names["logits"].shape == (75, 5) and bool(torch.isfinite(names["logits"]).all())
+        assert isinstance(names["task"], TaskLearner) and isinstance(names["chosen"].pattern, Pattern)
+        assert all(p.grad is not None for p in names["model"].parameters())
+    if page.name == "training.md":
+        assert names["result"].iteration == 1 and (tmp_path / "runs" / "mine" / "best.safetensors").is_file()
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -58,19 +74,6 @@ def test_the_architecture_page_shows_what_its_examples_print(capsys: pytest.Capt
     for code, text in zip(found, shown):
         exec(compile(code, str(page), "exec"), names)
         assert capsys.readouterr().out == text
-
-
-@pytest.mark.usefixtures("one_thread")
-def test_the_training_page_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from lambda_maml import train
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train", fewer(train.train, iterations=1))
-    monkeypatch.setattr(train, "Settings", fewer(train.Settings, val_tasks=2, query=2))
-    (code,) = blocks(ROOT / "docs" / "training.md", "python")
-    names: dict[str, Any] = {}
-    exec(compile(code, "docs/training.md", "exec"), names)
-    assert names["result"].iteration == 1 and (tmp_path / "runs" / "mine" / "best.safetensors").is_file()
 
 
 def commands(program: str) -> list[list[str]]:
@@ -99,9 +102,30 @@ def test_commands_and_their_options_exist() -> None:
             pytest.fail(f"lambda-maml {name} {' '.join(arguments)}: {error.format_message()}")
 
 
+def test_the_figures_are_those_of_the_results() -> None:
+    front = module("front_page")
+    text = README.read_text(encoding="utf-8")
+    assert front.page(text, front.figures(*front.results())) == text
+    assert {path.name for path in front.PICTURES} == set(re.findall(r"docs/(demo[-\w]*\.svg)", text))
+
+
 def test_image_sets_are_all_there() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert sorted(rows) == sorted(lambda_maml.data.NAMES)
+
+
+def test_the_site_has_every_page() -> None:
+    places = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(places) == sorted("index.md" if page == README else page.name for page in PAGES)
+
+
+def test_the_citation_is_of_this_version_and_actions_are_pinned() -> None:
+    cited = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert cited == [lambda_kernels.__version__]
+    flows = [path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    used = [action for flow in flows for action in re.findall(r"uses: (.+)$", flow, re.MULTILINE)]
+    assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in used)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

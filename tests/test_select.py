@@ -374,8 +374,13 @@ def test_report_names_the_front_and_writes_a_picture(tmp_path):
     reports.plot(report, tmp_path / "report.png")
     with Image.open(tmp_path / "report.png") as image:
         assert image.size[0] > 1000
-    assert [p.name for p in tmp_path.iterdir()] == ["report.png"]
-    with pytest.raises(ValueError, match="ends in .png"):
+    drawn = []
+    for name, dark in (("light.svg", False), ("again.svg", False), ("dark.svg", True)):
+        reports.plot(report, tmp_path / name, dark=dark)
+        drawn.append((tmp_path / name).read_bytes())
+    assert drawn[0] == drawn[1] != drawn[2] and b"#14181f" in drawn[2] and b"#14181f" not in drawn[0]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.svg", "dark.svg", "light.svg", "report.png"]
+    with pytest.raises(ValueError, match="ends in .png or .svg"):
         reports.plot(report, tmp_path / "report.jpg")
 
 

@@ -1,4 +1,4 @@
-"""README's code is well typed: by mypy, and by pyright where it is installed; what is converted keeps its type."""
+"""The code of README and of the page on Python is well typed: by mypy, and by pyright where it is installed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ import pytest
 from machine import PATIENCE
 from test_readme import README, ROOT, blocks
 
+KEPT = "reveal_type(lk.convert(nn.Sequential()))\nreveal_type(lk.to_torch(nn.Linear(2, 3)))\n"
+"""What is converted keeps its type."""
+
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """README's blocks as one program, and a line that says what `convert` gives."""
-    path = tmp_path_factory.mktemp("types") / "readme.py"
-    kept = "reveal_type(lk.convert(nn.Sequential()))\nreveal_type(lk.to_torch(nn.Linear(2, 3)))\n"
-    path.write_text("\n".join([*blocks(README, "python"), kept]), encoding="utf-8")
-    return path
+def programs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Each page's blocks as one program, the second one with KEPT behind them."""
+    folder, found = tmp_path_factory.mktemp("types"), []
+    for page, more in ((README, []), (ROOT / "docs" / "use.md", [KEPT])):
+        found.append(folder / f"{page.stem.lower()}_page.py")
+        found[-1].write_text("\n".join([*blocks(page, "python"), *more]), encoding="utf-8")
+    return found
 
 
-def test_mypy_finds_nothing(program: Path) -> None:
-    command = [sys.executable, "-m", "mypy", "--no-error-summary", str(program)]
+def test_mypy_finds_nothing(programs: list[Path]) -> None:
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", *map(str, programs)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.partition("is ")[2] for line in done.stdout.splitlines()] == [
@@ -33,9 +37,9 @@ def test_mypy_finds_nothing(program: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("pyright") is None, reason="pyright is not installed")
-def test_pyright_finds_nothing(program: Path) -> None:
+def test_pyright_finds_nothing(programs: list[Path]) -> None:
     settings = {"extraPaths": [str(ROOT), str(ROOT / "python")]}
-    (program.parent / "pyrightconfig.json").write_text(json.dumps(settings))
-    command = ["pyright", "--pythonpath", sys.executable, "-p", str(program.parent)]
+    (programs[0].parent / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = ["pyright", "--pythonpath", sys.executable, "-p", str(programs[0].parent)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -335,10 +335,13 @@ cli.add_command(export)
 
 @cli.command()
 @click.argument("pattern_json", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The picture.  [default: report.png by pattern.json]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The picture, .png or .svg.  [default: report.png by pattern.json]"
+)
+@click.option("--dark", is_flag=True, help="A picture for a dark page.")
 @click.option("--all", "every", is_flag=True, help="List every candidate, not the front and the well-known ones alone.")
 @json_option
-def report(pattern_json: Path, out: Path | None, every: bool, as_json: bool) -> None:
+def report(pattern_json: Path, out: Path | None, dark: bool, every: bool, as_json: bool) -> None:
     """Tables and picture of a selection that was made before."""
     from .report import plot, summary
     from .select import read_selection
@@ -350,7 +353,7 @@ def report(pattern_json: Path, out: Path | None, every: bool, as_json: bool) -> 
             "print(selection.table) in Python shows them"
         )
     picture = out or pattern_json.with_name("report.png")
-    plot(found, picture)
+    plot(found, picture, dark=dark)
     if as_json:
         print_json({**summary(found), "picture": str(picture)})
     else:

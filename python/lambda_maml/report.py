@@ -11,9 +11,18 @@ from .files import atomic
 from .patterns import Pattern
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from rich.table import Table
 
 Report = Mapping[str, Any]
+
+# Colours of Okabe and Ito, which colour-blind eyes tell apart.
+BLUE, SKY, GREEN, VERMILION = "#0072b2", "#56b4e9", "#009e73", "#d55e00"
+LIGHT = {"figure.facecolor": "white", "axes.facecolor": "white"}
+DARK = {
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#14181f"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#e6e6e6"),
+}
 
 
 def names(report: Report) -> dict[str, str]:
@@ -145,22 +154,35 @@ def candidates(report: Report, *, every: bool = False) -> Table:
     return table
 
 
-def plot(report: Report, path: str | Path) -> None:
-    """Write a PNG: validation accuracy (95% bars) against adaptation time, the Pareto front, the choice, MAML, ANIL and
-    plain PyTorch's full pattern. Raises ValueError for another file type."""
+def plot(report: Report, path: str | Path, *, dark: bool = False) -> None:
+    """Write a PNG or SVG: validation accuracy (95% bars) against adaptation time, the Pareto front, the choice, MAML,
+    ANIL and plain PyTorch's full pattern. Marks differ in their forms too, for colour-blind eyes; `dark` is for a dark
+    page. Raises ValueError for another file type."""
     with wanted("report", "the picture"):
+        import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path}: the picture's name ends in .png")
+    form = path.suffix.lower()
+    if form not in (".png", ".svg"):
+        raise ValueError(f"{path}: the picture's name ends in .png or .svg")
+    # In inches: as wide as a phone shows with 10 pixels for a letter.
+    with matplotlib.rc_context({**(DARK if dark else LIGHT), "font.size": 11, "svg.hashsalt": "report"}):
+        figure = Figure(figsize=(5.4, 5.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw(report, figure.add_subplot(), *(("white", SKY) if dark else ("black", BLUE)))
+        figure.suptitle(_title(report), fontsize=11)
+        figure.legend(fontsize=10, loc="outside lower center", ncols=2, frameon=False, columnspacing=1.2)
+        with atomic(path) as part:
+            figure.savefig(part, format=form[1:], dpi=200, metadata={"Date": None} if form == ".svg" else None)
+
+
+def _draw(report: Report, axes: Axes, ink: str, blue: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
     rows, chosen, full = report["candidates"], report["chosen"], report["full"]
     known, front = names(report), pareto(report)
-    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
 
     def bars(chosen_rows: list[Any], **style: Any) -> None:
         axes.errorbar(
@@ -184,24 +206,24 @@ def plot(report: Report, path: str | Path) -> None:
     others = [row for row in above if row["pattern"] != chosen["pattern"]]
     bars(
         [row for row in others if not admissible(report, row)],
-        fmt="o", color="0.6", markersize=4, label="costs too much accuracy",
+        fmt="x", color="0.55", markersize=5, label="costs too much accuracy",
     )  # fmt: skip
     bars(
         [row for row in others if admissible(report, row)],
-        fmt="o", color="tab:blue", markersize=5, label="within the allowed drop",
+        fmt="o", color=blue, markersize=6, label="within the allowed drop",
     )  # fmt: skip
     axes.plot(
         [row["time_ms"] for row in front], [100 * row["accuracy"] for row in front], drawstyle="steps-post",
-        color="tab:green", linewidth=1.2, alpha=0.8, label="Pareto front", zorder=1,
+        color=GREEN, linewidth=1.5, label="Pareto front", zorder=1,
     )  # fmt: skip
-    bars([chosen], fmt="*", color="tab:red", markersize=15, label=f"chosen: {chosen['pattern']}", zorder=5)
+    bars([chosen], fmt="*", color=VERMILION, markersize=17, label=f"chosen: {chosen['pattern']}", zorder=5)
     if stock:
-        bars([{**full, "time_ms": stock}], fmt="s", color="black", markersize=7, label="stock PyTorch, full pattern")
+        bars([{**full, "time_ms": stock}], fmt="s", color=ink, markersize=7, label="stock PyTorch, all layers")
     if below:
         best = 100 * max(row["accuracy"] for row in below)
         axes.plot(
-            [row["time_ms"] for row in below], [bottom + 100 * 0.04 * span] * len(below), "v", color="0.6",
-            markersize=5, label=f"{len(below)} patterns lower down, at most {best:.1f}%",
+            [row["time_ms"] for row in below], [bottom + 100 * 0.04 * span] * len(below), "v", color="0.55",
+            markersize=5, label=f"{len(below)} lower down, up to {best:.0f}%",
         )  # fmt: skip
 
     named = {row["pattern"]: row for row in important}
@@ -216,35 +238,29 @@ def plot(report: Report, path: str | Path) -> None:
         # Neighbours get labels at different heights above the points, with a line down to the point they belong to.
         axes.annotate(
             text, (time, 100 * accuracy), xytext=(time, 100 * (high + (0.08 + 0.08 * (index % 2)) * span)),
-            ha="center", fontsize=9, fontweight="bold" if chosen["pattern"] in text else "normal",
+            ha="center", fontsize=10, fontweight="bold" if chosen["pattern"] in text else "normal",
             arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.7, "shrinkB": 6},
         )  # fmt: skip
     times = [row["time_ms"] for row in rows] + ([stock] if stock else [])
     axes.set_xscale("log")
-    axes.set_xlim(min(times) / 1.5, max(times) * 1.5)
+    axes.set_xlim(min(times) / 2.2, max(times) * 2.2)  # room for labels
     axes.set_ylim(bottom, 100 * (high + 0.25 * span))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(MaxNLocator(8))
     axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])
-    axes.set_xlabel("adaptation time, ms (support tensors to adapted parameters; log scale)")
+    axes.set_xlabel("adaptation time, ms (log scale)")
     axes.set_ylabel("validation accuracy, % (95% interval)")
-    axes.set_title(_title(report), fontsize=11)
     axes.grid(alpha=0.25)
-    figure.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)
-    with atomic(path) as part:
-        figure.savefig(part, format="png", dpi=150)
 
 
 def _title(report: Report) -> str:
     ratio = speedups(report)
     factor = ratio["over_stock_full"]
-    text = f"{report['network']}, {report['ways']}-way {report['shots']}-shot, {report['steps']} steps: "
-    text += (
-        f"{report['chosen']['pattern']} adapts {ratio['over_full']:.1f}x faster than our {report['full']['pattern']}"
-    )
-    return text + (f",\n{factor:.1f}x faster than stock PyTorch's" if factor else "")
+    text = f"{report['network']}, {report['ways']}-way {report['shots']}-shot, {report['steps']} steps\n"
+    text += f"{report['chosen']['pattern']}: {ratio['over_full']:.3g}x faster than our {report['full']['pattern']}"
+    return text + (f", {factor:.3g}x than stock PyTorch's" if factor else "")
 
 
 def summary(report: Report) -> dict[str, Any]:
