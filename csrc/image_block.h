@@ -87,7 +87,9 @@ class ImageConvolution {
           for (int64_t k = 0; k < c.inputs; ++k) {
             const T* from = x + n * strides[0] + k * strides[1] + in * strides[2];
             T* const at = to + c.padding[1] * c.inputs + k;
-            for (int64_t w = 0; w < c.width; ++w) at[w * c.inputs] = from[w * strides[3]] - level[k];
+            const int64_t step = c.inputs, across = strides[3];
+            const T own = level[k];
+            for (int64_t w = 0; w < c.width; ++w) at[w * step] = from[w * across] - own;
           }
         }
     });
@@ -112,8 +114,6 @@ class ImageConvolution {
     const Arena::Mark mark = arena.mark();
     const int64_t side = taps_ + 1;
     ImageBlock<T> p = describe(0);
-    p.kernel_y = c_.kernel[0], p.kernel_x = c_.kernel[1];
-    p.dense = std::max({c_.stride[0], c_.stride[1], c_.dilation[0], c_.dilation[1]}) == 1;
     // A dense convolution takes whole images.
     p.slabs = p.dense ? std::clamp<int64_t>(p.images, 1, kImageSlabs) : p.slabs;
     p.partial = arena.take<double>(p.slabs * side * side);
@@ -135,60 +135,63 @@ class ImageConvolution {
     arena.rewind(mark);
   }
 
-  // weight [O, K], gamma and beta [O] -> y [N, rows, columns, O] of the pooled size, index as y, mean, rstd [O]
-  void block(const T* weight, const T* gamma, const T* beta, const Patches& patches, double eps, T* y, uint8_t* index,
-             T* mean, T* rstd, Arena& arena) const {
-    const Arena::Mark mark = arena.mark();
-    const int64_t outputs = c_.outputs;
-    ImageBlock<T> p = describe(outputs);
-    // weight by tap, then mean, scale and beta, all with the outputs rounded up
-    T* const rows = arena.take<T>((taps_ + 3) * p.padded_outputs);
-    std::fill(rows, rows + (taps_ + 3) * p.padded_outputs, T(0));
+  // weight [O, K], gamma and beta [O] -> the filters of `apply`: rows of weight by tap, then mean, gamma rstd and beta, all
+  // with the outputs rounded up; mean, rstd [O]
+  const T* filters(const T* weight, const T* gamma, const T* beta, const Patches& patches, double eps, T* mean, T* rstd,
+                   Arena& arena) const {
+    const int64_t padded = up(c_.outputs, kLanes);
+    T* const rows = arena.take<T>((taps_ + 3) * padded);
+    std::fill(rows, rows + (taps_ + 3) * padded, T(0));
     std::vector<double> along(taps_);
-    for (int64_t o = 0; o < outputs; ++o, weight += taps_) {
+    for (int64_t o = 0; o < c_.outputs; ++o, weight += taps_) {
       double m = 0.0, level = 0.0, variance = 0.0;
       patches.apply(weight, along.data());
       for (int64_t k = 0; k < taps_; ++k) {
         m += double(weight[k]) * patches.average[k];
         level += double(weight[k]) * (patches.average[k] - levels_[k]);
         variance += double(weight[k]) * along[k];
-        rows[k * p.padded_outputs + o] = weight[k];
+        rows[k * padded + o] = weight[k];
       }
       const double r = 1.0 / std::sqrt(std::max(variance, 0.0) + eps);
       mean[o] = T(m), rstd[o] = T(r);
-      rows[taps_ * p.padded_outputs + o] = T(level);
-      rows[(taps_ + 1) * p.padded_outputs + o] = gamma[o] * T(r);
-      rows[(taps_ + 2) * p.padded_outputs + o] = beta[o];
+      rows[taps_ * padded + o] = T(level);
+      rows[(taps_ + 1) * padded + o] = gamma[o] * T(r);
+      rows[(taps_ + 2) * padded + o] = beta[o];
     }
-    p.weight = rows;
-    p.mean = rows + taps_ * p.padded_outputs;
-    p.scale = p.mean + p.padded_outputs;
-    p.beta = p.scale + p.padded_outputs;
+    return rows;
+  }
+
+  // -> y [N, rows, columns, O] of the pooled size, index as y
+  void apply(const T* filters, T* y, uint8_t* index) const {
+    ImageBlock<T> p = describe(c_.outputs);
+    p.weight = filters, p.mean = p.weight + taps_ * p.padded_outputs;
+    p.scale = p.mean + p.padded_outputs, p.beta = p.scale + p.padded_outputs;
     p.y = y, p.index = index;
-    const auto& kernels = image_block_kernels<T>();
-    const int64_t work = p.columns * pool_ * pool_ * taps_ * outputs;  // multiply-adds of an item
+    const int64_t work = p.columns * pool_ * pool_ * taps_ * c_.outputs;  // multiply-adds of an item
     at::parallel_for(0, p.images * p.rows, 1 + kGrain / (work + 1),
-                     [&](int64_t begin, int64_t end) { kernels.apply(p, begin, end); });
+                     [&](int64_t begin, int64_t end) { image_block_kernels<T>().apply(p, begin, end); });
+  }
+
+  // weight [O, K], gamma and beta [O] -> y and index as `apply` gives them, mean, rstd [O]
+  void block(const T* weight, const T* gamma, const T* beta, const Patches& patches, double eps, T* y, uint8_t* index,
+             T* mean, T* rstd, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    apply(filters(weight, gamma, beta, patches, eps, mean, rstd, arena), y, index);
     arena.rewind(mark);
   }
 
   // Without a norm, of images that were not moved: y is the windows' maximum of ReLU of z + bias; index as y, scratch.
   void affine(const T* weight, const T* bias, T* y, uint8_t* index, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
-    ImageBlock<T> p = describe(c_.outputs);
-    T* const rows = arena.take<T>((taps_ + 3) * p.padded_outputs);  // weight by tap, mean 0, scale 1, bias
-    std::fill(rows, rows + (taps_ + 3) * p.padded_outputs, T(0));
+    const int64_t padded = up(c_.outputs, kLanes);
+    T* const rows = arena.take<T>((taps_ + 3) * padded);  // weight by tap, mean 0, scale 1, bias
+    std::fill(rows, rows + (taps_ + 3) * padded, T(0));
     for (int64_t o = 0; o < c_.outputs; ++o) {
-      for (int64_t k = 0; k < taps_; ++k) rows[k * p.padded_outputs + o] = weight[o * taps_ + k];
-      rows[(taps_ + 1) * p.padded_outputs + o] = T(1);
-      rows[(taps_ + 2) * p.padded_outputs + o] = bias[o];
+      for (int64_t k = 0; k < taps_; ++k) rows[k * padded + o] = weight[o * taps_ + k];
+      rows[(taps_ + 1) * padded + o] = T(1);
+      rows[(taps_ + 2) * padded + o] = bias[o];
     }
-    p.weight = rows;
-    p.mean = rows + taps_ * p.padded_outputs, p.scale = p.mean + p.padded_outputs, p.beta = p.scale + p.padded_outputs;
-    p.y = y, p.index = index;
-    const int64_t work = p.columns * pool_ * pool_ * taps_ * c_.outputs;  // multiply-adds of an item
-    at::parallel_for(0, p.images * p.rows, 1 + kGrain / (work + 1),
-                     [&](int64_t begin, int64_t end) { image_block_kernels<T>().apply(p, begin, end); });
+    apply(rows, y, index);
     arena.rewind(mark);
   }
 
@@ -227,12 +230,30 @@ class ImageConvolution {
     return sum;
   }
 
-  // -> dweight [O, K], dgamma, dbeta [O]
-  void block_grad(const T* gy, const T* weight, const T* gamma, const uint8_t* index, const T* rstd, const Patches& patches,
-                  T* dweight, T* dgamma, T* dbeta, Arena& arena) const {
+  // Values of the sums that gradients are made of: [padded taps + 1, padded outputs].
+  int64_t sums() const { return (int64_t(offsets_.size()) + 1) * up(c_.outputs, kLanes); }
+
+  // to += the sums over the maxima of g patch, and below them of g; of a few images many times, or of all at once
+  void add_sums(const T* gy, const uint8_t* index, double* to, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
+    constexpr int64_t kRows = 8;  // of a slab at least: a slab's sums cost as much as a row's
+    ImageBlock<T> p = describe(c_.outputs);
+    p.slabs = std::clamp<int64_t>(p.images * p.rows / kRows, 1, kSlabs);
+    p.gy = gy, p.index = const_cast<uint8_t*>(index);
+    p.partial = arena.take<double>(p.slabs * sums());
+    const int64_t work = p.images * p.rows * p.columns * pool_ * pool_ * taps_ * c_.outputs / p.slabs;
+    at::parallel_for(0, p.slabs, 1 + kGrain / (work + 1),
+                     [&](int64_t begin, int64_t end) { image_block_kernels<T>().reduce(p, begin, end); });
+    for (int64_t slab = 0; slab < p.slabs; ++slab)
+      for (int64_t i = 0; i < sums(); ++i) to[i] += p.partial[slab * sums() + i];
+    arena.rewind(mark);
+  }
+
+  // From the sums over all images, which are changed: -> dweight [O, K], dgamma, dbeta [O]
+  void gradients(double* sums, const T* weight, const T* gamma, const T* rstd, const Patches& patches, T* dweight, T* dgamma,
+                 T* dbeta) const {
     const int64_t padded = up(c_.outputs, kLanes);
-    const double* const sums = gradient_sums(gy, index, patches, arena);
+    centre(sums, patches);
     // With A = sum(g (p - average)): dbeta = sum(g), dgamma = rstd <w, A>, dw = gamma rstd (A - dgamma rstd covariance w)
     std::vector<double> along(taps_);
     for (int64_t o = 0; o < c_.outputs; ++o, weight += taps_, dweight += taps_) {
@@ -244,6 +265,13 @@ class ImageConvolution {
       for (int64_t k = 0; k < taps_; ++k) dweight[k] = T(g * r * (sums[k * padded + o] - slope * r * along[k]));
       dgamma[o] = T(slope), dbeta[o] = T(sums[int64_t(offsets_.size()) * padded + o]);
     }
+  }
+
+  // -> dweight [O, K], dgamma, dbeta [O]
+  void block_grad(const T* gy, const T* weight, const T* gamma, const uint8_t* index, const T* rstd, const Patches& patches,
+                  T* dweight, T* dgamma, T* dbeta, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    gradients(all_sums(gy, index, arena), weight, gamma, rstd, patches, dweight, dgamma, dbeta);
     arena.rewind(mark);
   }
 
@@ -297,8 +325,8 @@ class ImageConvolution {
                   const Patches& patches, const AffineGrad& to, const AffineGrad& to_dot, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
     const int64_t padded = up(c_.outputs, kLanes), all = int64_t(offsets_.size()) * padded;
-    const double* const sums = gradient_sums(gy, index, patches, arena);
-    const double* const sums_dot = gradient_sums(gy_dot, index, patches, arena);
+    double *const sums = all_sums(gy, index, arena), *const sums_dot = all_sums(gy_dot, index, arena);
+    centre(sums, patches), centre(sums_dot, patches);
     std::vector<double> along(taps_), along_dot(taps_);  // covariance w, covariance w_dot
     for (int64_t o = 0; o < c_.outputs; ++o) {
       const T *w = now.weight + o * taps_, *w_dot = dot.weight == nullptr ? nullptr : dot.weight + o * taps_;
@@ -333,24 +361,19 @@ class ImageConvolution {
   static constexpr int64_t kParts = 8;       // of a row's sum, which do not wait for one another
   static constexpr int64_t kGrain = 100000;  // multiply-adds that a thread must have before splitting pays
 
-  // Sums over the maxima of g (patch - average), [padded taps, padded outputs], and below them of g.
-  double* gradient_sums(const T* gy, const uint8_t* index, const Patches& patches, Arena& arena) const {
-    ImageBlock<T> p = describe(c_.outputs);
-    const int64_t size = (p.padded_taps + 1) * p.padded_outputs;
-    p.gy = gy;
-    p.index = const_cast<uint8_t*>(index);
-    p.partial = arena.take<double>(p.slabs * size);
-    const auto& kernels = image_block_kernels<T>();
-    const int64_t work = p.images * p.rows * p.columns * pool_ * pool_ * taps_ * c_.outputs / p.slabs;
-    at::parallel_for(0, p.slabs, 1 + kGrain / (work + 1),
-                     [&](int64_t begin, int64_t end) { kernels.reduce(p, begin, end); });
-    for (int64_t slab = 1; slab < p.slabs; ++slab)
-      for (int64_t i = 0; i < size; ++i) p.partial[i] += p.partial[slab * size + i];
+  double* all_sums(const T* gy, const uint8_t* index, Arena& arena) const {
+    double* const to = arena.take<double>(sums());
+    std::fill_n(to, sums(), 0.0);
+    add_sums(gy, index, to, arena);
+    return to;
+  }
+
+  // Sums of g patch to sums of g (patch - average).
+  void centre(double* sums, const Patches& patches) const {
+    const int64_t padded = up(c_.outputs, kLanes);
+    const double* const total = sums + int64_t(offsets_.size()) * padded;
     for (int64_t k = 0; k < taps_; ++k)
-      for (int64_t o = 0; o < c_.outputs; ++o)
-        p.partial[k * p.padded_outputs + o] -=
-            p.partial[p.padded_taps * p.padded_outputs + o] * (patches.average[k] - levels_[k]);
-    return p.partial;
+      for (int64_t o = 0; o < c_.outputs; ++o) sums[k * padded + o] -= total[o] * (patches.average[k] - levels_[k]);
   }
 
   ImageBlock<T> describe(int64_t outputs) const {
@@ -359,6 +382,8 @@ class ImageConvolution {
     p.images = c_.images, p.inputs = c_.inputs, p.height = height_, p.width = width_;
     p.taps = taps_, p.padded_taps = int64_t(offsets_.size()), p.offsets = offsets_.data();
     p.stride_y = c_.stride[0], p.stride_x = c_.stride[1], p.pool = pool_;
+    p.kernel_y = c_.kernel[0], p.kernel_x = c_.kernel[1];
+    p.dense = std::max({c_.stride[0], c_.stride[1], c_.dilation[0], c_.dilation[1]}) == 1;
     p.out_rows = c_.rows, p.out_columns = c_.columns, p.rows = c_.rows / pool_, p.columns = c_.columns / pool_;
     p.outputs = outputs, p.padded_outputs = up(outputs, kLanes);
     p.slabs = std::clamp<int64_t>(p.images * p.rows, 1, kSlabs);

@@ -32,6 +32,16 @@ class WinogradConvolution {
     std::copy(strides, strides + 4, strides_);
   }
 
+  // Of a part of the images.
+  WinogradConvolution part(int64_t images) const {
+    WinogradConvolution some = *this;
+    some.c_.images = images;
+    return some;
+  }
+
+  // What is made of the weight, for `forward` and `input_gradient` of all parts: it shall not change any more.
+  void prepare(Arena& arena) { u_ = made(false, arena), turned_ = made(true, arena); }
+
   // x -> y
   void forward(const T* x, T* y, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
@@ -41,14 +51,27 @@ class WinogradConvolution {
     arena.rewind(mark);
   }
 
+  // What is made of the weight for a survey, of minus the weight where `negative`.
+  const T* surveyed(const bool* negative, Arena& arena) const {
+    const int64_t padded = up(c_.outputs, kLanes);
+    T* const u = made(false, arena);
+    for (int64_t o = 0; o < c_.outputs; ++o)
+      for (int64_t row = 0; negative[o] && row < kPoints * c_.inputs; ++row) u[row * padded + o] = -u[row * padded + o];
+    return u;
+  }
+
   // x -> the maxima of y in windows of 2 x 2, of -y where `negative`; so many pixels with their mean and their squares
   // about it join those of the images seen before
   void survey(const T* x, const bool* negative, T* pooled, double& seen, double* mean, double* squares, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
+    survey(x, surveyed(negative, arena), pooled, seen, mean, squares, arena);
+    arena.rewind(mark);
+  }
+
+  // u: from `surveyed`
+  void survey(const T* x, const T* u, T* pooled, double& seen, double* mean, double* squares, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
     const int64_t padded = up(c_.outputs, kLanes);
-    T* const u = transform(false, arena);
-    for (int64_t o = 0; o < c_.outputs; ++o)
-      for (int64_t row = 0; negative[o] && row < kPoints * c_.inputs; ++row) u[row * padded + o] = -u[row * padded + o];
     Winograd<T> p = divided(c_);
     p.x = x, p.u = u, p.pooled = pooled;
     const int64_t groups = share(p.images * p.tile_rows * p.tile_columns, p.group);
@@ -100,13 +123,32 @@ class WinogradConvolution {
   // weight += scale times the weight's gradient
   void add_weight_gradient(const T* x, const T* gy, T scale, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
-    Winograd<T> p = in_slabs<Winograd>();
-    p.x = x, p.gy = gy;
-    p.du = arena.take<T>(p.slabs * kPoints * p.inputs * p.padded_outputs);
-    run_slabs(p, winograd_kernels<T>().gradient, 1, arena);
-    add(p.du, p.slabs, scale);
+    Sums sums = take_sums(arena);
+    add_part(x, gy, sums, arena);
+    add(sums.du, sums.slabs, scale);
     arena.rewind(mark);
   }
+
+  // What the weight's gradient is made of, summed over parts of the images: the first part has the most.
+  struct Sums {
+    T* du;
+    int64_t slabs;
+    bool any;  // whether there is a part yet
+  };
+  Sums take_sums(Arena& arena) const {
+    const Winograd<T> p = in_slabs<Winograd>();
+    return {arena.take<T>(p.slabs * kPoints * p.inputs * p.padded_outputs), p.slabs, false};
+  }
+  void add_part(const T* x, const T* gy, Sums& sums, Arena& arena) const {
+    const Arena::Mark mark = arena.mark();
+    Winograd<T> p = in_slabs<Winograd>();
+    p.x = x, p.gy = gy, p.du = sums.du, p.more = sums.any;
+    run_slabs(p, winograd_kernels<T>().gradient, 1, arena);
+    sums.any = true;
+    arena.rewind(mark);
+  }
+  // weight += the gradient that the parts make
+  void add_sums(const Sums& sums) const { add(sums.du, sums.slabs, T(1)); }
 
   // The gradient's derivative is added to this weight, and `scale` times the gradient to that of `slope` unless it is null.
   void add_weight_gradient(const T* x, const T* x_dot, const T* gy, const T* gy_dot, const WinogradConvolution* slope,
@@ -163,7 +205,12 @@ class WinogradConvolution {
     return w;
   }
 
-  T* transform(bool turned, Arena& arena) const {
+  const T* transform(bool turned, Arena& arena) const {
+    const T* const ready = turned ? turned_ : u_;
+    return ready != nullptr ? ready : made(turned, arena);
+  }
+
+  T* made(bool turned, Arena& arena) const {
     const int64_t rows = turned ? c_.outputs : c_.inputs;
     WinogradWeight<T> w = describe(turned);
     w.u = arena.take<T>(kPoints * rows * w.padded);
@@ -222,6 +269,7 @@ class WinogradConvolution {
   Convolution c_;
   T* weight_;
   int64_t strides_[4];
+  const T *u_ = nullptr, *turned_ = nullptr;  // of `prepare`
 };
 
 }  // namespace lk

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from lambda_kernels import use_backend
 from lambda_kernels.agreement import within
+from lambda_kernels.backends import Native
 from lambda_maml import LambdaMAML, adapt, adapt_tasks
+from lambda_maml.inner import batch
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), needs_native]
 
@@ -67,6 +69,31 @@ def test_the_steps_are_one_node_for_one_task_and_for_many(pattern: str) -> None:
     )  # fmt: skip
     assert "_StepsBackward" in nodes(many)
     torch.testing.assert_close(many[1], learner(xq), **within(torch.float64, "steps"))
+
+
+@pytest.mark.parametrize("pattern", ["11111", "00011"])
+def test_tasks_that_do_not_fit_the_cache_together_are_one_call_all_the_same(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Inside it each thread takes whole tasks, and goes through one after another.
+    tasks: list[int] = []
+    steps, passes = Native.steps, Native.logits
+
+    def noted_steps(self: Native, x: Tensor, *args: Any) -> Any:
+        tasks.append(len(x))
+        return steps(self, x, *args)
+
+    def noted_passes(self: Native, x: Tensor, *args: Any) -> Any:
+        tasks.append(len(x))
+        return passes(self, x, *args)
+
+    monkeypatch.setattr(batch, "_values_at_once", lambda device: 1)
+    monkeypatch.setattr(Native, "steps", noted_steps)
+    monkeypatch.setattr(Native, "logits", noted_passes)
+    xs, ys, xq, _ = CONV4.task()
+    many = [t.expand(3, *t.shape) for t in (xs, ys, xq)]
+    adapt_tasks(own_conv4(CONV4.network), *many, pattern=pattern, steps=2, second_order=True)
+    assert tasks == [3] * (2 if pattern == "11111" else 3)  # with a frozen prefix it is a pass of its own
 
 
 @pytest.mark.parametrize("pattern", ["11111", "00011"])

@@ -3,68 +3,91 @@
 namespace lk {
 namespace LK_ISA {
 
-// Where the places of a window (pool 2), or four neighbours in a row (pool 1), lie in x, from the first one's patch.
-template <typename T, int P>
-static inline void place_offsets(const ImageBlock<T>& p, int64_t here, int64_t last, int64_t* offset) {
+// Sums of a window's, or of four neighbours', places that go together: enough that none waits for the one before it.
+constexpr int kSums = kVectorBytes == 64 ? 16 : 8;
+
+// a += the convolution at four places of each of G windows (P = 2) or fours of neighbours (P = 1), from the j-th on in the
+// row at x, for N vectors of outputs from `first` on. Beyond the `last` neighbour it is that of the last one again.
+template <typename T, int P, int N, int G>
+static inline void convolve_places(const ImageBlock<T>& p, const T* x, int64_t j, int64_t last, int64_t first,
+                                   Values<T> (&a)[4 * G][N]) {
+  constexpr int64_t L = Vector<T>::kLanes;
   const int64_t right = p.stride_x * p.inputs, down = p.stride_y * p.width * p.inputs;
-  for (int i = 0; i < 4; ++i) {
+  int64_t offset[4 * G];
+  for (int i = 0; i < 4 * G; ++i) {
     if (P == 2)
-      offset[i] = i / 2 * down + i % 2 * right;
+      offset[i] = i / 2 % 2 * down + (i / 4 * 2 + i % 2) * right;
     else
-      offset[i] = (here + i < last ? i : last - 1 - here) * right;  // beyond the row's end its last place again
+      offset[i] = (j + i < last ? i : last - 1 - j) * right;
+  }
+  const T* corner = x + j * P * right;
+  for (int64_t k = 0; k < p.taps; ++k) {
+    const T* at = corner + p.offsets[k];
+    const T* w = p.weight + k * p.padded_outputs + first;
+    for (int i = 0; i < 4 * G; ++i) {
+      const T value = at[offset[i]];
+      for (int v = 0; v < N; ++v) a[i][v] += value * load(w + v * L);
+    }
   }
 }
 
-// `N` vectors of outputs from `first` on, of the row of y that begins at x and y.
-template <typename T, int P, int N>
-static inline void apply_row(const ImageBlock<T>& p, const T* x, T* y, uint8_t* index, int64_t first) {
+// f(windows or fours of neighbours that go together, the first place of them) over a row of y.
+template <int P, int N, typename F>
+static inline void each_window(int64_t columns, const F& f) {
+  constexpr int kTogether = kSums / (4 * N), kStep = P == 2 ? 1 : 4;
+  int64_t j = 0;
+  for (; kTogether > 1 && j + kTogether * kStep <= columns; j += kTogether * kStep) f(Number<kTogether>{}, j);
+  for (; j < columns; j += kStep) f(Number<1>{}, j);
+}
+
+// f(vectors that go together, the first output of them) over a place's outputs.
+template <typename T, typename F>
+static inline void each_output(int64_t outputs, const F& f) {
+  constexpr int64_t L = Vector<T>::kLanes;
+  int64_t first = 0;
+  if (kSums == 16)
+    for (; first + 3 * L < outputs; first += 4 * L) f(Number<kSums / 4>{}, first);
+  for (; first + L < outputs; first += 2 * L) f(Number<2>{}, first);
+  for (; first < outputs; first += L) f(Number<1>{}, first);
+}
+
+// G windows' N vectors of outputs, in the row of y that begins at x and y.
+template <typename T, int P, int N, int G>
+static inline void apply_windows(const ImageBlock<T>& p, const T* x, T* y, uint8_t* index, int64_t first, int64_t j) {
   using V = Values<T>;
   constexpr int64_t L = Vector<T>::kLanes;
-  constexpr int64_t kStep = P == 2 ? 1 : 4;
-  for (int64_t j = 0; j < p.columns; j += kStep) {
-    int64_t offset[4];
-    place_offsets<T, P>(p, j, p.columns, offset);
-    const T* corner = x + j * P * p.stride_x * p.inputs;
-    V a[4][N];
-    for (int v = 0; v < N; ++v)
-      for (int i = 0; i < 4; ++i) a[i][v] = -load(p.mean + first + v * L);
-    for (int64_t k = 0; k < p.taps; ++k) {
-      const T* at = corner + p.offsets[k];
-      const T* w = p.weight + k * p.padded_outputs + first;
-      for (int i = 0; i < 4; ++i) {
-        const T value = at[offset[i]];
-        for (int v = 0; v < N; ++v) a[i][v] += value * load(w + v * L);
+  V a[4 * G][N];
+  for (int v = 0; v < N; ++v)
+    for (int i = 0; i < 4 * G; ++i) a[i][v] = -load(p.mean + first + v * L);
+  convolve_places<T, P, N, G>(p, x, j, p.columns, first, a);
+  for (int v = 0; v < N; ++v) {
+    const V scale = load(p.scale + first + v * L), beta = load(p.beta + first + v * L);
+    const int64_t count = p.outputs - first - v * L;  // that are no padding
+    for (int i = 0; i < 4 * G; ++i) a[i][v] = a[i][v] * scale + beta;
+    for (int i = 0; i < (P == 2 ? G : 4 * G); ++i) {
+      if (P == 1 && j + i >= p.columns) break;
+      V best = a[i * P * P][v];
+      auto place = best != best;
+      place ^= place;
+      if (P == 2) {
+        for (int other = 1; other < 4; ++other) {
+          const V b = a[i * 4 + other][v];
+          const auto higher = (b > best) | (b != b);  // a NaN is a maximum, as in torch
+          best = higher ? b : best;
+          place = higher ? place * 0 + other : place;
+        }
       }
-    }
-    for (int v = 0; v < N; ++v) {
-      const V scale = load(p.scale + first + v * L), beta = load(p.beta + first + v * L);
-      const int64_t count = p.outputs - first - v * L;  // that are no padding
-      for (int i = 0; i < 4; ++i) a[i][v] = a[i][v] * scale + beta;
-      for (int i = 0; i < (P == 2 ? 1 : 4); ++i) {
-        if (P == 1 && j + i >= p.columns) break;
-        V best = a[i][v];
-        auto place = best != best;
-        place ^= place;
-        if (P == 2) {
-          for (int other = 1; other < 4; ++other) {
-            const V b = a[other][v];
-            const auto higher = (b > best) | (b != b);  // a NaN is a maximum, as in torch
-            best = higher ? b : best;
-            place = higher ? place * 0 + other : place;
-          }
-        }
-        const auto shut = best <= V{};
-        place = shut ? place * 0 + P * P : place;
-        best = best < V{} ? V{} : best;
-        const Bytes<T> bytes = __builtin_convertvector(place, Bytes<T>);
-        T* to = y + (j + i) * p.outputs + first + v * L;
-        uint8_t* at = index + (j + i) * p.outputs + first + v * L;
-        if (count >= L) {
-          *reinterpret_cast<V*>(to) = best;
-          *reinterpret_cast<Bytes<T>*>(at) = bytes;
-        } else {
-          for (int64_t c = 0; c < count; ++c) to[c] = best[c], at[c] = bytes[c];
-        }
+      const auto shut = best <= V{};
+      place = shut ? place * 0 + P * P : place;
+      best = best < V{} ? V{} : best;
+      const Bytes<T> bytes = __builtin_convertvector(place, Bytes<T>);
+      T* to = y + (j + i) * p.outputs + first + v * L;
+      uint8_t* at = index + (j + i) * p.outputs + first + v * L;
+      if (count >= L) {
+        *reinterpret_cast<V*>(to) = best;
+        *reinterpret_cast<Bytes<T>*>(at) = bytes;
+      } else {
+        for (int64_t c = 0; c < count; ++c) to[c] = best[c], at[c] = bytes[c];
       }
     }
   }
@@ -72,16 +95,16 @@ static inline void apply_row(const ImageBlock<T>& p, const T* x, T* y, uint8_t* 
 
 template <typename T, int P>
 static void apply_images(const ImageBlock<T>& p, int64_t begin, int64_t end) {
-  constexpr int64_t L = Vector<T>::kLanes;
-  constexpr int kMost = kVectorBytes == 64 ? 4 : 2;  // 4 places of so many vectors fill the registers
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.rows, row = item % p.rows;
     const T* x = p.x + (image * p.height + row * P * p.stride_y) * p.width * p.inputs;
     T* y = p.y + item * p.columns * p.outputs;
     uint8_t* index = p.index + item * p.columns * p.outputs;
-    int64_t first = 0;
-    for (; first + (kMost - 1) * L < p.outputs; first += kMost * L) apply_row<T, P, kMost>(p, x, y, index, first);
-    for (; first < p.outputs; first += L) apply_row<T, P, 1>(p, x, y, index, first);
+    each_output<T>(p.outputs, [&](auto vectors, int64_t first) {
+      each_window<P, vectors.value>(p.columns, [&](auto windows, int64_t j) {
+        apply_windows<T, P, vectors.value, windows.value>(p, x, y, index, first, j);
+      });
+    });
   }
 }
 
@@ -93,57 +116,39 @@ static void image_apply(const ImageBlock<T>& p, int64_t begin, int64_t end) {
     apply_images<T, 1>(p, begin, end);
 }
 
-// `N` vectors of outputs from `first` on, at the places that the row's index tells.
-template <typename T, int P, int N>
-static inline void follow_row(const ImageBlock<T>& p, const T* x, T* y, const uint8_t* index, int64_t first) {
+// As apply_windows, at the places that the row's index tells.
+template <typename T, int P, int N, int G>
+static inline void follow_windows(const ImageBlock<T>& p, const T* x, T* y, const uint8_t* index, int64_t first, int64_t j) {
   using V = Values<T>;
   constexpr int64_t L = Vector<T>::kLanes;
-  constexpr int64_t kStep = P == 2 ? 1 : 4;
-  for (int64_t j = 0; j < p.columns; j += kStep) {
-    int64_t offset[4];
-    place_offsets<T, P>(p, j, p.columns, offset);
-    const T* corner = x + j * P * p.stride_x * p.inputs;
-    V a[4][N];
-    for (int v = 0; v < N; ++v)
-      for (int i = 0; i < 4; ++i) a[i][v] = load(p.beta + first + v * L) - load(p.mean + first + v * L);
-    for (int64_t k = 0; k < p.taps; ++k) {
-      const T* at = corner + p.offsets[k];
-      const T* w = p.weight + k * p.padded_outputs + first;
-      for (int i = 0; i < 4; ++i) {
-        const T value = at[offset[i]];
-        for (int v = 0; v < N; ++v) a[i][v] += value * load(w + v * L);
-      }
-    }
-    for (int v = 0; v < N; ++v) {
-      const int64_t count = p.outputs - first - v * L;  // that are no padding
-      for (int i = 0; i < (P == 2 ? 1 : 4); ++i) {
-        if (P == 1 && j + i >= p.columns) break;
-        const uint8_t* at = index + (j + i) * p.outputs + first + v * L;
-        V place = {};
-        if (count >= L)
-          place = __builtin_convertvector(*reinterpret_cast<const Bytes<T>*>(at), V);
-        else
-          for (int64_t c = 0; c < count; ++c) place[c] = T(at[c]);
-        V value = place == V{} ? a[i][v] : V{};
-        for (int other = 1; P == 2 && other < 4; ++other) value = place == V{} + T(other) ? a[other][v] : value;
-        store(y + (j + i) * p.outputs + first + v * L, value, count);
-      }
+  V a[4 * G][N];
+  for (int v = 0; v < N; ++v)
+    for (int i = 0; i < 4 * G; ++i) a[i][v] = load(p.beta + first + v * L) - load(p.mean + first + v * L);
+  convolve_places<T, P, N, G>(p, x, j, p.columns, first, a);
+  for (int v = 0; v < N; ++v) {
+    const int64_t count = p.outputs - first - v * L;  // that are no padding
+    for (int i = 0; i < (P == 2 ? G : 4 * G); ++i) {
+      if (P == 1 && j + i >= p.columns) break;
+      const auto place = load_bytes<T>(index + (j + i) * p.outputs + first + v * L, count);
+      V value = place == 0 ? a[i * P * P][v] : V{};
+      for (int other = 1; P == 2 && other < 4; ++other) value = place == other ? a[i * 4 + other][v] : value;
+      store(y + (j + i) * p.outputs + first + v * L, value, count);
     }
   }
 }
 
 template <typename T, int P>
 static void follow_images(const ImageBlock<T>& p, int64_t begin, int64_t end) {
-  constexpr int64_t L = Vector<T>::kLanes;
-  constexpr int kMost = kVectorBytes == 64 ? 4 : 2;  // 4 places of so many vectors fill the registers
   for (int64_t item = begin; item < end; ++item) {
     const int64_t image = item / p.rows, row = item % p.rows;
     const T* x = p.x + (image * p.height + row * P * p.stride_y) * p.width * p.inputs;
     T* y = p.y + item * p.columns * p.outputs;
     const uint8_t* index = p.index + item * p.columns * p.outputs;
-    int64_t first = 0;
-    for (; first + (kMost - 1) * L < p.outputs; first += kMost * L) follow_row<T, P, kMost>(p, x, y, index, first);
-    for (; first < p.outputs; first += L) follow_row<T, P, 1>(p, x, y, index, first);
+    each_output<T>(p.outputs, [&](auto vectors, int64_t first) {
+      each_window<P, vectors.value>(p.columns, [&](auto windows, int64_t j) {
+        follow_windows<T, P, vectors.value, windows.value>(p, x, y, index, first, j);
+      });
+    });
   }
 }
 
@@ -174,40 +179,27 @@ static inline void survey_rows(const ImageBlock<T>& p, const T* x, int64_t out_r
   constexpr int64_t L = Vector<T>::kLanes;
   V sum[N] = {}, square[N] = {};
   const int64_t right = p.stride_x * p.inputs, down = p.stride_y * p.width * p.inputs;
-  int64_t windows = out_rows == P ? p.columns : 0;
-  constexpr int64_t kStep = P == 2 ? 1 : 4;
-  for (int64_t j = 0; j < windows; j += kStep) {
-    int64_t offset[4];
-    place_offsets<T, P>(p, j, windows, offset);
-    const T* corner = x + j * P * right;
-    V z[4][N] = {};
-    for (int64_t k = 0; k < p.taps; ++k) {
-      const T* at = corner + p.offsets[k];
-      const T* w = p.weight + k * p.padded_outputs + first;
-      for (int i = 0; i < 4; ++i) {
-        const T value = at[offset[i]];
-        for (int v = 0; v < N; ++v) z[i][v] += value * load(w + v * L);
+  const int64_t columns = out_rows == P ? p.columns : 0;
+  each_window<P, N>(columns, [&](auto windows, int64_t j) {
+    constexpr int G = windows.value;
+    V z[4 * G][N] = {};
+    convolve_places<T, P, N, G>(p, x, j, columns, first, z);
+    for (int v = 0; v < N; ++v)
+      for (int i = 0; i < (P == 2 ? G : 4 * G); ++i) {
+        if (P == 1 && j + i >= columns) break;
+        V best = z[i * P * P][v];
+        for (int place = 0; place < P * P; ++place) {
+          const V value = z[i * P * P + place][v];
+          sum[v] += value;
+          square[v] += value * value;
+          best = value > best ? value : best;
+        }
+        store(y + (j + i) * p.outputs + first + v * L, best, p.outputs - first - v * L);
       }
-    }
-    for (int v = 0; v < N; ++v) {
-      T* const to = y + j * p.outputs + first + v * L;
-      const int64_t count = p.outputs - first - v * L;
-      V best = z[0][v];
-      for (int i = 0; i < 4; ++i) {
-        if (P == 1 && j + i >= windows) break;
-        sum[v] += z[i][v];
-        square[v] += z[i][v] * z[i][v];
-        if (P == 2)
-          best = z[i][v] > best ? z[i][v] : best;
-        else
-          store(to + i * p.outputs, z[i][v], count);
-      }
-      if (P == 2) store(to, best, count);
-    }
-  }
+  });
   // Places that no whole window covers.
   for (int64_t i = 0; i < out_rows; ++i)
-    for (int64_t j = windows * P; j < p.out_columns; ++j) {
+    for (int64_t j = columns * P; j < p.out_columns; ++j) {
       V z[N];
       convolve<T, N>(p, x + i * down + j * right, first, z);
       for (int v = 0; v < N; ++v) sum[v] += z[v], square[v] += z[v] * z[v];
@@ -221,8 +213,6 @@ static inline void survey_rows(const ImageBlock<T>& p, const T* x, int64_t out_r
 
 template <typename T, int P>
 static void survey_images(const ImageBlock<T>& p, int64_t begin, int64_t end) {
-  constexpr int64_t L = Vector<T>::kLanes;
-  constexpr int kMost = kVectorBytes == 64 ? 4 : 2;
   const int64_t bands = (p.out_rows + P - 1) / P, items = p.images * bands;
   for (int64_t slab = begin; slab < end; ++slab) {
     double* sums = p.partial + slab * 2 * p.padded_outputs;
@@ -232,9 +222,8 @@ static void survey_images(const ImageBlock<T>& p, int64_t begin, int64_t end) {
       const int64_t rows = p.out_rows - band * P < P ? p.out_rows - band * P : P;
       const T* x = p.x + (image * p.height + band * P * p.stride_y) * p.width * p.inputs;
       T* y = p.y + (image * p.rows + band) * p.columns * p.outputs;
-      int64_t first = 0;
-      for (; first + (kMost - 1) * L < p.outputs; first += kMost * L) survey_rows<T, P, kMost>(p, x, rows, y, first, sums);
-      for (; first < p.outputs; first += L) survey_rows<T, P, 1>(p, x, rows, y, first, sums);
+      each_output<T>(p.outputs,
+                     [&](auto vectors, int64_t first) { survey_rows<T, P, vectors.value>(p, x, rows, y, first, sums); });
     }
   }
 }
@@ -247,71 +236,93 @@ static void image_survey(const ImageBlock<T>& p, int64_t begin, int64_t end) {
     survey_images<T, 1>(p, begin, end);
 }
 
-// A row's sums of g patch for kImageTaps taps from `tap` on, and of g, for N vectors of outputs.
-template <typename T, int P, int N>
-static inline void reduce_row(const ImageBlock<T>& p, const T* x, const T* gy, const uint8_t* index, int64_t tap,
-                              int64_t first, double* sums, double* total) {
-  using V = Values<T>;
+// Adds sums over a row, of the taps from `tap` on and of g (with the first ones alone), to those in double.
+template <typename T>
+static inline void add_row(const ImageBlock<T>& p, const Values<T> (&a)[kImageTaps], Values<T> all, int64_t tap,
+                           int64_t first, double* sums) {
   constexpr int64_t L = Vector<T>::kLanes;
+  double *const own = sums + tap * p.padded_outputs + first, *const total = sums + p.padded_taps * p.padded_outputs + first;
+  for (int k = 0; k < kImageTaps; ++k)
+    for (int64_t c = 0; c < L; ++c) own[k * p.padded_outputs + c] += double(a[k][c]);
+  if (tap == 0)
+    for (int64_t c = 0; c < L; ++c) total[c] += double(all[c]);
+}
+
+// A row's sums of g patch for kImageTaps taps from `tap` on, and of g, for a vector of outputs.
+template <typename T, int P>
+static inline void reduce_row(const ImageBlock<T>& p, const T* x, const T* gy, const uint8_t* index, int64_t tap,
+                              int64_t first, double* sums) {
+  using V = Values<T>;
   constexpr int kPlaces = P * P;
-  V a[kImageTaps][N] = {}, all[N] = {};
+  V a[kImageTaps] = {}, all = {};
   const int64_t right = p.stride_x * p.inputs, down = p.stride_y * p.width * p.inputs;
+  const int64_t count = p.outputs - first;
   for (int64_t j = 0; j < p.columns; ++j) {
     const T* corner = x + j * P * right;
-    V g[kPlaces][N];
-    for (int v = 0; v < N; ++v) {
-      const T* from = gy + j * p.outputs + first + v * L;
-      const uint8_t* at = index + j * p.outputs + first + v * L;
-      V value = {}, place = {};
-      const int64_t count = p.outputs - first - v * L;
-      if (count >= L) {
-        value = load(from);
-        place = __builtin_convertvector(*reinterpret_cast<const Bytes<T>*>(at), V);
-      } else {
-        for (int64_t c = 0; c < count; ++c) value[c] = from[c], place[c] = T(at[c]);
-      }
-      for (int i = 0; i < kPlaces; ++i) {
-        g[i][v] = place == V{} + T(i) ? value : V{};
-        all[v] += g[i][v];
-      }
+    const V value = load(gy + j * p.outputs + first, count);
+    const auto place = load_bytes<T>(index + j * p.outputs + first, count);
+    V g[kPlaces];
+    for (int i = 0; i < kPlaces; ++i) {
+      g[i] = place == i ? value : V{};
+      all += g[i];
     }
+#pragma GCC unroll 9
     for (int k = 0; k < kImageTaps; ++k) {
       const T* at = corner + p.offsets[tap + k];
-      for (int i = 0; i < kPlaces; ++i) {
-        const T value = at[i / P * down + i % P * right];
-        for (int v = 0; v < N; ++v) a[k][v] += value * g[i][v];
-      }
+      for (int i = 0; i < kPlaces; ++i) a[k] += at[i / P * down + i % P * right] * g[i];
     }
   }
-  for (int v = 0; v < N; ++v) {
-    for (int k = 0; k < kImageTaps; ++k)
-      for (int64_t c = 0; c < L; ++c) sums[k * p.padded_outputs + first + v * L + c] += double(a[k][v][c]);
-    if (tap == 0)
-      for (int64_t c = 0; c < L; ++c) total[first + v * L + c] += double(all[v][c]);
+  add_row(p, a, all, tap, first, sums);
+}
+
+// The same for a dense convolution of 3x3 pixels and windows of 2x2, whose rows of 4 pixels fit a vector: one product per
+// tap, of the pixel at the maximum.
+template <typename T>
+static inline void reduce_picked(const ImageBlock<T>& p, const T* x, const T* gy, const uint8_t* index, int64_t tap,
+                                 int64_t first, double* sums) {
+  using V = Values<T>;
+  constexpr int kRows = 4;
+  V a[kImageTaps], all = {};
+#pragma GCC unroll 9
+  for (int k = 0; k < kImageTaps; ++k) a[k] = V{};
+  const int64_t C = p.inputs, step = p.width * C, count = p.outputs - first;
+  const auto below = int(Vector<T>::kLanes), right = int(C), channel = int(tap / kImageTaps);
+  for (int64_t j = 0; j < p.columns; ++j) {
+    V rows[kRows];
+    for (int i = 0; i < kRows; ++i) rows[i] = load(x + i * step + 2 * j * C);
+    const auto place = load_bytes<T>(index + j * p.outputs + first, count);
+    const V g = place < 4 ? load(gy + j * p.outputs + first, count) : V{};
+    all += g;
+    auto lane = (-(place & 1) & right) + (-((place & 2) >> 1) & below) + channel;
+    for (int column = 0; column < 3; ++column, lane += right)
+      for (int row = 0; row < 3; ++row) a[row * 3 + column] += pick<T>(rows[row], rows[row + 1], lane) * g;
   }
+  add_row(p, a, all, tap, first, sums);
 }
 
 template <typename T, int P>
 static void reduce_images(const ImageBlock<T>& p, int64_t begin, int64_t end) {
   constexpr int64_t L = Vector<T>::kLanes;
-  constexpr int kMost = kVectorBytes == 64 ? 2 : 1;
+  const bool picked = kPicks && P == 2 && p.dense && p.kernel_y == 3 && p.kernel_x == 3 && 4 * p.inputs <= L;
   const int64_t items = p.images * p.rows;
   for (int64_t slab = begin; slab < end; ++slab) {
     double* sums = p.partial + slab * (p.padded_taps + 1) * p.padded_outputs;
-    double* total = sums + p.padded_taps * p.padded_outputs;
     for (int64_t i = 0; i < (p.padded_taps + 1) * p.padded_outputs; ++i) sums[i] = 0.0;
     for (int64_t item = items * slab / p.slabs; item < items * (slab + 1) / p.slabs; ++item) {
       const int64_t image = item / p.rows, row = item % p.rows;
       const T* x = p.x + (image * p.height + row * P * p.stride_y) * p.width * p.inputs;
       const T* gy = p.gy + item * p.columns * p.outputs;
       const uint8_t* index = p.index + item * p.columns * p.outputs;
-      for (int64_t tap = 0; tap < p.padded_taps; tap += kImageTaps) {
-        double* own = sums + tap * p.padded_outputs;
-        int64_t first = 0;
-        for (; first + (kMost - 1) * L < p.outputs; first += kMost * L)
-          reduce_row<T, P, kMost>(p, x, gy, index, tap, first, own, total);
-        for (; first < p.outputs; first += L) reduce_row<T, P, 1>(p, x, gy, index, tap, first, own, total);
-      }
+      for (int64_t tap = 0; tap < p.padded_taps; tap += kImageTaps)
+        for (int64_t first = 0; first < p.outputs; first += L) {
+          if constexpr (kPicks) {
+            if (picked) {
+              reduce_picked(p, x, gy, index, tap, first, sums);
+              continue;
+            }
+          }
+          reduce_row<T, P>(p, x, gy, index, tap, first, sums);
+        }
     }
   }
 }

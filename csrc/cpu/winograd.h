@@ -25,6 +25,7 @@ struct Winograd {
   T* pooled;  // in place of y: [images, rows / 2, columns / 2, outputs], its maxima in windows of 2 x 2
   double* partial;  // with pooled: [groups, 3, padded_outputs]: mean of y, sum of squares around it, number of pixels
   T* du;  // [slabs, 16, inputs, padded_outputs], of the weight's gradient
+  bool more;  // gradient: to add to du, in place of setting it
 };
 
 // The same with derivatives along a direction: of x, u and gy (null for zeros) to those of y and du.

@@ -208,7 +208,7 @@ static void winograd_gradient(const Winograd<T>& p, int64_t begin, int64_t end, 
   T* const gradients = scratch + kPoints * from;
   for (int64_t slab = begin; slab < end; ++slab) {
     T* const du = p.du + slab * kPoints * C * p.padded_outputs;
-    bool add = false;
+    bool add = p.more;
     for (int64_t group = groups * slab / p.slabs; group < groups * (slab + 1) / p.slabs; ++group, add = true) {
       const int64_t first = group * p.group, count = tiles - first < p.group ? tiles - first : p.group;
       transform_images(p, p.x, first, count, scratch);

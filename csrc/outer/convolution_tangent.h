@@ -33,6 +33,17 @@ struct ConvolutionTangent {
   virtual void weight_gradient(Dual<const T> x, Dual<const T> dz, T* to, T scale, T* to_dot, Arena& arena) = 0;
 };
 
+// The convolution of the same block, of parts of its images one after another, all with one weight: what is made of the
+// weight is made once, and what its gradient is made of may be summed over the parts.
+template <typename T>
+struct ConvolutionParts {
+  virtual ~ConvolutionParts() = default;
+  virtual void forward(int64_t images, const T* x, T* z, Arena& arena) = 0;
+  virtual void input_gradient(int64_t images, const T* dz, T* gx, Arena& arena) = 0;
+  virtual void weight_gradient(int64_t images, const T* x, const T* dz, Arena& arena) = 0;
+  virtual void finish() = 0;  // to += the gradient of all parts
+};
+
 template <typename T>
 class WinogradTangentConvolution : public ConvolutionTangent<T> {
  public:
@@ -65,6 +76,31 @@ class WinogradTangentConvolution : public ConvolutionTangent<T> {
 
   Convolution c_;
   int64_t strides_[4];
+};
+
+template <typename T>
+class WinogradParts : public ConvolutionParts<T> {
+ public:
+  // c: of the first part, which is the largest; to: where the weight's gradient goes, or null
+  WinogradParts(const Convolution& c, const T* weight, T* to, Arena& arena)
+      : strides_{c.inputs * 9, 9, 3, 1}, filter_(c, const_cast<T*>(weight), strides_), gradient_(c, to, strides_) {
+    filter_.prepare(arena);
+    if (to != nullptr) sums_ = gradient_.take_sums(arena);
+  }
+
+  void forward(int64_t images, const T* x, T* z, Arena& arena) override { filter_.part(images).forward(x, z, arena); }
+  void input_gradient(int64_t images, const T* dz, T* gx, Arena& arena) override {
+    filter_.part(images).input_gradient(dz, gx, arena);
+  }
+  void weight_gradient(int64_t images, const T* x, const T* dz, Arena& arena) override {
+    gradient_.part(images).add_part(x, dz, sums_, arena);
+  }
+  void finish() override { gradient_.add_sums(sums_); }
+
+ private:
+  int64_t strides_[4];
+  WinogradConvolution<T> filter_, gradient_;
+  typename WinogradConvolution<T>::Sums sums_{};
 };
 
 template <typename T>
@@ -125,6 +161,43 @@ class LibraryTangentConvolution : public ConvolutionTangent<T> {
   Convolution c_;
   at::TensorOptions options_;
 };
+
+template <typename T>
+class LibraryParts : public ConvolutionParts<T> {
+ public:
+  LibraryParts(const Convolution& c, const T* weight, T* to, const at::TensorOptions& options)
+      : c_(c), options_(options), weight_(weight), to_(to) {}
+
+  void forward(int64_t images, const T* x, T* z, Arena& arena) override {
+    of(images).forward({x, nullptr}, {weight_, nullptr}, {z, nullptr}, arena);
+  }
+  void input_gradient(int64_t images, const T* dz, T* gx, Arena& arena) override {
+    of(images).input_gradient({dz, nullptr}, {weight_, nullptr}, {gx, nullptr}, arena);
+  }
+  void weight_gradient(int64_t images, const T* x, const T* dz, Arena& arena) override {
+    of(images).weight_gradient({x, nullptr}, {dz, nullptr}, to_, T(1), nullptr, arena);
+  }
+  void finish() override {}
+
+ private:
+  LibraryTangentConvolution<T> of(int64_t images) const {
+    Convolution part = c_;
+    part.images = images;
+    return {part, options_};
+  }
+
+  Convolution c_;
+  at::TensorOptions options_;
+  const T* weight_;
+  T* to_;
+};
+
+template <typename T>
+std::unique_ptr<ConvolutionParts<T>> convolution_parts(const Convolution& c, const T* weight, T* to,
+                                                       const at::TensorOptions& options, Arena& arena) {
+  if (WinogradConvolution<T>::takes(c)) return std::make_unique<WinogradParts<T>>(c, weight, to, arena);
+  return std::make_unique<LibraryParts<T>>(c, weight, to, options);
+}
 
 template <typename T>
 std::unique_ptr<ConvolutionTangent<T>> convolution_tangent(const Convolution& c, const at::TensorOptions& options) {

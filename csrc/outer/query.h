@@ -54,6 +54,9 @@ class QueryBlock {
       images_.emplace(c_, pool_, first.data, first.strides, arena);
       if (!is_filled) images_->moments(kept_.moments, arena);
       patches_.emplace(taps(), kept_.moments);
+      T* const mean = is_filled ? arena.take<T>(c_.outputs) : kept_.mean;
+      T* const rstd = is_filled ? arena.take<T>(c_.outputs) : kept_.rstd;
+      filters_ = images_->filters(now.weight, now.gamma, now.beta, *patches_, eps_, mean, rstd, arena);
       return;
     }
     sign_ = arena.take<T>(c_.outputs), size_ = arena.take<T>(c_.outputs);
@@ -86,8 +89,7 @@ class QueryBlock {
     if (keeps_y_) return {kept_.y + first * per_y(), kept_.index + first * per_y()};
     T* const y = arena.take<T>(count * per_y());
     uint8_t* const index = arena.take<uint8_t>(count * per_y());
-    T *const mean = arena.take<T>(c_.outputs), *const rstd = arena.take<T>(c_.outputs);
-    images_->part(first, count).block(now_.weight, now_.gamma, now_.beta, *patches_, eps_, y, index, mean, rstd, arena);
+    images_->part(first, count).apply(filters_, y, index);
     return {y, index};
   }
 
@@ -96,20 +98,17 @@ class QueryBlock {
   void forward(const X& x, Arena& arena) {
     const Arena::Mark mark = arena.mark();
     if (way_ == Way::kImages) {
-      if (keeps_y_)
-        images_->block(now_.weight, now_.gamma, now_.beta, *patches_, eps_, kept_.y, kept_.index, kept_.mean, kept_.rstd,
-                       arena);
-      else
-        made_norm(arena);
+      if (keeps_y_) images_->apply(filters_, kept_.y, kept_.index);
     } else if (way_ == Way::kPooled) {
       bool* const negative = arena.take<bool>(c_.outputs);
       double *const mean = arena.take<double>(c_.outputs), *const squares = arena.take<double>(c_.outputs), seen = 0.0;
       for (int64_t o = 0; o < c_.outputs; ++o) negative[o] = sign_[o] < T(0), mean[o] = squares[o] = 0.0;
+      const int64_t strides[] = {c_.inputs * 9, 9, 3, 1};
+      const WinogradConvolution<T> filter(c_, const_cast<T*>(now_.weight), strides);
+      const T* const u = filter.surveyed(negative, arena);
       each_part(
           [&](int64_t first, int64_t count) {
-            const int64_t strides[] = {c_.inputs * 9, 9, 3, 1};
-            const WinogradConvolution<T> filter(of(count), const_cast<T*>(now_.weight), strides);
-            filter.survey(x(first, count, arena), negative, kept_.z + first * per_y(), seen, mean, squares, arena);
+            filter.part(count).survey(x(first, count, arena), u, kept_.z + first * per_y(), seen, mean, squares, arena);
           },
           arena);
       for (int64_t o = 0; o < c_.outputs; ++o) {
@@ -119,12 +118,10 @@ class QueryBlock {
       const NormReluPool<T> p = norm(0, c_.images, true);
       over_threads(norm_relu_pool_kernels<T>().apply, p, p.images * p.height);
     } else {
-      each_part(
-          [&](int64_t first, int64_t count) {
-            convolution(count)->forward({x(first, count, arena), nullptr}, {now_.weight, nullptr},
-                                        {kept_.z + first * per_z(), nullptr}, arena);
-          },
-          arena);
+      const std::unique_ptr<ConvolutionParts<T>> filter = parts(nullptr, arena);
+      each_part([&](int64_t first,
+                    int64_t count) { filter->forward(count, x(first, count, arena), kept_.z + first * per_z(), arena); },
+                arena);
       NormReluPool<T> p = norm(0, c_.images, false);
       p.partial = arena.take<double>(p.images * p.slabs * 2 * c_.outputs);
       run_norm_relu_pool(p);
@@ -132,14 +129,17 @@ class QueryBlock {
     arena.rewind(mark);
   }
 
-  // A block by patches: slopes += the gradients by some images' gy, whose index is given.
-  void add_gradients(int64_t first, int64_t count, const T* gy, const uint8_t* index, const Parameters<T>& slopes,
-                     Arena& arena) const {
+  // A block by patches: values of the sums that its gradients are made of, what some images' gy, whose index is given,
+  // adds to them, and slopes += the gradients that they make.
+  int64_t sums() const { return images_->sums(); }
+  void add_sums(int64_t first, int64_t count, const T* gy, const uint8_t* index, double* to, Arena& arena) const {
+    images_->part(first, count).add_sums(gy, index, to, arena);
+  }
+  void add_gradients(double* sums, const Parameters<T>& slopes, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
     const int64_t O = c_.outputs;
     T *const weight = arena.take<T>(O * taps()), *const gamma = arena.take<T>(O), *const beta = arena.take<T>(O);
-    images_->part(first, count)
-        .block_grad(gy, now_.weight, now_.gamma, index, kept_.rstd, *patches_, weight, gamma, beta, arena);
+    images_->gradients(sums, now_.weight, now_.gamma, kept_.rstd, *patches_, weight, gamma, beta);
     add(slopes.weight, weight, O * taps()), add(slopes.gamma, gamma, O), add(slopes.beta, beta, O);
     arena.rewind(mark);
   }
@@ -161,10 +161,10 @@ class QueryBlock {
     if (slopes.weight == nullptr && !wants_x) return arena.rewind(mark);
     T *const mean = arena.take<T>(O), *const gamma_part = arena.take<T>(O), *const beta_part = arena.take<T>(O);
     for (int64_t o = 0; o < O; ++o) mean[o] = sign_[o] * kept_.mean[o];
+    const std::unique_ptr<ConvolutionParts<T>> filter = parts(slopes.weight, arena);
     each_part(
         [&](int64_t first, int64_t count) {
           const auto images = x(first, count, arena);
-          const std::unique_ptr<ConvolutionTangent<T>> filter = convolution(count);
           NormReluPool<T> part = norm(first, count, false);
           part.gy = gy + first * per_y(), part.dgamma = gamma_part, part.dbeta = beta_part;
           // `dense` takes averages over the part's images, whose sums these are not.
@@ -172,20 +172,21 @@ class QueryBlock {
           for (int64_t o = 0; o < O; ++o) gamma_part[o] = T(share * dgamma[o]), beta_part[o] = T(share * dbeta[o]);
           T* const dz = arena.take<T>(count * per_z());
           if (way_ == Way::kPooled) {
-            filter->forward({images, nullptr}, {now_.weight, nullptr}, {dz, nullptr}, arena);
+            filter->forward(count, images, dz, arena);
             part.z = dz, part.y = arena.take<T>(count * per_y()), part.index = arena.take<uint8_t>(count * per_y());
             part.mean = mean;
             over_threads(norm_relu_pool_kernels<T>().apply, part, count * (c_.rows / pool_));
           }
           part.dz = dz;  // in the place of z, each value after it was read
           over_threads(norm_relu_pool_kernels<T>().dense, part, count * ((c_.rows + pool_ - 1) / pool_));
-          filter->weight_gradient({images, nullptr}, {dz, nullptr}, slopes.weight, T(1), nullptr, arena);
+          if (slopes.weight != nullptr) filter->weight_gradient(count, images, dz, arena);
           if (!wants_x) return;
           T* const gx = to(first, count, arena);
-          filter->input_gradient({dz, nullptr}, {now_.weight, nullptr}, {gx, nullptr}, arena);
+          filter->input_gradient(count, dz, gx, arena);
           done(first, count, gx, arena);
         },
         arena);
+    if (slopes.weight != nullptr) filter->finish();
     arena.rewind(mark);
   }
 
@@ -200,8 +201,9 @@ class QueryBlock {
     part.images = count;
     return part;
   }
-  std::unique_ptr<ConvolutionTangent<T>> convolution(int64_t count) const {
-    return convolution_tangent<T>(of(count), options_);
+  // to: where the weight's gradient goes, or null
+  std::unique_ptr<ConvolutionParts<T>> parts(T* to, Arena& arena) const {
+    return convolution_parts<T>(of(part()), now_.weight, to, options_, arena);
   }
 
   template <typename F>
@@ -226,13 +228,6 @@ class QueryBlock {
     return p;
   }
 
-  // Mean and rstd of a block by patches whose y is not kept.
-  void made_norm(Arena& arena) {
-    T* const y = arena.take<T>(per_y());
-    uint8_t* const index = arena.take<uint8_t>(per_y());
-    images_->part(0, 1).block(now_.weight, now_.gamma, now_.beta, *patches_, eps_, y, index, kept_.mean, kept_.rstd, arena);
-  }
-
   static void add(T* to, const T* from, int64_t count) {
     for (int64_t i = 0; to != nullptr && i < count; ++i) to[i] += from[i];
   }
@@ -249,6 +244,7 @@ class QueryBlock {
   at::TensorOptions options_;
   std::optional<ImageConvolution<T>> images_;
   std::optional<Patches> patches_;
+  const T* filters_ = nullptr;  // of a block by patches
 };
 
 template <typename T>
@@ -305,11 +301,16 @@ class QueryChain {
       if (slopes[place] != nullptr) lowest = std::min(lowest, shape_.block_of(place));
     if (lowest == blocks && gx == nullptr) return;
     const T* g = head_ ? head_->input_gradient(arena).value : gradient;
+    double* sums = nullptr;  // of a first block by patches
+    if (lowest == 0 && !blocks_.empty() && blocks_[0].way() == Way::kImages) {
+      sums = arena.take<double>(blocks_[0].sums());
+      std::fill_n(sums, blocks_[0].sums(), 0.0);
+    }
     if (blocks == 0) std::copy_n(g, shape_.images * shape_.channels, gx);
     for (int64_t b = blocks - 1; b >= lowest; --b) {
       const QueryBlock<T>& block = blocks_[b];
       if (block.way() == Way::kImages) {
-        block.add_gradients(0, block.images(), g, block.made(0, block.images(), arena).index, parameters(slopes, 0), arena);
+        block.add_sums(0, block.images(), g, block.made(0, block.images(), arena).index, sums, arena);
         break;
       }
       // A first block by patches takes the gradient part by part.
@@ -328,12 +329,13 @@ class QueryChain {
             return at_once ? from.take<T>(count * block.per_x()) : below + first * block.per_x();
           },
           [&](int64_t first, int64_t count, const T* part, Arena& from) {
-            if (at_once) blocks_[0].add_gradients(first, count, part, index, parameters(slopes, 0), from);
+            if (at_once) blocks_[0].add_sums(first, count, part, index, sums, from);
           },
           arena);
       if (at_once) break;
       g = below;
     }
+    if (sums != nullptr) blocks_[0].add_gradients(sums, parameters(slopes, 0), arena);
   }
 
  private:

@@ -138,7 +138,8 @@ def _is_one_call(a: Adaptation, xs: Any, ys: Any, xq: Any) -> bool:
         return False
     if not chain.refusals(a, stretch, whole, xs, support):
         return True
-    return stretch.part.chain == whole and not outer.refusals(a, stretch, whole, xs, support)
+    # In second order a frozen prefix is one call too; the chain behind it takes whatever `whole` takes.
+    return (a.second_order or stretch.part.chain == whole) and not outer.refusals(a, stretch, whole, xs, support)
 
 
 def _values_at_once(device: torch.device) -> int:
