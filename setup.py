@@ -305,7 +305,7 @@ def build_command(torch: Any) -> type[build_ext]:
 def dependencies(torch: ModuleType | None) -> list[str]:
     """What the core needs. torch keeps its C++ interface within one minor version: that of the extension is named."""
     fits = "torch>=2.11" if torch is None else f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"
-    return [fits, "numpy>=1.26", "safetensors>=0.4.3"]
+    return [fits, "numpy>=1.26", "safetensors>=0.4.3", "msgspec>=0.19"]
 
 
 torch_module = find_torch()

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy
 import torch
 
@@ -107,7 +108,9 @@ def choices() -> dict[str, dict[str, dict[str, Any]]]:
     found = {}
     for i in range(torch.cuda.device_count()):
         table = backends.choices(torch.device("cuda", i))
-        found[f"cuda:{i}"] = {key: {**c._asdict(), "reason": c.reason} for key, c in sorted(table.choices.items())}
+        found[f"cuda:{i}"] = {
+            key: {**msgspec.structs.asdict(c), "reason": c.reason} for key, c in sorted(table.choices.items())
+        }
     return found
 
 

@@ -52,6 +52,8 @@ def test_wrong_settings() -> None:
 
 def test_wrong_support_sets() -> None:
     xs, ys, _, _ = CONV4.task()
+    for shape in ([3, 1, 1, 16, 16], [1, 3, 1, 16, 16]):  # the layers would take the first axis for tasks
+        wrong(r"expected images \[N, C, H, W\]: adapt_tasks", xs=xs[:1].expand(shape))
     wrong(r"N of at least 1 expected, got \[0, 1, 16, 16\]", xs=xs[:0], ys=ys[:0])
     wrong("batch_size|shape|match", Exception, xs=xs[:3])
     wrong("labels run from 0 to 2, the network's outputs from 0 to 1", ys=torch.tensor([0, 1, 2, 0]))

@@ -27,10 +27,8 @@ BELOW = {
     "neighbours": set(),
     "norms": {"_torch"},
     "agreement": set(),
-    "cache": set(),
-    "flat": set(),
-    "spec": set(),
-    "backends": {"_C", "_build", "_capture", "_say", "_torch", "agreement", "cache", "flat", "spec"},
+    **dict.fromkeys(("cache", "files", "flat", "spec"), set()),
+    "backends": {"_C", "_build", "_capture", "_say", "_torch", "agreement", "cache", "files", "flat", "spec"},
     "autograd": {"_torch", "backends", "spec"},
     "outer": {"_torch", "autograd", "backends", "spec"},
     "functional": {"_torch", "autograd", "backends", "spec"},
@@ -76,6 +74,7 @@ INSIDE = {
     "lambda_maml": {
         "data": {"progress"},
         "files": set(),
+        "forms": set(),
         "say": set(),
         "extras": set(),
         "stats": set(),
@@ -98,7 +97,8 @@ INSIDE = {
         "adapt": {"inner", "learner", "patterns", "places", "say", "solved"},
         "explain": {"inner", "learner", "patterns", "places", "solved"},
         "maml": {"inner", "learner", "patterns", "plan"},
-        "checkpoint": {"files", "models", "statistics"},
+        "settings": {"data"},
+        "checkpoint": {"files", "forms", "models", "settings", "statistics"},
         "ranks": set(),
         "signs": {"ranks"},
         "processes": {"ranks", "signs"},
@@ -107,8 +107,7 @@ INSIDE = {
         "choice": {"evaluate", "groups", "network", "patterns", "stats"},
         "goal": {"evaluate", "inner"},
         "plain_torch": {"adapt", "models", "patterns"},
-        "timing": {"adapt", "files", "inner", "models", "patterns", "plain_torch", "progress"},
-        "settings": {"data"},
+        "timing": {"adapt", "files", "forms", "inner", "models", "patterns", "plain_torch", "progress"},
         "run_tasks": {"data", "settings"},
         "stopping": set(),
         "ahead": set(),
@@ -118,26 +117,31 @@ INSIDE = {
         "learned_rates": {"checkpoint", "inner", "network", "settings"},
         "outer": {"adapt", "data", "evaluate", "inner", "maml", "schedule", "settings"},
         "parts": {"adapt", "data", "evaluate", "inner", "methods", "outer", "places", "schedule", "settings", "solved"},
-        "run_state": {"average", "checkpoint", "inner", "ranks", "settings"},
+        "run_state": {"average", "checkpoint", "forms", "inner", "ranks", "settings"},
         "train": {
             "ahead", "average", "checkpoint", "data", "evaluate", "files", "goal", "inner", "learned_rates", "lock",
-            "metrics", "models", "outer", "parts", "progress", "ranks", "run_state", "run_tasks", "schedule",
+            "metrics", "models", "outer", "parts", "progress", "ranks", "run_state", "run_tasks", "say", "schedule",
             "settings", "stopping",
         },
         "select": {
             "adapt", "choice", "data", "evaluate", "files", "goal", "inner", "models", "patterns", "plain_torch",
-            "progress", "ranks", "stats", "timing",
+            "progress", "ranks", "remembered_scores", "stats", "timing",
         },
+        "remembered_scores": {"checkpoint", "files", "forms"},
+        "pattern_json": {"files", "forms", "patterns"},
         "report": {"extras", "files", "patterns"},
         "": {"adapt", "data", "explain", "inner", "learner", "maml", "models", "patterns", "select", "timing"},
         "console": {"progress", "ranks"},
-        "cli_data": {"console", "data", "models", "ranks"},
-        "cli_train": {"cli_data", "console", "models", "processes", "ranks", "settings", "stopping", "train"},
-        "cli_export": {"checkpoint", "console", "export", "images", "learner", "onnx_file"},
+        "cli_types": set(),
+        "cli_data": {"cli_types", "console", "data", "models", "ranks"},
+        "cli_train": {
+            "cli_data", "cli_types", "console", "models", "processes", "ranks", "settings", "stopping", "train"
+        },
+        "cli_export": {"checkpoint", "cli_types", "console", "export", "images", "learner", "onnx_file"},
         "cli": {
-            "adapt", "checkpoint", "cli_data", "cli_export", "cli_train", "console", "data", "evaluate", "explain",
-            "files", "images", "inner", "learned_rates", "lock", "models", "patterns", "processes", "ranks", "report",
-            "select", "train",
+            "adapt", "checkpoint", "cli_data", "cli_export", "cli_train", "cli_types", "console", "data", "evaluate",
+            "explain", "files", "images", "inner", "learned_rates", "lock", "models", "pattern_json", "patterns",
+            "processes", "ranks", "report", "run_state", "select", "train",
         },
         "__main__": {"cli", "extras"},
     },
@@ -162,21 +166,9 @@ INSIDE = {
 }  # fmt: skip
 # The modules of lambda_kernels that the adapter may reach, beside the names of its top level.
 OPEN = {
-    "_say",
-    "_torch",
-    "agreement",
-    "evaluated",
-    "cache",
-    "chain",
-    "cuda_graph",
-    "flat",
-    "functional",
-    "info",
-    "layers",
-    "norms",
-    "outer",
-    "program",
-}
+    "_say", "_torch", "agreement", "evaluated", "cache", "files", "chain", "cuda_graph", "flat", "functional", "info",
+    "layers", "norms", "outer", "program"
+}  # fmt: skip
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:

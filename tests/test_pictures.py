@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +291,28 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_and_hardly_differs(tmp_path, mode
         want = shown(picture, mode, (30, 20))
     assert sizes == [(100, 80), (800, 640)] and whole.shape[:2] == (800, 640)
     assert abs(got.astype(int) - want).max() <= 2
+
+
+def test_a_picture_is_opened_as_what_its_ending_names(tmp_path):
+    """Pillow would hand PostScript to Ghostscript, whatever its name."""
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(ValueError, match="not a readable image: it is a PostScript file"):
+        read_picture(tmp_path / "x.png", "L")
+    Image.fromarray(GREY).save(tmp_path / "y.png")
+    (tmp_path / "y.png").rename(tmp_path / "y.jpg")
+    with pytest.raises(ValueError, match="it is a PNG picture: let its name end in .png"):
+        read_picture(tmp_path / "y.jpg", "L")
+    (tmp_path / "z.xyz").write_bytes(b"P5 1 1 255 a")  # a PGM, if it were asked for
+    with pytest.raises(ValueError, match="its format is unknown"):
+        read_picture(tmp_path / "z.xyz", "L")
+
+
+def test_a_pipe_is_no_picture_and_a_bomb_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="it is a pipe or a device"):
+        read_picture(tmp_path / "x.png", "L")
+    size = struct.pack(">IIBBBBB", 9500, 9500, 8, 0, 0, 0, 0)
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + size + struct.pack(">I", zlib.crc32(b"IHDR" + size))
+    (tmp_path / "y.png").write_bytes(head + struct.pack(">I", 10) + b"IDAT" + bytes(14))
+    with pytest.raises(ValueError, match="9500x9500|exceeds limit"):
+        read_picture(tmp_path / "y.png", "L")

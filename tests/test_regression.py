@@ -18,7 +18,7 @@ from lambda_maml import checkpoint, cli, models, select_pattern
 from lambda_maml.data.episodes import Task
 from lambda_maml.evaluate import evaluate
 from lambda_maml.goal import Goal
-from lambda_maml.select import read_selection
+from lambda_maml.pattern_json import read_selection
 from lambda_maml.train import BEST, Settings, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,8 +17,8 @@ from lambda_maml import Pattern, adapt, data, models, select_pattern
 from lambda_maml import report as reports
 from lambda_maml.choice import choose
 from lambda_maml.evaluate import evaluate
+from lambda_maml.pattern_json import read_selection
 from lambda_maml.plain_torch import disagreement, plain_adapt
-from lambda_maml.select import read_selection
 from lambda_maml.stats import mean_ci95, ratio_upper_bound95, t_quantile, upper_bound95
 from lambda_maml.timing import STOCK, Timing, interleave, measure_times, read_timings, timing_info
 
@@ -386,11 +386,14 @@ def test_report_names_the_front_and_writes_a_picture(tmp_path):
 
 @pytest.mark.parametrize(
     "change, words",
-    [({"schema": 2}, "schema is 2"), ({"candidates": "all"}, "candidates is 'all'"), ({"lr": None}, "lr is None"),
-     ({"lr": math.nan}, "lr is nan"), ({"full": {"pattern": "111"}}, "full.accuracy is missing"),
+    [({"schema": 2}, "schema is 2"), ({"candidates": "all"}, "candidates is 'all'"), ({"lr": None}, "lr is missing"),
+     ({"lr": math.nan}, "NaN, which is no finite number"), ({"full": {"pattern": "111"}}, "full.time_ms is missing"),
+     ({"steps": -5}, "steps is -5, expected int >= 1; select a pattern again"),
+     ({"stock_full": {"pattern": "111", "time_ms": -9.0}}, "stock_full.time_ms is -9.0, expected float > 0"),
+     ({"max_drop": "x" * 99}, "max_drop is '" + "x" * 59 + r"\.\.\., expected"), ({"norm": "maybe"}, "norm"),
      ({"test": {"tasks": 0, **dict.fromkeys(("full_accuracy", "chosen_accuracy", "drop", "drop_ci95")), "support": {}}},
-      "test.support.full_accuracy is missing"),
-     ({"candidates": [{}]}, r"candidates\[0\].pattern is missing"), ({"candidates": []}, "chosen is 011")],
+      r"test.support.\w+ is missing"),
+     ({"candidates": [{}]}, r"candidates\[0\].\w+ is missing"), ({"candidates": []}, "candidates")],
 )  # fmt: skip
 def test_a_report_of_another_form_is_refused(tmp_path, change, words):
     path = tmp_path / "pattern.json"

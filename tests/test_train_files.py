@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import killed
 import pytest
 import torch
 from machine import fresh
@@ -113,8 +114,8 @@ def test_tensorboard_that_is_not_installed_is_said_before_the_run(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("number", "reason"),
-    [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")],
-    ids=["SIGINT", "SIGTERM", "SIGUSR1"],
+    [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP"), (signal.SIGUSR1, "SIGUSR1")],
+    ids=["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"],
 )
 def test_a_signal_saves_and_ends_the_run(number: signal.Signals, reason: str, tmp_path: Path) -> None:
     def send(done: int, total: int, what: str) -> None:
@@ -176,17 +177,27 @@ def test_a_run_killed_at_twenty_moments_ends_with_the_bits_of_one_that_was_not(t
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert_same_bits(whole, parts)
     assert timeless(whole) == timeless(parts)
-    best = [checkpoint.read_tensors(folder / BEST)[0] for folder in (whole, parts)]
-    assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
-    assert sorted(p.name for p in parts.iterdir()) == sorted(p.name for p in whole.iterdir())
+    killed.same_best(whole, parts)
+
+
+def test_a_killed_selection_goes_on_and_a_killed_demo_begins_anew(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    for kind, how_far in (("selection", "evaluated"), ("demo", "iterations")):
+        code = f"import sys, pathlib, killed as k; k.killed(pathlib.Path(sys.argv[1]), k.{kind}, k.{how_far}, 4)"
+        fresh(code, str(tmp_path / kind), PYTHONPATH=path)
+        whole, parts = tmp_path / kind / "whole", tmp_path / kind / "parts"
+        assert killed.scores(whole / "pattern.json") == killed.scores(parts / "pattern.json")
+    killed.same_best(whole, parts)
 
 
 def test_what_killed_processes_left_half_written_is_removed(tmp_path: Path) -> None:
-    left = [".last.123.safetensors", ".best.123.safetensors", ".best.4.json", ".metrics.5.jsonl"]
-    for name in [*left, ".last.mine.safetensors", ".other.123.safetensors"]:
+    part = f"part-{'0a' * 8}"
+    left = [f".last.{part}.safetensors", f".best.{part}.safetensors", f".best.{part}.json", f".metrics.{part}.jsonl"]
+    others = [".last.mine.safetensors", f".other.{part}.safetensors"]
+    for name in [*left, *others]:
         (tmp_path / name).write_text("half")
     run(tmp_path, 1)
-    assert sorted(p.name for p in tmp_path.glob(".*")) == [".last.mine.safetensors", ".other.123.safetensors"]
+    assert sorted(p.name for p in tmp_path.glob(".*")) == others
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_older_one(tmp_path: Path) -> None:

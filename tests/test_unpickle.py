@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+import tracemalloc
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
@@ -149,10 +150,53 @@ def test_crafted_streams(tmp_path, stream, message):
 
 
 def test_a_stream_cannot_alter_what_the_next_load_uses(tmp_path):
-    # BUILD with a slot state on the global _reconstruct sets an attribute on it
+    # BUILD with a slot state on the global _reconstruct would set an attribute on it
     (tmp_path / "x").write_bytes(b"\x80\x02cnumpy.core.multiarray\n_reconstruct\nN}U\x01aK\x07s\x86b.")
-    unpickle.load(tmp_path / "x")
+    with pytest.raises(ValueError, match="put into what is no container"):
+        unpickle.load(tmp_path / "x")
     assert not hasattr(unpickle._reconstruct, "a")
+
+
+BOMBS = {
+    "a million lists in each other": (b"\x80\x04" + b"]" * 10**6 + b"a" * (10**6 - 1) + b".", "bytes of memory"),
+    "a million tuples in each other": (b"\x80\x04N" + b"\x85" * 10**6 + b".", "more than 100 containers in each other"),
+    "each list twice in the next": (
+        b"\x80\x04]\x94" + b"".join(b"]\x94(h%ch%ce" % (k, k) for k in range(40)) + b".", "objects in"
+    ),
+    "an index of the memo": (b"\x80\x02Nr\xff\xff\xff\x0f.", "number 268435455 after 3 instructions"),
+    "a length": (b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x.", "more bytes than there are"),
+    "a frame": (b"\x80\x04\x95" + (2**40).to_bytes(8, "little") + b"N.", "a frame is longer"),
+    "a list in itself": (b"\x80\x04]\x94h\x00a.", "put elsewhere before"),
+    "lists beyond number": (b"\x80\x04(" + b"]" * 10**6 + b"l.", "bytes of memory"),
+    "places in the memo": (b"\x80\x04N" + b"\x94" * 10**6 + b".", "bytes of memory"),
+    "a set of a range": (
+        b"\x80\x02c__builtin__\nset\nc__builtin__\nxrange\nJ\xff\xff\xff\x7f\x85R\x85R.", "2147483647 bytes of memory"
+    ),
+    "text that becomes bytes a hundred times": (
+        b"\x80\x02X" + (2**20).to_bytes(4, "little") + b"a" * 2**20
+        + b"q\x00X\x06\x00\x00\x00latin1q\x01c_codecs\nencode\nq\x02(" + b"h\x02h\x00h\x01\x86R" * 100 + b"l.",
+        "bytes of memory",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("stream", "message"), BOMBS.values(), ids=BOMBS)
+def test_a_small_pickle_takes_little_memory_and_ends_nothing(tmp_path, stream, message):
+    (tmp_path / "x").write_bytes(stream)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message):
+        unpickle.load(tmp_path / "x")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * len(stream) + 2**26
+
+
+def test_what_is_shared_and_complete_is_read(tmp_path):
+    shared, label = np.arange(3), "n01532829"
+    rows = {"data": [shared] * 50, "labels": [label] * 5000, "pairs": [(shared, shared)] * 50}
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        got = roundtrip(tmp_path, rows, protocol)
+        assert got["labels"] == rows["labels"] and len(got["pairs"]) == 50 and got["pairs"][7][1].tolist() == [0, 1, 2]
 
 
 def test_a_truncated_pickle_is_refused(tmp_path):

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import tempfile
 import threading
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated
 
+import msgspec
 import torch
+
+from ..files import atomic
 
 __all__ = ["Choice", "Table", "cache_folder", "table_of"]
 
 _log = logging.getLogger("lambda_kernels")
 
 
-class Choice(NamedTuple):
+class Choice(msgspec.Struct, frozen=True):
     """Who runs a call, and why: median milliseconds of those that were timed, and what the others said."""
 
     chosen: str
-    milliseconds: dict[str, float]
+    milliseconds: dict[str, Annotated[float, msgspec.Meta(gt=0)]]
     excluded: dict[str, str]
 
     @property
@@ -32,6 +33,12 @@ class Choice(NamedTuple):
         times = ", ".join(f"{n} {t:.4f} ms" for n, t in sorted(self.milliseconds.items(), key=lambda item: item[1]))
         others = "; ".join(f"{name}: {why}" for name, why in self.excluded.items())
         return f"{times or 'not measured'}{'; ' if others else ''}{others}"
+
+
+class _Stored(msgspec.Struct):
+    """The form of the file."""
+
+    choices: dict[str, Choice]
 
 
 class Table:
@@ -47,11 +54,10 @@ class Table:
     def _read(self) -> dict[str, Choice]:
         assert self.path is not None
         try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            return {key: Choice(**value) for key, value in stored["choices"].items()}
+            return msgspec.json.decode(self.path.read_bytes(), type=_Stored).choices
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             _log.warning("the choices in %s cannot be read (%s): they are measured again", self.path.name, error)
             return {}
 
@@ -62,13 +68,9 @@ class Table:
             if self.path is None:
                 return
             try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                both = {**self._read(), **self.choices}
-                with tempfile.NamedTemporaryFile(
-                    "w", dir=self.path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-                ) as file:
-                    json.dump({"choices": {k: c._asdict() for k, c in sorted(both.items())}}, file, indent=1)
-                os.replace(file.name, self.path)
+                both = _Stored(dict(sorted({**self._read(), **self.choices}.items())))
+                with atomic(self.path) as part:
+                    part.write_bytes(msgspec.json.format(msgspec.json.encode(both), indent=1))
             except OSError as error:
                 _log.warning("the choices are kept in this process only: %s", error)
                 self.path = None

@@ -2,52 +2,150 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_bytes
 from torch import Tensor, nn
 
 from . import models
-from .files import atomic, write_json, written
+from .files import atomic, parse_json, write_json, written
+from .forms import Count, Finite, From1, Positive, checked
+from .settings import Settings
 from .statistics import restore
 
 FORMAT = "lambda-maml 1"
+REMEDY = "take another copy of the checkpoint, or train it anew"
+# What this package brings along: functions of Python's and of these are no networks of a user's.
+_NO_NETWORKS = ("PIL", "click", "matplotlib", "msgspec", "numpy", "pip", "rich", "setuptools", "torch", "triton")
 _RULE = "rule:"  # in front of the names of a rule's tensors; no parameter of a module has a colon in its name
 
 
+class Network(msgspec.Struct):
+    """A network's config: `models.build` judges the rest of it."""
+
+    network: str
+    ways: From1 | None = None
+    in_channels: From1 | None = None
+    args: dict[str, Any] = {}
+
+
+class Dataset(msgspec.Struct):
+    """A set of images, whose pixels became (pixel / 255 - mean) / std in each channel; or tasks of another kind."""
+
+    name: str
+    mean: list[Finite] = []
+    std: list[Positive] = []
+
+
+class _Metrics(msgspec.Struct):
+    iteration: Count | None = None
+    val_accuracy: Finite | None = None
+
+
+class _Adapted(msgspec.Struct):
+    """What `lambda-maml adapt` adds."""
+
+    pattern: str
+    classes: list[str]
+    images: list[From1] | None = None
+    invert: bool = False
+
+
+class _Header(msgspec.Struct):
+    """What a checkpoint of a network says of itself, as far as it is known to this package."""
+
+    network: Network
+    settings: Settings | None = None
+    dataset: Dataset | None = None
+    metrics: _Metrics | None = None
+    adapted: _Adapted | None = None
+    images: dict[str, str] = {}
+    rule: dict[str, str] = {}
+
+
+class _Asked(msgspec.Struct):
+    ways: int
+    shots: int
+    query: int
+    steps: int
+    lr: float
+    norm: str
+
+
+class _Trained(msgspec.Struct):
+    """What `train` writes into a header and the command line goes by."""
+
+    network: Network
+    settings: _Asked
+    dataset: Dataset
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write named tensors and a JSON-able `meta` to one safetensors file, atomically.
+    """Write named tensors and a JSON-able `meta` to one safetensors file, atomically: the same bytes for the same.
 
     Raises:
         OSError: the file cannot be written, as on a full disk; names it. An earlier file stays as it was.
     """
     whole = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-    header = {"format": FORMAT, "meta": json.dumps(meta, allow_nan=False)}
-    with written(path), atomic(path) as part:
-        part.write_bytes(save_bytes(whole, metadata=header))  # save_file has a temporary file of its own
+    text = json.dumps(meta, allow_nan=False)
+    raw = memoryview(save_bytes(whole, {"format": FORMAT, "meta": text, "sha256": digest(whole, text)}))
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(bytes(raw[8 : 8 + size]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))  # safetensors has them in any order
+    ordered = json.dumps(header, separators=(",", ":")).encode()
+    ordered += b" " * (-len(ordered) % 8)
+    with written(path), atomic(path) as part, part.open("wb") as file:
+        file.writelines((len(ordered).to_bytes(8, "little"), ordered, raw[8 + size :]))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write_tensors` wrote. Raises FileNotFoundError, or ValueError for a file of another kind."""
+    """What `write_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another kind, cut short or damaged: its checksum is not that of its content. Files of
+            before 2026-11-30 have none.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file")
+        told = "is no file" if path.exists() else "no such checkpoint file"
+        raise FileNotFoundError(f"{path}: {told}")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or cut short ({error}): {REMEDY}") from error
     if header.get("format") != FORMAT:
         raise ValueError(
             f"{path}: format is {header.get('format')!r}, expected {FORMAT!r}: not a lambda-maml checkpoint"
         )
-    return tensors, json.loads(header["meta"])
+    text = header.get("meta", "")
+    if "sha256" in header and header["sha256"] != digest(tensors, text):
+        raise ValueError(f"{path}: damaged, its checksum is not that of its content: {REMEDY}")
+    try:
+        meta = parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: its header is damaged ({error}): {REMEDY}") from error
+    return tensors, checked(meta, dict[str, Any], path, REMEDY, "the header")
+
+
+def digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 of a text and of every tensor's name, dtype, shape and bytes."""
+    found = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def save(
@@ -77,16 +175,57 @@ def load(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, d
     networks, if their names differ, or the first key that differs in name or shape; `model` is then unchanged.
     """
     tensors, meta = read_tensors(path)
+    weights = {k: v for k, v in tensors.items() if not k.startswith(_RULE)}
     if model is None:
-        if not isinstance(meta.get("network"), dict):
+        if "network" not in meta:
             raise ValueError(f"{path}: holds no network config: it is a training state, pass best.safetensors")
-        model = models.build(meta["network"])
-        if "adapted" in meta:
-            restore(model, tensors)
+        header: _Header = checked(meta, _Header, path, REMEDY)
+        model = _built(header, meta["network"], weights, str(path))
     else:
         _check_same_network(path, model, meta.get("network"))
-    load_tensors(model, {k: v for k, v in tensors.items() if not k.startswith(_RULE)}, str(path))
+    load_tensors(model, weights, str(path))
     return model, meta
+
+
+def check_trained(path: str | Path, meta: Mapping[str, Any]) -> None:
+    """ValueError where a header lacks what the command line goes by, or contradicts itself: the ways of the network and
+    of its tasks, the channels of the network and of its images."""
+    found: _Trained = checked(meta, _Trained, path, "it was not written by lambda-maml train: train writes it")
+    ways, channels = found.network.ways, found.network.in_channels
+    if ways is not None and found.settings.ways != ways:
+        raise ValueError(
+            f"{path}: settings.ways is {found.settings.ways}, but the network has {ways} classes; {REMEDY}"
+        )
+    for name, values in (("mean", found.dataset.mean), ("std", found.dataset.std)):
+        if channels is not None and len(values) != channels:
+            raise ValueError(
+                f"{path}: dataset.{name} has {len(values)} channels, but the network takes {channels}; {REMEDY}"
+            )
+
+
+def _built(header: _Header, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> nn.Module:
+    """The network of a checkpoint's config: one of ours is made without memory first, so that no number of a header
+    takes more than the file has. A function is imported: never one of Python's own or torch's, which a header could
+    make do anything."""
+    where, is_own, _ = header.network.network.partition(":")
+    if is_own and where.partition(".")[0] in {*sys.stdlib_module_names, *_NO_NETWORKS}:
+        told = f"{header.network.network!r}, a function that makes no network of yours"
+        raise ValueError(f"{source}: network.network is {told}; {REMEDY}")
+
+    def made() -> nn.Module:
+        model = models.build(config)
+        if header.adapted is not None:
+            restore(model, tensors)
+        return model
+
+    if not is_own:
+        try:
+            with torch.device("meta"):
+                skeleton = made()
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # sizes beyond what a tensor can have
+            raise ValueError(f"{source}: network: {error}; {REMEDY}") from error
+        check_tensors(skeleton, tensors, source)
+    return made()
 
 
 def _check_same_network(path: str | Path, model: nn.Module, config: Any) -> None:
@@ -125,11 +264,26 @@ def tensors_of_rule(rule: object) -> dict[str, Tensor]:
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, what: str = "network") -> None:
-    """Copy `tensors` into `model` after checking every name and shape. `source` names the file in errors."""
-    expected = model.state_dict()
+    """Copy `tensors` into `model` after checking every one. `source` names the file in errors."""
+    check_tensors(model, tensors, source, what)
+    model.load_state_dict(dict(tensors))
+
+
+def check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, what: str = "network") -> None:
+    """ValueError where a name, a shape or a kind of number differs from those of `model`, or a parameter is infinite or
+    NaN."""
+    expected, learned = model.state_dict(), dict(model.named_parameters())
     for key in [*expected, *(k for k in tensors if k not in expected)]:
         if key not in tensors or key not in expected or tensors[key].shape != expected[key].shape:
             has = list(tensors[key].shape) if key in tensors else "no such tensor"
             wants = list(expected[key].shape) if key in expected else "no such tensor"
             raise ValueError(f"{source}: is of another {what}: {key} is {has} in the file, {wants} in the {what}")
-    model.load_state_dict(dict(tensors))
+        own, wanted = tensors[key], expected[key]
+        if _kind(own) != _kind(wanted):
+            raise ValueError(f"{source}: {key} is {own.dtype} in the file, {wanted.dtype} in the {what}; {REMEDY}")
+        if key in learned and not bool(torch.isfinite(own).all()):
+            raise ValueError(f"{source}: {key} holds numbers that are infinite or NaN; {REMEDY}")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool

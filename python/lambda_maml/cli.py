@@ -15,6 +15,7 @@ import click
 from .cli_data import SETS, checkpoint_sets, folder_options, root_option
 from .cli_export import export, line, predict, predictions
 from .cli_train import exit_if_stopped, say_if_stopped, train, train_with_progress
+from .cli_types import COUNT, PLACE, RATE, SEED, Number, expanded
 from .console import bar, device_of, device_option, json_option, options, print_json, say
 
 if TYPE_CHECKING:
@@ -70,38 +71,42 @@ data_options = options(
 )
 inner_options = options(
     click.option("--steps", type=click.IntRange(1), help="Gradient steps of adaptation.  [default: the checkpoint's]"),
-    click.option("--lr", type=float, help="Rate of these steps.  [default: the checkpoint's]"),
+    click.option("--lr", type=RATE, help="Rate of these steps.  [default: the checkpoint's]"),
     click.option(
         "--norm", type=click.Choice(["follow", "never"]),
         help="Do a layer's norm weights follow its bit, or never adapt.  [default: the checkpoint's]",
     ),
 )  # fmt: skip
-checkpoint_argument = click.argument("checkpoint", type=click.Path(path_type=Path))
+checkpoint_argument = click.argument("checkpoint", type=PLACE)
 
 
 @cli.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), help="Folder for the results.")
-@click.option("--seed", default=0, help="Seed of the network and of the tasks.")
+@click.option("--out", type=PLACE, default=Path("runs/demo"), help="Folder for the results.")
+@click.option("--seed", type=SEED, default=0, help="Seed of the network and of the tasks.")
 @json_option
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """Train, choose a pattern and show what it gains, in three minutes.
 
     Meta-trains a small network on glyphs (characters of many scripts, made on the spot), evaluates and times all 31
     patterns, and compares the chosen one with MAML in stock PyTorch on tasks that it was not chosen on. In the folder:
-    best.safetensors, pattern.json and report.png.
+    best.safetensors, pattern.json and report.png. A demo of the same seed that lies there is made again; another run is
+    left alone.
     """
     from . import data
     from .lock import locked
+    from .run_state import is_same_run
     from .select import select_pattern
-    from .train import BEST, Settings
+    from .train import BEST, LAST, Settings
 
     start = time.perf_counter()
+    settings = Settings(**DEMO["settings"], seed=seed)
+    network = {"network": "conv4", "width": DEMO["width"]}
+    again = is_same_run(out / LAST, settings, network, DEMO["dataset"], DEMO["iterations"])
     say("preparing glyphs")
     train_set, val_set, test_set = (data.load(DEMO["dataset"], split=split) for split in ("train", "val", "test"))
-    settings = Settings(**DEMO["settings"], seed=seed)
     result = train_with_progress(
-        train_set, val_set, out, settings, {"network": "conv4", "width": DEMO["width"]},
-        iterations=DEMO["iterations"], minutes=DEMO["train_minutes"], overwrite=True,
+        train_set, val_set, out, settings, network, iterations=DEMO["iterations"], minutes=DEMO["train_minutes"],
+        overwrite=again,
     )  # fmt: skip
     say_if_stopped(result, "the demo begins anew")
     exit_if_stopped(result)
@@ -126,10 +131,12 @@ cli.add_command(train)
 @cli.command()
 @checkpoint_argument
 @data_options
-@click.option("--tasks", default=200, help="Validation tasks to choose on; as many test tasks to report on.")
+@click.option(
+    "--tasks", type=COUNT, default=200, help="Validation tasks to choose on; as many test tasks to report on."
+)
 @inner_options
 @click.option(
-    "--max-drop", type=click.FloatRange(0, 1), default=0.01,
+    "--max-drop", type=Number(0, 1), default=0.01,
     help="Allowed drop of accuracy against the full pattern, a fraction.",
 )  # fmt: skip
 @click.option(
@@ -142,12 +149,10 @@ cli.add_command(train)
     "--rule", type=click.Choice(["bound", "point"]), default="bound",
     help="Compare the drop's one-sided 95% bound over paired tasks, or the estimate itself.",
 )  # fmt: skip
-@click.option("--timings", type=click.Path(path_type=Path), help="Take times from pytest-benchmark's JSON instead.")
-@click.option("--seconds", default=30.0, help="Time to spend on measuring adaptation times.")
-@click.option("--seed", default=0, help="Seed of the tasks.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Where to write.  [default: pattern.json by the checkpoint]"
-)
+@click.option("--timings", type=PLACE, help="Take times from pytest-benchmark's JSON instead.")
+@click.option("--seconds", type=Number(0), default=30.0, help="Time to spend on measuring adaptation times.")
+@click.option("--seed", type=SEED, default=0, help="Seed of the tasks.")
+@click.option("--out", type=PLACE, help="Where to write.  [default: pattern.json by the checkpoint]")
 @device_option
 @json_option
 def select(
@@ -158,20 +163,26 @@ def select(
     """Choose the fastest pattern whose accuracy is good enough.
 
     Evaluates every pattern on the same validation tasks, measures how long each one adapts, and takes the fastest one
-    within --max-drop of the full pattern. Writes pattern.json and, beside it, report.png.
+    within --max-drop of the full pattern. Writes pattern.json and, beside it, report.png (NAME.png by NAME.json).
+
+    One that is ended before goes on from what it had evaluated, if it is started again in the same way.
 
     Several processes divide the tasks: torchrun --nproc-per-node 4 -m lambda_maml select ...
     """
     from . import data
+    from .files import try_folder
     from .lock import locked
     from .processes import joined
+    from .report import picture_of
     from .select import select_pattern
 
     path = out or checkpoint.parent / "pattern.json"
+    _check_out(path)
     with joined(device) as ranks, ExitStack() as held:
         model, meta = _load(checkpoint, str(ranks.device or device))
         if ranks.rank == 0:
             held.enter_context(locked(path.parent, "select"))
+            try_folder(path, picture_of(path))
         ranks.check_alike(model.state_dict())
         inner = _inner(checkpoint, model, meta, {}, steps, lr, norm)
         val_set, test_set = ranks.first_then_all(
@@ -184,7 +195,7 @@ def select(
             chosen = select_pattern(
                 model, val_tasks, test_tasks=test_tasks, **inner, max_drop=max_drop, relative=relative, decide=rule,
                 patterns=None if patterns is None else [p.strip() for p in patterns.split(";")], timings=timings,
-                seconds=seconds, progress=progress, ranks=ranks,
+                seconds=seconds, progress=progress, resume=path.with_suffix(".evaluated.json"), ranks=ranks,
             )  # fmt: skip
         if ranks.rank == 0:
             _publish(chosen.to_dict(), chosen.warnings, path, as_json)
@@ -195,9 +206,9 @@ def select(
 @click.option("--pattern", help="Bits such as 00011, a name such as ANIL, or a pattern.json.  [default: all layers]")
 @data_options
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", help="Part of the set.")
-@click.option("--tasks", default=400, help="Number of tasks.")
+@click.option("--tasks", type=COUNT, default=400, help="Number of tasks.")
 @inner_options
-@click.option("--seed", default=0, help="Seed of the tasks.")
+@click.option("--seed", type=SEED, default=0, help="Seed of the tasks.")
 @device_option
 @json_option
 def evaluate_command(
@@ -239,12 +250,8 @@ def evaluate_command(
 
 @cli.command()
 @checkpoint_argument
-@click.option(
-    "--support", type=click.Path(path_type=Path), required=True, help="Folder with one sub-folder of images per class."
-)
-@click.option(
-    "--query", type=click.Path(path_type=Path), help="Folder of images to classify, or one sub-folder a class."
-)
+@click.option("--support", type=PLACE, required=True, help="Folder with one sub-folder of images per class.")
+@click.option("--query", type=PLACE, help="Folder of images to classify, or one sub-folder a class.")
 @click.option("--pattern", help="Bits such as 00011, a name such as ANIL, or a pattern.json.  [default: all layers]")
 @inner_options
 @click.option(
@@ -255,10 +262,7 @@ def evaluate_command(
     "--statistics", type=click.Choice(["support", "batch"]), default="support",
     help="Classify each image by itself, by the support set's norm statistics, or all together, by their own.",
 )  # fmt: skip
-@click.option(
-    "--out", type=click.Path(path_type=Path),
-    help="Write the adapted network here (.safetensors), for predict and export.",
-)  # fmt: skip
+@click.option("--out", type=PLACE, help="Write the adapted network here (.safetensors), for predict and export.")
 @device_option
 @json_option
 def adapt(
@@ -270,16 +274,21 @@ def adapt(
 
     from . import checkpoint as files
     from .adapt import adapt as adapt_model
+    from .files import try_folder
     from .images import class_folders, inverted, query_files, read_images
     from .learned_rates import load_learned_rule
 
-    if out is not None and out.suffix != ".safetensors":
-        raise ValueError(f"--out {out}: the name ends in .safetensors")
-    if out is not None and statistics == "batch":
-        raise ValueError(
-            f"--out {out}: an adapted checkpoint holds the support set's statistics, by which predict classifies each "
-            "image: leave out --statistics batch, or --out"
-        )
+    if out is not None:
+        if out.suffix != ".safetensors":
+            raise ValueError(f"--out {out}: the name ends in .safetensors")
+        if statistics == "batch":
+            raise ValueError(
+                f"--out {out}: an adapted checkpoint holds the support set's statistics, by which predict classifies "
+                "each image: leave out --statistics batch, or --out"
+            )
+        if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
+            raise ValueError(f"--out {out}: this is the checkpoint itself: name another file")
+        try_folder(out)
     model, meta = _load(checkpoint, device)
     network = meta["network"]
     bits, report = _pattern(model, pattern)
@@ -334,17 +343,17 @@ cli.add_command(export)
 
 
 @cli.command()
-@click.argument("pattern_json", type=click.Path(path_type=Path))
+@click.argument("pattern_json", type=PLACE)
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="The picture, .png or .svg.  [default: report.png by pattern.json]"
+    "--out", type=PLACE, help="The picture, .png or .svg.  [default: report.png by pattern.json, NAME.png by NAME.json]"
 )
 @click.option("--dark", is_flag=True, help="A picture for a dark page.")
 @click.option("--all", "every", is_flag=True, help="List every candidate, not the front and the well-known ones alone.")
 @json_option
 def report(pattern_json: Path, out: Path | None, dark: bool, every: bool, as_json: bool) -> None:
     """Tables and picture of a selection that was made before."""
-    from .report import plot, summary
-    from .select import read_selection
+    from .pattern_json import read_selection
+    from .report import picture_of, plot, summary
 
     found = read_selection(pattern_json)
     if "metric" in found:
@@ -352,17 +361,18 @@ def report(pattern_json: Path, out: Path | None, dark: bool, every: bool, as_jso
             f"{pattern_json}: its scores are {found['metric']}, tables and picture are of accuracies: "
             "print(selection.table) in Python shows them"
         )
-    picture = out or pattern_json.with_name("report.png")
-    plot(found, picture, dark=dark)
+    picture = out or picture_of(pattern_json)
     if as_json:
         print_json({**summary(found), "picture": str(picture)})
     else:
         _tables(found, every)
+    plot(found, picture, dark=dark)
+    if not as_json:
         click.echo(f"picture: {picture}")
 
 
 @cli.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("checkpoint", type=PLACE, required=False)
 @click.option("--pattern", help="Bits, a name, or a pattern.json, to explain.  [default: all layers]")
 @inner_options
 @device_option
@@ -405,23 +415,38 @@ def _ways(
     return explain(model, xs, ys, pattern=bits, **_inner(checkpoint, model, meta, report, steps, lr, norm))
 
 
-def _publish(found: dict[str, Any], warnings: list[str], path: Path, as_json: bool) -> None:
-    """Write pattern.json and report.png, then print the tables or the JSON."""
-    from .files import write_json
-    from .report import plot
+def _check_out(path: Path) -> None:
+    """ValueError where a selection cannot be written to `path`: nothing but a selection is written over."""
+    from .pattern_json import read_selection
 
-    write_json(path, found)
-    picture, drawn = path.with_name("report.png"), True
-    try:
-        plot(found, picture)
-    except ModuleNotFoundError as missing:
-        warnings, drawn = [*warnings, f"there is no picture: {missing}"], False
+    if path.suffix != ".json":
+        raise ValueError(f"--out {path}: the name ends in .json")
+    if path.exists():
+        try:
+            read_selection(path)
+        except ValueError as error:
+            raise ValueError(f"--out {path}: it holds something else, name another file ({error})") from error
+
+
+def _publish(found: dict[str, Any], warnings: list[str], path: Path, as_json: bool) -> None:
+    """Print the tables or the JSON, whether or not it can be written; write pattern.json and report.png."""
+    from .files import write_json
+    from .report import picture_of, plot
+
     for warning in warnings:
         say(f"warning: {warning}")
     if as_json:
         print_json(found)
     else:
         _tables(found)
+    write_json(path, found)
+    picture, drawn = picture_of(path), True
+    try:
+        plot(found, picture)
+    except ModuleNotFoundError as missing:
+        say(f"warning: there is no picture: {missing}")
+        drawn = False
+    if not as_json:
         click.echo(f"wrote {path}{f' and {picture}' if drawn else ''}")
 
 
@@ -445,6 +470,7 @@ def _load(path: Path, device: str) -> tuple[Any, dict[str, Any]]:
             f"{path}: is adapted to {', '.join(meta['adapted']['classes'])} already: predict and export take it; give "
             "the checkpoint of training"
         )
+    checkpoint.check_trained(path, meta)
     return model.to(where), meta
 
 
@@ -454,13 +480,13 @@ def _episode(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pattern(model: Any, text: str | None) -> tuple[str, dict[str, Any]]:
     """Bits and, if they come from a pattern.json, that file's content."""
+    from .pattern_json import read_selection
     from .patterns import Pattern
-    from .select import read_selection
 
     if text is None:
         return str(Pattern.of(model, "MAML")), {}
     if text.endswith(".json"):
-        found = read_selection(text)
+        found = read_selection(expanded(text))
         return str(Pattern.parse(found["chosen"]["pattern"])), found
     return str(Pattern.of(model, text)), {}
 
@@ -510,8 +536,8 @@ def _in_json(inner: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(args: list[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 after an error (one line on stderr), 130 after Ctrl-C. Of
-    several ranks one says what all have met.
+    """Run the command line and return its exit status: 0, 2 after an error (one line on stderr, whatever the error is),
+    130 after Ctrl-C. Of several ranks one says what all have met.
 
     With LAMBDA_MAML_DEBUG=1 in the environment errors show their traceback.
     """
@@ -524,14 +550,23 @@ def run(args: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("lambda-maml: interrupted", err=True)
         return 130
-    except (ValueError, OSError, ArithmeticError, RuntimeError, NotImplementedError, ModuleNotFoundError) as error:
+    except Exception as error:
         if debug:
             raise
-        message = str(error)
         if getattr(error, "told", False):  # `ranks.Lost`: another rank says it
             return 2
+        message = _told(error)
     click.echo(f"lambda-maml: error: {' '.join(message.split())}", err=True)
     return 2
+
+
+def _told(error: Exception) -> str:
+    """The text of an error; of one that no check foresaw, also its kind."""
+    if isinstance(error, MemoryError):
+        return f"the memory does not suffice ({error or 'no more could be had'}): take fewer tasks or smaller images"
+    if isinstance(error, (ValueError, OSError, ArithmeticError, RuntimeError, ImportError)) and str(error):
+        return str(error)
+    return f"{type(error).__name__}: {error} (unforeseen: LAMBDA_MAML_DEBUG=1 shows where)"
 
 
 def main() -> None:

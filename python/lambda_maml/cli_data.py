@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .cli_types import PLACE
 from .console import bar, options, say
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ __all__ = ["FOLDER_KEYS", "SETS", "checkpoint_sets", "folder_options", "image_se
 SETS = "glyphs (built in), omniglot, cifar_fs, fc100, mini_imagenet, tiered_imagenet, or folder (your own pictures)."
 
 root_option = click.option(
-    "--root", type=click.Path(path_type=Path),
+    "--root", type=PLACE,
     help="Folder in which the set lies (glyphs needs none); for folder one with a sub-folder of pictures per class, or "
     "with train/, val/ and test/ of such.",
 )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .cli_types import PLACE
 from .console import device_of, device_option, json_option, print_json, say
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def line(prediction: Mapping[str, Any], top: int = 1) -> str:
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.argument("images", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("checkpoint", type=PLACE)
+@click.argument("images", type=PLACE, nargs=-1, required=True)
 @click.option("--top", type=click.IntRange(1), default=1, help="Name so many of the likeliest classes.")
 @device_option
 @json_option
@@ -65,8 +66,8 @@ def predict(checkpoint: Path, images: tuple[Path, ...], top: int, device: str, a
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The file: NAME.pt2 or NAME.onnx.")
+@click.argument("checkpoint", type=PLACE)
+@click.option("--out", type=PLACE, required=True, help="The file: NAME.pt2 or NAME.onnx.")
 @click.option("--normalise", is_flag=True, help="The file takes pixels, uint8, and normalises them itself.")
 @json_option
 def export(checkpoint: Path, out: Path, normalise: bool, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .cli_data import FOLDER_KEYS, SETS, folder_options, image_sets, root_option, split_options
+from .cli_types import COUNT, PLACE, RATE, SEED, Number
 from .console import bar, device_of, device_option, json_option, options, print_json, say
 
 if TYPE_CHECKING:
@@ -25,18 +26,18 @@ data_options = options(
     folder_options,
     split_options,
     click.option(
-        "--out", type=click.Path(path_type=Path), required=True, help="Folder for the checkpoint and the state."
+        "--out", type=PLACE, required=True, help="Folder for the checkpoint and the state."
     ),
-    click.option("--ways", default=5, help="Classes in a task."),
-    click.option("--shots", default=1, help="Support images per class."),
-    click.option("--query", default=15, help="Query images per class."),
+    click.option("--ways", type=COUNT, default=5, help="Classes in a task."),
+    click.option("--shots", type=COUNT, default=1, help="Support images per class."),
+    click.option("--query", type=COUNT, default=15, help="Query images per class."),
     click.option("--flip", is_flag=True, help="Turn every other training image left for right (colour sets)."),
     click.option(
         "--crop", type=click.IntRange(0), default=0,
         help="Pad training images by so many pixels and cut their size out at random (colour sets).",
     ),
     click.option(
-        "--jitter", type=click.FloatRange(0, 1), default=0.0,
+        "--jitter", type=Number(0, 1), default=0.0,
         help="Change brightness, contrast and saturation of training images by up to this share (colour sets).",
     ),
 )  # fmt: skip
@@ -54,11 +55,11 @@ network_options = options(
     click.option("--width", type=click.IntRange(1), help="Channels of each of conv4's convolutions.  [default: 32]"),
 )  # fmt: skip
 inner_options = options(
-    click.option("--steps", default=5, help="Inner gradient steps in training."),
+    click.option("--steps", type=COUNT, default=5, help="Inner gradient steps in training."),
     click.option(
         "--test-steps", type=click.IntRange(1), help="Inner steps in validation and after.  [default: as --steps]"
     ),
-    click.option("--lr", default=0.01, help="Inner rate, or where learned rates start."),
+    click.option("--lr", type=RATE, default=0.01, help="Inner rate, or where learned rates start."),
     click.option(
         "--learn-lr", type=click.Choice(["one", "layer", "step", "layer-step", "weight"]),
         help="Learn the inner rates with the network: one, one per layer, per step, per layer and step (MAML++), or "
@@ -92,30 +93,30 @@ outer_options = options(
         "--multi-step-iterations", default=0,
         help="Count the query loss after every inner step in so many iterations at the start (MAML++).",
     ),
-    click.option("--meta-batch", default=4, help="Tasks an iteration."),
+    click.option("--meta-batch", type=COUNT, default=4, help="Tasks an iteration."),
     click.option(
         "--optimizer", type=click.Choice(["adam", "sgd"]), default="adam", help="What makes a step of the gradient."
     ),
-    click.option("--meta-lr", default=1e-3, help="The optimiser's rate."),
+    click.option("--meta-lr", type=RATE, default=1e-3, help="The optimiser's rate."),
     click.option(
         "--cosine", type=click.IntRange(1),
         help="Let it fall along half a cosine within so many iterations.  [default: it stays]",
     ),
-    click.option("--meta-lr-end", default=0.0, help="Where it falls to."),
-    click.option("--weight-decay", default=0.0, help="Decay of the network's weights, as in AdamW."),
-    click.option("--clip-norm", type=float, help="Bound the gradient's norm.  [default: no bound]"),
-    click.option("--clip-value", type=float, help="Bound each number of the gradient.  [default: no bound]"),
+    click.option("--meta-lr-end", type=RATE, default=0.0, help="Where it falls to."),
+    click.option("--weight-decay", type=RATE, default=0.0, help="Decay of the network's weights, as in AdamW."),
+    click.option("--clip-norm", type=RATE, help="Bound the gradient's norm.  [default: no bound]"),
+    click.option("--clip-value", type=RATE, help="Bound each number of the gradient.  [default: no bound]"),
     click.option(
-        "--average", type=float,
+        "--average", type=RATE,
         help="Validate and keep an exponential average of the weights, of this decay, e.g. 0.999.  "
         "[default: the weights]",
     ),
 )  # fmt: skip
 run_options = options(
-    click.option("--iterations", default=10000, help="Meta-updates in all, earlier runs included."),
-    click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Stop this run after so many minutes."),
-    click.option("--val-tasks", default=100, help="Validation tasks that the best checkpoint is chosen by."),
-    click.option("--val-every", default=250, help="Iterations between validations."),
+    click.option("--iterations", type=COUNT, default=10000, help="Meta-updates in all, earlier runs included."),
+    click.option("--minutes", type=Number(0, min_open=True), help="Stop this run after so many minutes."),
+    click.option("--val-tasks", type=COUNT, default=100, help="Validation tasks that choose the best checkpoint."),
+    click.option("--val-every", type=COUNT, default=250, help="Iterations between validations."),
     click.option(
         "--patience", type=click.IntRange(1),
         help="Stop after so many validations without a better one.  [default: go on]",
@@ -125,7 +126,7 @@ run_options = options(
     ),
     click.option("--log-every", type=click.IntRange(1), default=50, help="Iterations between lines of metrics.jsonl."),
     click.option("--tensorboard", is_flag=True, help="Write the same numbers for TensorBoard, if it is installed."),
-    click.option("--seed", default=0, help="Seed of the network and of the tasks."),
+    click.option("--seed", type=SEED, default=0, help="Seed of the network and of the tasks."),
     click.option(
         "--resume", is_flag=True, help="Continue the run in --out; the result is the same as without the break."
     ),
@@ -148,8 +149,8 @@ def train(
     """Meta-train a network (MAML). Ctrl-C saves; --resume continues.
 
     In the folder: best.safetensors with best.json, the checkpoint of the best validation accuracy; last.safetensors,
-    the state to resume from; metrics.jsonl, losses and accuracies as the run goes. SIGTERM and SIGUSR1 (Slurm's
-    --signal=USR1@120) save as Ctrl-C does. The exit status is then 130 (Ctrl-C), 143 (SIGTERM) or 138 (SIGUSR1).
+    the state to resume from; metrics.jsonl, losses and accuracies as the run goes. SIGTERM, SIGHUP and SIGUSR1
+    (Slurm's --signal=USR1@120) save as Ctrl-C does. The exit status is then 130 (Ctrl-C), 143, 129 or 138.
 
     Several processes divide the tasks: torchrun --nproc-per-node 4 -m lambda_maml train ...
     """

@@ -1,30 +1,18 @@
-"""Files that are either whole or absent: everything is written beside its place and renamed."""
+"""JSON files, folders that can be written to, and what is said of a file that cannot."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lambda_kernels.files import atomic, remove_leftovers
 
-@contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path` (made if absent); rename it to `path` if the block succeeds.
-
-    The temporary name keeps the suffix of `path`. If the block raises, the temporary file is removed and `path` stays
-    as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+__all__ = ["atomic", "parse_json", "read_json", "remove_leftovers", "try_folder", "write_json", "written"]
 
 
 @contextmanager
@@ -41,12 +29,19 @@ def written(path: str | Path) -> Iterator[None]:
         raise named from error
 
 
-def remove_leftovers(path: str | Path) -> None:
-    """Remove the temporary files that killed processes left beside `path`; no other process may be writing it."""
-    path = Path(path)
-    for part in path.parent.glob(f".{path.stem}.*{path.suffix}"):
-        if part.name.removeprefix(f".{path.stem}.").removesuffix(path.suffix).isdigit():
-            part.unlink(missing_ok=True)
+def try_folder(*paths: str | Path) -> None:
+    """Make the folders of files that will be written and write to each, before the work begins that the files are of.
+
+    Raises:
+        OSError: a folder cannot be made or written to, or one of the paths is a folder itself; names it.
+    """
+    for path in map(Path, paths):
+        with written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                raise IsADirectoryError(None, "it is a folder")
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -57,11 +52,42 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises FileNotFoundError, or ValueError that names the file and the place of the fault."""
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none, or holds a number that is not finite; names the file and the place of the fault.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a JSON file (byte {error.start} is not UTF-8)") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not a JSON file (line {error.lineno}, column {error.colno}: {error.msg})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for another text, for numbers that no float holds, and for lists in
+    lists in lists without an end."""
+    try:
+        return json.loads(text, parse_float=_finite, parse_constant=_finite, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {digits[:20]}, which is no finite number")
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 19:
+        raise ValueError(f"it holds a whole number of {len(digits)} digits")
+    return int(digits)

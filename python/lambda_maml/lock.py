@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -12,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lambda_kernels.files import NO_LOCKS, is_at
+
 from .say import say_once
 
 NAME = ".lock"
 """The file in the folder; it is there as long as the run."""
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def _take(path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in NO_LOCKS:
                 say_once(f"{path.parent}: the file system has no locks ({error.strerror}): start no second run there")
                 return descriptor
             told = os.pread(descriptor, 4096, 0)
@@ -70,11 +70,8 @@ def _take(path: Path) -> int:
             if isinstance(error, BlockingIOError):
                 raise ValueError(f"{path.parent}: {_holder(told)}") from error
             raise
-        try:
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        except FileNotFoundError:
-            pass
+        if is_at(descriptor, path):
+            return descriptor
         os.close(descriptor)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .extras import wanted
-from .files import atomic
+from .files import atomic, written
 from .patterns import Pattern
 
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ DARK = {
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "#14181f"),
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#e6e6e6"),
 }
+
+
+def picture_of(path: Path) -> Path:
+    """Where the picture of a selection in `path` lies: report.png for pattern.json, NAME.png for another NAME.json."""
+    return path.with_name("report.png") if path.name == "pattern.json" else path.with_suffix(".png")
 
 
 def names(report: Report) -> dict[str, str]:
@@ -71,6 +76,7 @@ def headline(report: Report) -> Table:
     """The choice beside the full pattern, in this package and in plain PyTorch: times, and accuracy on test tasks."""
     with wanted("cli", "a table"):
         from rich.box import SIMPLE_HEAD
+        from rich.markup import escape
         from rich.table import Table
 
     chosen, full, stock, test = (report[key] for key in ("chosen", "full", "stock_full", "test"))
@@ -91,7 +97,7 @@ def headline(report: Report) -> Table:
     )
     where = f"{test['tasks']} test tasks" if tested else "validation tasks it was chosen on"
     table = Table(
-        title=f"{report['network']}, {report['ways']}-way {report['shots']}-shot, {report['steps']} steps: "
+        title=f"{escape(report['network'])}, {report['ways']}-way {report['shots']}-shot, {report['steps']} steps: "
         f"{chosen['pattern']} beside MAML",
         caption=f"adapt: support tensors to adapted parameters; stock: plain PyTorch layers and autograd, same run; "
         f"accuracy: {where}; cost: mean of paired differences ± 95%{by_itself}",
@@ -174,7 +180,7 @@ def plot(report: Report, path: str | Path, *, dark: bool = False) -> None:
         _draw(report, figure.add_subplot(), *(("white", SKY) if dark else ("black", BLUE)))
         figure.suptitle(_title(report), fontsize=11)
         figure.legend(fontsize=10, loc="outside lower center", ncols=2, frameon=False, columnspacing=1.2)
-        with atomic(path) as part:
+        with written(path), atomic(path) as part:
             figure.savefig(part, format=form[1:], dpi=200, metadata={"Date": None} if form == ".svg" else None)
 
 

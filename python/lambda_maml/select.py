@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from .adapt import STATISTICS
 from .choice import Candidate, Table, candidates_of, choose, finite, key_of
 from .data.episodes import Task, as_tasks
 from .evaluate import ACCURACY, Evaluation, Metric, check_metric, evaluate, name_of, stack, worded
-from .files import read_json, write_json
+from .files import write_json
 from .goal import Goal
 from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate, Rates
@@ -29,6 +30,7 @@ from .patterns import Pattern
 from .plain_torch import disagreement
 from .progress import Progress, shown
 from .ranks import ALONE, Ranks
+from .remembered_scores import Scores
 from .stats import mean_ci95
 from .timing import STOCK, Timing, measure_times, read_timings
 
@@ -113,6 +115,7 @@ def select_pattern(
     timings: str | Path | None = None,
     seconds: float | None = 30.0,
     progress: Progress | bool | None = None,
+    resume: str | Path | None = None,
     ranks: Ranks = ALONE,
 ) -> Selection:
     """Evaluate every pattern on the same validation `tasks`, time each, and take the fastest within `max_drop`.
@@ -137,6 +140,8 @@ def select_pattern(
     timings: pytest-benchmark's JSON to take the times from, see `read_timings`; else adaptation is timed here on the
         first task, all patterns and plain PyTorch interleaved, for about `seconds`.
     progress: called as progress(done, total, what); True shows a bar, or lines, on stderr.
+    resume: a file that keeps the scores of the patterns that are evaluated, until the selection is made: the next call
+        with the same weights, tasks, inner loop and metric goes on from it. None: nothing is kept.
     ranks: they divide the tasks; rank 0 alone measures times, while the others sleep. All get the same selection.
 
     Raises ValueError for an unknown rule or metric, a max_drop out of range, no tasks, or test tasks that were chosen
@@ -182,6 +187,8 @@ def select_pattern(
             )
         )
     judged: dict[str, Any] = {**descent, "metric": metric, "ranks": ranks}
+    about = repr((steps, rates_in_json(lr, inner), norm, inner, getattr(loss, "__qualname__", loss), name))
+    kept = Scores(Path(resume) if resume and ranks.rank == 0 else None, model.state_dict(), tasks, about)
     plain = inner is None and isinstance(lr, (int, float))  # what plain PyTorch's loop is written for
     fault: str | None = None
 
@@ -193,7 +200,12 @@ def select_pattern(
     with shown(progress, "selecting", here=ranks.rank == 0) as told:
         found: dict[Pattern, Evaluation] = {}
         for pattern in candidates:
-            found[pattern] = evaluate(model, tasks, pattern=pattern, **judged)
+            known = ranks.first(partial(kept.get, str(pattern)))
+            if known is None:
+                found[pattern] = evaluate(model, tasks, pattern=pattern, **judged)
+                kept.put(str(pattern), found[pattern].scores)
+            else:
+                found[pattern] = Evaluation(known, *mean_ci95(known), name)
             if told is not None:
                 told(len(found), len(candidates), f"patterns, {pattern} at {worded(found[pattern].mean, name)}")
         if plain:
@@ -214,6 +226,8 @@ def select_pattern(
         pair = measure([pattern, full], xq=xq, seconds=None if seconds is None else seconds / 4)
         end_to_end = {name: timing.median for name, timing in pair.items()}
 
+    test = _on_test(model, test_tasks, pattern, full, goal.sign, judged)
+    kept.remove()
     return Selection(
         pattern=pattern,
         table=table,
@@ -226,7 +240,7 @@ def select_pattern(
         },
         times=times,
         end_to_end_ms=end_to_end,
-        test=_on_test(model, test_tasks, pattern, full, goal.sign, judged),
+        test=test,
         environment=environment,
         full_pattern=full,
         warnings=warnings,
@@ -304,68 +318,3 @@ def _check_disjoint(tasks: Sequence[Task], test_tasks: Sequence[Task]) -> None:
     for index, task in enumerate(test_tasks):
         if task.xs.cpu().numpy().tobytes() in seen:
             raise ValueError(f"test task {index} is one of the tasks that the pattern is chosen on: take other tasks")
-
-
-_NUMBER, _MAYBE = (int, float), (int, float, type(None))
-
-
-def _row(key: str) -> dict[str, Any]:
-    """The form of a candidate whose score is called `key`."""
-    return {"pattern": str, key: _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER, "drop": _MAYBE, "drop_bound": _MAYBE}
-
-
-def _on_tasks(key: str) -> dict[str, Any]:
-    return {f"full_{key}": _MAYBE, f"chosen_{key}": _MAYBE, "drop": _MAYBE, "drop_ci95": _MAYBE}
-
-
-def _form(key: str) -> dict[str, Any]:
-    return {
-        "network": str, "ways": int if key == ACCURACY else _MAYBE, "shots": int, "steps": int,
-        "lr": (int, float, list), "norm": str, "max_drop": _NUMBER, "rule": str,
-        "chosen": _row(key),
-        "full": {"pattern": str, key: _NUMBER, "ci95": _MAYBE, "time_ms": _NUMBER},
-        "stock_full": {"pattern": str, "time_ms": _MAYBE},
-        "test": {"tasks": int, **_on_tasks(key)},
-        "candidates": list,
-        "environment": dict,
-    }  # fmt: skip
-
-
-def read_selection(path: str | Path) -> dict[str, Any]:
-    """Read pattern.json back. Raises ValueError that names the file and the first field that is missing or wrong."""
-    value = read_json(path)
-    schema = value.get("schema") if isinstance(value, dict) else None
-    if schema != 1:
-        raise ValueError(f"{path}: schema is {schema}, expected 1: not a pattern.json of this version")
-    own_rates = {"lr": object} if "inner_rule" in value else {}
-    key = key_of(value.get("metric", ACCURACY))
-    _check_form(f"{path}: ", value, {**_form(key), **own_rates})
-    if "support" in value["test"]:  # files of before 2026-11-29 have none
-        _check_form(f"{path}: test.support.", value["test"]["support"], _on_tasks(key))
-    for index, row in enumerate(value["candidates"]):
-        _check_form(f"{path}: candidates[{index}].", row, _row(key))
-        try:
-            Pattern.parse(row["pattern"])
-        except ValueError as error:
-            raise ValueError(f"{path}: candidates[{index}].pattern: {error}") from error
-        if row["time_ms"] <= 0:
-            raise ValueError(f"{path}: candidates[{index}].time_ms is {row['time_ms']}, expected above 0")
-    rows = {row["pattern"]: row for row in value["candidates"]}
-    for key in ("chosen", "full"):
-        row = rows.get(value[key]["pattern"])
-        if row is None or row["time_ms"] != value[key]["time_ms"]:
-            raise ValueError(f"{path}: {key} is {value[key]['pattern']}, which is not so among the candidates")
-    return dict(value)
-
-
-def _check_form(where: str, value: Any, form: Mapping[str, Any]) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where.rstrip('.')} is {value!r}, expected an object")
-    for key, kind in form.items():
-        if key not in value:
-            raise ValueError(f"{where}{key} is missing")
-        found = value[key]
-        if isinstance(kind, dict):
-            _check_form(f"{where}{key}.", found, kind)
-        elif not isinstance(found, kind) or isinstance(found, bool) or found in (math.inf, -math.inf) or found != found:
-            raise ValueError(f"{where}{key} is {found!r}, which is no value for it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from .data.augment import Augment
@@ -11,6 +10,7 @@ __all__ = ["LEARNED", "Settings", "stages"]
 
 LEARNED = ("one", "layer", "step", "layer-step", "weight")
 """Forms of learned inner rates: one for all; per layer, per step or both (MAML++); per weight (Meta-SGD)."""
+_MOST_OF_A_TASK, _MOST_RATE = 100_000, 1e6  # beyond these a number is a slip, or a damaged file
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,13 @@ class Settings:
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("shots", "query", "steps", "meta_batch", "val_tasks", "val_every", "cosine", "patience"):
-            self._at_least(1, name)
-        self._at_least(2, "ways")
+        for name in ("shots", "query", "steps", "test_steps", "meta_batch", "val_tasks"):
+            self._from(1, name, _MOST_OF_A_TASK)
+        self._from(2, "ways", _MOST_OF_A_TASK)
+        for name in ("val_every", "cosine", "patience"):
+            self._from(1, name)
         for name in ("first_order_iterations", "multi_step_iterations", "meta_lr_end", "weight_decay"):
-            self._at_least(0, name)
+            self._from(0, name)
         for name in ("lr", "meta_lr", "clip_norm", "clip_value", "average"):
             self._above_0(name)
         if self.average is not None and self.average >= 1:
@@ -123,12 +125,12 @@ class Settings:
             raise ValueError(f"meta_lr_end is {self.meta_lr_end}, expected at most meta_lr, {self.meta_lr}")
 
     def _above_0(self, name: str) -> None:
-        if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-            raise ValueError(f"{name} is {getattr(self, name)}, expected above 0")
+        if getattr(self, name) is not None and not 0 < getattr(self, name) <= _MOST_RATE:
+            raise ValueError(f"{name} is {getattr(self, name)}, expected above 0 and at most {_MOST_RATE}")
 
-    def _at_least(self, least: float, name: str) -> None:
-        if getattr(self, name) is not None and not least <= getattr(self, name) < math.inf:
-            raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+    def _from(self, least: int, name: str, most: int = 10**9) -> None:
+        if getattr(self, name) is not None and not least <= getattr(self, name) <= most:
+            raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least} and at most {most}")
 
     def _one_of(self, values: tuple[str, ...], name: str) -> None:
         if getattr(self, name) not in values:

@@ -10,8 +10,11 @@ from typing import Any
 
 __all__ = ["SIGNALS", "Stop", "stoppable"]
 
-SIGNALS = {signal.SIGINT: "interrupt", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
-"""Ctrl-C, and what batch systems send: Slurm SIGTERM when time is up, and SIGUSR1 before it (`--signal=USR1@120`)."""
+SIGNALS = {
+    signal.SIGINT: "interrupt", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP", signal.SIGUSR1: "SIGUSR1"
+}  # fmt: skip
+"""Ctrl-C; what batch systems send, Slurm SIGTERM when time is up, and SIGUSR1 before it (`--signal=USR1@120`); and
+SIGHUP, when the terminal is closed."""
 
 
 class Stop:
@@ -24,20 +27,22 @@ class Stop:
 def stoppable() -> Iterator[Stop]:
     """Turn the signals into a `Stop` that is looked at between iterations; a second Ctrl-C interrupts at once.
 
-    Outside of the main thread, where Python knows no signals, nothing is changed.
+    Outside of the main thread, where Python knows no signals, nothing is changed. A signal that is ignored, as nohup
+    does with SIGHUP, stays so.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
 
     def on_signal(number: int, frame: Any) -> None:
         stop.reason = stop.reason or SIGNALS[signal.Signals(number)]
         if number == signal.SIGINT:
             signal.signal(number, before[signal.SIGINT])
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, on_signal)
     try:
         yield stop

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from lambda_kernels import info, to_torch
 from . import models
 from .adapt import adapt
 from .files import read_json
+from .forms import Positive, checked
 from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Rule
@@ -39,6 +41,37 @@ class Timing(NamedTuple):
     median: float
     q1: float
     q3: float
+
+
+class _Stats(msgspec.Struct):
+    """Seconds."""
+
+    median: Positive
+    q1: Positive
+    q3: Positive
+
+
+class _About(msgspec.Struct):
+    """What `timing_info` gives."""
+
+    kind: str
+    pattern: str
+    device: str = "unknown device"
+    environment: dict[str, Any] = {}
+
+
+class _Benchmark(msgspec.Struct):
+    extra_info: dict[str, Any] = {}
+    stats: dict[str, Any] = {}
+
+
+class _Document(msgspec.Struct):
+    """pytest-benchmark's JSON, as far as it is read."""
+
+    benchmarks: list[_Benchmark]
+
+
+_REMEDY = "take the times anew: make timings"
 
 
 class _Stock:
@@ -208,25 +241,27 @@ def read_timings(
     taken for this network, shots, steps, norm and dtype (naming what differs), if a pattern is missing (naming it), or
     if one occurs twice. The entry `STOCK` is there if the file has one.
     """
-    document = read_json(path)
-    if not isinstance(document, dict) or not isinstance(document.get("benchmarks"), list):
-        raise ValueError(f"{path}: not pytest-benchmark's JSON (no list 'benchmarks')")
+    document: _Document = checked(read_json(path), _Document, path, _REMEDY)
     wanted = {"network": dict(network), "shots": shots, "steps": steps, "norm": norm, "dtype": dtype}
     found: dict[str, list[Timing]] = {}
     environments: dict[str, dict[str, Any]] = {}
     nearest: list[str] | None = None
-    for benchmark in document["benchmarks"]:
-        extra = benchmark.get("extra_info", {})
+    for index, benchmark in enumerate(document.benchmarks):
+        extra = benchmark.extra_info
         if extra.get("kind") not in ("adapt", STOCK):
             continue
+        about: _About = checked(extra, _About, path, _REMEDY, f"benchmarks[{index}].extra_info")
         differs = _differences({key: extra.get(key, "float32" if key == "dtype" else None) for key in wanted}, wanted)
         if differs:
             nearest = differs if nearest is None or len(differs) < len(nearest) else nearest
             continue
-        name = STOCK if extra["kind"] == STOCK else str(Pattern.parse(extra["pattern"]))
-        found.setdefault(name, []).append(_stats(path, benchmark))
-        device = str(extra.get("device", "unknown device"))
-        environments[device] = {"device": device, **extra.get("environment", {})}
+        try:
+            name = STOCK if about.kind == STOCK else str(Pattern.parse(about.pattern))
+        except ValueError as error:
+            raise ValueError(f"{path}: benchmarks[{index}].extra_info.pattern: {error}; {_REMEDY}") from error
+        stats: _Stats = checked(benchmark.stats, _Stats, path, _REMEDY, f"benchmarks[{index}].stats")
+        found.setdefault(name, []).append(Timing(1e3 * stats.median, 1e3 * stats.q1, 1e3 * stats.q3))
+        environments[about.device] = {"device": about.device, **about.environment}
     if not found:
         reason = f"the nearest differs in {', '.join(nearest)}" if nearest else "it holds no benchmark of kind 'adapt'"
         raise ValueError(f"{path}: no timing was taken for this configuration: {reason}")
@@ -251,15 +286,3 @@ def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
         elif mine != theirs:
             found.append(f"{key} ({theirs} in the file, {mine} here)")
     return found
-
-
-def _stats(path: str | Path, benchmark: Mapping[str, Any]) -> Timing:
-    """Seconds in the file, milliseconds here."""
-    stats = benchmark.get("stats", {})
-    try:
-        timing = Timing(*(1e3 * float(stats[key]) for key in ("median", "q1", "q3")))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: benchmark {benchmark.get('name')!r} has no median and quartiles") from error
-    if not 0 < timing.median < float("inf"):
-        raise ValueError(f"{path}: benchmark {benchmark.get('name')!r} has median {stats['median']} s")
-    return timing

@@ -31,8 +31,9 @@ from .outer import descent, meta_gradient
 from .parts import Parts, trained_with
 from .progress import Progress, shown
 from .ranks import ALONE, Lost, Ranks, Stopped
-from .run_state import BEST, LAST, Result, State, Validation
+from .run_state import BEST, LAST, Result, State, Validation, held_by
 from .run_tasks import Sample, sampled, told_of
+from .say import say_once
 from .settings import Settings
 from .stopping import Stop, stoppable
 
@@ -72,7 +73,10 @@ def train(
 
     `progress` is called as progress(done, total, what); True shows a bar, or lines, on stderr.
 
-    Ctrl-C, SIGTERM and SIGUSR1 end the run after the present iteration; its state is saved.
+    Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 end the run after the present iteration; its state is saved. Validations take
+    place every `settings.val_every` iterations and nowhere else, so that where a run is stopped has no part in its
+    result; one that ends before the first of them is validated once, for a checkpoint, of which the state to resume
+    from knows nothing.
 
     `ranks` divide each meta-batch and the validation tasks; rank 0 writes, a signal to one of them ends all after the
     same iteration. The state does not depend on their number, but for rounding and for what a network draws (dropout).
@@ -81,21 +85,28 @@ def train(
         Lost: another rank ended; the first one that is left has saved the state after the last iteration.
         FloatingPointError: the loss, a gradient or a learned rate is no longer finite. last.safetensors is then as the
             last validation left it.
-        ValueError: `out` holds a run and neither `resume` nor `overwrite` is set; or settings, network, rule or images
-            differ from those of the run to resume; or another run writes into `out`.
+        ValueError: `out` holds a run or its checkpoint and neither `resume` nor `overwrite` is set; or settings,
+            network, rule or images differ from those of the run to resume; or another run writes into `out`; or
+            `iterations` is below 1, or `minutes` no positive number.
         RuntimeError: a meta-batch does not fit in memory; says what would.
         OSError: a file cannot be written; names it. Files that were there before are whole.
     """
-    if log_every < 1:
-        raise ValueError(f"log_every is {log_every}, expected at least 1")
+    for name, number in (("log_every", log_every), ("iterations", iterations)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}, expected at least 1")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"minutes is {minutes}, expected above 0")
     with locked(out, "train") if ranks.rank == 0 else contextlib.nullcontext():
         goal = Goal(loss, metric, lower_is_better)
         run = _Run(model, train_set, val_set, Path(out), settings or Settings(), rule, goal, batched, ranks, parts)
         if resume:
             run.state.resume(run.out / LAST, ranks)
-        elif ranks.first((run.out / LAST).exists) and not overwrite:
-            raise ValueError(f"{run.out / LAST} holds an earlier run: resume it (--resume) or choose another folder")
+        elif not overwrite and (held := ranks.first(lambda: held_by(run.out))):
+            way = "resume it (--resume) or choose" if held.name == LAST else "choose"
+            raise ValueError(f"{held}: the folder holds an earlier run: {way} another folder")
         run.start(log_every, tensorboard)
+        if not resume:
+            ranks.first(run.begin)
         bar = shown(progress, "training", here=ranks.rank == 0, left=False)
         with bar as told, stoppable() as stop, contextlib.closing(run.metrics), _saved_by_those_left(run):
             _iterate(run, stop, iterations, minutes, told)
@@ -131,10 +142,11 @@ def _iterate(run: _Run, stop: Stop, iterations: int, minutes: float | None, prog
             if progress is not None:
                 left = None if minutes is None else minutes - run.seconds / 60
                 progress(result.iteration, iterations, run.told(iterations - result.iteration, left))
-        if why in (None, "minutes") and result.validated < result.iteration:
-            why = run.validate(stop)
         result.stopped = result.stopped if why in (None, "minutes") else why
         ranks.first(run.save)
+        if why in (None, "minutes") and result.best is None:
+            why = run.validate(stop)
+            result.stopped = result.stopped if why is None else why
 
 
 class _Run:
@@ -183,12 +195,24 @@ class _Run:
         result, first = self.state.result, self.ranks.rank == 0
         for name in (BEST, LAST, METRICS, Path(BEST).with_suffix(".json")) if first else ():
             remove_leftovers(self.out / name)
+        if result.best is not None and not self.ranks.first((self.out / BEST).is_file):
+            say_once(
+                f"{self.out / BEST}, of iteration {result.best.iteration}, is gone: the best of the validations from "
+                "now on takes its place"
+            )
+            result.best = None
         self.log_every = log_every
         self.metrics = Metrics(self.out if first else None, result.iteration, result.validated, tensorboard)
         self.ranks.start_alike(self.state.tensors())
         self.ranks.own_random_numbers(self.settings.seed, result.iteration)
         self._begun = time.perf_counter()
         self._seconds_before = result.history[-1].seconds if result.history else 0.0
+
+    def begin(self) -> None:
+        """Leave nothing of an earlier run, and a state to resume from."""
+        for name in (BEST, Path(BEST).with_suffix(".json")):
+            (self.out / name).unlink(missing_ok=True)
+        self.save()
 
     @property
     def seconds(self) -> float:

@@ -13,14 +13,20 @@ _ARCHIVES = {
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!": "a rar archive",
 }
-_FORMATS = {b"\x93NUMPY": "a NumPy .npy file", b"\x89HDF\r\n": "an HDF5 file", b"MATLAB": "a MATLAB file"}
-_PICTURES = {b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture"}
+_FORMATS = {
+    b"\x93NUMPY": "a NumPy .npy file", b"\x89HDF\r\n": "an HDF5 file", b"MATLAB": "a MATLAB file",
+    b"%!PS": "a PostScript file", b"%PDF": "a PDF file",
+}  # fmt: skip
+_PICTURES = {
+    b"\x89PNG": ("a PNG picture", ".png"), b"\xff\xd8\xff": ("a JPEG picture", ".jpg"),
+    b"GIF8": ("a GIF picture", ".gif"),
+}  # fmt: skip
 
 
 def mistaken(path: Path, picture: bool = False) -> str | None:
     """What the file really is and what to do, as the end of a sentence; None where its first bytes do not tell.
 
-    picture: its name promises a picture, so that PNG and JPEG are no mistake.
+    picture: its name promises a picture, so that PNG, JPEG and GIF are none, but for another ending.
 
     >>> mistaken(Path("CIFAR_FS_train.pickle"))
     'it is a pointer of git-lfs, not the file itself: run `git lfs pull` in its repository'
@@ -44,7 +50,12 @@ def mistaken(path: Path, picture: bool = False) -> str | None:
             return f"it is {what}: unpack it first"
     if head[257:262] == b"ustar":
         return "it is a tar archive: unpack it first"
-    for start, what in (_FORMATS if picture else {**_FORMATS, **_PICTURES}).items():
+    for start, what in _FORMATS.items():
         if head.startswith(start):
             return f"it is {what}: give the file that its name promises"
+    for start, (what, ending) in _PICTURES.items():
+        if head.startswith(start) and not picture:
+            return f"it is {what}: give the file that its name promises"
+        if head.startswith(start) and path.suffix.lower().replace("jpeg", "jpg") != ending:
+            return f"it is {what}: let its name end in {ending}"
     return None

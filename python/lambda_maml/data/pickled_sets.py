@@ -53,6 +53,7 @@ _SETS = {
     ),
 }
 _IMAGE_KEYS = ("image_data", "data")
+_MOST_PACKED = 50  # no photograph becomes smaller by as much
 _LABEL_KEYS = ("labels", "label", "fine_labels")  # the last: CIFAR-100's own
 
 
@@ -207,6 +208,9 @@ def _tiered(path: Path, size: int) -> tuple[Pick, Groups]:
 def _blue_first(path: Path) -> NDArray[Any]:
     """`images` of a .npz file."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(part.file_size > _MOST_PACKED * max(part.compress_size, 2**20) for part in archive.infolist()):
+                raise ValueError("it unpacks to far more than pictures do")
         with np.load(path) as file:
             images: NDArray[Any] = file["images"]
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 _ORIENTATION = 0x0112  # EXIF and TIFF
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF; 0: white is zero
+# What Pillow may take a file for, by its ending: it hands some other formats to programs, as PostScript to Ghostscript.
+_FORMATS = {
+    ".png": ("PNG",), ".jpg": ("JPEG", "MPO"), ".jpeg": ("JPEG", "MPO"), ".bmp": ("BMP", "DIB"), ".gif": ("GIF",),
+    ".tif": ("TIFF",), ".tiff": ("TIFF",), ".webp": ("WEBP",), ".pgm": ("PPM",), ".ppm": ("PPM",),
+}  # fmt: skip
+_MOST_PIXELS = 89_478_485  # from there on Pillow speaks of decompression bombs
+_IN_A_PICKLE = ("PNG", "JPEG")
 # How a picture that was stored under EXIF's orientation 2..8 gets upright: names of PIL.Image.Transpose.
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
@@ -39,12 +46,16 @@ def read_picture(source: Path | bytes, mode: Mode, size: tuple[int, int] | None 
     and floats count as 0..1 (floats only), 0..255, 0..65535 or, whole numbers only, 0..2^31 - 1, the smallest of these
     that holds the picture's largest value.
 
+    A file is opened as what its ending names, and not at all if that is no format of pictures that is read here; bytes
+    are PNG or JPEG.
+
     >>> read_picture(Path("greek/alpha.png"), "L", (28, 28)).shape
     (28, 28)
 
     Raises:
-        ValueError: not a readable picture, or samples that are negative, NaN or too large; the text says what the
-            file is if its first bytes tell.
+        ValueError: not a readable picture of its ending's format, one of more than 89 million pixels, no file
+            but a pipe or a device, or samples that are negative, NaN or too large; the text says
+            what the file is if its first bytes tell.
     """
     with _opened(source) as picture:
         if size is not None:
@@ -109,9 +120,18 @@ def _opened(source: Path | bytes) -> Iterator[ImageFile]:
     """The picture; whatever goes wrong with it inside is a ValueError that names it."""
     from PIL import Image, UnidentifiedImageError
 
+    if not isinstance(source, bytes) and source.exists() and not source.is_file():
+        what = "a directory" if source.is_dir() else "a pipe or a device"
+        raise ValueError(f"{source}: not a readable image: it is {what}")
     try:
+        formats = _IN_A_PICKLE if isinstance(source, bytes) else _FORMATS.get(source.suffix.lower(), ())
         # Given a path, Pillow maps uncompressed TIFFs and then mixes up their height and width if they lie on a side.
-        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file, Image.open(file) as opened:
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file,
+            Image.open(file, formats=formats) as opened,
+        ):
+            if opened.width * opened.height > _MOST_PIXELS:
+                raise ValueError(f"it has {opened.width}x{opened.height} pixels, more than {_MOST_PIXELS}")
             yield opened
     except Exception as error:  # decoders raise many kinds
         unknown = isinstance(error, UnidentifiedImageError)  # its text names an object of Python

@@ -13,10 +13,11 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from .bounded import Budget, Refused, check
 from .mistaken import mistaken
 
 
@@ -30,14 +31,18 @@ def load(path: Path) -> Any:
     dict_keys(['data', 'labels'])
 
     Raises:
-        ValueError: the file names another global, holds an object or structured array, is cut short or damaged, or is
-            no pickle at all, such as a web page; the text says what it is if its first bytes tell.
+        ValueError: the file names another global, holds an object or structured array, would take far more memory than
+            its own size (`bounded.check`), is cut short or damaged, or is no pickle at all, such as a web page; the
+            text says what it is if its first bytes tell.
         OSError: the file cannot be opened.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: {'is no file' if path.exists() else 'there is no such file'}")
     with path.open("rb") as file:
         try:
-            return _finish(_Unpickler(file, encoding="latin1").load())
-        except _Refused as error:
+            check(path)
+            return _finish(_Unpickler(file, path.stat().st_size).load())
+        except Refused as error:
             raise ValueError(
                 f"{path}: refused, {error}; only arrays and plain containers are read: save the file again as a dict "
                 "of NumPy arrays and lists"
@@ -53,10 +58,6 @@ def load(path: Path) -> Any:
             ) from error
 
 
-class _Refused(Exception):
-    pass
-
-
 class _DType:
     """Stand-in for numpy.dtype: booleans, numbers, byte and text strings of fixed length."""
 
@@ -64,14 +65,14 @@ class _DType:
         try:
             self.dtype = np.dtype(str(code))
         except TypeError:
-            raise _Refused(f"it holds an array of dtype {code!r}") from None
+            raise Refused(f"it holds an array of dtype {code!r}") from None
         if self.dtype.kind not in "biufSU":
-            raise _Refused(f"it holds an array of dtype {code!r}" + (" (objects)" if self.dtype.kind == "O" else ""))
+            raise Refused(f"it holds an array of dtype {code!r}" + (" (objects)" if self.dtype.kind == "O" else ""))
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         order, subarray, names, fields = state[1:5]
         if subarray is not None or names is not None or fields is not None:
-            raise _Refused("it holds a structured array")
+            raise Refused("it holds a structured array")
         if order in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(order)
 
@@ -81,10 +82,14 @@ class _Array:
 
     array: np.ndarray[Any, Any] | None = None
 
+    def __init__(self, budget: Budget) -> None:
+        self.budget = budget
+
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
         if isinstance(data, list):
-            raise _Refused("it holds an array of objects")
+            raise Refused("it holds an array of objects")
+        self.budget.take(len(data) if isinstance(data, str) else 0)
         self.array = _array(data, dtype, shape, "F" if fortran else "C")
 
 
@@ -103,14 +108,14 @@ def _scalar(dtype: _DType, data: Any) -> Any:
     return _array(data, dtype, (1,), "C")[0]
 
 
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
+def _reconstruct(*_: Any) -> type[_Array]:
+    return _Array
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     """Python 3 writes bytes this way into pickles that Python 2 can read."""
     if codecs.lookup(encoding).name != "iso8859-1":
-        raise _Refused(f"it calls _codecs.encode with {encoding!r}")
+        raise Refused(f"it calls _codecs.encode with {encoding!r}")
     return text.encode("latin1")
 
 
@@ -121,7 +126,7 @@ def _bytes(*parts: Any) -> bytes:
     if isinstance(parts[0], str):
         return _encode(*parts)
     if not isinstance(parts[0], (bytes, bytearray)):
-        raise _Refused(f"it makes bytes of a {type(parts[0]).__name__}")
+        raise Refused(f"it makes bytes of a {type(parts[0]).__name__}")
     return bytes(parts[0])
 
 
@@ -137,7 +142,7 @@ def _dict(*factory: Any) -> dict[Any, Any]:
 def _list(*content: Any) -> list[Any]:
     """For builtins.list, which is named only as a defaultdict's factory."""
     if content:
-        raise _Refused("it calls builtins.list")
+        raise Refused("it calls builtins.list")
     return []
 
 
@@ -165,11 +170,28 @@ for _builtins in ("builtins", "__builtin__"):
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        super().__init__(file, encoding="latin1")
+        self.budget = Budget(size)
+
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         admitted = _ADMITTED.get((module, name))
         if admitted is None:
-            raise _Refused(f"it names {module}.{name}")
-        return lambda *args: admitted(*args)  # a fresh one, so that a stream can alter nothing that outlives it
+            raise Refused(f"it names {module}.{name}")
+        return lambda *args: self._called(admitted, args)  # a fresh one: a stream can alter nothing that outlives it
+
+    def _called(self, admitted: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """What a call makes; its bytes are counted."""
+        if admitted in (set, frozenset, OrderedDict):
+            self.budget.take(sum(64 * len(arg) for arg in args))
+        made = admitted(*args)
+        if made is _Array:
+            return _Array(self.budget)
+        if isinstance(made, (bytes, bytearray)):
+            self.budget.take(len(made))
+        elif isinstance(made, (np.ndarray, np.str_)):
+            self.budget.take(made.nbytes)
+        return made
 
 
 def _finish(value: Any) -> Any:

@@ -195,6 +195,7 @@ def describe(
     checks.check_loss(loss)
     steps = checks.check_steps(steps)
     checks.check_mode()
+    checks.check_images(model, xs)
     with torch.enable_grad():  # as the steps run
         program = program_for(model, (xs,), {})
     if program.untraceable is not None:

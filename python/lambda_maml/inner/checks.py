@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lambda_kernels import ConvBlock
 from lambda_kernels._torch import functorch_active
 from lambda_kernels.program import flatten
 
@@ -23,6 +24,7 @@ __all__ = [
     "Loss",
     "check_device",
     "check_gradients",
+    "check_images",
     "check_labels",
     "check_loss",
     "check_mode",
@@ -94,6 +96,18 @@ def check_one_input(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__}.forward takes {len(needed)} inputs; adapt calls a network with xs alone: "
             "let it take them as one tuple or dict, or use LambdaMAML, whose clones are called as the network is"
+        )
+
+
+def check_images(model: nn.Module, xs: Any) -> None:
+    """ValueError where a row of layers that begins with a 2-d convolution gets more than [N, C, H, W]: our layers would
+    take the first axis for tasks, each with statistics of its own."""
+    first: nn.Module = model
+    while isinstance(first, nn.Sequential) and len(first):
+        first = first[0]
+    if isinstance(first, (nn.Conv2d, ConvBlock)) and isinstance(xs, Tensor) and xs.dim() > 4:
+        raise ValueError(
+            f"support set: xs is {list(xs.shape)}, expected images [N, C, H, W]: adapt_tasks takes [T, N, C, H, W]"
         )
 
 

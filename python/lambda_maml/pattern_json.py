@@ -1,0 +1,112 @@
+"""pattern.json, a selection as a file: read back in the form that `Selection.to_dict` gives it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from .files import read_json
+from .forms import Count, Finite, From1, NotBelow0, Positive, checked
+from .patterns import Pattern
+
+__all__ = ["read_selection"]
+
+_REMEDY = "select a pattern again: lambda-maml select"
+
+
+class _Row(msgspec.Struct):
+    pattern: str
+    time_ms: Positive
+    ci95: NotBelow0 | None
+    accuracy: Finite | None = None
+    score: Finite | None = None  # of another metric than accuracy
+
+
+class _Candidate(_Row, kw_only=True):
+    drop: Finite | None
+    drop_bound: Finite | None
+
+
+class _Stock(msgspec.Struct):
+    pattern: str
+    time_ms: Positive | None
+
+
+class _Compared(msgspec.Struct, kw_only=True):
+    drop: Finite | None
+    drop_ci95: NotBelow0 | None
+    full_accuracy: Finite | None | msgspec.UnsetType = msgspec.UNSET
+    chosen_accuracy: Finite | None | msgspec.UnsetType = msgspec.UNSET
+    full_score: Finite | None | msgspec.UnsetType = msgspec.UNSET
+    chosen_score: Finite | None | msgspec.UnsetType = msgspec.UNSET
+
+
+class _OnTest(_Compared, kw_only=True):
+    tasks: Count
+    support: _Compared | None = None  # files of before 2026-11-29 have none
+
+
+class _Form(msgspec.Struct):
+    schema: Literal[1]
+    network: str
+    ways: From1 | None
+    shots: From1
+    steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
+    lr: NotBelow0 | list[Any] | None
+    norm: Literal["follow", "never"]
+    max_drop: NotBelow0
+    rule: Literal["bound", "point"]
+    chosen: _Candidate
+    full: _Row
+    stock_full: _Stock
+    test: _OnTest
+    candidates: Annotated[list[_Candidate], msgspec.Meta(min_length=1)]
+    environment: dict[str, Any]
+    relative: bool = False
+    inner_rule: str | None = None
+    metric: str | None = None
+
+
+def read_selection(path: str | Path) -> dict[str, Any]:
+    """Read pattern.json back.
+
+    >>> read_selection("runs/demo/pattern.json")["chosen"]["pattern"]
+    '00010'
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a field is missing, of another type or out of range, or two contradict each other; names the file,
+            the field and what helps.
+    """
+    value = read_json(path)
+    form: _Form = checked(value, _Form, path, _REMEDY)
+    key = "accuracy" if form.metric is None else "score"
+    places: list[tuple[str, object]] = [("chosen", form.chosen), ("full", form.full)]
+    places += [(f"candidates[{index}]", row) for index, row in enumerate(form.candidates)]
+    missing = [f"{place}.{key}" for place, row in places if getattr(row, key) is None]
+    for place, compared in (("test", form.test), ("test.support", form.test.support)):
+        names = [f"full_{key}", f"chosen_{key}"] if compared is not None else []
+        missing += [f"{place}.{name}" for name in names if getattr(compared, name) is msgspec.UNSET]
+    if form.lr is None and form.inner_rule is None:
+        missing.append("lr")
+    if missing:
+        raise ValueError(f"{path}: {missing[0]} is missing; {_REMEDY}")
+    _check_patterns(path, form)
+    return dict(value)
+
+
+def _check_patterns(path: str | Path, form: _Form) -> None:
+    """ValueError where a pattern is none, or the choice is not among the candidates."""
+    rows = {row.pattern: row for row in form.candidates}
+    for index, row in enumerate(form.candidates):
+        try:
+            Pattern.parse(row.pattern)
+        except ValueError as error:
+            raise ValueError(f"{path}: candidates[{index}].pattern: {error}; {_REMEDY}") from error
+    for key, named in (("chosen", form.chosen), ("full", form.full)):
+        if named.pattern not in rows or rows[named.pattern].time_ms != named.time_ms:
+            raise ValueError(f"{path}: {key} is {named.pattern}, which is not so among the candidates; {_REMEDY}")
+    if form.stock_full.pattern != form.full.pattern:
+        raise ValueError(f"{path}: stock_full.pattern is {form.stock_full.pattern}, not {form.full.pattern}; {_REMEDY}")
