@@ -54,7 +54,7 @@ py::bytes addresses(const py::list& objects, const py::list& containers, bool na
   }
   for (py::handle object : objects) {
     if (!names) break;
-    const py::object held = py::getattr(object, "__dict__");
+    const py::object held = py::getattr(object, "__dict__", py::none());
     if (!PyDict_Check(held.ptr())) refuse("addresses: an object's attributes must lie in a dict", held);
     found.push_back(nullptr);
     for (Py_ssize_t at = 0; PyDict_Next(held.ptr(), &at, &key, &value);) {

@@ -125,7 +125,7 @@ def test_the_prepared_call_takes_nothing_but_tensors_that_fit() -> None:
     ],
 )
 def test_a_snapshot_of_something_else_is_a_type_error(name: str, arguments: Any) -> None:
-    with pytest.raises((TypeError, AttributeError), match="got 1|__dict__"):
+    with pytest.raises(TypeError, match="got"):
         getattr(native._extension, name)(*arguments)
 
 

@@ -21,14 +21,18 @@ PER_BLOCK, GEOMETRY = 3, 8
 class Operands:
     """An operator's tensors: on one device, in the dtype of the first."""
 
-    def __init__(self, name: str, first: Tensor, *with_tasks: Tensor) -> None:
+    def __init__(self, name: str, first: Tensor | None, *with_tasks: Tensor | None) -> None:
+        torch._check(first is not None, lambda: f"{name}: the first operand is not given")
+        assert first is not None
         self.name, self.dtype, self.device = name, first.dtype, first.device
-        self.tasks = max([1, *(t.shape[0] for t in with_tasks if t.dim())])
+        self.tasks = max([1, *(t.shape[0] for t in with_tasks if t is not None and t.dim())])
         built = first.device.type != "cpu" or first.dtype in (torch.float32, torch.float64)
         torch._check(built, lambda: f"{name}: it is built for float32 and float64, not {first.dtype}")
 
-    def check(self, what: str, t: Tensor, *sizes: int, dtype: torch.dtype | None = None) -> None:
-        dtype = dtype or self.dtype
+    def check(self, what: str, given: Tensor | None, *sizes: int, dtype: torch.dtype | None = None) -> None:
+        torch._check(given is not None, lambda: f"{self.name}: {what} is not given")
+        assert given is not None
+        t, dtype = given, dtype or self.dtype
         fits = t.device == self.device and t.dtype == dtype and t.layout == torch.strided and t.dim() == len(sizes)
         for size, wanted in zip(t.shape, sizes):
             fits = fits and (
@@ -138,7 +142,10 @@ class Operands:
         """Height and width of what norm, ReLU and pool make of z."""
         self.check("z", z, self.tasks, SOME, SOME, SOME, SOME)
         torch._check(pool in (1, 2), lambda: f"{self.name}: pool must be 1 or 2, got {pool}")
-        torch._check(bool(min(z.shape[3:]) >= pool), lambda: f"{self.name}: z {list(z.shape)} is too small for {pool}")
+        fits = bool(min(z.shape[3:]) >= pool)
+        if fits and all(type(n) is int for n in z.shape):  # a bound on memory is no guard
+            fits = z.numel() <= MOST_VALUES and max(z.shape[1], *z.shape[3:]) <= MOST_SIDE
+        torch._check(fits, lambda: f"{self.name}: z {list(z.shape)} is too small for pool {pool}, or too large")
         for what, t in gammas.items():
             self.check(what, t, OWN, z.shape[2])
         return [side // pool for side in z.shape[3:]]

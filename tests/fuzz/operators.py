@@ -155,6 +155,8 @@ def _number(rng: random.Random, old: Any) -> Any:
 
 def _tensor(rng: random.Random, t: Tensor) -> tuple[Any, str]:
     """Another tensor in place of t, and what it is; most do not fit, some are the same values in other memory."""
+    if not _held(t):  # changed before
+        return t, "as it is"
     if t.dim() == 0 or t.numel() == 0:
         return t.new_zeros(3), "[3]"
     axis = rng.randrange(t.dim())
@@ -280,7 +282,7 @@ def check_operator(seed: int) -> Found:
         got = c.run(*c.arguments)
     except REFUSALS as error:
         refusal = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if any(not torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(operands, before)):
+    if any(not torch.equal(a.detach().nan_to_num(), b.nan_to_num()) for a, b in zip(operands, before)):
         return Found("WRONG", "an operand was written to")
     if any(text in refusal for text in ("INTERNAL ASSERT", "vector::", "basic_string")):
         return Found("WRONG", f"a refusal of no one: {refusal}")
@@ -292,8 +294,10 @@ def check_operator(seed: int) -> Found:
             return Found("WRONG", f"the fake gives {faked}, the operator {refusal or _forms(got)}")
         if faked is not None and not refusal and faked != _forms(got):
             return Found("WRONG", f"the fake gives {faked}, the operator {_forms(got)}")
-    if refusal or got is None or isinstance(got, bytes):
-        return Found("refused" if refusal or got is None else "ok")
+    if refusal or got is None:
+        return Found("refused")
+    if isinstance(got, bytes) or len(operands) < len(_tensors(c.arguments)):
+        return Found("ok")
     again = c.run(*_map(lambda t: t.detach().resolve_neg().contiguous() if t.dim() else t, c.arguments))
     for a, b in zip(_tensors(got), _tensors(again), strict=True):
         if a.dtype not in NEAR:  # places of maxima, and a pass that is kept

@@ -78,7 +78,7 @@ def _work(kind: str, seeds: range, answers: Any) -> None:
             found = check(seed)
             answers.send((seed, (found.verdict, found.told)))
         except Exception as error:
-            answers.send((seed, ("ERROR", f"the fuzz itself: {type(error).__name__}: {error}")))
+            answers.send((seed, ("ERROR", f"the fuzz itself: {type(error).__name__}: {str(error)[:300]}")))
 
 
 def _batch(kind: str, seeds: range, counts: Counter[str]) -> Iterator[Failure]:
