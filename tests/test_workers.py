@@ -30,8 +30,8 @@ class Adapted(Dataset):
         return 4
     def __getitem__(self, i):
         torch.manual_seed(i)
-        model = models.conv4(ways=3, in_channels=1, width=8, image_size=12)
-        xs, ys = torch.randn(3, 1, 12, 12), torch.arange(3)
+        model = models.conv4(ways=3, in_channels=1, width=8, image_size=16)
+        xs, ys = torch.randn(3, 1, 16, 16), torch.arange(3)
         for _ in range(2):  # the second one is a prepared call
             learner = adapt(model, xs, ys, pattern="00011", steps=2, lr=0.1)
         return learner(xs).detach()
