@@ -1,14 +1,19 @@
 #include "interrupt.h"
 
-#include <pybind11/pybind11.h>
-
 namespace lk {
+namespace {
+
+std::atomic<Signals> handled = nullptr;
+
+}  // namespace
+
+void handle_signals_by(Signals signals) { handled = signals; }
 
 void Interrupt::ask() {
-  const pybind11::gil_scoped_acquire python;
+  const Signals signals = handled;
+  what_ = signals == nullptr ? nullptr : signals();
   asked_ = Clock::now();
-  if (PyErr_CheckSignals() == 0) return;
-  what_ = std::make_exception_ptr(pybind11::error_already_set());
+  if (what_ == nullptr) return;
   raised_.store(true, std::memory_order_release);
   std::rethrow_exception(what_);
 }

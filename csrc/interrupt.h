@@ -1,4 +1,4 @@
-// Ctrl-C in a call of C++: what Python does for a signal is done between two pieces of work, and an exception ends the call.
+// Ctrl-C in a long call: what a program does for a signal is done between two pieces of work, and an exception ends the call.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -7,10 +7,14 @@
 
 namespace lk {
 
+// What looks for signals and handles them: null, or what a handler threw. None without Python, whose module sets it.
+using Signals = std::exception_ptr (*)();
+[[gnu::visibility("default")]] void handle_signals_by(Signals signals);
+
 class Interrupt {
  public:
-  // Between two pieces of work, on any thread. On the thread that made this, and not more often than Python would notice,
-  // it runs the handlers of signals that came; what one of them raises is thrown on all threads.
+  // Between two pieces of work, on any thread. On the thread that made this, now and then, signals that came are handled;
+  // what a handler throws is thrown on all threads.
   void look() {
     if (raised_.load(std::memory_order_acquire)) std::rethrow_exception(what_);
     if (std::this_thread::get_id() == caller_ && Clock::now() - asked_ > kPause) ask();

@@ -9,12 +9,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "checks.h"
 #include "inner_loop/inner_loop.h"
 
 namespace lk {
@@ -55,12 +56,16 @@ class PreparedCall {
     const auto plain = [](const at::Tensor& t) { return !at::isTensorSubclassLike(t) && !t.is_neg(); };
     if (!std::all_of(parameters_.begin(), parameters_.end(), plain) || !plain(x) || !plain(y)) return false;
     try {
-      auto [rows, updated, logits] = Door<&inner_loop>::call(x.unsqueeze(0), y.unsqueeze(0), parameters_, updated_,
-                                                             geometry_, eps_, steps, rates, std::nullopt);
+      auto [rows, updated, logits] =
+          inner_loop(x.unsqueeze(0), y.unsqueeze(0), parameters_, updated_, geometry_, eps_, steps, rates, std::nullopt);
       const double* values = rows.const_data_ptr<double>();
       found = std::move(updated);
       return std::all_of(values, values + rows.numel(), [](double value) { return std::isfinite(value); });
     } catch (const c10::Error&) {  // the caller's longer way says what is wrong
+      return false;
+    } catch (const std::bad_alloc&) {
+      return false;
+    } catch (const std::length_error&) {  // more steps than a vector has elements
       return false;
     }
   }
