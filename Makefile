@@ -10,7 +10,7 @@ supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 1
     "lambda-kernels needs Python 3.10 to 3.13, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 
 .DEFAULT_GOAL := all
-.PHONY: all help demo docs test fuzz bench peers timings gpu format lint wheel tried-wheel clean distclean force
+.PHONY: all help demo docs test fuzz sanitize bench peers timings gpu format lint wheel tried-wheel clean distclean force
 
 all: $(VENV)/.built
 	@echo "Ready: source $(BIN)/activate, then lambda-maml demo, or lambda-maml --help. make help lists what else make does."
@@ -20,7 +20,9 @@ help:
 	@echo "make demo     train on an embedded image set, choose a pattern, draw the picture: runs/demo"
 	@echo "make test     all tests"
 	@echo "make docs     the pages as a site: build/site/index.html"
-	@echo "make fuzz     random networks and calls beside plain PyTorch for SECONDS=600, from SEED=0 on"
+	@echo "make fuzz     random networks and calls beside plain PyTorch, and operators with arguments that do not fit, for"
+	@echo "              SECONDS=600, from SEED=0 on"
+	@echo "make sanitize the native code under AddressSanitizer and UndefinedBehaviorSanitizer: its tests, and COUNT=4000 calls"
 	@echo "make bench    benchmarks: make peers, which writes docs/performance.md and README's figures, then make timings: bench/results/local.json"
 	@echo "make gpu      build, tests and benchmarks on a GPU machine with $(PYTHON) as it is: bench/results, docs/gpu.md"
 	@echo "make lint     ruff and mypy, and the forms of ruff format and clang-format; make format writes these"
@@ -42,6 +44,20 @@ SECONDS ?= 600
 SEED ?= 0
 fuzz: $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(SECONDS) --first $(SEED)
+
+# The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own: the native tests, and COUNT
+# calls of the operators with arguments that do not fit. Run in tests/, where the checkout's own packages are not found.
+COUNT ?= 4000
+SANITIZED := $(CURDIR)/build/sanitized
+LIBRARIES := libasan.so libubsan.so libstdc++.so
+NATIVE_TESTS := affine_block chain frozen_block head image_block inner_loop inner_loop_rates norms operators outer snapshot winograd
+sanitize: $(VENV)/.required
+	LAMBDA_KERNELS_SANITIZE=address,undefined LAMBDA_KERNELS_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	cd tests && export OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED):. \
+	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$(for name in $(LIBRARIES); do $${CXX:-g++} -print-file-name=$$name; done | tr '\n' ' ')" && \
+	    ../$(BIN)/python -m pytest $(NATIVE_TESTS:%=test_%.py) -p no:benchmark -p no:cacheprovider -q && \
+	    ../$(BIN)/python -m fuzz --kind operator --count $(COUNT) --first $(SEED)
 
 bench:
 	@$(MAKE) --no-print-directory peers

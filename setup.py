@@ -5,6 +5,8 @@ else is in pyproject.toml.
 Environment: CXX (compiler), MAX_JOBS (compilers at a time, default: the cores), SOURCE_DATE_EPOCH (date in the build
 information), LAMBDA_KERNELS_LOCAL_VERSION (what follows the `+` of the version, such as `cpu`).
 
+LAMBDA_KERNELS_SANITIZE: sanitizers that the extension is built with, such as "address,undefined" (`make sanitize`).
+
 LAMBDA_KERNELS_CUDA: 1 builds the CUDA kernels or says what is missing, 0 leaves them out; unset, they are built where
 torch has CUDA and nvcc is found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda). TORCH_CUDA_ARCH_LIST: for which GPUs,
 such as "8.0;9.0a;10.0+PTX" (default: "8.0 9.0 10.0+PTX"; +PTX adds code for newer ones).
@@ -45,6 +47,7 @@ COMPILE_FLAGS = [
 LIBRARY = "liblambda_kernels.so"
 OPERATORS, MODULE = "lambda_kernels.liblambda_kernels", "lambda_kernels._C"
 BINDING = ["csrc/binding.cpp", "csrc/inner_loop/prepared_call.cpp", "csrc/snapshot.cpp"]  # all that speaks to Python
+SANITIZE_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
 COMPILERS = ("g++", "c++", "clang++")
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static"]
 ARCHITECTURES = "8.0 9.0 10.0+PTX"
@@ -264,7 +267,9 @@ def build_command(torch: Any) -> type[build_ext]:
             super().finalize_options()
             # objects are kept from one install to the next, also by an editable one, and never shared by two torches
             target = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}-torch{torch.__version__}"
-            self.build_temp = str(ROOT / "build" / f"temp-{target}")
+            sanitizers = os.environ.get("LAMBDA_KERNELS_SANITIZE", "")
+            self.sanitize = [f"-fsanitize={sanitizers}"] if sanitizers else []
+            self.build_temp = str(ROOT / "build" / "-".join(["temp", target, *self.sanitize]))
 
         def get_ext_filename(self, ext_name: str) -> str:
             name: str = super().get_ext_filename(ext_name)
@@ -280,8 +285,11 @@ def build_command(torch: Any) -> type[build_ext]:
             # is one thread pool. clang's -fopenmp needs LLVM's runtime, which torch does not bring: one thread there.
             if "clang" not in compiler_version:
                 flags.append("-fopenmp")
+            if self.sanitize:
+                flags += [*self.sanitize, *SANITIZE_FLAGS]
             for ext in self.extensions:
                 ext.extra_compile_args = list(flags)
+                ext.extra_link_args.extend(self.sanitize)
                 # where setuptools puts what it links, also in an inplace build, which copies it from there
                 ext.library_dirs.append(str(Path(self.build_lib) / "lambda_kernels"))
             folder = ROOT / "lambda_kernels" if self.inplace else Path(self.build_lib) / "lambda_kernels"

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "checks.h"
 #include "frozen_block.h"
 #include "product.h"
 #include "tasks.h"
@@ -55,21 +56,12 @@ void run_affine_block(const Convolution& c, int64_t pool, const T* x, const int6
 }
 
 at::Tensor affine_block(const at::Tensor& x_, const at::Tensor& weight_, const at::Tensor& bias_, at::IntArrayRef geometry) {
-  TORCH_CHECK(x_.dim() == 5 && weight_.dim() == 5 && geometry.size() == 7 && x_.numel() > 0 && weight_.numel() > 0 &&
-                  weight_.size(2) == x_.size(2) && std::min({geometry[0], geometry[1], geometry[4], geometry[5]}) > 0 &&
-                  std::min(geometry[2], geometry[3]) >= 0,
-              "affine_block: a weight ", weight_.sizes(), " and the numbers ", geometry, " do not fit images ", x_.sizes());
-  const int64_t tasks = std::max({x_.size(0), weight_.size(0), bias_.size(0)}), pool = geometry[6];
-  TORCH_CHECK(bias_.dim() == 2 && bias_.size(1) == weight_.size(1), "affine_block: bias must be [tasks, ", weight_.size(1),
-              "], got ", bias_.sizes());
-  for (const at::Tensor* t : {&x_, &weight_, &bias_})
-    TORCH_CHECK((t->size(0) == 1 || t->size(0) == tasks) && t->scalar_type() == x_.scalar_type(), "affine_block: x ",
-                x_.sizes(), ", weight ", weight_.sizes(), " and bias ", bias_.sizes(),
-                " are of different numbers of tasks or dtypes");
-  const Convolution c = Convolution::of(x_.size(1), x_.size(2), x_.size(3), x_.size(4), weight_.size(1),
-                                        {weight_.size(3), weight_.size(4)}, geometry.data());
-  TORCH_CHECK(std::min(c.rows, c.columns) >= pool && affine_block_takes(c, pool), "affine_block: no kernel for a weight ",
-              weight_.sizes(), " over images ", x_.sizes(), " with pool ", pool);
+  const Operands operands("affine_block", x_, {&x_, &weight_, &bias_});
+  const Convolution c = operands.block(x_, weight_, geometry);
+  operands.check("bias", bias_, {kOwn, c.outputs});
+  const int64_t tasks = operands.tasks(), pool = geometry[6];
+  TORCH_CHECK(affine_block_takes(c, pool), "affine_block: no kernel for a weight ", weight_.sizes(), " over images ",
+              x_.sizes(), " with pool ", pool);
   const at::Tensor x = ImageConvolution<float>::takes(c, pool) ? x_ : channels_last(x_);
   const at::Tensor weight = weight_.contiguous(), bias = bias_.contiguous();
   at::Tensor y = empty_images(tasks, c.images, c.outputs, c.rows / pool, c.columns / pool, x.options());
@@ -77,7 +69,7 @@ at::Tensor affine_block(const at::Tensor& x_, const at::Tensor& weight_, const a
     const auto own = [](const at::Tensor& t, int64_t task) {
       return t.const_data_ptr<scalar_t>() + (t.size(0) == 1 ? 0 : task * t.stride(0));
     };
-    for_each_task(tasks, [&](int64_t task) {
+    for_each_task(tasks, [&](int64_t task, Interrupt&) {
       const Borrowed arena;
       run_affine_block<scalar_t>(c, pool, own(x, task), x.strides().data() + 1, own(weight, task), own(bias, task),
                                  const_cast<scalar_t*>(own(y, task)), *arena);
@@ -90,42 +82,31 @@ at::Tensor affine_block(const at::Tensor& x_, const at::Tensor& weight_, const a
 // each block one after another. -> [N, ways]
 at::Tensor affine_chain(const at::Tensor& x_, at::TensorList given, at::IntArrayRef geometry) {
   const int64_t blocks = int64_t(geometry.size()) / kNumbers;
-  TORCH_CHECK(
-      x_.dim() == 4 && x_.numel() > 0 && blocks > 0 && int64_t(geometry.size()) == kNumbers * blocks &&
-          int64_t(given.size()) == 2 * blocks + 2,
-      "affine_chain: x must be [images, C, H, W] and not empty, with a weight and a bias per block and of the linear "
-      "layer, got x ",
-      x_.sizes(), ", ", given.size(), " parameters and ", geometry.size(), " numbers");
-  std::vector<at::Tensor> parameters;
-  for (const at::Tensor& p : given) {
-    TORCH_CHECK(p.scalar_type() == x_.scalar_type(), "affine_chain: a parameter in ", p.scalar_type(), ", x in ",
-                x_.scalar_type());
-    parameters.push_back(p.contiguous());
-  }
+  TORCH_CHECK(blocks > 0 && int64_t(geometry.size()) == kNumbers * blocks && int64_t(given.size()) == 2 * blocks + 2,
+              "affine_chain: a weight and a bias per block and of the linear layer, and ", kNumbers,
+              " numbers per block, got ", given.size(), " parameters and ", geometry.size(), " numbers");
+  const Operands operands("affine_chain", x_, {});
+  operands.check("x", x_, {kSome, kSome, kSome, kSome});
   std::vector<Convolution> convolutions;
   std::vector<int64_t> pools;
   int64_t channels = x_.size(1), height = x_.size(2), width = x_.size(3);
   for (int64_t b = 0; b < blocks; ++b) {
     const at::IntArrayRef g = geometry.slice(b * kNumbers, kNumbers);
-    const at::Tensor &weight = parameters[2 * b], &bias = parameters[2 * b + 1];
-    TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0 && weight.size(1) == channels && bias.dim() == 1 &&
-                    bias.size(0) == weight.size(0) && std::min({g[0], g[1], g[4], g[5], g[6]}) > 0 &&
-                    std::min(g[2], g[3]) >= 0,
-                "affine_chain: block ", b, " with a weight ", weight.sizes(), ", a bias ", bias.sizes(), " and the numbers ",
-                g, " does not take ", channels, "x", height, "x", width);
-    const Convolution c =
-        Convolution::of(x_.size(0), channels, height, width, weight.size(0), {weight.size(2), weight.size(3)}, g.data());
-    TORCH_CHECK(std::min(c.rows, c.columns) >= g[6] && affine_block_takes(c, g[6]), "affine_chain: no kernel for block ", b,
-                " with a weight ", weight.sizes(), " over ", channels, "x", height, "x", width, " with pool ", g[6]);
+    const at::Tensor& weight = given[2 * b];
+    operands.check("the weight", weight, {kSome, channels, kSome, kSome}, b);
+    const Convolution c = operands.convolution({x_.size(0), channels, height, width}, weight.sizes(), g.data(), 1, g[6]);
+    operands.check("the bias", given[2 * b + 1], {c.outputs}, b);
+    TORCH_CHECK(affine_block_takes(c, g[6]), "affine_chain: no kernel for block ", b, " with a weight ", weight.sizes(),
+                " over ", channels, "x", height, "x", width, " with pool ", g[6]);
     convolutions.push_back(c), pools.push_back(g[6]);
     channels = c.outputs, height = c.rows / g[6], width = c.columns / g[6];
   }
-  const at::Tensor &head = parameters[2 * blocks], &shift = parameters.back();
   const int64_t images = x_.size(0), features = channels * height * width;
-  TORCH_CHECK(head.dim() == 2 && head.size(1) == features && head.size(0) > 0 && shift.dim() == 1 &&
-                  shift.size(0) == head.size(0),
-              "affine_chain: the linear layer ", head.sizes(), " with a bias ", shift.sizes(), " does not take ", features,
-              " features");
+  operands.check("the weight", given[2 * blocks], {kSome, features}, blocks);
+  operands.check("the bias", given[2 * blocks + 1], {given[2 * blocks].size(0)}, blocks);
+  std::vector<at::Tensor> parameters;
+  for (const at::Tensor& p : given) parameters.push_back(p.contiguous());
+  const at::Tensor &head = parameters[2 * blocks], &shift = parameters.back();
   const bool by_patches = ImageConvolution<float>::takes(convolutions[0], pools[0]);
   const at::Tensor x = by_patches ? x_ : x_.contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t ways = head.size(0), wide = up(ways, kLanes);
@@ -169,8 +150,8 @@ TORCH_LIBRARY_FRAGMENT(lambda_kernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
-  m.impl("affine_block", &affine_block);
-  m.impl("affine_chain", &affine_chain);
+  m.impl("affine_block", &Door<&affine_block>::call);
+  m.impl("affine_chain", &Door<&affine_chain>::call);
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
 #include "arena.h"
 
+#include <c10/util/Exception.h>
+
 #include <algorithm>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
-#include <new>
 #include <utility>
 
 namespace lk {
@@ -27,16 +29,17 @@ Pool& pool() {
 
 void Arena::Free::operator()(std::byte* memory) const { std::free(memory); }
 
-Arena::Block Arena::block(std::size_t size) {
+Arena::Block Arena::block(std::size_t size, std::size_t held) {
   auto* const memory = static_cast<std::byte*>(std::aligned_alloc(kLine, size));
-  if (memory == nullptr) throw std::bad_alloc();
+  TORCH_CHECK_WITH(OutOfMemoryError, memory != nullptr, "lambda_kernels: not enough memory: scratch of ", size,
+                   " bytes is needed beside ", held, ": take fewer tasks or images at a time");
   return {std::unique_ptr<std::byte[], Free>(memory), size};
 }
 
 std::byte* Arena::bytes_of(std::size_t size) {
   size = (size + kSlack + kLine - 1) / kLine * kLine;
   while (block_ < blocks_.size() && used_ + size > blocks_[block_].size) ++block_, used_ = 0;
-  if (block_ == blocks_.size()) blocks_.push_back(block(std::max(size, kLeast)));
+  if (block_ == blocks_.size()) blocks_.push_back(block(std::max(size, kLeast), this->size()));
   std::byte* const at = blocks_[block_].memory.get() + used_;
   used_ += size;
   return at;
@@ -47,7 +50,7 @@ void Arena::reset() {
   if (blocks_.size() > 1) {
     const std::size_t all = size();
     blocks_.clear();
-    blocks_.push_back(block(all));
+    blocks_.push_back(block(all, 0));
   }
 }
 
@@ -79,7 +82,7 @@ Borrowed::~Borrowed() {
     if (to.kept + size > kMostKept) return;
     to.free.push_back(std::move(arena_));
     to.kept += size;
-  } catch (const std::bad_alloc&) {  // it is freed instead
+  } catch (const std::exception&) {  // it is freed instead
   }
 }
 

@@ -34,7 +34,7 @@ class Arena {
   };
 
   std::byte* bytes_of(std::size_t size);
-  static Block block(std::size_t size);
+  static Block block(std::size_t size, std::size_t held);  // held: bytes that the call has
 
   std::vector<Block> blocks_;
   std::size_t block_ = 0, used_ = 0;  // where the next value goes

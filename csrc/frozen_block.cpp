@@ -6,9 +6,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <tuple>
 
+#include "checks.h"
 #include "tensors.h"
 
 namespace lk {
@@ -17,21 +17,12 @@ namespace {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> frozen_block(const at::Tensor& x_, const at::Tensor& weight,
                                                             const at::Tensor& gamma_, const at::Tensor& beta_,
                                                             at::IntArrayRef geometry, double eps) {
-  TORCH_CHECK(x_.dim() == 5 && weight.dim() == 5 && geometry.size() == 7 && x_.numel() > 0 && weight.numel() > 0 &&
-                  weight.size(2) == x_.size(2) && std::min({geometry[0], geometry[1], geometry[4], geometry[5]}) > 0 &&
-                  std::min(geometry[2], geometry[3]) >= 0,
-              "frozen_block: a weight ", weight.sizes(), " and the numbers ", geometry, " do not fit images ", x_.sizes());
-  for (const at::Tensor* t : {&gamma_, &beta_})
-    TORCH_CHECK(t->dim() == 2 && t->size(1) == weight.size(1), "frozen_block: gamma and beta must be [tasks, ",
-                weight.size(1), "], got ", t->sizes());
-  const int64_t tasks = std::max({x_.size(0), weight.size(0), gamma_.size(0), beta_.size(0)}), pool = geometry[6];
-  for (const at::Tensor* t : {&x_, &weight, &gamma_, &beta_})
-    TORCH_CHECK(t->size(0) == 1 || t->size(0) == tasks, "frozen_block: x ", x_.sizes(), ", weight ", weight.sizes(),
-                ", gamma ", gamma_.sizes(), " and beta ", beta_.sizes(), " are of different numbers of tasks");
-  const Convolution c = Convolution::of(x_.size(1), x_.size(2), x_.size(3), x_.size(4), weight.size(1),
-                                        {weight.size(3), weight.size(4)}, geometry.data());
-  TORCH_CHECK(std::min(c.rows, c.columns) >= pool && frozen_block_takes(c, pool), "frozen_block: no kernel for a weight ",
-              weight.sizes(), " over images ", x_.sizes(), " with pool ", pool);
+  const Operands operands("frozen_block", x_, {&x_, &weight, &gamma_, &beta_});
+  const Convolution c = operands.block(x_, weight, geometry);
+  operands.check("gamma", gamma_, {kOwn, c.outputs}), operands.check("beta", beta_, {kOwn, c.outputs});
+  const int64_t tasks = operands.tasks(), pool = geometry[6];
+  TORCH_CHECK(frozen_block_takes(c, pool), "frozen_block: no kernel for a weight ", weight.sizes(), " over images ",
+              x_.sizes(), " with pool ", pool);
   const at::Tensor x = ImageConvolution<float>::takes(c, pool) ? x_ : channels_last(x_);
   const at::Tensor gamma = gamma_.contiguous(), beta = beta_.contiguous();
   at::Tensor y = empty_images(tasks, c.images, c.outputs, c.rows / pool, c.columns / pool, x.options());
@@ -59,7 +50,7 @@ TORCH_LIBRARY_FRAGMENT(lambda_kernels, m) {
         "(Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) { m.impl("frozen_block", &frozen_block); }
+TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) { m.impl("frozen_block", &Door<&frozen_block>::call); }
 
 }  // namespace
 }  // namespace lk

@@ -4,27 +4,25 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include <tuple>
 
+#include "checks.h"
 #include "image_block.h"
 #include "tensors.h"
 
 namespace lk {
 namespace {
 
-// x [1 or T, N, C, H, W]; geometry: stride, padding, dilation (vertical, horizontal each), pool
-Convolution sizes(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef geometry, int64_t outputs) {
-  TORCH_CHECK(x.dim() == 5 && kernel.size() == 2 && geometry.size() == 7,
-              "image_block: x must be [tasks, images, C, H, W], got ", x.sizes(),
-              ", with 2 kernel sizes and 7 numbers, got ", kernel.size(), " and ", geometry.size());
-  TORCH_CHECK(geometry[0] > 0 && geometry[1] > 0, "image_block: stride ", geometry[0], ", ", geometry[1],
-              " must be positive");
-  const Convolution c =
-      Convolution::of(x.size(1), x.size(2), x.size(3), x.size(4), outputs, {kernel[0], kernel[1]}, geometry.data());
-  TORCH_CHECK(ImageConvolution<float>::takes(c, geometry[6]) && x.numel() > 0, "image_block: a kernel of ", kernel[0], "x",
-              kernel[1], " over images ", x.sizes().slice(1), " with pool ", geometry[6], ": at most ",
-              ImageConvolution<float>::kMostTaps, " numbers per patch and a pool of 1 or 2");
-  return c;
+void check_taken(const Convolution& c, int64_t pool) {
+  TORCH_CHECK(ImageConvolution<float>::takes(c, pool), "image_block: a kernel of ", c.kernel[0], "x", c.kernel[1],
+              " over images of ", c.inputs, " channels with pool ", pool, ": at most ", ImageConvolution<float>::kMostTaps,
+              " numbers per patch and a pool of 1 or 2");
+}
+
+// moments [1 or T, K + 1, K + 1], of T and of so many as x
+void check_moments(const Operands& operands, const at::Tensor& moments, const at::Tensor& x, const Convolution& c) {
+  const int64_t side = c.inputs * c.kernel[0] * c.kernel[1] + 1;
+  operands.check("moments", moments, {x.size(0), side, side}, -1, at::kDouble);
 }
 
 at::Tensor of_task(const at::Tensor& t, int64_t task) { return t[t.size(0) == 1 ? 0 : task]; }
@@ -41,7 +39,12 @@ const T* values(const at::Tensor& t, int64_t task) {
 }
 
 at::Tensor image_moments(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef geometry) {
-  const Convolution c = sizes(x, kernel, geometry, 0);
+  const Operands operands("image_moments", x, {&x});
+  operands.check("x", x, {kOwn, kSome, kSome, kSome, kSome});
+  operands.check_count("kernel", kernel.size(), 2), operands.check_count("geometry", geometry.size(), kGeometry - 1);
+  const Convolution c =
+      operands.convolution(x.sizes(), {1, x.size(2), kernel[0], kernel[1]}, geometry.data(), 1, geometry[6]);
+  check_taken(c, geometry[6]);
   const int64_t side = c.inputs * kernel[0] * kernel[1] + 1;
   at::Tensor result = at::empty({x.size(0), side, side}, x.options().dtype(at::kDouble));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "image_moments", [&] {
@@ -59,8 +62,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> image_block(const at:
                                                                        const at::Tensor& gamma_, const at::Tensor& beta_,
                                                                        const at::Tensor& moments_, at::IntArrayRef geometry,
                                                                        double eps) {
-  const int64_t tasks = std::max({x.size(0), weight_.size(0), gamma_.size(0), beta_.size(0)}), pool = geometry.back();
-  const Convolution c = sizes(x, weight_.sizes().slice(3), geometry, weight_.size(1));
+  const Operands operands("image_block", x, {&x, &weight_, &gamma_, &beta_});
+  const Convolution c = operands.block(x, weight_, geometry);
+  operands.check("gamma", gamma_, {kOwn, c.outputs}), operands.check("beta", beta_, {kOwn, c.outputs});
+  check_moments(operands, moments_, x, c), check_taken(c, geometry[6]);
+  const int64_t tasks = operands.tasks(), pool = geometry[6];
   const at::Tensor weight = weight_.contiguous(), gamma = gamma_.contiguous(), beta = beta_.contiguous();
   const at::Tensor moments = moments_.contiguous();
   const auto empty = [&](at::ScalarType type) {
@@ -87,8 +93,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> image_block_grad(const at::Tensor
                                                                 const at::Tensor& weight_, const at::Tensor& gamma_,
                                                                 const at::Tensor& index_, const at::Tensor& rstd_,
                                                                 const at::Tensor& moments_, at::IntArrayRef geometry) {
-  const int64_t tasks = gy_.size(0);
-  const Convolution c = sizes(x, weight_.sizes().slice(3), geometry, weight_.size(1));
+  const Operands operands("image_block_grad", x, {&gy_, &x, &weight_, &gamma_});
+  const Convolution c = operands.block(x, weight_, geometry);
+  check_moments(operands, moments_, x, c), check_taken(c, geometry[6]);
+  const int64_t tasks = operands.tasks(), rows = c.rows / geometry[6], columns = c.columns / geometry[6];
+  operands.check("gy", gy_, {tasks, c.images, c.outputs, rows, columns});
+  operands.check("index", index_, {tasks, c.images, c.outputs, rows, columns}, -1, at::kByte);
+  operands.check("gamma", gamma_, {kOwn, c.outputs}), operands.check("rstd", rstd_, {tasks, c.outputs});
   const at::Tensor gy = pixels_of(gy_), index = pixels_of(index_), weight = weight_.contiguous(),
                    gamma = gamma_.contiguous(), rstd = rstd_.contiguous(), moments = moments_.contiguous();
   const int64_t shape[] = {tasks, weight.size(1), weight.size(2), weight.size(3), weight.size(4)};
@@ -123,9 +134,9 @@ TORCH_LIBRARY_FRAGMENT(lambda_kernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
-  m.impl("image_moments", &image_moments);
-  m.impl("image_block", &image_block);
-  m.impl("image_block_grad", &image_block_grad);
+  m.impl("image_moments", &Door<&image_moments>::call);
+  m.impl("image_block", &Door<&image_block>::call);
+  m.impl("image_block_grad", &Door<&image_block_grad>::call);
 }
 
 }  // namespace

@@ -6,35 +6,38 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <utility>
 
+#include "checks.h"
 #include "tensors.h"
 
 namespace lk {
 namespace {
 
-void check(const at::Tensor& z, const at::Tensor& gamma, int64_t pool) {
-  TORCH_CHECK(z.dim() == 5, "norm_relu_pool: z must be [tasks, images, C, H, W], got ", z.sizes());
-  TORCH_CHECK(z.numel() > 0, "norm_relu_pool: z is empty: ", z.sizes());
-  TORCH_CHECK(pool == 1 || pool == 2, "norm_relu_pool: pool must be 1 or 2, got ", pool);
-  TORCH_CHECK(gamma.dim() == 2 && (gamma.size(0) == 1 || gamma.size(0) == z.size(0)) && gamma.size(1) == z.size(2),
-              "norm_relu_pool: gamma and beta must be [1 or ", z.size(0), ", ", z.size(2), "], got ", gamma.sizes());
-  TORCH_CHECK(gamma.scalar_type() == z.scalar_type(), "norm_relu_pool: gamma and beta must be ", z.scalar_type(), ", got ",
-              gamma.scalar_type());
+// gammas: by name, [1 or T, C]
+Operands check(const char* name, const at::Tensor& z,
+               std::initializer_list<std::pair<const char*, const at::Tensor&>> gammas, int64_t pool) {
+  Operands operands(name, z, {&z});
+  operands.check("z", z, {operands.tasks(), kSome, kSome, kSome, kSome});
+  TORCH_CHECK(pool == 1 || pool == 2, name, ": pool must be 1 or 2, got ", pool);
+  TORCH_CHECK(std::min(z.size(3), z.size(4)) >= pool && std::max({z.size(1), z.size(3), z.size(4)}) <= kMostSide &&
+                  z.numel() <= kMostValues,
+              name, ": z ", z.sizes(), " is too small for pool ", pool, ", or has more than ", kMostValues, " values");
+  for (const auto& [what, t] : gammas) operands.check(what, t, {kOwn, z.size(2)});
+  return operands;
 }
 
 // What the forward pass returned, and the gradient of y.
-void check_saved(const at::Tensor& gy, const at::Tensor& z, const at::Tensor& index, const at::Tensor& mean,
-                 const at::Tensor& rstd, int64_t pool) {
-  for (const at::Tensor* t : {&mean, &rstd})
-    TORCH_CHECK(t->dim() == 2 && t->size(0) == z.size(0) && t->size(1) == z.size(2),
-                "norm_relu_pool_grad: mean and rstd must be [", z.size(0), ", ", z.size(2), "], got ", t->sizes());
-  const int64_t pooled[] = {z.size(0), z.size(1), z.size(2), z.size(3) / pool, z.size(4) / pool};
-  TORCH_CHECK(index.sizes() == at::IntArrayRef(pooled) && index.scalar_type() == at::kByte,
-              "norm_relu_pool_grad: index must be ", at::IntArrayRef(pooled), " bytes, got ", index.sizes());
-  TORCH_CHECK(gy.sizes() == index.sizes() && gy.scalar_type() == z.scalar_type(), "norm_relu_pool_grad: gy ", gy.sizes(),
-              " ", gy.scalar_type(), " does not fit index ", index.sizes());
+void check_saved(const Operands& operands, const at::Tensor& gy, const at::Tensor& z, const at::Tensor& index,
+                 const at::Tensor& mean, const at::Tensor& rstd, int64_t pool) {
+  const int64_t tasks = z.size(0), height = z.size(3) / pool, width = z.size(4) / pool;
+  operands.check("mean", mean, {tasks, z.size(2)}), operands.check("rstd", rstd, {tasks, z.size(2)});
+  operands.check("index", index, {tasks, z.size(1), z.size(2), height, width}, -1, at::kByte);
+  operands.check("gy", gy, {tasks, z.size(1), z.size(2), height, width});
 }
 
 // As many tasks, images and channels as z has, of another size.
@@ -71,8 +74,7 @@ void read_back(NormReluPool<T>& p, const at::Tensor& gy, const at::Tensor& gamma
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm_relu_pool(const at::Tensor& z_, const at::Tensor& gamma_,
                                                                           const at::Tensor& beta_, double eps,
                                                                           int64_t pool) {
-  check(z_, gamma_, pool);
-  check(z_, beta_, pool);
+  check("norm_relu_pool", z_, {{"gamma", gamma_}, {"beta", beta_}}, pool);
   const at::Tensor z = channels_last(z_), gamma = gamma_.contiguous(), beta = beta_.contiguous();
   at::Tensor y = images_like(z, z.size(3) / pool, z.size(4) / pool, z.scalar_type());
   at::Tensor index = images_like(z, z.size(3) / pool, z.size(4) / pool, at::kByte);
@@ -99,8 +101,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad(const at::Ten
                                                                    const at::Tensor& gamma_, const at::Tensor& index_,
                                                                    const at::Tensor& mean_, const at::Tensor& rstd_,
                                                                    int64_t pool, bool need_z) {
-  check(z_, gamma_, pool);
-  check_saved(gy_, z_, index_, mean_, rstd_, pool);
+  const Operands operands = check("norm_relu_pool_grad", z_, {{"gamma", gamma_}}, pool);
+  check_saved(operands, gy_, z_, index_, mean_, rstd_, pool);
   const at::Tensor gy = channels_last(gy_), z = channels_last(z_), index = channels_last(index_);
   const at::Tensor gamma = gamma_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous();
   at::Tensor dz = need_z ? images_like(z, z.size(3), z.size(4), z.scalar_type()) : at::empty({0}, z.options());
@@ -124,12 +126,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_relu_pool_grad_grad(const at
                                                                         int64_t pool, const std::optional<at::Tensor>& v_,
                                                                         const at::Tensor& v_gamma_,
                                                                         const at::Tensor& v_beta_, bool need_z) {
-  check(z_, gamma_, pool);
-  check(z_, v_gamma_, pool);
-  check(z_, v_beta_, pool);
-  check_saved(gy_, z_, index_, mean_, rstd_, pool);
-  TORCH_CHECK(!v_ || (v_->sizes() == z_.sizes() && v_->scalar_type() == z_.scalar_type()),
-              "norm_relu_pool_grad_grad: v must be like z, ", z_.sizes());
+  const Operands operands =
+      check("norm_relu_pool_grad_grad", z_, {{"gamma", gamma_}, {"v_gamma", v_gamma_}, {"v_beta", v_beta_}}, pool);
+  check_saved(operands, gy_, z_, index_, mean_, rstd_, pool);
+  if (v_) operands.check("v", *v_, {z_.size(0), z_.size(1), z_.size(2), z_.size(3), z_.size(4)});
   const at::Tensor gy = channels_last(gy_), z = channels_last(z_), index = channels_last(index_);
   const at::Tensor v = v_ ? channels_last(*v_) : at::Tensor();
   const at::Tensor gamma = gamma_.contiguous(), mean = mean_.contiguous(), rstd = rstd_.contiguous();
@@ -172,9 +172,9 @@ TORCH_LIBRARY_FRAGMENT(lambda_kernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
-  m.impl("norm_relu_pool", &norm_relu_pool);
-  m.impl("norm_relu_pool_grad", &norm_relu_pool_grad);
-  m.impl("norm_relu_pool_grad_grad", &norm_relu_pool_grad_grad);
+  m.impl("norm_relu_pool", &Door<&norm_relu_pool>::call);
+  m.impl("norm_relu_pool_grad", &Door<&norm_relu_pool_grad>::call);
+  m.impl("norm_relu_pool_grad_grad", &Door<&norm_relu_pool_grad_grad>::call);
 }
 
 }  // namespace

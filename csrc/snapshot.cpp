@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace lk {
@@ -13,6 +14,10 @@ namespace py = pybind11;
 namespace {
 
 using Found = std::vector<const void*>;
+
+[[noreturn]] void refuse(const std::string& what, py::handle got) {
+  throw py::type_error(what + ", got " + py::repr(got).cast<std::string>());
+}
 
 // A class and the number of its present version, which is another one after any change of it or of its bases.
 void note_class(Found& found, PyTypeObject* type) {
@@ -28,6 +33,9 @@ py::bytes as_bytes(const Found& found) {
 // the addresses of the objects' attributes' names too, and the value of "training". Equal to an earlier result as long
 // as nothing of that was replaced, given that what was in them is kept alive.
 py::bytes addresses(const py::list& objects, const py::list& containers, bool names) {
+  for (py::handle container : containers)
+    if (!PyList_Check(container.ptr()) && !PyDict_Check(container.ptr()))
+      refuse("addresses: a container must be a list or a dict", container);
   static PyObject* training = PyUnicode_InternFromString("training");
   Found found;
   found.reserve(2048);
@@ -46,7 +54,8 @@ py::bytes addresses(const py::list& objects, const py::list& containers, bool na
   }
   for (py::handle object : objects) {
     if (!names) break;
-    const py::object held = py::getattr(object, "__dict__");
+    const py::object held = py::getattr(object, "__dict__", py::none());
+    if (!PyDict_Check(held.ptr())) refuse("addresses: an object's attributes must lie in a dict", held);
     found.push_back(nullptr);
     for (Py_ssize_t at = 0; PyDict_Next(held.ptr(), &at, &key, &value);) {
       found.push_back(key);
@@ -60,8 +69,14 @@ py::bytes addresses(const py::list& objects, const py::list& containers, bool na
 py::bytes versions(const py::list& classes, const py::list& functions) {
   Found found;
   found.reserve(256);
-  for (py::handle type : classes) note_class(found, reinterpret_cast<PyTypeObject*>(type.ptr()));
-  for (py::handle function : functions) found.push_back(PyFunction_GetCode(function.ptr()));
+  for (py::handle type : classes) {
+    if (!PyType_Check(type.ptr())) refuse("versions: a class was expected", type);
+    note_class(found, reinterpret_cast<PyTypeObject*>(type.ptr()));
+  }
+  for (py::handle function : functions) {
+    if (!PyFunction_Check(function.ptr())) refuse("versions: a function of Python's was expected", function);
+    found.push_back(PyFunction_GetCode(function.ptr()));
+  }
   return as_bytes(found);
 }
 
@@ -70,6 +85,7 @@ py::bytes forms(const py::list& tensors) {
   std::vector<int64_t> found;
   found.reserve(512);
   for (py::handle tensor : tensors) {
+    if (!THPVariable_Check(tensor.ptr())) refuse("forms: a tensor was expected", tensor);
     const at::Tensor& t = THPVariable_Unpack(tensor.ptr());
     found.insert(found.end(), {static_cast<int64_t>(t.scalar_type()), static_cast<int64_t>(t.device().type()),
                                t.device().index(), t.requires_grad(), static_cast<int64_t>(t.layout()), t.dim()});

@@ -9,12 +9,15 @@
 
 #include <cstdint>
 
+#include "interrupt.h"
+
 namespace lk {
 
-// f(task) of every task: over the threads where there are enough, else the kernels use the threads inside a task.
+// f(task, interrupt) of every task: over the threads where there are enough, else the kernels use the threads inside a task.
 template <typename F>
 void for_each_task(int64_t tasks, const F& f) {
   const bool parallel = tasks >= at::get_num_threads();
+  Interrupt interrupt;
   at::parallel_for(0, tasks, parallel ? 1 : tasks, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
 #ifdef _OPENMP
@@ -27,7 +30,10 @@ void for_each_task(int64_t tasks, const F& f) {
       omp_set_num_threads(1);
     }
 #endif
-    for (int64_t task = begin; task < end; ++task) f(task);
+    for (int64_t task = begin; task < end; ++task) {
+      interrupt.look();
+      f(task, interrupt);
+    }
   });
 }
 

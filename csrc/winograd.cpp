@@ -6,34 +6,36 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <tuple>
-#include <utility>
-
+#include "checks.h"
 #include "tensors.h"
 
 namespace lk {
 namespace {
 
-// Sizes of one task's convolution.
-Convolution sizes(at::IntArrayRef x, at::IntArrayRef weight, at::IntArrayRef padding) {
-  const auto fits = [&](int axis) { return padding[axis] >= 0 && x[3 + axis] + 2 * padding[axis] >= 3; };
-  TORCH_CHECK(x.size() == 5 && weight.size() == 5 && weight[2] == x[2] && weight[3] == 3 && weight[4] == 3 &&
-                  padding.size() == 2 && fits(0) && fits(1) && x[0] * x[1] * x[2] * weight[0] * weight[1] > 0,
-              "winograd: a weight ", weight, " with padding ", padding, " does not fit images ", x);
+// Sizes of one task's convolution, for sizes [1 or T, ...] of x and weight, one of which may be given as numbers.
+Convolution sizes(const Operands& operands, at::IntArrayRef x, at::IntArrayRef weight, at::IntArrayRef padding) {
+  operands.check_count("the sizes of x", x.size(), 5), operands.check_count("the sizes of the weight", weight.size(), 5);
+  operands.check_count("padding", padding.size(), 2);
+  TORCH_CHECK(weight[3] == 3 && weight[4] == 3, "winograd: a weight must be [tasks, outputs, inputs, 3, 3], got ", weight);
   const int64_t geometry[] = {1, 1, padding[0], padding[1], 1, 1};
-  return Convolution::of(x[1], x[2], x[3], x[4], weight[1], {3, 3}, geometry);
+  return operands.convolution(x, weight, geometry, 1, 1);
 }
 
-// The number of tasks of two operands, one of which may be shared.
-int64_t tasks_of(at::IntArrayRef a, at::IntArrayRef b) {
-  TORCH_CHECK(a[0] == b[0] || a[0] == 1 || b[0] == 1, "winograd: ", b, " is of other tasks than ", a);
-  return std::max(a[0], b[0]);
+void check_images(const Operands& operands, const at::Tensor& x) {
+  operands.check("x", x, {kOwn, kSome, kSome, kSome, kSome});
 }
 
-void check_gradient(at::IntArrayRef gy, const Convolution& c, at::IntArrayRef x, at::IntArrayRef weight) {
-  TORCH_CHECK(gy.size() == 5 && gy[0] > 0 && gy[1] == c.images && gy[2] == c.outputs && gy[3] == c.rows &&
-                  gy[4] == c.columns,
-              "winograd: the gradient ", gy, " is not that of a weight ", weight, " over images ", x);
+void check_gradient(const Operands& operands, const at::Tensor& gy, const Convolution& c) {
+  operands.check("gy", gy, {kOwn, c.images, c.outputs, c.rows, c.columns});
+}
+
+void check_weight(const Operands& operands, const at::Tensor& weight) {
+  operands.check("the weight", weight, {kOwn, kSome, kSome, 3, 3});
+}
+
+// Of sizes that are given as numbers.
+void check_tasks(int64_t given, int64_t tasks) {
+  TORCH_CHECK(given == 1 || given == tasks, "winograd: sizes of ", given, " tasks do not fit operands of ", tasks);
 }
 
 template <typename T>
@@ -44,9 +46,10 @@ T* data(const at::Tensor& t) {
 int64_t of(const at::Tensor& t, int64_t task) { return t.size(0) == 1 ? 0 : task; }
 
 at::Tensor winograd(const at::Tensor& x_, const at::Tensor& weight, at::IntArrayRef padding) {
-  const bool shared = weight.size(0) == 1;
-  Convolution c = sizes(x_.sizes(), weight.sizes(), padding);
-  const int64_t tasks = tasks_of(x_.sizes(), weight.sizes()), runs = shared ? 1 : tasks;
+  const Operands operands("winograd", x_, {&x_, &weight});
+  check_images(operands, x_), check_weight(operands, weight);
+  Convolution c = sizes(operands, x_.sizes(), weight.sizes(), padding);
+  const int64_t tasks = operands.tasks(), runs = weight.size(0) == 1 ? 1 : tasks;
   c.images *= tasks / runs;
   const at::Tensor x = pixels_of(x_);
   at::Tensor y = empty_images(tasks, x_.size(1), c.outputs, c.rows, c.columns, x.options());
@@ -61,10 +64,12 @@ at::Tensor winograd(const at::Tensor& x_, const at::Tensor& weight, at::IntArray
 }
 
 at::Tensor winograd_input_grad(const at::Tensor& gy_, const at::Tensor& weight, at::IntArrayRef x, at::IntArrayRef padding) {
-  const bool shared = weight.size(0) == 1;
-  Convolution c = sizes(x, weight.sizes(), padding);
-  check_gradient(gy_.sizes(), c, x, weight.sizes());
-  const int64_t tasks = tasks_of(gy_.sizes(), weight.sizes()), runs = shared ? 1 : tasks;
+  const Operands operands("winograd_input_grad", gy_, {&gy_, &weight});
+  check_weight(operands, weight);
+  Convolution c = sizes(operands, x, weight.sizes(), padding);
+  check_gradient(operands, gy_, c);
+  const int64_t tasks = operands.tasks(), runs = weight.size(0) == 1 ? 1 : tasks;
+  check_tasks(x[0], tasks);
   c.images *= tasks / runs;
   const at::Tensor gy = pixels_of(gy_);
   at::Tensor gx = empty_images(tasks, x[1], c.inputs, c.height, c.width, gy.options());
@@ -80,10 +85,13 @@ at::Tensor winograd_input_grad(const at::Tensor& gy_, const at::Tensor& weight, 
 
 at::Tensor winograd_weight_grad(const at::Tensor& gy_, const at::Tensor& x_, at::IntArrayRef weight,
                                 at::IntArrayRef padding) {
+  const Operands operands("winograd_weight_grad", gy_, {&gy_, &x_});
+  check_images(operands, x_);
+  Convolution c = sizes(operands, x_.sizes(), weight, padding);
+  check_gradient(operands, gy_, c);
   const bool shared = weight[0] == 1;
-  Convolution c = sizes(x_.sizes(), weight, padding);
-  check_gradient(gy_.sizes(), c, x_.sizes(), weight);
-  const int64_t tasks = tasks_of(gy_.sizes(), x_.sizes()), runs = shared ? 1 : tasks;
+  const int64_t tasks = operands.tasks(), runs = shared ? 1 : tasks;
+  check_tasks(weight[0], tasks);
   c.images *= tasks / runs;
   const auto whole = [&](const at::Tensor& t) {
     return pixels_of(shared && t.size(0) < tasks ? t.expand({tasks, -1, -1, -1, -1}) : t);
@@ -109,9 +117,9 @@ TORCH_LIBRARY_FRAGMENT(lambda_kernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
-  m.impl("winograd", &winograd);
-  m.impl("winograd_input_grad", &winograd_input_grad);
-  m.impl("winograd_weight_grad", &winograd_weight_grad);
+  m.impl("winograd", &Door<&winograd>::call);
+  m.impl("winograd_input_grad", &Door<&winograd_input_grad>::call);
+  m.impl("winograd_weight_grad", &Door<&winograd_weight_grad>::call);
 }
 
 }  // namespace

@@ -112,17 +112,17 @@ IMAGE, FILTER, BIAS = (1, 2, 3, 9, 9), (1, 8, 3, 3, 3), (1, 8)
 ONE = [1, 1, 1, 1, 1, 1, 2]
 CHAIN: list[Any] = [(8, 3, 3, 3), (8,), (5, 128), (5,)]
 WRONG: dict[str, tuple[str, Sequence[Any], str]] = {
-    "channels": ("affine_block", (IMAGE, (1, 8, 4, 3, 3), BIAS, ONE), r"\[1, 8, 4, 3, 3\].*\[1, 2, 3, 9, 9\]"),
-    "numbers": ("affine_block", (IMAGE, FILTER, BIAS, ONE[:6]), r"numbers \[1, 1, 1, 1, 1, 1\]"),
+    "channels": ("affine_block", (IMAGE, (1, 8, 4, 3, 3), BIAS, ONE), r"\[8, 4, 3, 3\].*\[2, 3, 9, 9\]"),
+    "numbers": ("affine_block", (IMAGE, FILTER, BIAS, ONE[:6]), "geometry must be 7 numbers, got 6"),
     "no stride": ("affine_block", (IMAGE, FILTER, BIAS, [0, *ONE[1:]]), r"numbers \[0, 1"),
     "no image": ("affine_block", ((1, 0, 3, 9, 9), FILTER, BIAS, ONE), r"\[1, 0, 3, 9, 9\]"),
-    "bias": ("affine_block", (IMAGE, FILTER, (1, 7), ONE), r"bias must be \[tasks, 8\], got \[1, 7\]"),
-    "tasks": ("affine_block", ((2, *IMAGE[1:]), (3, *FILTER[1:]), BIAS, ONE), "different numbers of tasks"),
+    "bias": ("affine_block", (IMAGE, FILTER, (1, 7), ONE), r"bias must be \[1, 8\] .* got \[1, 7\]"),
+    "tasks": ("affine_block", ((2, *IMAGE[1:]), (3, *FILTER[1:]), BIAS, ONE), r"x must be \[1 or 3, .* got \[2"),
     "no kernel": ("affine_block", (IMAGE, FILTER, BIAS, [*ONE[:6], 3]), "no kernel for a weight .* pool 3"),
-    "chain: axes": ("affine_chain", (IMAGE, CHAIN, ONE), r"x must be \[images, C, H, W\]"),
+    "chain: axes": ("affine_chain", (IMAGE, CHAIN, ONE), r"x must be \[at least 1, at least 1, at .* got \[1, 2, 3"),
     "chain: parameters": ("affine_chain", (IMAGE[1:], CHAIN[:2], ONE), "2 parameters and 7 numbers"),
-    "chain: channels": ("affine_chain", ((2, 4, 9, 9), CHAIN, ONE), "block 0 .* does not take 4x9x9"),
-    "chain: head": ("affine_chain", (IMAGE[1:], [*CHAIN[:2], (5, 127), (5,)], ONE), "does not take 128 features"),
+    "chain: channels": ("affine_chain", ((2, 4, 9, 9), CHAIN, ONE), r"the weight of layer 0 must be \[at least 1, 4, "),
+    "chain: head": ("affine_chain", (IMAGE[1:], [*CHAIN[:2], (5, 127), (5,)], ONE), r"must be \[at least 1, 128\]"),
     "chain: pool": ("affine_chain", (IMAGE[1:], CHAIN, [*ONE[:6], 3]), "no kernel for block 0"),
     "chain: no block": ("affine_chain", (IMAGE[1:], CHAIN[2:], []), "2 parameters and 0 numbers"),
 }  # fmt: skip

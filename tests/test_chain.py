@@ -187,13 +187,13 @@ def test_the_operator_names_what_does_not_fit() -> None:
     assert rows.shape == (4, 2) and [t.shape for t in new] == [weight.shape] and logits.shape == (0,)
     wrong: list[tuple[dict[str, Any], str]] = [
         (dict(parameters=[weight], updated=[1]), "need 2 parameters"),
-        (dict(labels=labels[:1]), "does not fit labels"),
-        (dict(labels=labels.int()), "labels must be int64"),
-        (dict(parameters=[weight, torch.randn(3, 3)]), "parameter 1"),
-        (dict(parameters=[weight, bias.double()]), "parameter 1"),
+        (dict(labels=labels[:1]), r"labels must be \[2, 4\] .* got \[1, 4\]"),
+        (dict(labels=labels.int()), "labels must be .* in Long .* in Int"),
+        (dict(parameters=[weight, torch.randn(3, 3)]), r"the bias of layer 0 must be \[1 or 2, 3\]"),
+        (dict(parameters=[weight, bias.double()]), "the bias of layer 0 .* Float .* Double"),
         (dict(labels=labels + 3), "label 3"),
-        (dict(x=x[..., :5]), "takes 6 features, gets 5"),
-        (dict(parameters=[weight, bias[:, :2]]), "layer 0 do not fit"),
+        (dict(x=x[..., :5]), r"the weight of layer 0 must be \[1 or 2, at least 1, 5\] .* got \[2, 3, 6\]"),
+        (dict(parameters=[weight, bias[:, :2]]), r"the bias of layer 0 .* got \[1, 2\]"),
         (dict(rates=[0.1] * 4), "3 steps of 1 updated parameters need 1 rate or 3, got 4"),
         (dict(rates=[]), "need 1 rate or 3, got 0"),
     ]

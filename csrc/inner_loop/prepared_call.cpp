@@ -1,6 +1,7 @@
 // An adaptation that is called again and again: what stays the same is kept, so that a call of Python's is one of C++.
 #include "inner_loop/prepared_call.h"
 
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/Tensor.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,7 +9,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <new>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -25,12 +29,16 @@ class PreparedCall {
   PreparedCall(const py::list& parameters, std::vector<int64_t> updated, std::vector<int64_t> geometry,
                std::vector<double> eps)
       : updated_(std::move(updated)), geometry_(std::move(geometry)), eps_(std::move(eps)) {
-    for (py::handle p : parameters) parameters_.push_back(THPVariable_Unpack(p.ptr()));
+    for (py::handle p : parameters) {
+      if (!THPVariable_Check(p.ptr())) throw py::type_error("PreparedCall: no tensor: " + py::repr(p).cast<std::string>());
+      parameters_.push_back(THPVariable_Unpack(p.ptr()));
+    }
   }
 
   // xs [N, ...], ys [N] -> a list of the updated parameters' new values; None where something is not as it should be.
   py::object operator()(py::handle xs, py::handle ys, int64_t steps, const std::vector<double>& rates) const {
     std::vector<at::Tensor> found;
+    if (!THPVariable_Check(xs.ptr()) || !THPVariable_Check(ys.ptr())) return py::none();
     {
       const at::Tensor &x = THPVariable_Unpack(xs.ptr()), &y = THPVariable_Unpack(ys.ptr());
       const py::gil_scoped_release others;
@@ -44,21 +52,20 @@ class PreparedCall {
  private:
   bool run(const at::Tensor& x, const at::Tensor& y, int64_t steps, const std::vector<double>& rates,
            std::vector<at::Tensor>& found) const {
-    const auto here = [](const at::Tensor& t) { return t.device().is_cpu(); };
-    if (!std::all_of(parameters_.begin(), parameters_.end(), here) || !here(x) || !here(y) || y.scalar_type() != at::kLong ||
-        y.dim() != 1)
-      return false;
-    const at::Tensor labels = y.contiguous();
-    const int64_t* label = labels.const_data_ptr<int64_t>();
-    const auto [low, high] = std::minmax_element(label, label + labels.numel());
-    if (labels.numel() == 0 || *low < 0 || *high >= parameters_.back().size(-1)) return false;
+    // Past torch's dispatcher: nothing that is more than values in memory.
+    const auto plain = [](const at::Tensor& t) { return !at::isTensorSubclassLike(t) && !t.is_neg(); };
+    if (!std::all_of(parameters_.begin(), parameters_.end(), plain) || !plain(x) || !plain(y)) return false;
     try {
-      auto [rows, updated, logits] = inner_loop(x.unsqueeze(0), labels.unsqueeze(0), parameters_, updated_, geometry_, eps_,
-                                                steps, rates, std::nullopt);
+      auto [rows, updated, logits] =
+          inner_loop(x.unsqueeze(0), y.unsqueeze(0), parameters_, updated_, geometry_, eps_, steps, rates, std::nullopt);
       const double* values = rows.const_data_ptr<double>();
       found = std::move(updated);
       return std::all_of(values, values + rows.numel(), [](double value) { return std::isfinite(value); });
     } catch (const c10::Error&) {  // the caller's longer way says what is wrong
+      return false;
+    } catch (const std::bad_alloc&) {
+      return false;
+    } catch (const std::length_error&) {  // more steps than a vector has elements
       return false;
     }
   }

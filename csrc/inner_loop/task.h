@@ -9,15 +9,14 @@
 #include <vector>
 
 #include "arena.h"
+#include "checks.h"
 #include "image_block.h"
 #include "inner_loop/block.h"
 #include "inner_loop/head.h"
 #include "inner_loop/rates.h"
+#include "interrupt.h"
 
 namespace lk {
-
-constexpr int64_t kPerBlock = 3;  // parameters: weight, gamma, beta
-constexpr int64_t kGeometry = 8;  // numbers per block: stride, padding, dilation (vertical, horizontal each), groups, pool
 
 // One task's layers, with their parameters where the task keeps them.
 template <typename T>
@@ -44,11 +43,12 @@ const T* dense(const at::Tensor& x, Arena& arena) {
 // The blocks up to `end` over images x [N, C, H, W], without a gradient: -> features of the last one, kept in the arena.
 template <typename T>
 const T* frozen_features(const at::Tensor& x, std::vector<Block<T>>& blocks, typename std::vector<Block<T>>::iterator end,
-                         Arena& arena) {
+                         Arena& arena, Interrupt& interrupt) {
   T* const kept = arena.take<T>((end - 1)->outputs());
   const Arena::Mark mark = arena.mark();
   const T* a = ImageConvolution<T>::takes(blocks.front().c, blocks.front().pool) ? nullptr : dense<T>(x, arena);
   for (auto block = blocks.begin(); block != end; ++block) {
+    interrupt.look();
     T* const y = block + 1 == end ? kept : arena.take<T>(block->outputs());
     block->run(a, block == blocks.begin() ? &x : nullptr, y, arena);
     a = y;
@@ -59,11 +59,11 @@ const T* frozen_features(const at::Tensor& x, std::vector<Block<T>>& blocks, typ
 
 // x [N, C, H, W] or [N, F] -> logits [N, ways]
 template <typename T>
-void classify(const at::Tensor& x, Chain<T>& chain, T* logits) {
+void classify(const at::Tensor& x, Chain<T>& chain, T* logits, Interrupt& interrupt) {
   const Borrowed arena;
   auto& blocks = chain.blocks;
   const at::Tensor features = blocks.empty() ? x.contiguous() : at::Tensor();
-  const T* a = blocks.empty() ? features.const_data_ptr<T>() : frozen_features(x, blocks, blocks.end(), *arena);
+  const T* a = blocks.empty() ? features.const_data_ptr<T>() : frozen_features(x, blocks, blocks.end(), *arena, interrupt);
   Head<T>(chain.weight, chain.bias, x.size(0), chain.channels(x), false, false, false, *arena).classify(a, logits);
 }
 
@@ -71,7 +71,7 @@ void classify(const at::Tensor& x, Chain<T>& chain, T* logits) {
 // losses[k * stride].
 template <typename T>
 void adapt(const at::Tensor& x, const int64_t* labels, Chain<T>& chain, const Rates<T>& rates, double* losses,
-           int64_t stride) {
+           int64_t stride, Interrupt& interrupt) {
   const Borrowed borrowed;
   Arena& arena = *borrowed;
   auto& blocks = chain.blocks;
@@ -82,13 +82,10 @@ void adapt(const at::Tensor& x, const int64_t* labels, Chain<T>& chain, const Ra
     features = x.contiguous();
     a = features.const_data_ptr<T>();
   } else if (first != blocks.begin()) {
-    a = frozen_features(x, blocks, first, arena);
+    a = frozen_features(x, blocks, first, arena, interrupt);
   } else if (!ImageConvolution<T>::takes(first->c, first->pool)) {
     a = dense<T>(x, arena);
   }
-  const int64_t features_of_image = (blocks.empty() ? x.numel() : blocks.back().outputs()) / x.size(0);
-  TORCH_CHECK(chain.weight.size(1) == features_of_image, "inner_loop: the linear layer takes ", chain.weight.size(1),
-              " features, gets ", features_of_image);
   const auto place = [&](auto block) { return (block - blocks.begin()) * kPerBlock; };  // of its weight's rate
   int64_t most = 0;  // values of a z
   for (auto block = first; block != blocks.end(); ++block) {
@@ -101,11 +98,13 @@ void adapt(const at::Tensor& x, const int64_t* labels, Chain<T>& chain, const Ra
   for (int64_t step = 0; step < rates.steps(); ++step) {
     const T* const now = rates.of(step);
     const T* y = a;
+    interrupt.look();
     for (auto block = first; block != blocks.end(); ++block) y = block->forward(y, arena);
     losses[step * stride] = head.step(y, labels, now + place(blocks.end()));
     const T* g = head.gradient();
     for (auto block = blocks.end(); block != first;) {
       --block;
+      interrupt.look();
       g = block->step(g, dz, now + place(block), arena);
     }
   }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "checks.h"
 #include "inner_loop/rates.h"
 #include "outer/chain.h"
 #include "outer/query.h"
@@ -41,50 +42,18 @@ struct Given {
 };
 
 // from_images: no gradient of x is wanted, so that a first block may go by its patches' moments.
-Given described(const at::Tensor& x, at::TensorList parameters, at::IntArrayRef geometry, at::ArrayRef<double> eps,
-                bool from_images) {
-  const int64_t blocks = int64_t(eps.size()), tasks = x.size(0);
-  TORCH_CHECK(x.dim() == (blocks > 0 ? 5 : 3) && x.numel() > 0, "chain: x must be [tasks, images, ",
-              blocks > 0 ? "C, H, W" : "features", "] and not empty, got ", x.sizes());
-  const bool whole = int64_t(parameters.size()) != kPerBlock * blocks || blocks == 0;  // with a linear layer
-  TORCH_CHECK(int64_t(parameters.size()) == kPerBlock * blocks + (whole ? 2 : 0) &&
-                  int64_t(geometry.size()) == kGeometry * blocks,
-              "chain: ", blocks, " blocks need ", kPerBlock * blocks + 2, " parameters and ", kGeometry * blocks,
-              " numbers, got ", parameters.size(), " and ", geometry.size());
+Given described(const Operands& operands, const at::Tensor& x, at::TensorList parameters, at::IntArrayRef geometry,
+                at::ArrayRef<double> eps, bool from_images) {
+  ChainSizes sizes = operands.chain(x, parameters, geometry, eps);
   Given given;
   given.x = x;
-  for (size_t i = 0; i < parameters.size(); ++i) {
-    const at::Tensor& p = parameters[i];
-    const bool head = whole && i + 2 >= parameters.size();
-    const int64_t axes = head ? (i + 2 == parameters.size() ? 3 : 2) : i % kPerBlock > 0 ? 2 : 5;
-    TORCH_CHECK(p.dim() == axes && p.scalar_type() == x.scalar_type() && (p.size(0) == tasks || p.size(0) == 1),
-                "chain: parameter ", i, " ", p.sizes(), " ", p.scalar_type(), " does not fit ", tasks, " tasks in ",
-                x.scalar_type());
-    given.parameters.push_back(p.contiguous());
-  }
+  for (const at::Tensor& p : parameters) given.parameters.push_back(p.contiguous());
   ChainShape& shape = given.shape;
-  int64_t channels = x.size(2), height = blocks > 0 ? x.size(3) : 1, width = blocks > 0 ? x.size(4) : 1;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const at::IntArrayRef g = geometry.slice(b * kGeometry, kGeometry);
-    const at::Tensor& weight = given.parameters[b * kPerBlock];
-    TORCH_CHECK(std::min({g[0], g[1], g[4], g[5], g[6]}) > 0 && std::min(g[2], g[3]) >= 0 && (g[7] == 1 || g[7] == 2),
-                "chain: the numbers of block ", b, " are wrong: ", g);
-    const Convolution c = Convolution::of(x.size(1), channels, height, width, weight.size(1),
-                                          {weight.size(3), weight.size(4)}, g.data(), g[6]);
-    TORCH_CHECK(weight.size(2) * g[6] == channels && given.count(b * kPerBlock + 1) == c.outputs &&
-                    given.count(b * kPerBlock + 2) == c.outputs && std::min(c.rows, c.columns) >= g[7],
-                "chain: block ", b, " with a weight ", weight.sizes(), " does not take ", channels, "x", height, "x", width);
-    shape.blocks.push_back(c), shape.pools.push_back(g[7]), shape.eps.push_back(eps[b]);
-    channels = c.outputs, height = c.rows / g[7], width = c.columns / g[7];
-  }
-  shape.images = x.size(1), shape.channels = channels, shape.height = height, shape.width = width;
-  if (whole) {
-    const at::Tensor& head = given.parameters[shape.head()];
-    TORCH_CHECK(head.size(2) == channels * height * width && given.parameters.back().size(1) == head.size(1),
-                "chain: the linear layer ", head.sizes(), " does not take ", channels * height * width, " features");
-    shape.ways = head.size(1);
-  }
-  shape.by_moments = blocks > 0 && from_images && ImageConvolution<float>::takes(shape.blocks.front(), shape.pools.front());
+  shape.blocks = std::move(sizes.blocks), shape.pools = std::move(sizes.pools), shape.eps = eps.vec();
+  shape.images = x.size(1), shape.ways = sizes.ways;
+  shape.channels = sizes.channels, shape.height = sizes.height, shape.width = sizes.width;
+  shape.by_moments =
+      !eps.empty() && from_images && ImageConvolution<float>::takes(shape.blocks.front(), shape.pools.front());
   return given;
 }
 
@@ -94,8 +63,6 @@ struct Row {
   int64_t size = 0;
 
   Row(const Given& given, at::IntArrayRef updated) {
-    TORCH_CHECK(updated.size() == given.parameters.size(), "chain: ", updated.size(), " flags for ", given.parameters.size(),
-                " parameters");
     for (size_t i = 0; i < updated.size(); ++i) {
       if (!updated[i]) continue;
       places.push_back(int64_t(i)), offsets.push_back(size);
@@ -116,13 +83,15 @@ Places<const T> parameters_of(const Given& given, int64_t task) {
   return now;
 }
 
-void check_steps(const Given& given, const at::Tensor& labels, const Row& row, int64_t steps, at::ArrayRef<double> rates) {
-  TORCH_CHECK(given.shape.ways > 0 && labels.dim() == 2 && labels.size(0) == given.tasks() &&
-                  labels.size(1) == given.shape.images && labels.scalar_type() == at::kLong,
-              "chain_steps: labels ", labels.sizes(), " ", labels.scalar_type(), " do not fit x ", given.x.sizes());
-  TORCH_CHECK(steps > 0 && !row.places.empty() && int64_t(rates.size()) == steps * int64_t(row.places.size()),
-              "chain_steps: ", steps, " steps of ", row.places.size(), " updated parameters need one rate each, got ",
-              rates.size());
+// -> the labels, dense
+at::Tensor check_steps(const Operands& operands, const Given& given, const at::Tensor& labels, at::IntArrayRef updated,
+                       int64_t steps, at::ArrayRef<double> rates) {
+  operands.check_count("updated", updated.size(), int64_t(given.parameters.size()));
+  operands.check_rates(steps, updated, rates.size(), true);
+  TORCH_CHECK(given.shape.ways > 0 && !rates.empty(),
+              "chain_steps: a chain with a linear layer, an updated parameter and a step is needed, got ",
+              given.parameters.size(), " parameters, flags ", updated, " and ", steps, " steps");
+  return operands.labels(labels, {given.tasks(), given.shape.images}, given.shape.ways);
 }
 
 // -> the losses [steps, T] before each step, and the updated parameters [T, steps + 1, all of them] before each and at the end
@@ -130,17 +99,18 @@ std::tuple<at::Tensor, at::Tensor> chain_steps(const at::Tensor& x, const at::Te
                                                at::IntArrayRef updated, at::IntArrayRef geometry, at::ArrayRef<double> eps,
                                                int64_t steps, at::ArrayRef<double> rates_, bool from_images) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Given given = described(x, parameters, geometry, eps, from_images);
+  const Operands operands("chain_steps", x, {&x});
+  const Given given = described(operands, x, parameters, geometry, eps, from_images);
+  const at::Tensor labels = check_steps(operands, given, labels_, updated, steps, rates_);
   const Row row(given, updated);
-  check_steps(given, labels_, row, steps, rates_);
   const int64_t tasks = given.tasks();
-  const at::Tensor labels = labels_.contiguous(), losses = at::empty({steps, tasks}, x.options().dtype(at::kDouble));
+  const at::Tensor losses = at::empty({steps, tasks}, x.options().dtype(at::kDouble));
   at::Tensor path = at::empty({tasks, steps + 1, row.size}, x.options());
   double* const loss = losses.mutable_data_ptr<double>();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "chain_steps", [&] {
     const Rates<scalar_t> rates(rates_, steps, updated);
     scalar_t* const rows = path.mutable_data_ptr<scalar_t>();
-    for_each_task(tasks, [&](int64_t task) {
+    for_each_task(tasks, [&](int64_t task, Interrupt& interrupt) {
       const Borrowed borrowed;
       Arena& arena = *borrowed;
       Places<const scalar_t> now = parameters_of<scalar_t>(given, task);
@@ -152,6 +122,7 @@ std::tuple<at::Tensor, at::Tensor> chain_steps(const at::Tensor& x, const at::Te
       OuterChain<scalar_t> chain(given.shape, given.x[task], arena);
       std::vector<scalar_t> scales(now.size());
       for (int64_t step = 0; step < steps; ++step, from += row.size) {
+        interrupt.look();
         scalar_t* const to = from + row.size;
         std::copy_n(from, row.size, to);
         row.point(now, static_cast<const scalar_t*>(from));
@@ -172,6 +143,11 @@ std::tuple<at::Tensor, at::Tensor> chain_steps(const at::Tensor& x, const at::Te
   return {losses, path};
 }
 
+void check_wanted(const Operands& operands, const Given& given, at::IntArrayRef wanted, bool wants_images) {
+  operands.check_count("wanted", wanted.size(), int64_t(given.parameters.size()));
+  TORCH_CHECK(!wants_images, "chain: with from_images there is no gradient of x");
+}
+
 at::Tensor zeros_like_task(const Given& given, int64_t place) {
   std::vector<int64_t> sizes = given.parameters[place].sizes().vec();
   sizes[0] = given.tasks();
@@ -186,14 +162,13 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor> chain_st
     at::IntArrayRef updated, at::IntArrayRef geometry, at::ArrayRef<double> eps, int64_t steps, at::ArrayRef<double> rates_,
     at::IntArrayRef wanted, bool from_images, bool want_x, bool want_rates, bool second_order) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Given given = described(x, parameters, geometry, eps, from_images);
+  const Operands operands("chain_steps_grad", x, {&x});
+  const Given given = described(operands, x, parameters, geometry, eps, from_images);
+  const at::Tensor labels = check_steps(operands, given, labels_, updated, steps, rates_);
   const Row row(given, updated);
-  check_steps(given, labels_, row, steps, rates_);
   const int64_t tasks = given.tasks(), moving = int64_t(row.places.size());
-  const int64_t all[] = {tasks, row.size}, every[] = {tasks, steps + 1, row.size};
-  TORCH_CHECK(v_.sizes() == at::IntArrayRef(all) && path.sizes() == at::IntArrayRef(every) && path.is_contiguous() &&
-                  wanted.size() == updated.size() && !(from_images && want_x),
-              "chain_steps_grad: v ", v_.sizes(), " and path ", path.sizes(), " do not fit x ", x.sizes());
+  operands.check("v", v_, {tasks, row.size}), operands.check_dense("path", path, {tasks, steps + 1, row.size});
+  check_wanted(operands, given, wanted, from_images && want_x);
   at::Tensor v = v_.clone(at::MemoryFormat::Contiguous);
   std::vector<at::Tensor> others;
   std::vector<int64_t> other_places;
@@ -201,7 +176,6 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor> chain_st
     if (!wanted[i] || updated[i]) continue;
     others.push_back(zeros_like_task(given, i)), other_places.push_back(i);
   }
-  const at::Tensor labels = labels_.contiguous();
   const int64_t values = x.numel() / tasks;  // of a task's x
   at::Tensor gx = want_x ? (x.dim() == 5 ? empty_images(tasks, x.size(1), x.size(2), x.size(3), x.size(4), x.options())
                                          : at::empty(x.sizes(), x.options()))
@@ -212,7 +186,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor> chain_st
   if (!second_order && !want_rates) return {v, std::move(others), gx, of_rates};
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "chain_steps_grad", [&] {
     const Rates<scalar_t> rates(rates_, steps, updated);
-    for_each_task(tasks, [&](int64_t task) {
+    for_each_task(tasks, [&](int64_t task, Interrupt& interrupt) {
       const Borrowed borrowed;
       Arena& arena = *borrowed;
       Places<const scalar_t> now = parameters_of<scalar_t>(given, task);
@@ -231,6 +205,7 @@ std::tuple<at::Tensor, std::vector<at::Tensor>, at::Tensor, at::Tensor> chain_st
       scalar_t* const to_x = back ? gx.mutable_data_ptr<scalar_t>() + task * values : nullptr;
       OuterChain<scalar_t> chain(given.shape, given.x[task], arena);
       for (int64_t step = steps - 1; step >= 0; --step) {
+        interrupt.look();
         row.point(now, path.const_data_ptr<scalar_t>() + (task * (steps + 1) + step) * row.size);
         Places<const scalar_t> dot(now.size(), nullptr);
         for (size_t m = 0; second_order && m < row.places.size(); ++m) {
@@ -275,12 +250,12 @@ at::Tensor empty_result(const Given& given) {
 std::tuple<at::Tensor, at::Tensor> chain_logits(const at::Tensor& x, at::TensorList parameters, at::IntArrayRef geometry,
                                                 at::ArrayRef<double> eps, bool from_images) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Given given = described(x, parameters, geometry, eps, from_images);
+  const Given given = described({"chain_logits", x, {&x}}, x, parameters, geometry, eps, from_images);
   at::Tensor logits = empty_result(given), kept;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "chain_logits", [&] {
     const int64_t bytes = QueryChain<scalar_t>::bytes(given.shape), values = logits.numel() / given.tasks();
     kept = at::empty({given.tasks(), bytes}, x.options().dtype(at::kByte));
-    for_each_task(given.tasks(), [&](int64_t task) {
+    for_each_task(given.tasks(), [&](int64_t task, Interrupt&) {
       const Borrowed arena;
       const Places<const scalar_t> now = parameters_of<scalar_t>(given, task);
       std::byte* const memory = reinterpret_cast<std::byte*>(kept.mutable_data_ptr<uint8_t>()) + task * bytes;
@@ -297,12 +272,15 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> chain_logits_grad(const at::Tens
                                                                   at::IntArrayRef geometry, at::ArrayRef<double> eps,
                                                                   at::IntArrayRef wanted, bool from_images, bool want_x) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const Given given = described(x, parameters, geometry, eps, from_images);
+  const Operands operands("chain_logits_grad", x, {&x});
+  const Given given = described(operands, x, parameters, geometry, eps, from_images);
   const int64_t tasks = given.tasks(), values = x.numel() / tasks;
-  const at::Tensor like = empty_result(given);
-  TORCH_CHECK(g_.sizes() == like.sizes() && g_.scalar_type() == x.scalar_type() && wanted.size() == parameters.size() &&
-                  kept.dim() == 2 && kept.size(0) == tasks && kept.is_contiguous() && !(from_images && want_x),
-              "chain_logits_grad: the gradient ", g_.sizes(), " ", g_.scalar_type(), " does not fit x ", x.sizes());
+  const ChainShape& s = given.shape;
+  if (s.ways > 0)
+    operands.check("g", g_, {tasks, s.images, s.ways});
+  else
+    operands.check("g", g_, {tasks, s.images, s.channels, s.height, s.width});
+  check_wanted(operands, given, wanted, from_images && want_x);
   const at::Tensor g = given.shape.ways > 0 ? g_.contiguous() : pixels_of(g_);
   std::vector<at::Tensor> grads;
   std::vector<int64_t> places;
@@ -314,9 +292,8 @@ std::tuple<std::vector<at::Tensor>, at::Tensor> chain_logits_grad(const at::Tens
                   : x.dim() == 5 ? empty_images(tasks, x.size(1), x.size(2), x.size(3), x.size(4), x.options())
                                  : at::empty(x.sizes(), x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "chain_logits_grad", [&] {
-    TORCH_CHECK(kept.size(1) == QueryChain<scalar_t>::bytes(given.shape), "chain_logits_grad: ", kept.size(1),
-                " bytes are not what chain_logits left");
-    for_each_task(tasks, [&](int64_t task) {
+    operands.check_dense("kept", kept, {tasks, QueryChain<scalar_t>::bytes(s)}, at::kByte);
+    for_each_task(tasks, [&](int64_t task, Interrupt&) {
       const Borrowed arena;
       const Places<const scalar_t> now = parameters_of<scalar_t>(given, task);
       Places<scalar_t> slopes(now.size(), nullptr);
@@ -345,10 +322,10 @@ TORCH_LIBRARY_FRAGMENT(lambda_kernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(lambda_kernels, CPU, m) {
-  m.impl("chain_steps", &chain_steps);
-  m.impl("chain_steps_grad", &chain_steps_grad);
-  m.impl("chain_logits", &chain_logits);
-  m.impl("chain_logits_grad", &chain_logits_grad);
+  m.impl("chain_steps", &Door<&chain_steps>::call);
+  m.impl("chain_steps_grad", &Door<&chain_steps_grad>::call);
+  m.impl("chain_logits", &Door<&chain_logits>::call);
+  m.impl("chain_logits_grad", &Door<&chain_logits_grad>::call);
 }
 
 }  // namespace

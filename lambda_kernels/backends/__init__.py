@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..spec import ConvSpec
+from . import native_fakes  # noqa: F401  # registers what the operators return without data
 from .autotune import Autotune, Table
 from .base import Backend, Call, InnerLoop
 from .cuda import Cuda
