@@ -164,6 +164,8 @@ flags, geometry, eps = native._constants(updated, network.specs)
 
 def stop(*_):
     global count
+    if count == 3:  # a signal that came while the timer was stopped
+        return
     count += 1
     if count == 3:
         signal.setitimer(signal.ITIMER_REAL, 0)
