@@ -170,7 +170,7 @@ BOMBS = {
     "lists beyond number": (b"\x80\x04(" + b"]" * 10**6 + b"l.", "bytes of memory"),
     "places in the memo": (b"\x80\x04N" + b"\x94" * 10**6 + b".", "bytes of memory"),
     "a set of a range": (
-        b"\x80\x02c__builtin__\nset\nc__builtin__\nxrange\nJ\xff\xff\xff\x7f\x85R\x85R.", "2147483647 bytes of memory"
+        b"\x80\x02c__builtin__\nset\nc__builtin__\nxrange\nJ\xff\xff\xff\x7f\x85R\x85R.", "137438953408 bytes of memory"
     ),
     "text that becomes bytes a hundred times": (
         b"\x80\x02X" + (2**20).to_bytes(4, "little") + b"a" * 2**20

@@ -6,6 +6,7 @@ beyond what is remembered, a length that the file does not have) or end the proc
 
 from __future__ import annotations
 
+import gc
 import mmap
 import pickle
 import pickletools
@@ -18,7 +19,7 @@ DEEPEST = 100
 _SPARE = 10_000
 """Instructions that a small pickle may repeat by reference, whatever its own number."""
 _REPEATED = 16  # a real set refers to its dtype and to its labels again, which multiplies its instructions by 2
-_OBJECT = 100  # bytes of a container, or of a place in the memo
+_OBJECT = 64  # bytes of a container, or of a place in the memo
 
 _Node = list[int]  # [containers in each other, objects in it, whether it stands elsewhere too]
 _LEAF: _Node = [0, 1, 1]
@@ -51,7 +52,7 @@ class Budget:
 
     @staticmethod
     def _most(size: int) -> int:
-        return 4 * size + 2**24
+        return 16 * size + 2**24
 
     def take(self, count: int) -> None:
         """Refused where it is used up."""
@@ -71,10 +72,15 @@ def check(path: Path) -> None:
         pickle.UnpicklingError: it ends too early, or is none.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        collecting = gc.isenabled()
+        gc.disable()  # it would look at every node again and again, and none is in a circle
         try:
             _Scan(data).run()
         except (IndexError, KeyError) as error:
             raise pickle.UnpicklingError(f"an instruction takes what is not there ({error!r})") from None
+        finally:
+            if collecting:
+                gc.enable()
 
 
 class _Scan:
