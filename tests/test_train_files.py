@@ -24,6 +24,7 @@ from lambda_maml import checkpoint, cli, data, outer
 from lambda_maml import train as train_module
 from lambda_maml.ahead import Ahead
 from lambda_maml.metrics import METRICS, Pace
+from lambda_maml.stopping import stoppable
 from lambda_maml.train import BEST, LAST, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -152,6 +153,19 @@ def test_a_signal_in_a_validation_ends_it_at_once(tmp_path: Path, monkeypatch: p
     run(tmp_path / "parts", 6, settings, resume=True)
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
     assert torch.equal(state(tmp_path / "whole")[0]["random"], state(tmp_path / "parts")[0]["random"])
+
+
+def test_ctrl_c_stops_what_a_shell_began_in_the_background_and_nohup_is_kept() -> None:
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        with stoppable() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.reason is None
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.reason == "interrupt"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])

@@ -27,15 +27,16 @@ class Stop:
 def stoppable() -> Iterator[Stop]:
     """Turn the signals into a `Stop` that is looked at between iterations; a second Ctrl-C interrupts at once.
 
-    Outside of the main thread, where Python knows no signals, nothing is changed. A signal that is ignored, as nohup
-    does with SIGHUP, stays so.
+    Outside of the main thread, where Python knows no signals, nothing is changed. SIGHUP stays ignored where it is, as
+    under nohup; Ctrl-C does not, which shells ignore for what they start in the background.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def on_signal(number: int, frame: Any) -> None:
         stop.reason = stop.reason or SIGNALS[signal.Signals(number)]
