@@ -56,7 +56,8 @@ def test_the_pip_commands_of_the_cluster_page_have_their_options():
 def test_the_lambda_maml_command_of_the_batch_file_has_its_options():
     calls = [words[1:] for words in cluster_commands() if words[0] == "lambda-maml"]
     assert ["select"] == [words[0] for words in calls]
-    for name, *words in calls:
+    for name, *given in calls:
+        words = [re.sub(r"\$(\w+)", r"\1", word) for word in given]  # the shell's variables
         try:
             context = cli.cli.commands[name].make_context(name, words)
         except click.UsageError as error:
