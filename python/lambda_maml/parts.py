@@ -76,7 +76,8 @@ class Parts(nn.Module):
         if self.source is not None and self.source.size is not None and self.source.size < settings.meta_batch:
             self.source.draw(0, settings.meta_batch)  # a pool says that it is too small; a cover is gone through anew
         if self.weights is not None:  # which say that they are for another number of tasks
-            held = [*self.weights.parameters(), *self.weights.buffers()]
+            module: Any = self.weights if isinstance(self.weights, nn.Module) else nn.Module()
+            held = [*module.parameters(), *module.buffers()]
             with torch.no_grad():
                 self.weights.combine(torch.ones(settings.meta_batch, device=held[0].device if held else None), 0)
         return self

@@ -303,6 +303,7 @@ def check_operator(seed: int) -> Found:
         if a.dtype not in NEAR:  # places of maxima, and a pass that is kept
             continue
         most = max(1.0, float(b.detach().nan_to_num(0.0, 0.0, 0.0).abs().max())) if b.numel() else 1.0
+        # sums in another order: of the largest value that is summed, per dtype
         if not torch.allclose(a, b, rtol=0.0, atol=NEAR[a.dtype] * most, equal_nan=True):
             return Found("WRONG", f"contiguous copies give {float((a - b).abs().max()):.1e} else")
     return Found("ok")
