@@ -24,9 +24,8 @@ Operands check(const char* name, const at::Tensor& z,
   Operands operands(name, z, {&z});
   operands.check("z", z, {operands.tasks(), kSome, kSome, kSome, kSome});
   TORCH_CHECK(pool == 1 || pool == 2, name, ": pool must be 1 or 2, got ", pool);
-  TORCH_CHECK(std::min(z.size(3), z.size(4)) >= pool && std::max({z.size(1), z.size(3), z.size(4)}) <= kMostSide &&
-                  z.numel() <= kMostValues,
-              name, ": z ", z.sizes(), " is too small for pool ", pool, ", or has more than ", kMostValues, " values");
+  TORCH_CHECK(std::max({z.size(1), z.size(3), z.size(4)}) <= kMostSide && z.numel() <= kMostValues, name, ": z ", z.sizes(),
+              " has more than ", kMostValues, " values, or sides of more than ", kMostSide);
   for (const auto& [what, t] : gammas) operands.check(what, t, {kOwn, z.size(2)});
   return operands;
 }

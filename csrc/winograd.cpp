@@ -35,7 +35,8 @@ void check_weight(const Operands& operands, const at::Tensor& weight) {
 
 // Of sizes that are given as numbers.
 void check_tasks(int64_t given, int64_t tasks) {
-  TORCH_CHECK(given == 1 || given == tasks, "winograd: sizes of ", given, " tasks do not fit operands of ", tasks);
+  TORCH_CHECK(given == 1 || tasks == 1 || given == tasks, "winograd: sizes of ", given, " tasks do not fit operands of ",
+              tasks);
 }
 
 template <typename T>
