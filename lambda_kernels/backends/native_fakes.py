@@ -206,7 +206,8 @@ def winograd_input_grad(gy: Tensor, weight: Tensor, x: list[int], padding: list[
     operands = Operands("winograd_input_grad", gy, gy, weight)
     sides = _winograd(operands, x, weight, padding)
     operands.check("gy", gy, OWN, x[1], weight.shape[1], *sides)
-    torch._check(x[0] in (1, operands.tasks), lambda: f"winograd_input_grad: sizes of {x[0]} tasks do not fit")
+    fits = 1 in (x[0], operands.tasks) or x[0] == operands.tasks
+    torch._check(fits, lambda: f"winograd_input_grad: sizes of {x[0]} tasks do not fit")
     return _images(gy, x[3], x[4], gy.dtype, tasks=operands.tasks, channels=x[2])
 
 
@@ -215,7 +216,8 @@ def winograd_weight_grad(gy: Tensor, x: Tensor, weight: list[int], padding: list
     operands.check("x", x, OWN, SOME, SOME, SOME, SOME)
     sides = _winograd(operands, x.shape, weight, padding)
     operands.check("gy", gy, OWN, x.shape[1], weight[1], *sides)
-    torch._check(weight[0] in (1, operands.tasks), lambda: f"winograd_weight_grad: {weight[0]} tasks do not fit")
+    fits = 1 in (weight[0], operands.tasks) or weight[0] == operands.tasks
+    torch._check(fits, lambda: f"winograd_weight_grad: {weight[0]} tasks do not fit")
     return gy.new_empty(1 if weight[0] == 1 else operands.tasks, *weight[1:])
 
 
