@@ -135,7 +135,8 @@ def test_an_instruction_set_that_cannot_be_had_leaves_the_reference() -> None:
     got = run_python(REPORT, LAMBDA_KERNELS_ISA="mmx")
     assert got["names"] == ["reference"] * 3
     assert got["reasons"][0].startswith("LAMBDA_KERNELS_ISA=mmx: this machine runs generic")
-    assert all(got["reasons"][0] in message for message in got["messages"]) and got["messages"]
+    assert len(got["messages"]) == 2 and all(got["reasons"][0] in message for message in got["messages"])
+    assert got["messages"][0].startswith("CPUs compute by backend `reference`")
     named = run_python(REPORT, LAMBDA_KERNELS_ISA="mmx", LAMBDA_KERNELS_BACKEND="native")["names"][0]
     assert "'native' cannot run" in named and "LAMBDA_KERNELS_ISA=mmx" in named
 
@@ -249,13 +250,16 @@ def test_operators_check_their_arguments() -> None:
     y, index, mean, rstd = ops.norm_relu_pool(z, gamma, gamma, 1e-5, 2)
     wrong: list[tuple[Any, str]] = [
         (lambda: ops.norm_relu_pool(z[0], gamma, gamma, 1e-5, 2), "z must be"),
-        (lambda: ops.norm_relu_pool(z[:, :0], gamma, gamma, 1e-5, 2), "z is empty"),
+        (lambda: ops.norm_relu_pool(z[:, :0], gamma, gamma, 1e-5, 2), r"z must be .*got \[1, 0, 3, 4, 4\]"),
         (lambda: ops.norm_relu_pool(z, gamma, gamma, 1e-5, 3), "pool must be 1 or 2, got 3"),
-        (lambda: ops.norm_relu_pool(z, gamma[:, :2], gamma, 1e-5, 2), "gamma and beta must be"),
-        (lambda: ops.norm_relu_pool(z, gamma, gamma.double(), 1e-5, 2), "gamma and beta must be"),
+        (lambda: ops.norm_relu_pool(z, gamma[:, :2], gamma, 1e-5, 2), r"gamma must be \[1, 3\] .*got \[1, 2\]"),
+        (lambda: ops.norm_relu_pool(z, gamma, gamma.double(), 1e-5, 2), "beta must be .* in Double"),
         (lambda: ops.norm_relu_pool_grad(y[..., :1], z, gamma, index[..., :1], mean, rstd, 2, True), "index must be"),
-        (lambda: ops.norm_relu_pool_grad(y, z, gamma, index, mean[:, :1], rstd, 2, True), "mean and rstd must be"),
-        (lambda: ops.norm_relu_pool_grad(y[..., :1], z, gamma, index, mean, rstd, 2, True), "does not fit index"),
+        (lambda: ops.norm_relu_pool_grad(y, z, gamma, index, mean[:, :1], rstd, 2, True), r"mean must be \[1, 3\]"),
+        (
+            lambda: ops.norm_relu_pool_grad(y[..., :1], z, gamma, index, mean, rstd, 2, True),
+            r"gy must be \[1, 2, 3, 2, 2\]",
+        ),
         (
             lambda: ops.norm_relu_pool_grad_grad(y, z, gamma, index, mean[:, :1], rstd, 2, None, gamma, gamma, True),
             "mean",
@@ -268,7 +272,7 @@ def test_operators_check_their_arguments() -> None:
         ),
     ]
     for function, words in wrong:
-        with pytest.raises(RuntimeError, match=rf"{words}|^norm_relu_pool\w*: .+ must be "):
+        with pytest.raises(RuntimeError, match=words):
             function()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fuzz import runner
-from machine import needs_native
+from machine import fresh, needs_native
 from torch import Tensor, nn
 
 from lambda_kernels.backends import native
@@ -147,6 +150,53 @@ def test_what_does_not_fit_into_memory_says_how_much_it_needed() -> None:
     ):
         with pytest.raises(RuntimeError, match=r"(?s)not enough memory.*\d{14} bytes.*fewer tasks or images"):
             call()
+
+
+INTERRUPTED = """
+import signal, sys
+import torch
+from chains import LR, MIXED, given
+from lambda_kernels.backends import native
+
+threads, tasks, door = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(threads)
+network = MIXED["images-winograd-library"]
+task, updated, steps, count = given(network, torch.float32, tasks=tasks), network.from_layer(0), 10000, 0
+own = [p.unsqueeze(0) for p in task.parameters]
+flags, geometry, eps = native._constants(updated, network.specs)
+
+def stop(*_):
+    global count
+    if count == 3:  # a signal that came while the timer was stopped
+        return
+    count += 1
+    if count == 3:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, stop)
+signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+try:
+    if door == "prepared":
+        native.Native().prepared(task.parameters, updated, network.specs)(task.x[0], task.labels[0], steps, [LR])
+    elif door == "steps":
+        rates = [LR] * steps * sum(flags)
+        torch.ops.lambda_kernels.chain_steps(task.x, task.labels, own, flags, geometry, eps, steps, rates, False)
+    else:
+        native.Native().inner_loop(task.x, task.labels, task.parameters, updated, network.specs, steps, [LR])
+    print("to the end after", count)
+except KeyboardInterrupt:
+    print("interrupted at", count)
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "tasks", "door"), [(1, 1, "loop"), (2, 4, "loop"), (1, 1, "prepared"), (2, 3, "steps")]
+)
+def test_signals_are_handled_while_a_long_adaptation_runs(threads: int, tasks: int, door: str) -> None:
+    """A call that looks at none until it ends has its handler called once, after it."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    assert fresh(INTERRUPTED, str(threads), str(tasks), door, PYTHONPATH=path) == "interrupted at 3\n"
 
 
 def test_calls_with_arguments_that_do_not_fit_are_refused_or_right() -> None:

@@ -205,30 +205,30 @@ IMAGE, KERNEL, RESULT, VECTOR = (1, 2, 16, 7, 7), (1, 64, 16, 3, 3), (1, 2, 64, 
 SIX, TWO, THREE, FIFTEEN = (1, 2, 64, 6, 7), (2, *IMAGE[1:]), (3, *KERNEL[1:]), (1, 64, 15, 3, 3)
 ONE, NONE = [1, 1, 1, 1, 1, 1, 2], [1, 1, 0, 0, 1, 1, 2]
 WRONG: dict[str, tuple[str, tuple[Any, ...], str]] = {
-    "channels": ("winograd", (IMAGE, FIFTEEN, [1, 1]), r"\[1, 64, 15, 3, 3\].*\[1, 2, 16, 7, 7\]"),
-    "kernel": ("winograd", (IMAGE, (1, 64, 16, 5, 5), [1, 1]), r"\[1, 64, 16, 5, 5\].*\[1, 2, 16, 7, 7\]"),
-    "dimensions": ("winograd", (IMAGE, KERNEL[1:], [1, 1]), r"\[64, 16, 3, 3\].*\[1, 2, 16, 7, 7\]"),
-    "one padding": ("winograd", (IMAGE, KERNEL, [1]), r"\[1, 2, 16, 7, 7\]"),
-    "no row": ("winograd", ((1, 2, 16, 2, 2), KERNEL, [0, 0]), r"\[1, 2, 16, 2, 2\]"),
+    "channels": ("winograd", (IMAGE, FIFTEEN, [1, 1]), r"\[64, 15, 3, 3\].*\[2, 16, 7, 7\]"),
+    "kernel": ("winograd", (IMAGE, (1, 64, 16, 5, 5), [1, 1]), r"weight must be .*3, 3\].*\[1, 64, 16, 5, 5\]"),
+    "dimensions": ("winograd", (IMAGE, KERNEL[1:], [1, 1]), r"weight must be \[1 or .*\[64, 16, 3, 3\]"),
+    "one padding": ("winograd", (IMAGE, KERNEL, [1]), r"padding must be 2 numbers, got 1"),
+    "no row": ("winograd", ((1, 2, 16, 2, 2), KERNEL, [0, 0]), r"\[2, 16, 2, 2\].*\[64, 16, 3, 3\]"),
     "no image": ("winograd", ((1, 0, 16, 7, 7), KERNEL, [1, 1]), r"\[1, 0, 16, 7, 7\]"),
-    "tasks": ("winograd", (TWO, THREE, [1, 1]), r"\[3, 64, 16, 3, 3\].*\[2, 2, 16, 7, 7\]"),
+    "tasks": ("winograd", (TWO, THREE, [1, 1]), r"x must be \[1 or 3, .*\[2, 2, 16, 7, 7\]"),
     "input: rows": ("winograd_input_grad", (SIX, KERNEL, IMAGE, [1, 1]), r"\[1, 2, 64, 6, 7\]"),
     "input: outputs": ("winograd_input_grad", ((1, 2, 63, 7, 7), KERNEL, IMAGE, [1, 1]), r"\[1, 2, 63, 7, 7\]"),
     "input: images": ("winograd_input_grad", ((1, 1, 64, 7, 7), KERNEL, IMAGE, [1, 1]), r"\[1, 1, 64, 7, 7\]"),
-    "input: channels": ("winograd_input_grad", (RESULT, KERNEL, (1, 2, 15, 7, 7), [1, 1]), r"\[1, 2, 15, 7, 7\]"),
+    "input: channels": ("winograd_input_grad", (RESULT, KERNEL, (1, 2, 15, 7, 7), [1, 1]), r"16, 3, 3\].*\[2, 15, 7, 7\]"),
     "weight: rows": ("winograd_weight_grad", (SIX, IMAGE, KERNEL, [1, 1]), r"\[1, 2, 64, 6, 7\]"),
     "weight: outputs": ("winograd_weight_grad", ((1, 2, 63, 7, 7), IMAGE, KERNEL, [1, 1]), r"\[1, 2, 63, 7, 7\]"),
     "weight: images": ("winograd_weight_grad", ((1, 1, 64, 7, 7), IMAGE, KERNEL, [1, 1]), r"\[1, 1, 64, 7, 7\]"),
     "weight: tasks": ("winograd_weight_grad", ((3, *RESULT[1:]), TWO, KERNEL, [1, 1]), r"\[(3, 2, 64|2, 2, 16), 7,"),
-    "block: channels": ("frozen_block", (IMAGE, FIFTEEN, VECTOR, VECTOR, ONE), r"\[1, 64, 15, 3, 3\].*\[1, 2, 16"),
-    "block: numbers": ("frozen_block", (IMAGE, KERNEL, VECTOR, VECTOR, ONE[:6]), r"numbers \[1, 1, 1, 1, 1, 1\]"),
+    "block: channels": ("frozen_block", (IMAGE, FIFTEEN, VECTOR, VECTOR, ONE), r"\[64, 15, 3, 3\].*\[2, 16, 7"),
+    "block: numbers": ("frozen_block", (IMAGE, KERNEL, VECTOR, VECTOR, ONE[:6]), r"geometry must be 7 numbers, got 6"),
     "block: no image": ("frozen_block", ((1, 0, 16, 7, 7), KERNEL, VECTOR, VECTOR, ONE), r"\[1, 0, 16, 7, 7\]"),
     "block: gamma": ("frozen_block", (IMAGE, KERNEL, (1, 63), VECTOR, ONE), r"\[1, 63\]"),
     "block: beta": ("frozen_block", (IMAGE, KERNEL, VECTOR, (1, 65), ONE), r"\[1, 65\]"),
     "block: beta without a task axis": ("frozen_block", (IMAGE, KERNEL, VECTOR, (64,), ONE), r"\[64\]"),
-    "block: tasks": ("frozen_block", (TWO, THREE, VECTOR, VECTOR, ONE), r"\[3, 64, 16, 3, 3\]"),
+    "block: tasks": ("frozen_block", (TWO, THREE, VECTOR, VECTOR, ONE), r"x must be \[1 or 3, .*\[2, 2, 16,"),
     "block: tasks of gamma": ("frozen_block", ((3, *IMAGE[1:]), KERNEL, (2, 64), VECTOR, ONE), r"\[2, 64\]"),
-    "block: no row": ("frozen_block", ((1, 2, 1, 2, 2), (1, 8, 1, 3, 3), (1, 8), (1, 8), NONE), r"\[1, 2, 1, 2, 2\]"),
+    "block: no row": ("frozen_block", ((1, 2, 1, 2, 2), (1, 8, 1, 3, 3), (1, 8), (1, 8), NONE), r"\[2, 1, 2, 2\].*\[8, 1, 3, 3\]"),
     "block: no kernel": ("frozen_block", (IMAGE, KERNEL, VECTOR, VECTOR, [*ONE[:6], 3]), r"\[1, 64, 16, 3, 3\].* 3"),
 }  # fmt: skip
 
@@ -274,7 +274,7 @@ def errors() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_sizes_are_errors_that_name_them(name: str, errors: dict[str, str]) -> None:
-    assert re.search(rf"{WRONG[name][2]}|^(winograd|frozen_block)\w*: ", errors[name]), errors[name] or "no error"
+    assert re.search(WRONG[name][2], errors[name]), errors[name] or "no error"
 
 
 def check_adaptation() -> None:
