@@ -149,8 +149,16 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"5.bias \[3\], got \[1\]",
     ),
-    "tuples to select by": (lambda: selected([(XS, YS, XQ, YS)]), TypeError, "list of Task"),
-    "stacked tasks to select by": (lambda: selected(XS), TypeError, "list of Task"),
+    "labels of other images to select by": (
+        lambda: selected([(XS, YS, XQ, YS)]),
+        ValueError,
+        "task 0: 4 images in xq, 6 labels in yq; the order is xs, ys, xq, yq",
+    ),
+    "stacked tasks to select by": (
+        lambda: selected(XS),
+        TypeError,
+        r"task 0 is a Tensor, expected Task\(xs, ys, xq, yq\)",
+    ),
     "a positional too many": (lambda: maml(True, True, True, True), TypeError, "got 4 more"),
     "an order given twice": (lambda: maml(True, first_order=False), TypeError, "first_order twice"),
     "a pattern given twice": (lambda: maml("11", pattern="01"), TypeError, "pattern twice"),
