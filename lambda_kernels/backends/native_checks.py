@@ -142,10 +142,9 @@ class Operands:
         """Height and width of what norm, ReLU and pool make of z."""
         self.check("z", z, self.tasks, SOME, SOME, SOME, SOME)
         torch._check(pool in (1, 2), lambda: f"{self.name}: pool must be 1 or 2, got {pool}")
-        fits = True
         if all(type(n) is int for n in z.shape):  # a bound on memory is no guard
             fits = z.numel() <= MOST_VALUES and max(z.shape[1], *z.shape[3:]) <= MOST_SIDE
-        torch._check(fits, lambda: f"{self.name}: z {list(z.shape)} is too large")
+            torch._check(fits, lambda: f"{self.name}: z {list(z.shape)} is too large")
         for what, t in gammas.items():
             self.check(what, t, OWN, z.shape[2])
         return [side // pool for side in z.shape[3:]]

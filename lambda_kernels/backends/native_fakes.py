@@ -202,12 +202,17 @@ def winograd(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
     return _images(x, rows, columns, x.dtype, tasks=operands.tasks, channels=weight.shape[1])
 
 
+def _check_tasks(given: int, tasks: int) -> None:
+    """Of sizes that are given as numbers."""
+    fits = 1 in (given, tasks) or given == tasks
+    torch._check(fits, lambda: f"winograd: sizes of {given} tasks do not fit operands of {tasks}")
+
+
 def winograd_input_grad(gy: Tensor, weight: Tensor, x: list[int], padding: list[int]) -> Tensor:
     operands = Operands("winograd_input_grad", gy, gy, weight)
     sides = _winograd(operands, x, weight, padding)
     operands.check("gy", gy, OWN, x[1], weight.shape[1], *sides)
-    fits = 1 in (x[0], operands.tasks) or x[0] == operands.tasks
-    torch._check(fits, lambda: f"winograd_input_grad: sizes of {x[0]} tasks do not fit")
+    _check_tasks(x[0], operands.tasks)
     return _images(gy, x[3], x[4], gy.dtype, tasks=operands.tasks, channels=x[2])
 
 
@@ -216,8 +221,7 @@ def winograd_weight_grad(gy: Tensor, x: Tensor, weight: list[int], padding: list
     operands.check("x", x, OWN, SOME, SOME, SOME, SOME)
     sides = _winograd(operands, x.shape, weight, padding)
     operands.check("gy", gy, OWN, x.shape[1], weight[1], *sides)
-    fits = 1 in (weight[0], operands.tasks) or weight[0] == operands.tasks
-    torch._check(fits, lambda: f"winograd_weight_grad: {weight[0]} tasks do not fit")
+    _check_tasks(weight[0], operands.tasks)
     return gy.new_empty(1 if weight[0] == 1 else operands.tasks, *weight[1:])
 
 

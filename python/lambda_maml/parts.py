@@ -76,10 +76,9 @@ class Parts(nn.Module):
         if self.source is not None and self.source.size is not None and self.source.size < settings.meta_batch:
             self.source.draw(0, settings.meta_batch)  # a pool says that it is too small; a cover is gone through anew
         if self.weights is not None:  # which say that they are for another number of tasks
-            module: Any = self.weights if isinstance(self.weights, nn.Module) else nn.Module()
-            held = [*module.parameters(), *module.buffers()]
+            device = next((t.device for t in self.state_dict().values()), None)
             with torch.no_grad():
-                self.weights.combine(torch.ones(settings.meta_batch, device=held[0].device if held else None), 0)
+                self.weights.combine(torch.ones(settings.meta_batch, device=device), 0)
         return self
 
     def numbers(self, iteration: int, count: int) -> list[int]:
