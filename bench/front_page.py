@@ -121,8 +121,8 @@ def main() -> int:
     parser.add_argument("--demo", type=Path, help="A pattern.json of `make demo`.")
     given = parser.parse_args()
     if given.demo is not None:
+        from lambda_maml.pattern_json import read_selection
         from lambda_maml.report import plot
-        from lambda_maml.select import read_selection
 
         report = read_selection(given.demo)
         write(DEMO, json.dumps(report, indent=1) + "\n")
