@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -134,10 +134,12 @@ def test_a_browser_finds_nothing_to_complain_of(site: Path, address: str) -> Non
     from playwright.sync_api import sync_playwright
 
     names = [str(path.relative_to(site)) for path in sorted(site.rglob("*.html")) if path.name != "404.html"]
+    screens: list[tuple[tuple[int, int], Literal["light", "dark"], list[str]]]
+    screens = [(PHONE, "light", names), (DESK, "dark", ["index.html", "use.html"])]
     wrong: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, chromium_sandbox=False)
-        for (width, height), colours, shown in ((PHONE, "light", names), (DESK, "dark", ["index.html", "use.html"])):
+        for (width, height), colours, shown in screens:
             page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=colours)
             said = listen(page, address)
             for name in shown:
