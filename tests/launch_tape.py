@@ -28,6 +28,7 @@ from nodes import is_view
 from tape import Rehearsed
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -163,7 +164,9 @@ class LaunchTape(TorchDispatchMode):
             if not held.expired() and _contains(_alive(held), address):
                 return held
         for found in gc.get_objects():
-            if issubclass(type(found), Tensor) and found.layout is torch.strided and found.device.type == "cpu":
+            if not issubclass(type(found), Tensor) or is_lazy(found):  # of other tests too
+                continue
+            if found.layout is torch.strided and found.device.type == "cpu":
                 storage = found.untyped_storage()
                 if _contains(storage, address):
                     return self._before.setdefault(storage._cdata, StorageWeakRef(storage))
