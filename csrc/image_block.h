@@ -180,19 +180,18 @@ class ImageConvolution {
     arena.rewind(mark);
   }
 
-  // Without a norm, of images that were not moved: y is the windows' maximum of ReLU of z + bias; index as y, scratch.
-  void affine(const T* weight, const T* bias, T* y, uint8_t* index, Arena& arena) const {
-    const Arena::Mark mark = arena.mark();
-    const int64_t padded = up(c_.outputs, kLanes);
-    T* const rows = arena.take<T>((taps_ + 3) * padded);  // weight by tap, mean 0, scale 1, bias
-    std::fill(rows, rows + (taps_ + 3) * padded, T(0));
-    for (int64_t o = 0; o < c_.outputs; ++o) {
-      for (int64_t k = 0; k < taps_; ++k) rows[k * padded + o] = weight[o * taps_ + k];
-      rows[(taps_ + 1) * padded + o] = T(1);
-      rows[(taps_ + 2) * padded + o] = bias[o];
+  // Values of the filters for `affine`, and these, of weight [O, K] and bias [O]: weight by tap, mean 0, scale 1, bias.
+  static int64_t affine_filters(const Convolution& c) {
+    return (c.inputs * c.kernel[0] * c.kernel[1] + 3) * up(c.outputs, kLanes);
+  }
+  static void affine_filters(const Convolution& c, const T* weight, const T* bias, T* rows) {
+    const int64_t taps = c.inputs * c.kernel[0] * c.kernel[1], padded = up(c.outputs, kLanes);
+    std::fill(rows, rows + (taps + 3) * padded, T(0));
+    for (int64_t o = 0; o < c.outputs; ++o) {
+      for (int64_t k = 0; k < taps; ++k) rows[k * padded + o] = weight[o * taps + k];
+      rows[(taps + 1) * padded + o] = T(1);
+      rows[(taps + 2) * padded + o] = bias[o];
     }
-    apply(rows, y, index);
-    arena.rewind(mark);
   }
 
   // Without moments, for one pass alone: the windows' maxima of z, of -z where `negative`, to y; mean and variance of z.

@@ -42,6 +42,17 @@ class WinogradConvolution {
   // What is made of the weight, for `forward` and `input_gradient` of all parts: it shall not change any more.
   void prepare(Arena& arena) { u_ = made(false, arena), turned_ = made(true, arena); }
 
+  // Values of what `affine` reads in place of the weight, and these.
+  int64_t transformed() const { return kPoints * c_.inputs * up(c_.outputs, kLanes); }
+  void transform(T* u) const { make(false, u); }
+
+  // x -> the ReLU of the maxima of y + bias in windows of 2 x 2; u: from `transform`
+  void affine(const T* x, const T* u, const T* bias, T* pooled, Arena& arena) const {
+    Winograd<T> p = divided(c_);
+    p.x = x, p.u = u, p.bias = bias, p.pooled = pooled;
+    run(p, winograd_kernels<T>().forward, 1, arena);
+  }
+
   // x -> y
   void forward(const T* x, T* y, Arena& arena) const {
     const Arena::Mark mark = arena.mark();
@@ -212,11 +223,16 @@ class WinogradConvolution {
 
   T* made(bool turned, Arena& arena) const {
     const int64_t rows = turned ? c_.outputs : c_.inputs;
+    T* const u = arena.take<T>(kPoints * rows * describe(turned).padded);
+    make(turned, u);
+    return u;
+  }
+
+  void make(bool turned, T* u) const {
     WinogradWeight<T> w = describe(turned);
-    w.u = arena.take<T>(kPoints * rows * w.padded);
-    at::parallel_for(0, rows, kWeightGrain / w.padded + 1,
+    w.u = u;
+    at::parallel_for(0, turned ? c_.outputs : c_.inputs, kWeightGrain / w.padded + 1,
                      [&](int64_t begin, int64_t end) { winograd_kernels<T>().weights(w, begin, end); });
-    return w.u;
   }
 
   // In groups that are a function of the sizes alone, as a survey's sums are taken by groups; few tiles make small ones.

@@ -19,13 +19,29 @@ from .program import Program, Step
 from .program.fuse import RELUS
 from .spec import BlockSpec, conv_spec, output_size
 
-__all__ = ["EvaluatedChain"]
+__all__ = ["EvaluatedChain", "Folded"]
 
 
 class _Block(NamedTuple):
     conv: str  # paths
     norm: str  # "" for none
     spec: BlockSpec
+
+
+class Folded:
+    """Weight and bias of each block, with its norm in them, and of the linear layer; and what the operation made of them
+    for the latest size of images."""
+
+    def __init__(self, tensors: Sequence[Tensor], geometry: Sequence[int]) -> None:
+        self.tensors, self._geometry = list(tensors), geometry
+        self._ready: tuple[torch.Size, list[Tensor]] | None = None
+
+    def ready(self, backend: Native, size: torch.Size) -> list[Tensor]:
+        """What the operation reads in place of the weights, for images [C, H, W]."""
+        found = self._ready
+        if found is None or found[0] != size:
+            found = self._ready = size, backend.prepare_affine_chain(self.tensors, self._geometry, size)
+        return found[1]
 
 
 class EvaluatedChain:
@@ -49,6 +65,8 @@ class EvaluatedChain:
                 block.spec.pool,
             )
         ]
+        self._names = [f"{path}.{name}" for block in blocks for path, own in _held(block) for name in own]
+        self._names += [f"{head}.weight", f"{head}.bias"]
         self._taken: dict[tuple[torch.Size, torch.dtype], bool] = {}
 
     @classmethod
@@ -69,13 +87,11 @@ class EvaluatedChain:
 
     def tensors(self, state: Mapping[str, Tensor]) -> list[Tensor]:
         """All that `folded` reads."""
-        names = [f"{path}.{name}" for block in self.blocks for path, own in _held(block) for name in own]
-        names += [f"{self.head}.weight", f"{self.head}.bias"]
-        return [state[name] for name in names if name in state]
+        return [state[name] for name in self._names if name in state]
 
     @torch.no_grad()
-    def folded(self, state: Mapping[str, Tensor]) -> list[Tensor]:
-        """Weight and bias of each block, with the norm in them, and of the linear layer."""
+    def folded(self, state: Mapping[str, Tensor]) -> Folded:
+        """The parameters with the norms in them."""
         found: list[Tensor] = []
         for block in self.blocks:
             weight, bias = state[f"{block.conv}.weight"], state.get(f"{block.conv}.bias")
@@ -85,23 +101,27 @@ class EvaluatedChain:
                 weight, bias = layers.with_norm(weight, bias, gamma, beta, mean, variance, block.spec.eps)
             found += [weight, weight.new_zeros(len(weight)) if bias is None else bias]
         weight, bias = state[f"{self.head}.weight"], state.get(f"{self.head}.bias")
-        return [*found, weight, weight.new_zeros(len(weight)) if bias is None else bias]
+        found += [weight, weight.new_zeros(len(weight)) if bias is None else bias]
+        return Folded(found, self._geometry)
 
-    def __call__(self, folded: Sequence[Tensor], x: Any) -> Tensor | None:
+    def __call__(self, folded: Folded, x: Any) -> Tensor | None:
         """The logits [N, ways] of images x [N, C, H, W]; None where the operation does not take the call, a derivative
         may be asked for, or something looks at torch's operators."""
-        if type(x) is not Tensor or x.dim() != 4 or not x.numel() or asks_for_a_derivative(x, *folded):
+        tensors = folded.tensors
+        if type(x) is not Tensor or x.dim() != 4 or not x.numel() or asks_for_a_derivative(x, *tensors):
             return None
-        if mode_active(x.device.type) is not None or any(t.dtype != x.dtype or t.device != x.device for t in folded):
+        if mode_active(x.device.type) is not None or any(t.dtype != x.dtype or t.device != x.device for t in tensors):
             return None
         first = self.blocks[0].spec
-        backend = choose("conv_block", x, folded[0], first.conv, first.pool)
+        backend = choose("conv_block", x, tensors[0], first.conv, first.pool)
         if not isinstance(backend, Native):
             return None
         key = x.shape[1:], x.dtype
         if key not in self._taken:
-            self._taken[key] = self._fits(backend, folded, x)
-        return backend.affine_chain(x, folded, self._geometry) if self._taken[key] else None
+            self._taken[key] = self._fits(backend, tensors, x)
+        if not self._taken[key]:
+            return None
+        return backend.affine_chain(x, tensors, self._geometry, folded.ready(backend, key[0]))
 
     def _fits(self, backend: Native, folded: Sequence[Tensor], x: Tensor) -> bool:
         size = x.shape[1:]

@@ -171,7 +171,8 @@ class ConvBlock(nn.Module):
         """Whether a norm with fixed statistics may become part of the convolution for this call."""
         if mode_active(input.device.type) is not None:
             return False
-        own = [t for t in (*self.conv.parameters(), *self.norm.parameters(), *self.norm.buffers()) if t.dim()]
+        held = (self.conv._parameters, self.norm._parameters, self.norm._buffers)
+        own = [t for tensors in held for t in tensors.values() if t is not None and t.dim()]
         return not functional.asks_for_a_derivative(input, *own) and all(t.dtype == input.dtype for t in own)
 
     def __prepare_scriptable__(self) -> nn.Module:

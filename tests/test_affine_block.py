@@ -105,7 +105,31 @@ def test_a_chain_is_its_blocks_and_a_linear_layer() -> None:
         y = F.max_pool2d(F.relu(F.conv2d(y, weight, bias, padding=1)), 2)
     want = F.linear(y.flatten(1), *parameters[-2:])
     for images in layouts(x.unsqueeze(0)).values():
-        torch.testing.assert_close(OPS.affine_chain(images[0], parameters, numbers), want, **EXACT)
+        torch.testing.assert_close(OPS.affine_chain(images[0], parameters, numbers, []), want, **EXACT)
+
+
+def test_what_was_made_of_a_chains_weights_gives_the_same_bits() -> None:
+    x, *parameters = (torch.randn(*shape) for shape in ((3, 2, 12, 13), (32, 2, 3, 3), (32,), (32, 32, 3, 3), (32,)))
+    parameters += [torch.randn(5, 32 * 3 * 3), torch.randn(5)]
+    numbers = [1, 1, 1, 1, 1, 1, 2] * 2
+    want = OPS.affine_chain(x, parameters, numbers, [])
+    ready = OPS.affine_chain_prepare(parameters, numbers, [2, 12, 13])
+    assert [t.numel() for t in ready] == [(2 * 9 + 3) * 32, 16 * 32 * 32, 32 * 9 * 16]
+    for each in (parameters, [t.transpose(0, -1).contiguous().transpose(0, -1) for t in parameters]):
+        assert torch.equal(OPS.affine_chain(x, each, numbers, ready), want)
+        assert all(map(torch.equal, OPS.affine_chain_prepare(each, numbers, [2, 12, 13]), ready))
+    with pytest.raises(RuntimeError, match=r"ready must be 3 numbers, got 2"):
+        OPS.affine_chain(x, parameters, numbers, ready[1:])
+    with pytest.raises(RuntimeError, match=r"ready must be \[672\] .* got \[16384\]"):
+        OPS.affine_chain(x, parameters, numbers, [ready[1], *ready[1:]])
+
+
+@pytest.mark.parametrize("at", [(0, 0), (3, 3), (7, 4)])
+def test_a_window_that_has_a_nan_is_one(at: tuple[int, int]) -> None:
+    x, weight, bias = torch.randn(1, 1, 32, 8, 8), torch.randn(1, 32, 32, 3, 3), torch.zeros(1, 32)
+    x[0, 0, :, at[0], at[1]] = float("nan")
+    want = F.max_pool2d(F.relu(F.conv2d(x[0], weight[0], padding=1)), 2)
+    assert OPS.affine_block(x, weight, bias, ONE)[0].isnan().logical_or(want.isnan().logical_not()).all()
 
 
 IMAGE, FILTER, BIAS = (1, 2, 3, 9, 9), (1, 8, 3, 3, 3), (1, 8)
@@ -119,12 +143,12 @@ WRONG: dict[str, tuple[str, Sequence[Any], str]] = {
     "bias": ("affine_block", (IMAGE, FILTER, (1, 7), ONE), r"bias must be \[1, 8\] .* got \[1, 7\]"),
     "tasks": ("affine_block", ((2, *IMAGE[1:]), (3, *FILTER[1:]), BIAS, ONE), r"x must be \[1 or 3, .* got \[2"),
     "no kernel": ("affine_block", (IMAGE, FILTER, BIAS, [*ONE[:6], 3]), "no kernel for a weight .* pool 3"),
-    "chain: axes": ("affine_chain", (IMAGE, CHAIN, ONE), r"x must be \[at least 1, at least 1, at .* got \[1, 2, 3"),
-    "chain: parameters": ("affine_chain", (IMAGE[1:], CHAIN[:2], ONE), "2 parameters and 7 numbers"),
-    "chain: channels": ("affine_chain", ((2, 4, 9, 9), CHAIN, ONE), r"the weight of layer 0 must be \[at least 1, 4, "),
-    "chain: head": ("affine_chain", (IMAGE[1:], [*CHAIN[:2], (5, 127), (5,)], ONE), r"must be \[at least 1, 128\]"),
-    "chain: pool": ("affine_chain", (IMAGE[1:], CHAIN, [*ONE[:6], 3]), "no kernel for block 0"),
-    "chain: no block": ("affine_chain", (IMAGE[1:], CHAIN[2:], []), "2 parameters and 0 numbers"),
+    "chain: axes": ("affine_chain", (IMAGE, CHAIN, ONE, []), r"x must be \[at least 1, at least 1, at .* got \[1, 2, 3"),
+    "chain: parameters": ("affine_chain", (IMAGE[1:], CHAIN[:2], ONE, []), "2 parameters and 7 numbers"),
+    "chain: channels": ("affine_chain", ((2, 4, 9, 9), CHAIN, ONE, []), r"the weight of layer 0 must be \[at least 1, 4, "),
+    "chain: head": ("affine_chain", (IMAGE[1:], [*CHAIN[:2], (5, 127), (5,)], ONE, []), r"must be \[at least 1, 128\]"),
+    "chain: pool": ("affine_chain", (IMAGE[1:], CHAIN, [*ONE[:6], 3], []), "no kernel for block 0"),
+    "chain: no block": ("affine_chain", (IMAGE[1:], CHAIN[2:], [], []), "2 parameters and 0 numbers"),
 }  # fmt: skip
 
 

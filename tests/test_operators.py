@@ -24,7 +24,7 @@ OPS = torch.ops.lambda_kernels
 def test_every_operator_knows_its_shapes_without_data() -> None:
     every = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
     names = [name for name in every if name.startswith("lambda_kernels::")]
-    assert len(names) == 17
+    assert len(names) == 18
     assert [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, "Meta")] == []
 
 
@@ -46,6 +46,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
     _, path = OPS.chain_steps(task.x, task.labels, own, *ways_back, False)
     logits, kept = OPS.chain_logits(task.x, own, *shape, True)
     every = [1] * len(own)
+    layers = [filters[0], beta[0], torch.randn(5, 64), torch.randn(5)]
     return {
         "norm_relu_pool": (z, gamma, beta, 1e-5, 2),
         "norm_relu_pool_grad": (y, z, gamma, index, mean, rstd, 2, True),
@@ -55,7 +56,8 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "winograd_weight_grad": (wide, x, weight.shape, [1, 1]),
         "frozen_block": (images, filters, gamma, beta, geometry, 1e-5),
         "affine_block": (images, filters, beta, geometry),
-        "affine_chain": (images[0], [filters[0], beta[0], torch.randn(5, 64), torch.randn(5)], geometry),
+        "affine_chain": (images[0], layers, geometry, OPS.affine_chain_prepare(layers, geometry, images.shape[2:])),
+        "affine_chain_prepare": (layers, geometry, images.shape[2:]),
         "image_moments": (images, [3, 3], geometry),
         "image_block": (images, filters, gamma, beta, moments, geometry, 1e-5),
         "image_block_grad": (pooled, images, filters, gamma, places, scale, moments, geometry),

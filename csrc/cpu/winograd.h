@@ -24,6 +24,7 @@ struct Winograd {
   const T* gy;                             // as y
   T* pooled;  // in place of y: [images, rows / 2, columns / 2, outputs], its maxima in windows of 2 x 2
   double* partial;  // with pooled: [groups, 3, padded_outputs]: mean of y, sum of squares around it, number of pixels
+  const T* bias;    // with pooled, in place of partial: [outputs], pooled is the ReLU of maximum + bias
   T* du;  // [slabs, 16, inputs, padded_outputs], of the weight's gradient
   bool more;  // gradient: to add to du, in place of setting it
 };
@@ -52,7 +53,7 @@ struct WinogradWeight {
 template <typename T>
 struct WinogradKernels {
   void (*weights)(const WinogradWeight<T>&, int64_t begin, int64_t end);  // rows of u: weight -> u
-  void (*forward)(const Winograd<T>&, int64_t begin, int64_t end, T* scratch);  // groups: x, u -> y, or pooled, partial
+  void (*forward)(const Winograd<T>&, int64_t begin, int64_t end, T* scratch);  // groups: x, u -> y, or pooled
   void (*gradient)(const Winograd<T>&, int64_t begin, int64_t end, T* scratch);  // slabs: x, gy -> du
   // inputs: weight += scale times the gradient that du holds
   void (*add_gradient)(const WinogradWeight<T>&, int64_t begin, int64_t end);

@@ -152,6 +152,27 @@ static void pool_products(const Winograd<T>& p, int64_t first, int64_t count, co
   }
 }
 
+// A tile is a window: its maximum, which a NaN of its pixels is, plus bias, and none below 0.
+template <typename T>
+static void pool_affine(const Winograd<T>& p, int64_t first, int64_t count, const T* products, int64_t step) {
+  using V = Values<T>;
+  constexpr int64_t L = Vector<T>::kLanes;
+  const int64_t rows = p.rows / 2, columns = p.columns / 2;
+  Tile tile = tile_of(p, first);
+  for (int64_t n = 0; n < count; ++n, advance(p, tile)) {
+    if (tile.row + 1 >= p.rows || tile.column + 1 >= p.columns) continue;
+    T* const to = p.pooled + ((tile.image * rows + tile.row / 2) * columns + tile.column / 2) * p.outputs;
+    for (int64_t o = 0; o < p.outputs; o += L) {
+      V y[2][2];
+      from_points(products + n * p.padded_outputs + o, step, y);
+      V best = y[0][0];
+      for (int k = 1; k < 4; ++k) best = (best >= y[k / 2][k % 2]) | (best != best) ? best : y[k / 2][k % 2];
+      best += load(p.bias + o, p.outputs - o);
+      store(to + o, best < T(0) ? V{} : best, p.outputs - o);
+    }
+  }
+}
+
 template <typename T>
 static void winograd_forward(const Winograd<T>& p, int64_t begin, int64_t end, T* scratch) {
   const int64_t C = p.inputs;
@@ -164,7 +185,9 @@ static void winograd_forward(const Winograd<T>& p, int64_t begin, int64_t end, T
     for (int64_t k = 0; k < kPoints; ++k)
       product(Product<T>{scratch + k * from, p.padded_inputs, 1, p.u + k * C * p.padded_outputs, p.padded_outputs,
                          products + k * to, p.padded_outputs, count, p.padded_outputs, C, T(1), false});
-    if (p.pooled != nullptr)
+    if (p.bias != nullptr)
+      pool_affine(p, first, count, products, to);
+    else if (p.pooled != nullptr)
       pool_products(p, first, count, products, to, p.partial + group * 3 * p.padded_outputs);
     else
       place_products(p, first, count, products, to, p.y);

@@ -79,11 +79,21 @@ class Native(Reference):
             return super().affine_block(x, weight, bias, block)
         return torch.ops.lambda_kernels.affine_block(x, weight, bias, _geometry(block))
 
-    def affine_chain(self, x: Tensor, parameters: Sequence[Tensor], geometry: Sequence[int]) -> Tensor:
+    def affine_chain(
+        self, x: Tensor, parameters: Sequence[Tensor], geometry: Sequence[int], ready: Sequence[Tensor] = ()
+    ) -> Tensor:
         """The logits of images [N, C, H, W] by blocks as in `affine_block`, each of which `takes_affine`, and a linear
-        layer. parameters: weight and bias of each; geometry: stride, padding, dilation and pool per block."""
-        logits: Tensor = torch.ops.lambda_kernels.affine_chain(x, parameters, geometry)
+        layer. parameters: weight and bias of each; geometry: stride, padding, dilation and pool per block; ready: what
+        `prepare_affine_chain` made of these, which each call makes anew without."""
+        logits: Tensor = torch.ops.lambda_kernels.affine_chain(x, parameters, geometry, ready)
         return logits
+
+    def prepare_affine_chain(
+        self, parameters: Sequence[Tensor], geometry: Sequence[int], size: Sequence[int]
+    ) -> list[Tensor]:
+        """What `affine_chain` reads in place of the weights, for images of one size [C, H, W]."""
+        made: list[Tensor] = torch.ops.lambda_kernels.affine_chain_prepare(parameters, geometry, size)
+        return made
 
     def takes_affine(self, x: torch.Size, weight: torch.Size, dtype: torch.dtype, block: BlockSpec) -> bool:
         """Whether there is a kernel for `affine_block`: an answer that holds for any number of images."""

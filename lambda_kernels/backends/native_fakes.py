@@ -61,21 +61,49 @@ def affine_block(x: Tensor, weight: Tensor, bias: Tensor, geometry: list[int]) -
     return _images(x, height, width, x.dtype, tasks=operands.tasks, channels=weight.shape[1])
 
 
-def affine_chain(x: Tensor, parameters: list[Tensor], geometry: list[int]) -> Tensor:
-    operands, blocks = Operands("affine_chain", x), len(geometry) // 7
+def _affine_chain(
+    operands: Operands, images: int, size: Sequence[int], parameters: list[Tensor], geometry: list[int]
+) -> list[int]:
+    """Values of what is made of each block's weight and of the linear layer's."""
+    blocks, name = len(geometry) // 7, operands.name
     fits = blocks > 0 and len(geometry) == 7 * blocks and len(parameters) == 2 * blocks + 2
-    torch._check(fits, lambda: f"affine_chain: {len(parameters)} parameters and {len(geometry)} numbers")
-    operands.check("x", x, SOME, SOME, SOME, SOME)
-    size = list(x.shape[1:])
+    torch._check(fits, lambda: f"{name}: {len(parameters)} parameters and {len(geometry)} numbers")
+    size, made = list(size), []
     for b in range(blocks):
         numbers, (weight, bias) = geometry[7 * b : 7 * b + 7], parameters[2 * b : 2 * b + 2]
         operands.check(f"the weight of layer {b}", weight, SOME, size[0], SOME, SOME)
-        sides = operands.convolution((x.shape[0], *size), weight.shape, numbers[:6], 1, numbers[6])
+        sides = operands.convolution((images, *size), weight.shape, numbers[:6], 1, numbers[6])
         operands.check(f"the bias of layer {b}", bias, weight.shape[0])
         operands.kernel((1, *size), weight.shape, numbers, filters=True)
+        taps = prod(weight.shape[1:])
+        by_patches = taps <= native.MOST_TAPS and numbers[6] in (1, 2)
+        made.append((taps + 3 if by_patches else 16 * weight.shape[1]) * _rounded_up(weight.shape[0]))
         size = [weight.shape[0], *(side // numbers[6] for side in sides)]
     operands.check(f"the weight of layer {blocks}", parameters[-2], SOME, prod(size))
     operands.check(f"the bias of layer {blocks}", parameters[-1], parameters[-2].shape[0])
+    return [*made, prod(size) * _rounded_up(parameters[-2].shape[0])]
+
+
+def _rounded_up(channels: int) -> int:
+    return (channels + 15) // 16 * 16
+
+
+def affine_chain_prepare(parameters: list[Tensor], geometry: list[int], size: list[int]) -> list[Tensor]:
+    torch._check(bool(parameters), lambda: "affine_chain_prepare: no parameters")
+    operands = Operands("affine_chain_prepare", parameters[0])
+    operands.count("size", size, 3)
+    torch._check(min(size) > 0, lambda: f"affine_chain_prepare: size must be positive numbers, got {size}")
+    return [parameters[0].new_empty(values) for values in _affine_chain(operands, 1, size, parameters, geometry)]
+
+
+def affine_chain(x: Tensor, parameters: list[Tensor], geometry: list[int], ready: list[Tensor]) -> Tensor:
+    operands = Operands("affine_chain", x)
+    operands.check("x", x, SOME, SOME, SOME, SOME)
+    made = _affine_chain(operands, x.shape[0], x.shape[1:], parameters, geometry)
+    if ready:
+        operands.count("ready", ready, len(made))
+        for t, values in zip(ready, made):
+            operands.check("ready", t, values)
     return x.new_empty(x.shape[0], parameters[-2].shape[0])
 
 
@@ -308,7 +336,7 @@ def _images(
 
 
 OPERATORS = (
-    norm_relu_pool, norm_relu_pool_grad, norm_relu_pool_grad_grad, frozen_block, affine_block, affine_chain,
+    norm_relu_pool, norm_relu_pool_grad, norm_relu_pool_grad_grad, frozen_block, affine_block, affine_chain, affine_chain_prepare,
     image_moments, image_block, image_block_grad, inner_loop, chain_steps, chain_steps_grad, chain_logits,
     chain_logits_grad, winograd, winograd_input_grad, winograd_weight_grad,
 )  # fmt: skip

@@ -71,7 +71,8 @@ class AdaptedNetwork(nn.Module):
     def module(self) -> nn.Module:
         """The adapted network, of the model's class. It holds the adapted tensors, which may be part of a graph."""
         network = self._open()
-        network.training = self.training
+        if network.training is not self.training:
+            network.training = self.training
         return network
 
     def _open(self) -> nn.Module:

@@ -88,10 +88,13 @@ def _blocks(rng: random.Random, dtype: torch.dtype) -> dict[str, list[Any]]:
     y, index, _, rstd = OPS.image_block(x, weight, gamma, beta, moments, numbers, 1e-5)
     affine = OPS.affine_block(x, weight, beta, numbers)
     head = torch.randn(3, affine[0, 0].numel(), dtype=dtype)
+    chain = [weight[0], beta[0], head, head[:, 0].clone()]
+    ready = OPS.affine_chain_prepare(chain, numbers, x.shape[2:])
     return {
         "frozen_block": [x, weight, gamma, beta, numbers, 1e-5],
         "affine_block": [x, weight, beta, numbers],
-        "affine_chain": [x[0], [weight[0], beta[0], head, head[:, 0].clone()], numbers],
+        "affine_chain": [x[0], chain, numbers, rng.choice([[], ready])],
+        "affine_chain_prepare": [chain, numbers, list(x.shape[2:])],
         "image_moments": [x, kernel, numbers],
         "image_block": [x, weight, gamma, beta, moments, numbers, 1e-5],
         "image_block_grad": [torch.randn_like(y), x, weight, gamma, index, rstd, moments, numbers],
