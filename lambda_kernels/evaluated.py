@@ -29,8 +29,8 @@ class _Block(NamedTuple):
 
 
 class Folded:
-    """Weight and bias of each block, with its norm in them, and of the linear layer; and what the operation made of them
-    for the latest size of images."""
+    """Weight and bias of each block, with its norm in them, and of the linear layer; and what the operation made of
+    them for the latest size of images."""
 
     def __init__(self, tensors: Sequence[Tensor], geometry: Sequence[int]) -> None:
         self.tensors, self._geometry = list(tensors), geometry

@@ -143,9 +143,13 @@ WRONG: dict[str, tuple[str, Sequence[Any], str]] = {
     "bias": ("affine_block", (IMAGE, FILTER, (1, 7), ONE), r"bias must be \[1, 8\] .* got \[1, 7\]"),
     "tasks": ("affine_block", ((2, *IMAGE[1:]), (3, *FILTER[1:]), BIAS, ONE), r"x must be \[1 or 3, .* got \[2"),
     "no kernel": ("affine_block", (IMAGE, FILTER, BIAS, [*ONE[:6], 3]), "no kernel for a weight .* pool 3"),
-    "chain: axes": ("affine_chain", (IMAGE, CHAIN, ONE, []), r"x must be \[at least 1, at least 1, at .* got \[1, 2, 3"),
+    "chain: axes": (
+        "affine_chain", (IMAGE, CHAIN, ONE, []), r"x must be \[at least 1, at least 1, at .* got \[1, 2, 3",
+    ),
     "chain: parameters": ("affine_chain", (IMAGE[1:], CHAIN[:2], ONE, []), "2 parameters and 7 numbers"),
-    "chain: channels": ("affine_chain", ((2, 4, 9, 9), CHAIN, ONE, []), r"the weight of layer 0 must be \[at least 1, 4, "),
+    "chain: channels": (
+        "affine_chain", ((2, 4, 9, 9), CHAIN, ONE, []), r"the weight of layer 0 must be \[at least 1, 4, ",
+    ),
     "chain: head": ("affine_chain", (IMAGE[1:], [*CHAIN[:2], (5, 127), (5,)], ONE, []), r"must be \[at least 1, 128\]"),
     "chain: pool": ("affine_chain", (IMAGE[1:], CHAIN, [*ONE[:6], 3], []), "no kernel for block 0"),
     "chain: no block": ("affine_chain", (IMAGE[1:], CHAIN[2:], [], []), "2 parameters and 0 numbers"),

@@ -336,9 +336,9 @@ def _images(
 
 
 OPERATORS = (
-    norm_relu_pool, norm_relu_pool_grad, norm_relu_pool_grad_grad, frozen_block, affine_block, affine_chain, affine_chain_prepare,
-    image_moments, image_block, image_block_grad, inner_loop, chain_steps, chain_steps_grad, chain_logits,
-    chain_logits_grad, winograd, winograd_input_grad, winograd_weight_grad,
+    norm_relu_pool, norm_relu_pool_grad, norm_relu_pool_grad_grad, frozen_block, affine_block, affine_chain,
+    affine_chain_prepare, image_moments, image_block, image_block_grad, inner_loop, chain_steps, chain_steps_grad,
+    chain_logits, chain_logits_grad, winograd, winograd_input_grad, winograd_weight_grad,
 )  # fmt: skip
 
 if not native._WHY:
