@@ -81,7 +81,7 @@ INSIDE = {
         "extras": set(),
         "stats": set(),
         "progress": set(),
-        "images": {"data", "models"},
+        "images": {"data"},
         "network": set(),
         "groups": set(),
         "cost": {"network"},

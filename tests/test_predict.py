@@ -86,7 +86,7 @@ def test_an_adapted_checkpoint_classifies_as_the_learner_did(
     # The same bits as the library's learner, each image by itself.
     model, meta = checkpoint.load(trained)
     files = [path for paths in class_folders(pictures).values() for path in paths]
-    xs = read_images(files, meta["network"], DATASET, invert=True)
+    xs = read_images(files, (1, 20, 20), DATASET, invert=True)
     learner = adapt(model, xs, torch.arange(3).repeat_interleave(2), pattern="11111", steps=3, lr=0.1)
     with torch.no_grad():
         want = learner.freeze_statistics()(xs)
@@ -147,7 +147,7 @@ def test_a_pt2_is_exported_and_not_unpickled(trained: Path, pictures: Path, caps
     file = out.with_suffix(".pt2")
     assert call("export", out, "--out", file) == 0
     files = query_files(pictures)
-    xs = read_images(files, {"in_channels": 1, "image_size": 20}, DATASET, invert=True)
+    xs = read_images(files, (1, 20, 20), DATASET, invert=True)
     with torch.no_grad():
         chances = torch.export.load(file).module()(xs).softmax(-1)
     rows = of(capsys, "predict", out, pictures)["predictions"]

@@ -277,6 +277,7 @@ def adapt(
     from .files import try_folder
     from .images import class_folders, inverted, query_files, read_images
     from .learned_rates import load_learned_rule
+    from .models import image_shape
 
     if out is not None:
         if out.suffix != ".safetensors":
@@ -298,10 +299,11 @@ def adapt(
     if len(classes) != ways:
         found = f"{len(classes)} class folders ({', '.join(classes)})" if classes else "no class folder"
         raise ValueError(f"{support}: {found}, but the network has {ways} classes")
-    dark = inverted(network, meta["dataset"]) if invert is None else invert
+    shape = image_shape(network)
+    dark = inverted(shape, meta["dataset"]) if invert is None else invert
 
     def read(paths: list[Path]) -> torch.Tensor:
-        return read_images(paths, network, meta["dataset"], invert=dark).to(device)
+        return read_images(paths, shape, meta["dataset"], invert=dark).to(device)
 
     labels = [index for index, paths in enumerate(classes.values()) for _ in paths]
     xs, ys = read([path for paths in classes.values() for path in paths]), torch.tensor(labels, device=device)
@@ -317,7 +319,7 @@ def adapt(
             classified = predictions(queries, list(classes), learner(xq).cpu())
     told = _in_json(inner)
     if out is not None:
-        adapted = {"pattern": bits, **told, "classes": list(classes), "images": list(xs.shape[1:]), "invert": dark}
+        adapted = {"pattern": bits, **told, "classes": list(classes), "images": list(shape), "invert": dark}
         rates = load_learned_rule(checkpoint, model, meta)
         files.save(out, model, {**meta, "adapted": adapted}, rates, learner.state_dict())
         say(f"wrote {out}")
