@@ -96,7 +96,7 @@ INSIDE = {
         "places": {"inner", "patterns"},
         "solved": {"inner", "learner", "patterns", "places"},
         "methods": {"cost", "data", "inner", "network", "patterns", "places"},
-        "adapt": {"inner", "learner", "patterns", "places", "say", "solved"},
+        "adapt": {"inner", "learner", "patterns", "places", "say", "solved", "statistics"},
         "explain": {"inner", "learner", "patterns", "places", "solved"},
         "maml": {"inner", "learner", "patterns", "plan"},
         "settings": {"data"},
@@ -127,7 +127,7 @@ INSIDE = {
         },
         "select": {
             "adapt", "choice", "data", "evaluate", "files", "goal", "inner", "models", "patterns", "plain_torch",
-            "progress", "ranks", "remembered_scores", "stats", "timing",
+            "progress", "ranks", "remembered_scores", "statistics", "stats", "timing",
         },
         "remembered_scores": {"checkpoint", "files", "forms"},
         "pattern_json": {"files", "forms", "patterns"},
@@ -143,7 +143,7 @@ INSIDE = {
         "cli": {
             "adapt", "checkpoint", "cli_data", "cli_export", "cli_train", "cli_types", "console", "data", "evaluate",
             "explain", "files", "images", "inner", "learned_rates", "lock", "models", "pattern_json", "patterns",
-            "processes", "ranks", "report", "run_state", "select", "train",
+            "processes", "ranks", "report", "run_state", "select", "statistics", "stats", "train",
         },
         "__main__": {"cli", "extras"},
     },

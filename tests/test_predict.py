@@ -38,6 +38,15 @@ class Dropping(nn.Module):
         return y
 
 
+class Together(Dropping):
+    """Norms by a function, which nothing can give the support set's statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.batch_norm(self.conv(x), None, None, training=True)
+        y: Tensor = self.head(torch.relu(x).mean((2, 3)))
+        return y
+
+
 def call(*args: Any) -> int:
     return cli.run([str(arg) for arg in args])
 
@@ -123,6 +132,25 @@ def test_a_network_of_ones_own_is_kept_with_its_statistics(
     model, _ = checkpoint.load(out)
     assert not model.training and not norms_of_batches(model)
     assert not torch.equal(model.norm.running_mean, torch.zeros(6))  # type: ignore[union-attr,arg-type]
+
+
+def test_a_network_that_cannot_classify_one_image_says_so(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    trained = tmp_path / "best.safetensors"
+    config = {"network": "test_predict:Together", "ways": 3, "in_channels": 1, "image_size": 28}
+    checkpoint.save(
+        trained, models.build(config), {"dataset": {**DATASET, "mean": [0], "std": [1]}, "settings": SETTINGS}
+    )
+    assert call("adapt", trained, "--support", pictures) == 2
+    assert "--statistics batch classifies query images together" in capsys.readouterr().err
+    assert call("adapt", trained, "--support", pictures, "--query", pictures, "--statistics", "batch") == 0
+    found = of(capsys, "eval", trained, "--tasks", 3)["statistics"]
+    assert 0 <= found["batch"]["accuracy"] <= 1 and found["support"]["accuracy"] is None
+    assert "depends on the images beside it" in found["support"]["refused"]
+    assert call("eval", trained, "--tasks", 3) == 0
+    assert "no figure, each image by itself (statistics of the support): the result" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("normalise", [[], ["--normalise"]], ids=["normalised", "pixels"])
