@@ -106,20 +106,12 @@ wheel: $(VENV)/.required
 	@for local in $(WHEELS); do $(MAKE) --no-print-directory tried-wheel LOCAL=$$local || exit 1; done
 	@ls dist/*.whl
 
-# The wheel is tried from an empty folder: its environment has the requirements of $(VENV) behind its own site-packages.
 tried-wheel: TRY := build/try
 tried-wheel:
 	rm -rf build/lib* build/bdist* $(TRY)
 	LAMBDA_KERNELS_LOCAL_VERSION=$(LOCAL) LAMBDA_KERNELS_CUDA=$(if $(filter cpu,$(LOCAL)),0,1) \
 	    $(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(TRY) .
-	$(BIN)/python -m venv $(TRY)/venv
-	$(TRY)/venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-index $(TRY)/*.whl
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	    > "$$($(TRY)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/requirements.pth"
-	mkdir $(TRY)/empty
-	cd $(TRY)/empty && ../venv/bin/python $(CURDIR)/tests/smoke.py
-	cd $(TRY)/empty && ../venv/bin/python -m lambda_kernels.info
-	cd $(TRY)/empty && ../venv/bin/lambda-maml --help
+	tests/try_wheel.sh $(BIN)/python $(TRY)/*.whl
 	mkdir -p dist
 	mv $(TRY)/*.whl dist/
 	rm -rf $(TRY)

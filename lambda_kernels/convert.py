@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from ._say import say_once
 from ._torch import being_traced
-from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, as_torchs, torch_class
+from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, as_torchs, runs_as_written, torch_class
 from .neighbours import unpatched
 from .norms import exact_norms
 from .program import NORMS, Program, plain_view, program_for, program_seen
@@ -52,7 +52,7 @@ def _forward_of(cls: Any, blocks: bool) -> Callable[..., Any]:
             with exact_norms():
                 return cls.forward(self, *inputs, **named)
         self = unpatched(self)
-        program = program_for(self, inputs, named, called=False) if blocks else None
+        program = program_for(self, inputs, named, called=False) if blocks and not runs_as_written() else None
         if program is not None and program.untraceable is not None:
             say_once(f"{cls.__name__} runs layer by layer, without fused blocks: {program.untraceable}")
             program = None

@@ -40,6 +40,22 @@ def is_captured() -> bool:
 is_captured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """In this thread, converted models run layer by layer, and nothing is captured or said of it: for hooks on single
+    layers, which are no part of a user's model."""
+    _CAPTURING.as_written = True
+    try:
+        yield
+    finally:
+        _CAPTURING.as_written = False
+
+
+def runs_as_written() -> bool:
+    """Whether a model is called within `as_written`."""
+    return getattr(_CAPTURING, "as_written", False)
+
+
 def is_read(x: object) -> bool:
     """Whether a layer is called for its graph, as torch's own layer would be: by Dynamo for `captured`, torch.jit.trace
     or torch.fx."""

@@ -124,6 +124,7 @@ def test_eval_takes_bits_and_pattern_json(trained, selected, tmp_path, capsys):
     assert by_bits["pattern"] == "00011" and 0 <= by_bits["accuracy"] <= 1 and by_bits["steps"] == 2
     own, alone = by_bits["statistics"]["batch"], by_bits["statistics"]["support"]
     assert own == {"accuracy": by_bits["accuracy"], "ci95": by_bits["ci95"]} and 0 <= alone["accuracy"] <= 1
+    assert alone["drop"] == pytest.approx(own["accuracy"] - alone["accuracy"], abs=1e-9) and alone["drop_ci95"] >= 0
     assert call("eval", trained / "best.safetensors", "--pattern", selected, *common, "--steps", 3) == 0
     by_file = json.loads(capsys.readouterr().out)
     report = json.loads(selected.read_text())

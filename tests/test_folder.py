@@ -221,8 +221,9 @@ def test_the_commands_read_a_folder_as_in_training(
         assert (found.mean, found.std) == (folder.train.mean, folder.train.std)
     assert seen.keys() == {"train", "val", "test"} and "trained on" not in capsys.readouterr().err
 
-    files, turned = [coloured / folder.train.class_names[0] / "0.png"], inverted(meta["network"], meta["dataset"])
-    assert torch.equal(read_images(files, meta["network"], meta["dataset"], invert=turned)[0], folder.train[0][0])
+    files, shape = [coloured / folder.train.class_names[0] / "0.png"], folder.train.image_shape
+    turned = inverted(shape, meta["dataset"])
+    assert torch.equal(read_images(files, shape, meta["dataset"], invert=turned)[0], folder.train[0][0])
     for name in NAMES[:3]:
         shutil.copytree(coloured / name, tmp_path / "support" / name)
     turns: list[bool] = []

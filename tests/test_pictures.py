@@ -20,7 +20,7 @@ from lambda_maml.images import class_folders, image_files, query_files, read_ima
 
 GREY = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
 RED = np.stack([GREY, GREY.T, GREY[::-1]], axis=-1)
-MODEL = {"in_channels": 1, "image_size": 16}
+SHAPE = (1, 16, 16)
 PLAIN = {"mean": [0.0], "std": [1.0]}
 
 
@@ -55,7 +55,7 @@ def test_samples_of_any_depth_are_scaled_to_8_bits(tmp_path, ending, stored, wan
     assert off(path, want) == 0
     assert off(path, np.stack([want] * 3, axis=-1), "RGB") == 0
     if ending != "pgm":
-        one = read_images([path], MODEL, PLAIN, invert=False)
+        one = read_images([path], SHAPE, PLAIN, invert=False)
         torch.testing.assert_close(one[0, 0], torch.from_numpy(np.asarray(want, np.float32) / 255))
 
 
@@ -199,14 +199,13 @@ def test_samples_that_are_no_brightness_are_refused(tmp_path, values, message):
 def test_a_file_that_is_no_picture_is_named_with_the_remedy(tmp_path, content, message):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ValueError, match=f"x.png: not a readable image: .*{message}"):
-        read_images([tmp_path / "x.png"], MODEL, PLAIN, invert=True)
+        read_images([tmp_path / "x.png"], SHAPE, PLAIN, invert=True)
 
 
 def test_images_are_resized_normalised_and_inverted(tmp_path):
     Image.fromarray(RED).resize((32, 48)).save(tmp_path / "x.png")
     dataset = {"mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
-    network = {"in_channels": 3, "image_size": 20}
-    got = read_images([tmp_path / "x.png"] * 2, network, dataset, invert=True)
+    got = read_images([tmp_path / "x.png"] * 2, (3, 20, 20), dataset, invert=True)
     with Image.open(tmp_path / "x.png") as image:
         small = 255 - np.asarray(image.resize((20, 20), Image.Resampling.LANCZOS))
     want = (torch.from_numpy(small) / 255 - torch.tensor(dataset["mean"])) / torch.tensor(dataset["std"])

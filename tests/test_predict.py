@@ -38,6 +38,15 @@ class Dropping(nn.Module):
         return y
 
 
+class Together(Dropping):
+    """Norms by a function, which nothing can give the support set's statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.batch_norm(self.conv(x), None, None, training=True)
+        y: Tensor = self.head(torch.relu(x).mean((2, 3)))
+        return y
+
+
 def call(*args: Any) -> int:
     return cli.run([str(arg) for arg in args])
 
@@ -86,7 +95,7 @@ def test_an_adapted_checkpoint_classifies_as_the_learner_did(
     # The same bits as the library's learner, each image by itself.
     model, meta = checkpoint.load(trained)
     files = [path for paths in class_folders(pictures).values() for path in paths]
-    xs = read_images(files, meta["network"], DATASET, invert=True)
+    xs = read_images(files, (1, 20, 20), DATASET, invert=True)
     learner = adapt(model, xs, torch.arange(3).repeat_interleave(2), pattern="11111", steps=3, lr=0.1)
     with torch.no_grad():
         want = learner.freeze_statistics()(xs)
@@ -125,6 +134,25 @@ def test_a_network_of_ones_own_is_kept_with_its_statistics(
     assert not torch.equal(model.norm.running_mean, torch.zeros(6))  # type: ignore[union-attr,arg-type]
 
 
+def test_a_network_that_cannot_classify_one_image_says_so(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    trained = tmp_path / "best.safetensors"
+    config = {"network": "test_predict:Together", "ways": 3, "in_channels": 1, "image_size": 28}
+    checkpoint.save(
+        trained, models.build(config), {"dataset": {**DATASET, "mean": [0], "std": [1]}, "settings": SETTINGS}
+    )
+    assert call("adapt", trained, "--support", pictures) == 2
+    assert "--statistics batch classifies query images together" in capsys.readouterr().err
+    assert call("adapt", trained, "--support", pictures, "--query", pictures, "--statistics", "batch") == 0
+    found = of(capsys, "eval", trained, "--tasks", 3)["statistics"]
+    assert 0 <= found["batch"]["accuracy"] <= 1 and found["support"]["accuracy"] is None
+    assert "depends on the images beside it" in found["support"]["refused"]
+    assert call("eval", trained, "--tasks", 3) == 0
+    assert "no figure, each image by itself (statistics of the support): the result" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("normalise", [[], ["--normalise"]], ids=["normalised", "pixels"])
 def test_an_exported_file_classifies_as_the_checkpoint_does(
     normalise: list[str], trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
@@ -147,7 +175,7 @@ def test_a_pt2_is_exported_and_not_unpickled(trained: Path, pictures: Path, caps
     file = out.with_suffix(".pt2")
     assert call("export", out, "--out", file) == 0
     files = query_files(pictures)
-    xs = read_images(files, {"in_channels": 1, "image_size": 20}, DATASET, invert=True)
+    xs = read_images(files, (1, 20, 20), DATASET, invert=True)
     with torch.no_grad():
         chances = torch.export.load(file).module()(xs).softmax(-1)
     rows = of(capsys, "predict", out, pictures)["predictions"]

@@ -80,7 +80,7 @@ def commands(program: str) -> list[list[str]]:
     """The arguments of every line of the pages' shell blocks, and of prose in backquotes, that calls the program."""
     lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
     lines += [code for page in PAGES for code in re.findall(r"`([^`\n]+)`", prose(page))]
-    split = [shlex.split(line, comments=True) for line in lines if program in line]
+    split = [shlex.split(part, comments=True) for line in lines if program in line for part in line.split(" && ")]
     calls = [[word for word in words if not re.match(r"[A-Z_]+=", word)] for words in split]
     return [words[1:] for words in calls if words and words[0] == program]
 

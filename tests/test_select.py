@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambda_maml import Pattern, adapt, data, models, select_pattern
@@ -184,6 +185,26 @@ def test_select_evaluates_as_the_plain_loop_does_and_reports_all(model, tasks, t
     chosen.save(tmp_path / "pattern.json")
     assert read_selection(tmp_path / "pattern.json") == report
     assert [p.name for p in tmp_path.iterdir()] == ["pattern.json"]
+
+
+class Together(nn.Module):
+    """A network whose norm is no module, so that nothing can hold its statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(784, 6), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(F.batch_norm(self.layer(x.flatten(1)), None, None, training=True).relu())
+        return y
+
+
+def test_a_network_that_cannot_classify_one_image_is_selected_for_all_the_same(tasks, tmp_path):
+    chosen = quick(Together(), tasks[:5], test_tasks=tasks[5:], max_drop=1.0, patterns=["01"])
+    assert chosen.warnings[-1].startswith("there are no test figures of images classified each by itself: the network")
+    chosen.save(tmp_path / "pattern.json")
+    test = read_selection(tmp_path / "pattern.json")["test"]
+    assert test["support"] is None and 0 <= test["chosen_accuracy"] <= 1
 
 
 def test_one_task_writes_null_and_says_so(model, tasks):

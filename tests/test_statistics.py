@@ -334,14 +334,32 @@ def test_few_images_by_their_own_statistics_are_warned_of(caplog: pytest.LogCapt
     model, xs, xq = made("conv4")
     learner = adapt(model, xs, YS, pattern="00001", steps=1, lr=0.1)
     say._said.clear()
-    with caplog.at_level(logging.WARNING), torch.no_grad():
-        learner(xq)
-        assert not caplog.messages
-        learner(xq[:2])
-        learner(xq[:2])
-        learner.freeze_statistics()(xq[:1])
-    (message,) = caplog.messages
-    assert message.startswith("2 images are normalised by their own statistics alone")
+    with caplog.at_level(logging.WARNING):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                learner(xq)
+                assert len(caplog.messages) == grad
+                learner(xq[: 2 + grad])
+                learner(xq[: 2 + grad])
+        adapt_tasks(model, xs[None], YS[None], xq[None, :4], pattern="00001", steps=1, lr=0.1)  # as in meta-training
+        with torch.no_grad():
+            adapt_tasks(model, xs[None], YS[None], xq[None, :1], pattern="00001", steps=1, lr=0.1)
+            learner.freeze_statistics()(xq[:4])
+            adapt_tasks(model, xs[None], YS[None], xq[None, :4], pattern="00001", steps=1, lr=0.1, statistics="support")
+    told = [message.partition(" images are normalised by their own statistics alone")[0] for message in caplog.messages]
+    assert told == ["2", "3", "1"]
+
+
+def test_freezing_says_nothing_of_hooks_that_nobody_set(caplog: pytest.LogCaptureFixture) -> None:
+    model = lk.convert(Residual())
+    xs, xq = images(9, (2, 6, 6), torch.float32), images(7, (2, 6, 6), torch.float32, seed=1)
+    learner = adapt(model, xs, YS, pattern="001", steps=1, lr=0.1)
+    say._said.clear()
+    with caplog.at_level(logging.INFO, "lambda_kernels"), torch.no_grad():
+        learner.freeze_statistics()(xq)
+        model(xq)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("lambda_")]
+    assert said == [] and program_for(model, (xq,), {}).untraceable is None
 
 
 @needs_native

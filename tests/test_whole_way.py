@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from PIL import Image
+from whole_way import draw
 
 from lambda_maml import cli, data
 
 ROOT = Path(__file__).resolve().parents[1]
+FIRST_OF_ALL = "make && source .venv/bin/activate"
 # What makes a command short; an option that is given twice counts as given last.
 FEWER = {
     "train": "--minutes 1 --iterations 12 --width 8 --query 3 --val-tasks 4 --meta-batch 2 --steps 1 --image-size 28",
@@ -24,25 +25,23 @@ FEWER = {
 FIRST, CHOOSING = 0, 1  # of the pages' blocks of commands
 
 
+def lines(page: Path) -> list[list[str]]:
+    """The lines of each of a page's blocks of commands."""
+    text = page.read_text(encoding="utf-8")
+    return [block.splitlines() for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+
+
 def commands(block: int) -> list[list[str]]:
     """The tutorial's calls of lambda-maml, as lists of words."""
-    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[block].splitlines()
-    return [shlex.split(line)[1:] for line in lines if line.startswith("lambda-maml ")]
+    found = lines(ROOT / "docs" / "tutorial.md")[block]
+    return [shlex.split(line)[1:] for line in found if line.startswith("lambda-maml ")]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dark ink on white paper: pictures of 30 characters to train on, of five new ones, and two more each of these."""
+    """As many pictures as the page asks for."""
     folder = tmp_path_factory.mktemp("way")
-    glyphs = data.load("glyphs")
-    for label, start in enumerate(glyphs.starts[:35]):
-        places = ["pictures"] * 16 if label < 30 else ["new", "new", "unknown", "unknown"]
-        for at, place in enumerate(places):
-            name = f"{label}-{at}.png" if place == "unknown" else f"{label}/{at}.png"
-            (folder / place / name).parent.mkdir(parents=True, exist_ok=True)
-            picture = Image.fromarray(255 - glyphs.images[start + at, ..., 0])
-            picture.resize((40 + label, 36)).save(folder / place / name)
+    draw(folder, each=16, ways=5)
     return folder
 
 
@@ -69,9 +68,9 @@ def test_from_pictures_to_a_prediction_by_an_exported_network(folder: Path, monk
     monkeypatch.chdir(folder)
     words = commands(FIRST)
     assert [name for name, *_ in words] == ["train", "adapt", "export", "predict"]
-    printed = [run(each) for each in words]
-    lines = printed[-1].splitlines()
-    assert len(lines) == 10 and all(re.fullmatch(r"unknown/3\d-[23]\.png: 3[0-4] \(\d+\.\d%\)", line) for line in lines)
+    printed = [run(each) for each in words][-1].splitlines()
+    assert len(printed) == 10
+    assert all(re.fullmatch(r"unknown/3\d-[23]\.png: 3[0-4] \(\d+\.\d%\)", line) for line in printed)
 
     exported = predictions("runs/mine/adapted.onnx")
     assert exported == predictions("runs/mine/adapted.safetensors")
@@ -81,6 +80,20 @@ def test_from_pictures_to_a_prediction_by_an_exported_network(folder: Path, monk
         run(each)
     assert (folder / "runs" / "mine" / "report.png").is_file()
     assert predictions("runs/mine/adapted.safetensors").keys() == exported.keys()
+
+
+def test_from_a_checkout_it_is_five_commands_on_both_pages() -> None:
+    five = lines(ROOT / "docs" / "tutorial.md")[FIRST]
+    assert len(five) == 5 and five[0] == FIRST_OF_ALL and five in lines(ROOT / "README.md")
+
+
+@pytest.mark.parametrize(("ways", "classes"), [(5, 30), (3, 19)])
+def test_the_page_says_how_many_classes_are_enough(ways: int, classes: int) -> None:
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert "tasks of five take 30 folders or more, of three (`--ways 3`) 19." in page
+    for count, enough in ((classes - 1, False), *((classes + more, True) for more in range(100))):
+        parts = data.divided([str(k) for k in range(count)])
+        assert all(len(names) >= ways for names in parts.values()) is enough
 
 
 def test_make_makes_the_environment_and_the_kernels() -> None:

@@ -151,11 +151,12 @@ def _search(wanted: str, call: Call) -> str:
     """The name of the first backend that runs a call."""
     whys = {}
     for backend in _candidates(call.device) if wanted == "auto" else [_get(wanted)]:
-        why = backend.refusals(call) or backend.reasons()  # the latter may look for a device
+        refused = backend.refusals(call)
+        why = refused or backend.reasons()  # the latter may look for a device
         if not why:
             return backend.name
         whys[backend.name] = "; ".join(why)
-        if wanted == "auto":
+        if wanted == "auto" and (refused or not backend.reasons_are_said):
             _say_once(f"{backend.name} does not run {call.op} on {call.device} in {call.dtype}: {whys[backend.name]}")
     if wanted != "auto":
         raise BackendError(f"backend {wanted!r} cannot run {call}: {whys[wanted]}")

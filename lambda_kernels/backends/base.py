@@ -70,6 +70,7 @@ class Backend:
     """The operations. `name` is what `use_backend` takes."""
 
     name = ""
+    reasons_are_said = False  # whether `reasons` are in the log from the import on
     label_errors = False  # whether `inner_loop` raises an error for a label that is no class; else its losses are NaN
 
     @property

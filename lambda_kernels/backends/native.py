@@ -38,6 +38,7 @@ class Native(Reference):
     """Fused norm, ReLU and pool on the CPU; convolutions are ATen's, at the machine's limit in channels-last."""
 
     name = "native"
+    reasons_are_said = True
     label_errors = True
 
     def reasons(self) -> list[str]:

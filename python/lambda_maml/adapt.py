@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -24,6 +25,7 @@ from .patterns import Pattern
 from .places import PatternChooser, Solver, descent_of
 from .say import say_once
 from .solved import chosen, solve, turns_of
+from .statistics import warn_of_few
 
 __all__ = ["STATISTICS", "adapt", "adapt_tasks"]
 
@@ -206,7 +208,7 @@ def adapt_tasks(
     _check_statistics(statistics)
     tasks = batch.listed(xs, ys, xq)
     alone: dict[str, Any] = {} if statistics == "batch" else {"statistics": statistics}
-    why = 'statistics="support" takes a pass of its own over each support set'
+    why = ""  # a pass over each support set, which is what was asked for
     if solver is not None and rule is None:
         alone["solver"], why = solver, f"{solver!r} sees one task"
         given = {**given, "rule": None}
@@ -275,6 +277,8 @@ def _together(a: Adaptation, xs: Any, ys: Any, xq: Any, given: dict[str, Any]) -
 
     if (why := _why_alone(a)) is not None:
         return one_by_one(why)
+    if a.plan.normalises_batches and not torch.is_grad_enabled():
+        warn_of_few(batch.task(xq, 0))
     try:
         return batch.adapt_and_classify(a, xs, ys, xq)
     except RuntimeError as error:
@@ -290,6 +294,7 @@ def _together(a: Adaptation, xs: Any, ys: Any, xq: Any, given: dict[str, Any]) -
 def _one_by_one(
     model: nn.Module, why: str, tasks: Iterable[batch.Given], given: dict[str, Any], turns: Iterable[Turn] | None = None
 ) -> list[Any]:
-    say_once(f"{type(model).__name__} is adapted one task at a time: {why}. `explain` lists what each way needs")
+    if why:
+        say_once(f"{type(model).__name__} is adapted one task at a time: {why}. `explain` lists what each way needs")
     own = itertools.repeat(FIRST) if turns is None else turns
     return [adapt(model, x, y, **given, turn=turn)(q) for (x, y, q), turn in zip(tasks, own)]

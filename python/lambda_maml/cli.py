@@ -163,7 +163,9 @@ def select(
     """Choose the fastest pattern whose accuracy is good enough.
 
     Evaluates every pattern on the same validation tasks, measures how long each one adapts, and takes the fastest one
-    within --max-drop of the full pattern. Writes pattern.json and, beside it, report.png (NAME.png by NAME.json).
+    within --max-drop of the full pattern. Accuracies are those of all query images of a task together; the choice is
+    reported on test tasks with each image by itself, too (the support set's norm statistics), as adapt and export have
+    it. Writes pattern.json and, beside it, report.png (NAME.png by NAME.json).
 
     One that is ended before goes on from what it had evaluated, if it is started again in the same way.
 
@@ -218,34 +220,53 @@ def evaluate_command(
 ) -> None:  # fmt: skip
     """Accuracy of a checkpoint on new tasks, under a pattern.
 
-    Said twice: with the norms' statistics taken from all query images of a task together, as published results have it,
-    and from the support set, so that each image is classified by itself.
+    Said twice: with the norms' statistics taken from all query images of a task together ("batch"), as published
+    results have it, and from the support set ("support"), so that each image is classified by itself, as adapt, predict
+    and export do. What the latter costs is a mean of differences on the same tasks, with its 95% interval.
     """
     from . import data
     from .adapt import STATISTICS
     from .evaluate import evaluate
     from .ranks import ALONE
+    from .statistics import StatisticsError
+    from .stats import mean_ci95
 
     model, meta = _load(checkpoint, device)
     bits, report = _pattern(model, pattern)
     inner = _inner(checkpoint, model, meta, report, steps, lr, norm)
     (images,) = checkpoint_sets(meta, dataset, root, (split,), pictures, ALONE)
     episodes = data.sample_tasks(images, tasks, seed=TEST_SEED + seed, **_episode(meta))
-    found: dict[str, dict[str, float | None]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    scores: dict[str, torch.Tensor] = {}
     for statistics in STATISTICS:
-        with bar(f"evaluating, statistics of the {statistics}") as progress:
-            mean = evaluate(model, episodes, pattern=bits, statistics=statistics, **inner, progress=progress)
+        try:
+            with bar(f"evaluating, statistics of the {statistics}") as progress:
+                mean = evaluate(model, episodes, pattern=bits, statistics=statistics, **inner, progress=progress)
+        except StatisticsError as error:
+            found[statistics] = {"accuracy": None, "ci95": None, "refused": str(error)}
+            continue
         found[statistics] = {"accuracy": mean.mean, "ci95": mean.ci95 if tasks > 1 else None}
+        scores[statistics] = mean.scores
+    if "support" in scores:
+        drop, ci95 = mean_ci95(scores["batch"] - scores["support"])
+        found["support"] |= {"drop": drop, "drop_ci95": ci95 if tasks > 1 else None}
     if as_json:
         told = {**_in_json(inner), "statistics": found}
         print_json({"pattern": bits, "split": split, "tasks": tasks, **found["batch"], **told})
         return
     click.echo(f"{bits} on {tasks} {split} tasks, {inner['steps']} steps:")
     for statistics, how in (("batch", "query images together"), ("support", "each image by itself")):
-        accuracy, ci95 = found[statistics]["accuracy"], found[statistics]["ci95"]
-        assert accuracy is not None
-        interval = f"± {100 * ci95:.2f} %" if ci95 is not None else "% (no interval from one task)"
-        click.echo(f"  {100 * accuracy:.2f} {interval}, {how} (statistics of the {statistics})")
+        row = found[statistics]
+        if "refused" in row:
+            click.echo(f"  no figure, {how} (statistics of the {statistics}): {row['refused']}")
+            continue
+        interval = "% (no interval from one task)" if row["ci95"] is None else f"± {100 * row['ci95']:.2f} %"
+        cost = (
+            f", costs {100 * row['drop']:.2f} ± {100 * row['drop_ci95']:.2f} points"
+            if row.get("drop_ci95") is not None
+            else ""
+        )
+        click.echo(f"  {100 * row['accuracy']:.2f} {interval}, {how} (statistics of the {statistics}){cost}")
 
 
 @cli.command()
@@ -277,6 +298,8 @@ def adapt(
     from .files import try_folder
     from .images import class_folders, inverted, query_files, read_images
     from .learned_rates import load_learned_rule
+    from .models import image_shape
+    from .statistics import StatisticsError
 
     if out is not None:
         if out.suffix != ".safetensors":
@@ -298,17 +321,21 @@ def adapt(
     if len(classes) != ways:
         found = f"{len(classes)} class folders ({', '.join(classes)})" if classes else "no class folder"
         raise ValueError(f"{support}: {found}, but the network has {ways} classes")
-    dark = inverted(network, meta["dataset"]) if invert is None else invert
+    shape = image_shape(network)
+    dark = inverted(shape, meta["dataset"]) if invert is None else invert
 
     def read(paths: list[Path]) -> torch.Tensor:
-        return read_images(paths, network, meta["dataset"], invert=dark).to(device)
+        return read_images(paths, shape, meta["dataset"], invert=dark).to(device)
 
     labels = [index for index, paths in enumerate(classes.values()) for _ in paths]
     xs, ys = read([path for paths in classes.values() for path in paths]), torch.tensor(labels, device=device)
     queries = [] if query is None else query_files(query)
     xq = read(queries) if queries else None
 
-    learner = adapt_model(model, xs, ys, pattern=bits, statistics=statistics, **inner)
+    try:
+        learner = adapt_model(model, xs, ys, pattern=bits, statistics=statistics, **inner)
+    except StatisticsError as error:
+        raise ValueError(f"{error}; --statistics batch classifies query images together, by their own") from error
     if statistics == "support":
         learner.eval()  # as predict has it: without dropout
     classified = []
@@ -317,7 +344,7 @@ def adapt(
             classified = predictions(queries, list(classes), learner(xq).cpu())
     told = _in_json(inner)
     if out is not None:
-        adapted = {"pattern": bits, **told, "classes": list(classes), "images": list(xs.shape[1:]), "invert": dark}
+        adapted = {"pattern": bits, **told, "classes": list(classes), "images": list(shape), "invert": dark}
         rates = load_learned_rule(checkpoint, model, meta)
         files.save(out, model, {**meta, "adapted": adapted}, rates, learner.state_dict())
         say(f"wrote {out}")

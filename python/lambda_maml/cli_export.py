@@ -124,11 +124,9 @@ def _classifier(path: Path, device: str) -> tuple[list[str], Callable[[Sequence[
             "program of yours, or give the .safetensors or an .onnx"
         )
     learner, adapted, dataset = _adapted(path, device)
-    channels, *size = adapted["images"]
-    network = {"in_channels": channels, "image_size": size}
 
     def classify(files: Sequence[Path]) -> Tensor:
-        images = read_images(files, network, dataset, invert=adapted["invert"])
+        images = read_images(files, adapted["images"], dataset, invert=adapted["invert"])
         with torch.no_grad():
             logits: Tensor = learner(images.to(device, next(learner.parameters()).dtype))
         return logits.cpu()

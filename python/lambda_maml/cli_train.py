@@ -149,8 +149,9 @@ def train(
     """Meta-train a network (MAML). Ctrl-C saves; --resume continues.
 
     In the folder: best.safetensors with best.json, the checkpoint of the best validation accuracy; last.safetensors,
-    the state to resume from; metrics.jsonl, losses and accuracies as the run goes. SIGTERM, SIGHUP and SIGUSR1
-    (Slurm's --signal=USR1@120) save as Ctrl-C does. The exit status is then 130 (Ctrl-C), 143, 129 or 138.
+    the state to resume from; metrics.jsonl, losses and accuracies as the run goes, of all query images of a task
+    together (see eval). SIGTERM, SIGHUP and SIGUSR1 (Slurm's --signal=USR1@120) save as Ctrl-C does. The exit status is
+    then 130 (Ctrl-C), 143, 129 or 138.
 
     Several processes divide the tasks: torchrun --nproc-per-node 4 -m lambda_maml train ...
     """

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .data.layout import SUFFIXES, class_folders, image_files, subfolders
 from .data.pictures import read_pixels
-from .models import image_shape
 
 __all__ = ["class_folders", "image_files", "inverted", "query_files", "read_images"]
 
@@ -31,27 +30,25 @@ def query_files(root: Path) -> list[Path]:
     return files
 
 
-def inverted(network: Mapping[str, Any], dataset: Mapping[str, Any]) -> bool:
+def inverted(shape: Sequence[int], dataset: Mapping[str, Any]) -> bool:
     """Whether pictures are turned, light paper dark, to be like those of training: as the checkpoint's folder of
-    pictures was, else for grey networks, since the grey sets have high ink."""
-    return bool(dataset.get("invert", image_shape(network)[0] == 1))
+    pictures was, else for grey images, shape [1, H, W], since the grey sets have high ink."""
+    return bool(dataset.get("invert", shape[0] == 1))
 
 
-def read_images(
-    files: Sequence[Path], network: Mapping[str, Any], dataset: Mapping[str, Any], *, invert: bool
-) -> Tensor:
-    """Images as float32 [n, C, H, W], resized (Lanczos) to the network's size and normalised as its training set was.
+def read_images(files: Sequence[Path], shape: Sequence[int], dataset: Mapping[str, Any], *, invert: bool) -> Tensor:
+    """Images as float32 [n, C, H, W], resized (Lanczos) to a network's size and normalised as its training set was.
 
     Args:
         files: pictures of any bit depth and EXIF orientation (`data.pictures.read_picture`).
-        network: a config, which says in_channels (1: grey, 3: RGB) and image_size.
+        shape: [C, H, W] of the images that the network takes; C is 1 for grey, 3 for RGB.
         dataset: mean and std, one value per channel.
         invert: turn light paper dark, see `inverted`.
 
     Raises:
         ValueError: a file is unreadable; the text names it.
     """
-    channels, height, width = image_shape(network)
+    channels, height, width = shape
     pixels = read_pixels(files, (height, width), channels, invert=invert)
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32) / 255
     mean, std = (torch.tensor(dataset[key], dtype=torch.float32).view(-1, 1, 1) for key in ("mean", "std"))

@@ -49,6 +49,7 @@ class AdaptedNetwork(nn.Module):
     runs the model's program with the adapted parameters. Modes are those of the model at the time of adapting.
     """
 
+    _always_classifies = False  # else a call with gradients may be an inner step
     _parameters = _opened("_parameters")
     _buffers = _opened("_buffers")
     _modules = _opened("_modules")
@@ -111,7 +112,7 @@ class AdaptedNetwork(nn.Module):
             return self._compiled(*args, **kwargs)
         plan, network, state = self._call(args, kwargs)
         if len(args) == 1 and not kwargs:
-            if plan.normalises_batches and not torch.is_grad_enabled():
+            if plan.normalises_batches and (self._always_classifies or not torch.is_grad_enabled()):
                 warn_of_few(args[0])
             logits = plan.classify(state, args[0])
             logits = self._evaluated(plan, network, state, args[0]) if logits is None else logits
@@ -288,6 +289,8 @@ class Learner(AdaptedNetwork):
     Its frozen parameters are the model's own: a later change of them shows here. `to_module` gives a copy of its own.
     It refers to the support set, for `freeze_statistics`.
     """
+
+    _always_classifies = True
 
     def __repr__(self) -> str:
         model, _, outcome = self.__dict__["_held"]

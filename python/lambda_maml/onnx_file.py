@@ -51,12 +51,11 @@ class OnnxFile:
     def classify(self, files: Sequence[Path]) -> Tensor:
         """The logits of picture files, read as the support set was."""
         note = self._note
-        _, channels, *size = note["inputs"][0]["shape"]
-        network = {"in_channels": channels, "image_size": size}
+        _, *shape = note["inputs"][0]["shape"]
         if note["normalise"]:
-            plain = {"mean": [0.0] * channels, "std": [1.0] * channels}
-            images = (read_images(files, network, plain, invert=False) * 255).round().to(torch.uint8)
+            plain = {"mean": [0.0] * shape[0], "std": [1.0] * shape[0]}
+            images = (read_images(files, shape, plain, invert=False) * 255).round().to(torch.uint8)
         else:
-            images = read_images(files, network, note, invert=note["invert"])
+            images = read_images(files, shape, note, invert=note["invert"])
         (logits,) = self._session.run(None, {self._session.get_inputs()[0].name: images.numpy()})
         return torch.from_numpy(logits)

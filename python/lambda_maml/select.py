@@ -17,7 +17,7 @@ from lambda_kernels import info
 from lambda_kernels.agreement import DRAWS
 
 from . import models
-from .adapt import STATISTICS
+from .adapt import STATISTICS, adapt
 from .choice import Candidate, Table, candidates_of, choose, finite, key_of
 from .data.episodes import Task, as_tasks
 from .evaluate import ACCURACY, Evaluation, Metric, check_metric, evaluate, name_of, stack, worded
@@ -31,6 +31,7 @@ from .plain_torch import disagreement
 from .progress import Progress, shown
 from .ranks import ALONE, Ranks
 from .remembered_scores import Scores
+from .statistics import StatisticsError
 from .stats import mean_ci95
 from .timing import STOCK, Timing, measure_times, read_timings
 
@@ -226,7 +227,10 @@ def select_pattern(
         pair = measure([pattern, full], xq=xq, seconds=None if seconds is None else seconds / 4)
         end_to_end = {name: timing.median for name, timing in pair.items()}
 
-    test = _on_test(model, test_tasks, pattern, full, goal.sign, judged)
+    alone_fault = _alone_fault(model, test_tasks[:1], full, descent)
+    if alone_fault is not None:
+        warnings.append(f"there are no test figures of images classified each by itself: {alone_fault}")
+    test = _on_test(model, test_tasks, pattern, full, goal.sign, judged, STATISTICS[: 1 if alone_fault else None])
     kept.remove()
     return Selection(
         pattern=pattern,
@@ -258,14 +262,26 @@ def _disagreement(model: nn.Module, tasks: Sequence[Task], descent: Mapping[str,
     return fault
 
 
+def _alone_fault(model: nn.Module, tasks: Sequence[Task], full: Pattern, descent: Mapping[str, Any]) -> str | None:
+    """Why the network, adapted to a task, cannot classify images each by itself; None where it can. All ranks ask."""
+    for task in tasks:
+        xs, ys, _, _ = (part[0] for part in stack([task], model))
+        try:
+            adapt(model, xs, ys, pattern=full, statistics="support", **descent)
+        except StatisticsError as error:
+            return str(error)
+    return None
+
+
 def _on_test(
-    model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, sign: int, judged: Mapping[str, Any]
-) -> dict[str, Any]:
+    model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, sign: int, judged: Mapping[str, Any],
+    statistics: Sequence[str],
+) -> dict[str, Any]:  # fmt: skip
     """The choice and the full pattern on `tasks`: query images together, and under "support" each by itself."""
-    together, alone = (
-        _compared(model, tasks, pattern, full, sign, {**judged, "statistics": statistics}) for statistics in STATISTICS
+    together, *alone = (
+        _compared(model, tasks, pattern, full, sign, {**judged, "statistics": kind}) for kind in statistics
     )
-    return {"tasks": len(tasks), **together, "support": alone}
+    return {"tasks": len(tasks), **together, "support": alone[0] if alone else None}
 
 
 def _compared(

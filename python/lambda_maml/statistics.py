@@ -19,16 +19,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from lambda_kernels.agreement import apart, distance, tolerance
-from lambda_kernels.layers import ConvBlock, has_hooks, uses_batch_statistics
+from lambda_kernels.layers import ConvBlock, as_written, has_hooks, uses_batch_statistics
 from lambda_kernels.program import Program, program_for
 from lambda_kernels.program.structure import flatten
 
 from .say import say_once
 
-__all__ = ["fold", "freeze", "norms_of_batches", "restore", "warn_of_few"]
+__all__ = ["StatisticsError", "fold", "freeze", "norms_of_batches", "restore", "warn_of_few"]
 
 FEW = 5
 """Fewer images than these say little of a task's statistics."""
+
+
+class StatisticsError(ValueError):
+    """A network whose results for an image cannot be had without the images beside it; the message says why."""
 
 
 def norms_of_batches(network: nn.Module) -> dict[str, _BatchNorm]:
@@ -48,8 +52,8 @@ def freeze(network: nn.Module, xs: Any) -> None:
     stays as it is.
 
     Raises:
-        ValueError: a norm is called several times, each with statistics of its own; or the result for an image still
-            depends on the images beside it, or cannot be had for one image.
+        StatisticsError: a norm is called several times, each with statistics of its own; or the result for an image
+            still depends on the images beside it, or cannot be had for one image.
     """
     norms = norms_of_batches(network)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -57,7 +61,7 @@ def freeze(network: nn.Module, xs: Any) -> None:
     def note(path: str) -> Callable[..., None]:
         def look(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
             if path in seen:
-                raise ValueError(
+                raise StatisticsError(
                     f"{path} normalises several times in one pass, each time by other statistics, of which it can hold "
                     "one pair: give each call a norm of its own"
                 )
@@ -69,7 +73,8 @@ def freeze(network: nn.Module, xs: Any) -> None:
 
     hooks = [norm.register_forward_pre_hook(note(path)) for path, norm in norms.items()]
     try:
-        network(xs)
+        with as_written():
+            network(xs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -115,14 +120,14 @@ def _check_alone(network: nn.Module, xs: Any) -> None:
         try:
             alone = network(again([t[:1] for t in tensors]))
         except Exception as error:
-            raise ValueError(f"the network cannot be called with one image: {error}") from error
+            raise StatisticsError(f"the network cannot be called with one image: {error}") from error
     for got, all_images in zip(flatten(alone)[0], flatten(beside)[0]):
         want = all_images[:1]
         if not want.is_floating_point():
             continue
         off = distance([got], [want]) / max(distance([want], [torch.zeros_like(want)]), 1e-30)
         if off > tolerance(want.dtype).steps:
-            raise ValueError(
+            raise StatisticsError(
                 f"the result for an image still depends on the images beside it, by {off:.1e} of its length: something "
                 "other than its batch norms uses the whole batch, such as a call of torch.nn.functional.batch_norm"
             )
