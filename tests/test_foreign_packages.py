@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 import lambda_kernels as lk
 from lambda_maml import data
@@ -112,8 +112,10 @@ def test_torchmetas_batches() -> None:
     can_be_used(tasks, 2, 1, 2)
 
 
-def test_easyfsls_tasks() -> None:
+def test_easyfsls_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     samplers = package("easyfsl.samplers")
+    # easyfsl 1.5 calls it as older torches had it.
+    monkeypatch.setattr(Sampler, "__init__", lambda self, data_source=None: None, raising=False)
 
     class Labelled(TensorDataset):
         def get_labels(self) -> list[int]:

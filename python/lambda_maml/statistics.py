@@ -104,8 +104,9 @@ def warn_of_few(x: Any) -> None:
     """Say once what it costs to normalise few images by their own statistics."""
     images = x.shape[0] if isinstance(x, Tensor) and x.dim() else FEW
     if images < FEW:
+        told = "1 image is normalised by its" if images == 1 else f"{images} images are normalised by their"
         say_once(
-            f"{images} images are normalised by their own statistics alone, which costs accuracy: "
+            f"{told} own statistics alone, which costs accuracy: "
             'adapt(..., statistics="support") or learner.freeze_statistics() takes those of the support set'
         )
 
