@@ -106,10 +106,17 @@ INSIDE = {
         "processes": {"ranks", "signs"},
         "lock": {"say"},
         "evaluate": {"adapt", "data", "inner", "patterns", "places", "progress", "ranks", "stats"},
-        "choice": {"evaluate", "groups", "network", "patterns", "stats"},
+        "trials": {"patterns"},
+        "choice": {"evaluate", "groups", "network", "patterns", "stats", "timing", "trials"},
+        "racing": {"stats"},
+        "memory": {"adapt", "models"},
+        "search": {"choice", "cost", "groups", "network", "patterns", "progress", "racing", "timing", "trials"},
+        "selection": {"choice", "evaluate", "files", "patterns", "timing", "trials"},
         "goal": {"evaluate", "inner"},
         "plain_torch": {"adapt", "models", "patterns"},
-        "timing": {"adapt", "files", "forms", "inner", "models", "patterns", "plain_torch", "progress"},
+        "timing": {
+            "adapt", "files", "forms", "inner", "models", "patterns", "plain_torch", "progress", "trials"
+        },
         "run_tasks": {"data", "settings"},
         "stopping": set(),
         "ahead": set(),
@@ -126,8 +133,8 @@ INSIDE = {
             "settings", "stopping",
         },
         "select": {
-            "adapt", "choice", "data", "evaluate", "files", "goal", "inner", "models", "patterns", "plain_torch",
-            "progress", "ranks", "remembered_scores", "stats", "timing",
+            "adapt", "choice", "data", "evaluate", "goal", "inner", "memory", "models", "patterns", "plain_torch",
+            "progress", "racing", "ranks", "remembered_scores", "search", "selection", "stats", "timing", "trials",
         },
         "remembered_scores": {"checkpoint", "files", "forms"},
         "pattern_json": {"files", "forms", "patterns"},
@@ -139,11 +146,12 @@ INSIDE = {
         "cli_train": {
             "cli_data", "cli_types", "console", "models", "processes", "ranks", "settings", "stopping", "train"
         },
+        "cli_select": {"cli_types", "console"},
         "cli_export": {"checkpoint", "cli_types", "console", "export", "images", "learner", "onnx_file"},
         "cli": {
-            "adapt", "checkpoint", "cli_data", "cli_export", "cli_train", "cli_types", "console", "data", "evaluate",
-            "explain", "files", "images", "inner", "learned_rates", "lock", "models", "pattern_json", "patterns",
-            "processes", "ranks", "report", "run_state", "select", "train",
+            "adapt", "checkpoint", "cli_data", "cli_export", "cli_select", "cli_train", "cli_types", "console", "data",
+            "evaluate", "explain", "files", "images", "inner", "learned_rates", "lock", "models", "pattern_json",
+            "patterns", "processes", "ranks", "report", "run_state", "select", "train",
         },
         "__main__": {"cli", "extras"},
     },
