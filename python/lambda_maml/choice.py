@@ -41,8 +41,8 @@ class Budget(NamedTuple):
         return short and (self.memory_mb is None or (memory_mb is not None and memory_mb <= self.memory_mb))
 
     def __str__(self) -> str:
-        parts = [f"{self.time_ms:g} ms"] * (self.time_ms is not None)
-        return " and ".join([*parts, *([f"{self.memory_mb:g} MB"] * (self.memory_mb is not None))])
+        parts = ((self.time_ms, "ms"), (self.memory_mb, "MB"))
+        return " and ".join(f"{value:g} {unit}" for value, unit in parts if value is not None)
 
 
 class Candidate(NamedTuple):
@@ -178,7 +178,7 @@ def choose(
     at a time: the best of many still looks better than it is, which is why the choice is reported on other tasks.
 
     With a `budget`, admissible is what it holds, and the most accurate of these is taken. `raced` may have fewer
-    scores, those of the first tasks, and are not admissible.
+    scores, those of the first tasks, and are not taken.
 
     Raises ValueError for other numbers of tasks, and where the budget holds none.
     """
@@ -202,15 +202,15 @@ def choose(
         if budget is not None:
             admissible = budget.holds(median_of(time), memory)
         else:
-            admissible = key == full or (drop if rule == "point" else bound) <= max_drop + 1e-12
+            admissible = key == full or (key not in raced and (drop if rule == "point" else bound) <= max_drop + 1e-12)
         found[key] = Candidate(
-            pattern_of(key), mean, ci95, median_of(time), drop, bound, admissible and key not in raced, n,
+            pattern_of(key), mean, ci95, median_of(time), drop, bound, admissible, n,
             key.steps if isinstance(key, Trial) else None, key.rate if isinstance(key, Trial) else None,
             time if isinstance(time, Timing) else None, memory,
         )  # fmt: skip
     ordered = sorted(found, key=lambda k: (found[k].time_ms, -sign * found[k].score, str(k)))
     table = Table((found[k] for k in ordered), metric)
-    admitted = [k for k in ordered if found[k].admissible]
+    admitted = [k for k in ordered if found[k].admissible and k not in raced]
     if not admitted:
         raise ValueError("choose: no pattern is admissible")
     if budget is None:

@@ -142,6 +142,9 @@ def select_pattern(
         k, rate = trial.steps or counts[0], lrs[0] if trial.rate is None else trial.rate
         return {"steps": k, "lr": rate, "rule": inner, "norm": norm, "loss": loss}
 
+    def how(trial: Trial) -> dict[str, Any]:
+        return {**descent(trial), "pattern": trial.pattern}
+
     ways, shots = _ways_shots(tasks[0])
     xs, ys, xq, _ = (part[0] for part in stack(tasks[:1], model))
     warnings: list[str] = []
@@ -178,7 +181,7 @@ def select_pattern(
     def sized() -> dict[Trial, float] | None:
         if limit.budget is None or limit.budget.memory_mb is None:
             return None
-        return ranks.first(lambda: measure_memory(model, xs, ys, {t: descent(t) for t in trials}))
+        return ranks.first(lambda: measure_memory(model, xs, ys, {t: how(t) for t in trials}))
 
     with shown(progress, "selecting", here=ranks.rank == 0) as told:
         scored = _Scored(model, tasks, descent, {**judged, "statistics": statistics}, kept, told)
@@ -218,8 +221,8 @@ def select_pattern(
         pair = measure([trial, reference], xq=xq, seconds=None if seconds is None else seconds / 4)
         end_to_end = {key: timing.median for key, timing in pair.items()}
 
-    best = {**descent(reference), "pattern": full}
-    own = best if trial == reference else {**descent(trial), "pattern": trial.pattern}
+    best = how(reference)
+    own = best if trial == reference else how(trial)
     test = _on_test(model, test_tasks, own, best, goal.sign, judged)
     kept.remove()
     chosen = descent(trial)
