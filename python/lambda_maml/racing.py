@@ -69,7 +69,7 @@ def chance(excess: Tensor, tasks: int, *, bound: bool, equal: float = 0.0) -> fl
     mean, given the first [n] of them.
 
     >>> round(chance(torch.tensor([1.0, -1.0] * 5), 20, bound=False), 2)
-    0.51
+    0.5
     >>> chance(torch.tensor([0.9, 1.1] * 5), 20, bound=False) < 1e-4
     True
 
