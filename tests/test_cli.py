@@ -117,6 +117,44 @@ def test_select_prints_json_alone(trained, tmp_path, capsys):
     one_line_error(capsys, "no timing for pattern 00001")
 
 
+def test_select_races_through_steps_and_rates_and_says_its_plan(trained, tmp_path, capsys):
+    out = tmp_path / "pattern.json"
+    base = ["select", trained / "best.safetensors", "--tasks", 12, "--seconds", 0, "--out", out]
+    given = ["--patterns", "ANIL; 00011; MAML,ANIL", "--steps", "1,2", "--rates", "0.1, 0.3", "--max-drop", 0.2]
+    assert call(*base, *given, "--search", "race") == 0
+    told = capsys.readouterr()
+    assert "16 candidates, a race on 12 tasks: about" in told.err and "A race:" in told.out and "quartiles" in told.out
+    found = json.loads(out.read_text())
+    assert found["steps"] == found["chosen"]["steps"] and found["lr"] == found["chosen"]["lr"]
+    assert {row["steps"] for row in found["candidates"]} <= {1, 2}
+    assert call("eval", trained / "best.safetensors", "--pattern", out, "--tasks", 2, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == found["steps"]
+    assert call("report", out, "--all") == 0
+    assert f"{found['steps']} steps, rate {found['lr']:g}" in capsys.readouterr().out
+    for statistics in ("batch", "support"):
+        assert call(*base, "--patterns", "ANIL", "--statistics", statistics, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["statistics"] == statistics
+
+
+def test_select_keeps_to_a_budget_or_says_the_best_there_is(trained, tmp_path, capsys):
+    base = ["select", trained / "best.safetensors", "--tasks", 3, "--seconds", 0, "--out", tmp_path / "pattern.json"]
+    assert call(*base, "--patterns", "ANIL; 00011", "--max-time-ms", 1e6) == 0
+    assert "Allowed: 1e+06 ms." in capsys.readouterr().out
+    found = json.loads((tmp_path / "pattern.json").read_text())
+    assert found["max_drop"] is None and found["chosen"]["accuracy"] == max(r["accuracy"] for r in found["candidates"])
+    assert call("report", tmp_path / "pattern.json") == 0
+    capsys.readouterr()
+    for given, words in (
+        (["--max-time-ms", 1e-6], ["no pattern adapts within 1e-06 ms", "the fastest is", "allow more"]),
+        (["--max-time-ms", 5, "--max-drop", 0.1], ["takes the place of an allowed drop"]),
+    ):
+        assert call(*base, "--patterns", "ANIL", *given) == 2
+        told = capsys.readouterr()
+        assert all(word in told.err.splitlines()[-1] for word in words)
+    assert call(*base, "--steps", "1,x") == 2
+    one_line_error(capsys, "--steps", "'x' is not a valid integer range")
+
+
 def test_eval_takes_bits_and_pattern_json(trained, selected, tmp_path, capsys):
     common = ["--tasks", 4, "--json"]
     assert call("eval", trained / "best.safetensors", "--pattern", "00011", *common) == 0

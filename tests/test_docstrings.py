@@ -18,22 +18,27 @@ from PIL import Image
 
 import lambda_maml
 from lambda_kernels import backends, convert, functional, layers
-from lambda_maml import LambdaMAML, Learner, Pattern, data, methods, models, places, rules
+from lambda_maml import LambdaMAML, Learner, Pattern, data, methods, models, places, racing, rules
 from lambda_maml.ahead import Ahead
 from lambda_maml.average import Average
-from lambda_maml.choice import candidates_of
+from lambda_maml.choice import Budget, Limit, candidates_of
 from lambda_maml.evaluate import evaluate, name_of, worded
 from lambda_maml.goal import Goal
 from lambda_maml.learned_rates import learned_rule
 from lambda_maml.lock import locked
 from lambda_maml.maml import TaskLearner
+from lambda_maml.memory import measure_memory
 from lambda_maml.parts import Parts
 from lambda_maml.processes import joined, launched
-from lambda_maml.progress import time_left
+from lambda_maml.progress import spoken, time_left
 from lambda_maml.ranks import Lost, Ranks, Stopped
 from lambda_maml.schedule import importances
+from lambda_maml.search import Counted, cheaper, suffixes_and_stages
 from lambda_maml.settings import Settings, stages
+from lambda_maml.stats import t_tail
+from lambda_maml.timing import busy, is_tie
 from lambda_maml.train import train
+from lambda_maml.trials import Trial, counts_of, rates_of, trials_of
 
 MODULES = (functional, layers, backends, importlib.import_module(convert.__module__))
 METHODS = (
@@ -48,6 +53,9 @@ PUBLIC = (
     *(data.ImageSet, data.from_folder, data.from_dataset, data.divide, data.divided),
     *(models.resnet12, models.create, models.config_of, models.image_shape, evaluate, worded, name_of),
     *(candidates_of, Goal, time_left),
+    *(racing.looks, racing.chance, racing.fastest, racing.most_accurate, racing.Allowance.covers, measure_memory),
+    *(Budget.holds, Limit, Trial, trials_of, counts_of, rates_of, Counted, suffixes_and_stages, cheaper),
+    *(is_tie, busy, spoken, t_tail),
     *(train, Settings, stages, importances, learned_rule, Ahead, Average),
     *(joined, launched, locked, Lost, Stopped, Ranks, Ranks.share, Ranks.first, Ranks.first_then_all, Ranks.total),
     *(getattr(methods, name) for name in methods.__all__),

@@ -17,8 +17,9 @@ from .cli_config import with_config
 from .cli_data import SETS, checkpoint_sets, folder_options, root_option
 from .cli_export import export, line, predict, predictions
 from .cli_report import report, tables
+from .cli_select import CHOICE, choice_options, compared, wanted
 from .cli_train import exit_if_stopped, say_if_stopped, train, train_with_progress
-from .cli_types import COUNT, PLACE, RATE, SEED, Number, expanded
+from .cli_types import COUNT, PLACE, RATE, SEED, expanded
 from .console import bar, device_of, device_option, json_option, options, print_json, say
 
 if TYPE_CHECKING:
@@ -140,38 +141,22 @@ cli.add_command(train)
 @click.option(
     "--tasks", type=COUNT, default=200, help="Validation tasks to choose on; as many test tasks to report on."
 )
-@inner_options
-@click.option(
-    "--max-drop", type=Number(0, 1), default=0.01,
-    help="Allowed drop of accuracy against the full pattern, a fraction.",
-)  # fmt: skip
-@click.option(
-    "--patterns",
-    help="Candidates, separated by semicolons, as in 'ANIL; stages:00011'.  [default: all; by parts of the network "
-    "where it has more than 8 layers]",
-)
-@click.option("--relative", is_flag=True, help="The drop is a fraction of the full pattern's accuracy.")
-@click.option(
-    "--rule", type=click.Choice(["bound", "point"]), default="bound",
-    help="Compare the drop's one-sided 95% bound over paired tasks, or the estimate itself.",
-)  # fmt: skip
-@click.option("--timings", type=PLACE, help="Take times from pytest-benchmark's JSON instead.")
-@click.option("--seconds", type=Number(0), default=30.0, help="Time to spend on measuring adaptation times.")
+@choice_options
 @click.option("--seed", type=SEED, default=0, help="Seed of the tasks.")
 @click.option("--out", type=PLACE, help="Where to write.  [default: pattern.json by the checkpoint]")
 @device_option
 @json_option
 def select(
-    checkpoint: Path, dataset: str | None, root: Path | None, tasks: int, steps: int | None, lr: float | None,
-    norm: str | None, max_drop: float, patterns: str | None, relative: bool, rule: str, timings: Path | None,
-    seconds: float, seed: int, out: Path | None, device: str, as_json: bool, **pictures: int | None,
+    checkpoint: Path, dataset: str | None, root: Path | None, tasks: int, steps: list[int] | None, lr: float | None,
+    rates: list[float] | None, norm: str | None, seed: int, out: Path | None, device: str, as_json: bool, **others: Any,
 ) -> None:  # fmt: skip
     """Choose the fastest pattern whose accuracy is good enough.
 
-    Evaluates every pattern on the same validation tasks, measures how long each one adapts, and takes the fastest one
-    within --max-drop of the full pattern. Accuracies are those of all query images of a task together; the choice is
-    reported on test tasks with each image by itself, too (the support set's norm statistics), as adapt and export have
-    it. Writes pattern.json and, beside it, report.png (NAME.png by NAME.json).
+    Evaluates patterns on the same validation tasks, measures how long each one adapts, and takes the fastest one within
+    --max-drop of the full pattern, or the most accurate one within a budget. Patterns are judged with the norm
+    statistics that --statistics says; the choice is reported on test tasks by both: of all query images of a task
+    together, and of each image by itself (the support set's), as adapt and export have it. Writes pattern.json and,
+    beside it, report.png (NAME.png by NAME.json).
 
     One that is ended before goes on from what it had evaluated, if it is started again in the same way.
 
@@ -192,18 +177,19 @@ def select(
             held.enter_context(locked(path.parent, "select"))
             try_folder(path, picture_of(path))
         ranks.check_alike(model.state_dict())
-        inner = _inner(checkpoint, model, meta, {}, steps, lr, norm)
+        rate = rates[0] if lr is None and rates else lr
+        inner = compared(_inner(checkpoint, model, meta, {}, max(steps) if steps else None, rate, norm), steps, rates)
+        choice = {key: others.pop(key) for key in CHOICE}
         val_set, test_set = ranks.first_then_all(
-            lambda: checkpoint_sets(meta, dataset, root, ("val", "test"), pictures, ranks)
+            lambda: checkpoint_sets(meta, dataset, root, ("val", "test"), others, ranks)
         )
         episode = _episode(meta)
         val_tasks = data.sample_tasks(val_set, tasks, seed=SELECT_SEED + seed, **episode)
         test_tasks = data.sample_tasks(test_set, tasks, seed=TEST_SEED + seed, **episode)
         with bar("selecting", ranks) as progress:
             chosen = select_pattern(
-                model, val_tasks, test_tasks=test_tasks, **inner, max_drop=max_drop, relative=relative, decide=rule,
-                patterns=None if patterns is None else [p.strip() for p in patterns.split(";")], timings=timings,
-                seconds=seconds, progress=progress, resume=path.with_suffix(".evaluated.json"), ranks=ranks,
+                model, val_tasks, test_tasks=test_tasks, **inner, **wanted(choice), progress=progress, plan=say,
+                resume=path.with_suffix(".evaluated.json"), ranks=ranks,
             )  # fmt: skip
         if ranks.rank == 0:
             _publish({**chosen.to_dict(), "command": _command()}, chosen.warnings, path, as_json)

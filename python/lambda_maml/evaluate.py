@@ -110,6 +110,7 @@ def evaluate(
     progress: Progress | bool | None = None,
     ranks: Ranks = ALONE,
     solver: Solver | None = None,
+    first: int = 0,
 ) -> Evaluation:
     """Adapt to each task's support set and judge the result for its query set; a task is a `Task`, or a plain tuple of
     its parts.
@@ -125,6 +126,7 @@ def evaluate(
     metric: "accuracy", a fraction, or a function that is called for one task with its query result and target, and
         gives a number: `loss=F.mse_loss, metric=F.mse_loss` for regression.
     progress: called as progress(done, total, what); True shows a bar, or lines, on stderr.
+    first: the number of the first task, where `tasks` are the later part of a list; what is random goes by it.
 
     Raises ValueError without tasks, for an unknown metric, or one that gives an infinite number or NaN.
     """
@@ -142,7 +144,7 @@ def evaluate(
                 with torch.no_grad():  # the query pass; adapt_tasks turns gradients on for itself
                     results = adapt_tasks(
                         model, xs, ys, xq, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm, loss=loss,
-                        statistics=statistics, solver=solver, turns=[Turn(task=begin + i) for i in places],
+                        statistics=statistics, solver=solver, turns=[Turn(task=first + begin + i) for i in places],
                     )  # fmt: skip
                     found = _judged(metric, results, yq)
                 scores[[begin + i for i in places]] = found.to(scores.device)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from .files import read_json
-from .forms import Count, Finite, From1, NotBelow0, Positive, checked
+from .forms import Count, Finite, From1, NotBelow0, Positive, Share, checked
 from .patterns import Pattern
 
 __all__ = ["read_selection"]
@@ -16,22 +16,52 @@ __all__ = ["read_selection"]
 _REMEDY = "select a pattern again: lambda-maml select"
 
 
+class _Time(msgspec.Struct):
+    """Milliseconds: the median and the quartiles around it."""
+
+    low: Positive
+    median: Positive
+    high: Positive
+
+
 class _Row(msgspec.Struct):
+    """Files of before 2026-12-01 have neither tasks nor time nor admissible."""
+
     pattern: str
     time_ms: Positive
     ci95: NotBelow0 | None
     accuracy: Finite | None = None
     score: Finite | None = None  # of another metric than accuracy
+    tasks: From1 | None = None  # on how many it was judged
+    time: _Time | None = None
+    steps: From1 | None = None  # where several were compared, as lr
+    lr: Positive | None = None
+    memory_mb: NotBelow0 | None = None
+
+
+class _Budget(msgspec.Struct):
+    time_ms: Positive | None
+    memory_mb: Positive | None
+
+
+class _Search(msgspec.Struct):
+    kind: Literal["all", "race"]
+    tasks: From1
+    candidates: From1
+    adaptations: From1
+    error: Share | None = None
 
 
 class _Candidate(_Row, kw_only=True):
     drop: Finite | None
     drop_bound: Finite | None
+    admissible: bool | None = None
 
 
 class _Stock(msgspec.Struct):
     pattern: str
     time_ms: Positive | None
+    time: _Time | None = None
 
 
 class _Compared(msgspec.Struct, kw_only=True):
@@ -56,7 +86,7 @@ class _Form(msgspec.Struct):
     steps: Annotated[int, msgspec.Meta(ge=1, le=100_000)]
     lr: NotBelow0 | list[Any] | None
     norm: Literal["follow", "never"]
-    max_drop: NotBelow0
+    max_drop: NotBelow0 | None  # None where a budget stands in its place
     rule: Literal["bound", "point"]
     chosen: _Candidate
     full: _Row
@@ -67,6 +97,10 @@ class _Form(msgspec.Struct):
     relative: bool = False
     inner_rule: str | None = None
     metric: str | None = None
+    budget: _Budget | None = None
+    statistics: Literal["batch", "support"] = "batch"
+    search: _Search | None = None
+    front: list[Count] | None = None  # rows of the candidates
 
 
 def read_selection(path: str | Path) -> dict[str, Any]:
@@ -91,22 +125,31 @@ def read_selection(path: str | Path) -> dict[str, Any]:
         missing += [f"{place}.{name}" for name in names if getattr(compared, name) is msgspec.UNSET]
     if form.lr is None and form.inner_rule is None:
         missing.append("lr")
+    if form.max_drop is None and form.budget is None:
+        missing.append("max_drop")
     if missing:
         raise ValueError(f"{path}: {missing[0]} is missing; {_REMEDY}")
     _check_patterns(path, form)
     return dict(value)
 
 
+def _identity(row: _Row) -> tuple[str, int | None, float | None]:
+    return row.pattern, row.steps, row.lr
+
+
 def _check_patterns(path: str | Path, form: _Form) -> None:
     """ValueError where a pattern is none, or the choice is not among the candidates."""
-    rows = {row.pattern: row for row in form.candidates}
+    rows = {_identity(row): row for row in form.candidates}
     for index, row in enumerate(form.candidates):
         try:
             Pattern.parse(row.pattern)
         except ValueError as error:
             raise ValueError(f"{path}: candidates[{index}].pattern: {error}; {_REMEDY}") from error
     for key, named in (("chosen", form.chosen), ("full", form.full)):
-        if named.pattern not in rows or rows[named.pattern].time_ms != named.time_ms:
+        if (key_of := _identity(named)) not in rows or rows[key_of].time_ms != named.time_ms:
             raise ValueError(f"{path}: {key} is {named.pattern}, which is not so among the candidates; {_REMEDY}")
+    beyond = [at for at in form.front or [] if at >= len(form.candidates)]
+    if beyond:
+        raise ValueError(f"{path}: front names row {beyond[0]} of {len(form.candidates)} candidates; {_REMEDY}")
     if form.stock_full.pattern != form.full.pattern:
         raise ValueError(f"{path}: stock_full.pattern is {form.stock_full.pattern}, not {form.full.pattern}; {_REMEDY}")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Progress", "shown", "time_left"]
+__all__ = ["Progress", "shown", "spoken", "time_left"]
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, what): whole numbers of the same unit, and a few words on the last step."""
@@ -94,8 +94,17 @@ def time_left(seconds: float) -> str:
     >>> time_left(12000)
     '3 h 20 min left'
     """
+    return f"{spoken(seconds)} left"
+
+
+def spoken(seconds: float) -> str:
+    """A length of time in words, rounded.
+
+    >>> spoken(12000), spoken(42.3)
+    ('3 h 20 min', '42 s')
+    """
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s left"
+        return f"{whole} s"
     hours, rest = divmod(round(seconds / 60), 60)
-    return f"{hours} h {rest} min left" if hours else f"{rest} min left"
+    return f"{hours} h {rest} min" if hours else f"{rest} min"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ def names(report: Report) -> dict[str, str]:
 
 def pareto(report: Report) -> list[dict[str, Any]]:
     """Candidates that no other one beats in both time and accuracy, the fastest first."""
+    if report.get("front") is not None:
+        return [report["candidates"][at] for at in report["front"]]
     front: list[dict[str, Any]] = []
     for row in sorted(report["candidates"], key=lambda row: (row["time_ms"], -row["accuracy"])):
         if not front or row["accuracy"] > front[-1]["accuracy"]:
@@ -47,8 +49,15 @@ def pareto(report: Report) -> list[dict[str, Any]]:
     return front
 
 
+def same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows are of one candidate: pattern, and steps and rate where several were compared."""
+    return all(row.get(key) == other.get(key) for key in ("pattern", "steps", "lr"))
+
+
 def admissible(report: Report, row: Mapping[str, Any]) -> bool:
-    """Whether the pattern's drop, by the report's rule, is within max_drop."""
+    """Whether the pattern's drop, by the report's rule, is within max_drop, or the pattern within the budget."""
+    if row.get("admissible") is not None:
+        return bool(row["admissible"])
     if row["pattern"] == report["full"]["pattern"]:
         return True
     drop = row["drop"] if report["rule"] == "point" else row["drop_bound"]
@@ -66,6 +75,40 @@ def _points(value: float | None, ci95: float | None = None) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.2f}" + ("" if ci95 is None else f" ± {100 * ci95:.2f}")
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    """A row's pattern, with its steps and rate where several were compared."""
+    steps = [f"{row['steps']} steps"] if "steps" in row else []
+    return ", ".join([str(row["pattern"]), *steps, *([f"rate {row['lr']:g}"] if "lr" in row else [])])
+
+
+def _quartiles(row: Mapping[str, Any]) -> str:
+    """The quartiles of a row's time."""
+    time = row.get("time")
+    return "-" if time is None else f"{_ms(time['low'])}-{_ms(time['high'])}"
+
+
+def allowed(report: Report) -> str:
+    """What a candidate may cost, and how many tasks it was judged on."""
+    budget = report.get("budget")
+    if budget is not None:
+        parts = [(budget["time_ms"], "ms"), (budget["memory_mb"], "MB")]
+        told = f"Allowed: {' and '.join(f'{value:g} {unit}' for value, unit in parts if value is not None)}."
+    else:
+        rule = "drop" if report["rule"] == "point" else "95% bound of the drop"
+        told = f"Allowed: {rule} at most {100 * report['max_drop']:g} {_unit(report)}."
+    search = report.get("search")
+    if search is not None and search["kind"] == "race":
+        whole = search["candidates"] * search["tasks"]
+        told += (
+            f" A race: {search['adaptations']} adaptations of {whole}, on {search['tasks']} tasks where not ruled out."
+        )
+    return told
+
+
+def _unit(report: Report) -> str:
+    return "% of full" if report.get("relative") else "points"
 
 
 def _ms(value: float | None) -> str:
@@ -109,9 +152,9 @@ def headline(report: Report) -> Table:
     for title in ("adapt\nms", "+ query\nms", "x faster\nvs stock", "x faster\nvs ours", "accuracy\n%", "cost\npoints"):
         table.add_column(title, justify="right", no_wrap=True)
     rows = [
-        (f"MAML {full['pattern']}, stock", stock, values[0], "0"),
-        (f"MAML {full['pattern']}, ours", full, values[0], "0"),
-        (f"chosen {chosen['pattern']}, ours", chosen, values[1], _points(drop, ci95)),
+        (f"MAML {_named(full)}, stock", stock, values[0], "0"),
+        (f"MAML {_named(full)}, ours", full, values[0], "0"),
+        (f"chosen {_named(chosen)}, ours", chosen, values[1], _points(drop, ci95)),
     ]
     for title, row, value, cost in rows:
         time = row["time_ms"]
@@ -127,43 +170,54 @@ def candidates(report: Report, *, every: bool = False) -> Table:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-    known, front = names(report), [row["pattern"] for row in pareto(report)]
+    known, front = names(report), pareto(report)
+    too_much = "costs too much" if report.get("budget") is None else "beyond the budget"
     rows = sorted(report["candidates"], key=lambda row: (row["time_ms"], -row["accuracy"]))
-    keep = {*known, *front, report["chosen"]["pattern"], report["full"]["pattern"]}
-    shown = rows if every else [row for row in rows if row["pattern"] in keep]
-    unit = "% of full" if report.get("relative") else "points"
-    limit = f"{100 * report['max_drop']:g} {unit}"
-    rule = "drop" if report["rule"] == "point" else "95% bound of the drop"
+    marked = [*front, report["chosen"], report["full"]]
+    shown = [row for row in rows if every or row["pattern"] in known or any(same(row, other) for other in marked)]
     more = len(rows) - len(shown)
     table = Table(
         title="Candidates on validation tasks",
-        caption=f"Allowed: {rule} at most {limit}." + (f" {more} more patterns are in pattern.json." if more else ""),
+        caption=allowed(report) + (f" {more} more candidates are in pattern.json." if more else ""),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
+    unit = _unit(report)
+    columns: list[tuple[str, Callable[[Any], str]]] = [
+        ("steps", lambda row: str(row.get("steps", ""))),
+        ("rate", lambda row: f"{row['lr']:g}" if "lr" in row else ""),
+        ("adapt\nms", lambda row: _ms(row["time_ms"])),
+        ("quartiles\nms", _quartiles),
+        ("memory\nMB", lambda row: _ms(row.get("memory_mb"))),
+        ("tasks", lambda row: str(row.get("tasks", ""))),
+        ("accuracy\n%", lambda row: _points(row["accuracy"], row["ci95"])),
+        (f"drop\n{unit}", lambda row: _points(row["drop"])),
+        ("drop, 95%\nbound", lambda row: _points(row["drop_bound"])),
+    ]
+    optional = {"steps": "steps", "rate": "lr", "quartiles\nms": "time", "memory\nMB": "memory_mb"}
+    columns = [c for c in columns if c[0] not in optional or any(optional[c[0]] in row for row in rows)]
+    if len({row.get("tasks") for row in rows}) == 1:
+        columns = [column for column in columns if column[0] != "tasks"]
     table.add_column("pattern", no_wrap=True)
-    for title in ("adapt\nms", "accuracy\n%", f"drop\n{unit}", "drop, 95%\nbound"):
-        table.add_column(title, justify="right")
-    table.add_column("", no_wrap=True)
+    for title, _ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("")
     for row in shown:
-        pattern = row["pattern"]
+        pattern, chosen = row["pattern"], same(row, report["chosen"])
         notes = [known[pattern]] if pattern in known else []
-        notes += ["chosen"] if pattern == report["chosen"]["pattern"] else []
-        notes += ["Pareto"] if pattern in front else []
-        notes += [] if admissible(report, row) else ["costs too much"]
-        bold = "bold" if pattern == report["chosen"]["pattern"] else None
-        table.add_row(
-            pattern, _ms(row["time_ms"]), _points(row["accuracy"], row["ci95"]), _points(row["drop"]),
-            _points(row["drop_bound"]), ", ".join(notes), style=bold,
-        )  # fmt: skip
+        notes += ["chosen"] if chosen else []
+        notes += ["Pareto"] if any(same(row, other) for other in front) else []
+        notes += [] if admissible(report, row) else [too_much]
+        cells = (cell(row) for _, cell in columns)
+        table.add_row(pattern, *cells, ", ".join(notes), style="bold" if chosen else None)
     return table
 
 
 def plot(report: Report, path: str | Path, *, dark: bool = False) -> None:
-    """Write a PNG or SVG: validation accuracy (95% bars) against adaptation time, the Pareto front, the choice, MAML,
-    ANIL and plain PyTorch's full pattern. Marks differ in their forms too, for colour-blind eyes; `dark` is for a dark
-    page. Raises ValueError for another file type."""
+    """Write a PNG or SVG: validation accuracy (95% bars) against adaptation time (quartiles), the Pareto front, the
+    choice, MAML, ANIL and plain PyTorch's full pattern. Marks differ in their forms too, for colour-blind eyes; `dark`
+    is for a dark page. Raises ValueError for another file type."""
     with wanted("report", "the picture"):
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -191,8 +245,12 @@ def _draw(report: Report, axes: Axes, ink: str, blue: str) -> None:
     known, front = names(report), pareto(report)
 
     def bars(chosen_rows: list[Any], **style: Any) -> None:
+        middles = [row["time_ms"] for row in chosen_rows]
+        spans = [row.get("time") or {"low": ms, "high": ms} for row, ms in zip(chosen_rows, middles, strict=True)]
+        low = [max(0.0, ms - span["low"]) for ms, span in zip(middles, spans, strict=True)]
+        high = [max(0.0, span["high"] - ms) for ms, span in zip(middles, spans, strict=True)]
         axes.errorbar(
-            [row["time_ms"] for row in chosen_rows], [100 * row["accuracy"] for row in chosen_rows],
+            middles, [100 * row["accuracy"] for row in chosen_rows], xerr=[low, high],
             yerr=[100 * (row["ci95"] or 0) for row in chosen_rows], linestyle="none", capsize=2, elinewidth=1, **style,
         )  # fmt: skip
 
@@ -209,7 +267,7 @@ def _draw(report: Report, axes: Axes, ink: str, blue: str) -> None:
     span = max(high - low, 0.01)
     bottom = 100 * (low - (0.14 if below else 0.06) * span)
 
-    others = [row for row in above if row["pattern"] != chosen["pattern"]]
+    others = [row for row in above if not same(row, chosen)]
     bars(
         [row for row in others if not admissible(report, row)],
         fmt="x", color="0.55", markersize=5, label="costs too much accuracy",
@@ -224,7 +282,13 @@ def _draw(report: Report, axes: Axes, ink: str, blue: str) -> None:
     )  # fmt: skip
     bars([chosen], fmt="*", color=VERMILION, markersize=17, label=f"chosen: {chosen['pattern']}", zorder=5)
     if stock:
-        bars([{**full, "time_ms": stock}], fmt="s", color=ink, markersize=7, label="stock PyTorch, all layers")
+        bars(
+            [{**full, "time_ms": stock, "time": report["stock_full"].get("time")}],
+            fmt="s",
+            color=ink,
+            markersize=7,
+            label="stock PyTorch, all layers",
+        )
     if below:
         best = 100 * max(row["accuracy"] for row in below)
         axes.plot(
@@ -232,7 +296,7 @@ def _draw(report: Report, axes: Axes, ink: str, blue: str) -> None:
             markersize=5, label=f"{len(below)} lower down, up to {best:.0f}%",
         )  # fmt: skip
 
-    named = {row["pattern"]: row for row in important}
+    named = {row["pattern"]: row for row in [*important, full, chosen]}
     points = [
         (row["time_ms"], row["accuracy"], f"{known.get(pattern, '')} {pattern}".strip())
         for pattern, row in named.items()
@@ -256,7 +320,7 @@ def _draw(report: Report, axes: Axes, ink: str, blue: str) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(MaxNLocator(8))
     axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])
-    axes.set_xlabel("adaptation time, ms (log scale)")
+    axes.set_xlabel("adaptation time, ms (log scale; bars: quartiles)")
     axes.set_ylabel("validation accuracy, % (95% interval)")
     axes.grid(alpha=0.25)
 

@@ -2,124 +2,80 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lambda_kernels import info
 from lambda_kernels.agreement import DRAWS
 
-from . import models
+from . import models, racing
 from .adapt import STATISTICS, adapt
-from .choice import Candidate, Table, candidates_of, choose, finite, key_of
+from .choice import FEW_BITS, Limit, candidates_of, finite, key_of
 from .data.episodes import Task, as_tasks
-from .evaluate import ACCURACY, Evaluation, Metric, check_metric, evaluate, name_of, stack, worded
-from .files import write_json
+from .evaluate import ACCURACY, Metric, check_metric, evaluate, name_of, stack, worded
 from .goal import Goal
 from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate, Rates
 from .inner.rule import Rule, is_rule
+from .memory import measure_memory
 from .patterns import Pattern
 from .plain_torch import disagreement
 from .progress import Progress, shown
 from .ranks import ALONE, Ranks
 from .remembered_scores import Scores
+from .search import counted_or_none, planned, race_among, search_deep, suffixes_and_stages
+from .selection import Selection
 from .statistics import StatisticsError
 from .stats import mean_ci95
-from .timing import STOCK, Timing, measure_times, read_timings
+from .timing import STOCK, Timing, busy, measure_times, read_timings
+from .trials import Trial, counts_of, rates_of, trials_of
+
+__all__ = ["Selection", "rates_in_json", "select_pattern"]
 
 FEW_TASKS = 30
 """With fewer validation tasks than this a selection carries a warning."""
 
-
-@dataclass(frozen=True)
-class Selection:
-    """What `select_pattern` chose, and everything that it chose by."""
-
-    pattern: Pattern
-    table: Table
-    settings: dict[str, Any]
-    times: dict[str, Timing]
-    end_to_end_ms: dict[str, float]
-    test: dict[str, Any]
-    environment: dict[str, Any]
-    full_pattern: Pattern
-    warnings: list[str] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        rows = [(c.pattern, worded(c.score, self.table.metric), c.time_ms) for c in self.table]
-        told = [f"{p} {s} in {ms:.3g} ms" for p, s, ms in rows if p in (self.pattern, self.full_pattern)]
-        return f"Selection({self.pattern} of {len(rows)} patterns: {', '.join(told)})"
-
-    def __getitem__(self, pattern: Pattern | str) -> Candidate:
-        """The candidate of this pattern."""
-        wanted = Pattern.parse(pattern)
-        for candidate in self.table:
-            if candidate.pattern == wanted:
-                return candidate
-        raise KeyError(f"{wanted} is none of the candidates: {', '.join(str(c.pattern) for c in self.table)}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The form of pattern.json, schema 1: times in ms, accuracies as fractions, None for what is undefined.
-        Those of another metric are called scores, and `metric` names it."""
-        rows = {c.pattern: c.to_dict(self.table.metric) for c in self.table}
-        full, stock, end = rows[self.full_pattern], self.times.get(STOCK), self.end_to_end_ms
-        return {
-            "schema": 1,
-            **self.settings,
-            "chosen": {**rows[self.pattern], "end_to_end_ms": end.get(str(self.pattern))},
-            "full": {
-                **{key: full[key] for key in ("pattern", key_of(self.table.metric), "ci95", "time_ms")},
-                "end_to_end_ms": end.get(str(self.full_pattern)),
-            },
-            "stock_full": {
-                "pattern": str(self.full_pattern),
-                "time_ms": stock.median if stock else None,
-                "end_to_end_ms": end.get(STOCK),
-            },
-            "test": self.test,
-            "candidates": list(rows.values()),
-            "environment": self.environment,
-        }
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False)
-
-    def save(self, path: str | Path) -> None:
-        """Write pattern.json, atomically."""
-        write_json(path, self.to_dict())
+MANY_BITS = 12
+"""A network of more layers is searched, unless it is said how."""
 
 
 def select_pattern(
     model: nn.Module,
     tasks: Sequence[Task],
     *,
-    steps: int,
+    steps: int | Sequence[int],
     lr: Rate = DEFAULT_LR,
-    max_drop: float = 0.01,
+    rates: Sequence[float] | None = None,
+    max_drop: float | None = None,
     relative: bool = False,
     rule: str | Rule = "bound",
     decide: str | None = None,
+    max_time: float | None = None,
+    max_memory: float | None = None,
+    search: str | None = None,
+    error: float = racing.ERROR,
     norm: str = "follow",
     loss: Loss = F.cross_entropy,
     metric: Metric = ACCURACY,
     lower_is_better: bool = False,
+    statistics: str = "batch",
     patterns: Iterable[Pattern | str] | None = None,
     test_tasks: Sequence[Task] | None = None,
     timings: str | Path | None = None,
     seconds: float | None = 30.0,
     progress: Progress | bool | None = None,
+    plan: Callable[[str], object] | None = None,
     resume: str | Path | None = None,
     ranks: Ranks = ALONE,
 ) -> Selection:
-    """Evaluate every pattern on the same validation `tasks`, time each, and take the fastest within `max_drop`.
+    """Evaluate patterns on the same validation `tasks`, time them, and take the fastest within `max_drop`.
 
     >>> chosen = select_pattern(model, tasks, steps=5, lr=0.03, patterns=["00001", "00011"], seconds=0.1)
     >>> sorted(str(candidate.pattern) for candidate in chosen.table)     # chosen.pattern is one of them
@@ -128,25 +84,35 @@ def select_pattern(
     After Khabarlak 2022 (arXiv 2206.05930).
 
     steps, lr, norm, loss: of the inner loop, as in `adapt`.
+    rates: inner rates in place of `lr`. With several of them, or several `steps`, candidates are patterns with each
+        number of steps and each rate; a drop is against the full pattern with the steps and rate that suit it best.
     metric, lower_is_better: what a pattern is judged by, as in `evaluate`, and whether less of it is better:
         `loss=F.mse_loss, metric=F.mse_loss, lower_is_better=True` for regression.
+    statistics: which norm statistics it is judged with, "batch" (query images together) or "support", as in `adapt`.
     patterns: candidates; the full pattern is always among them. Default: all 2^n - 1, by parts of the network ("stages:
         ...") where it has more than 8 layers; see `choice.candidates_of`.
     max_drop: how much worse than the full pattern's the mean score may be, in the metric's unit: a fraction for
-        accuracy. With `relative`, as a fraction of the full pattern's score.
+        accuracy. With `relative`, as a fraction of the full pattern's score. Default: 0.01.
     rule: how an inner step goes, in place of `lr` (see `rules`); or how a drop is judged, "bound" or "point" (see
         `choose`), which `decide` says too.
+    max_time, max_memory: a budget in place of `max_drop`: milliseconds of an adaptation, and MB (10^6 bytes) that it
+        needs above parameters and inputs (`memory.measure_memory`). The most accurate pattern within it is taken.
+    search: "all" judges every candidate on all tasks; "race" rules candidates out after as few tasks as it takes, the
+        fastest first, with a probability of at most `error` to lose one that all tasks would admit (see `racing`). Of a
+        network of more than 8 layers a race compares suffixes and stages, and what is cheaper than their best (see
+        `search`). Default: "all", and "race" for more than 12 layers whose patterns are not given.
     test_tasks: tasks to report the choice and the full pattern on, with the norms' statistics of the query images
         together and with those of the support set (see `adapt`); none of them may be among `tasks`.
     timings: pytest-benchmark's JSON to take the times from, see `read_timings`; else adaptation is timed here on the
         first task, all patterns and plain PyTorch interleaved, for about `seconds`.
     progress: called as progress(done, total, what); True shows a bar, or lines, on stderr.
+    plan: called on rank 0 with what is to be done and the time that it is expected to take, before it starts.
     resume: a file that keeps the scores of the patterns that are evaluated, until the selection is made: the next call
         with the same weights, tasks, inner loop and metric goes on from it. None: nothing is kept.
     ranks: they divide the tasks; rank 0 alone measures times, while the others sleep. All get the same selection.
 
-    Raises ValueError for an unknown rule or metric, a max_drop out of range, no tasks, or test tasks that were chosen
-    on.
+    Raises ValueError for an unknown rule, metric or search, a max_drop out of range or beside a budget, a budget that
+    no pattern keeps (names the best there is), no tasks, or test tasks that were chosen on.
     """
     inner = rule if not isinstance(rule, str) and is_rule(rule) else None
     if inner is None and decide is None:
@@ -161,18 +127,29 @@ def select_pattern(
     check_metric(metric, tasks)
     goal = Goal(loss, metric, lower_is_better)
     name = goal.name
-    most = 1.0 if name == ACCURACY or relative else math.inf
-    if not 0 <= max_drop <= most or max_drop == math.inf:
-        raise ValueError(f"max_drop is {max_drop}, expected {'a fraction from 0 to 1' if most == 1 else '0 or more'}")
+    limit = Limit.of(max_drop, decide, relative, max_time, max_memory, name, lower_is_better)
+    _check_search(search, error, statistics)
     if test_tasks:
         _check_disjoint(tasks, test_tasks)
-    descent: dict[str, Any] = {"steps": steps, "lr": lr, "rule": inner, "norm": norm, "loss": loss}
-    candidates = candidates_of(model, patterns)
+    counts, lrs = counts_of(steps), rates_of(rates, lr, inner)
     full = Pattern.full(len(models.layer_names(model)))
+    race = search == "race" or (search is None and patterns is None and full.layers > MANY_BITS)
+    deep = race and patterns is None and full.layers > FEW_BITS
+    candidates = list(dict.fromkeys([*suffixes_and_stages(model), full])) if deep else candidates_of(model, patterns)
+    trials = trials_of(candidates, counts if len(counts) > 1 else [None], lrs if len(lrs) > 1 else [None])
+    fulls = [trial for trial in trials if trial.pattern == full]
+
+    def descent(trial: Trial) -> dict[str, Any]:
+        k, rate = trial.steps or counts[0], lrs[0] if trial.rate is None else trial.rate
+        return {"steps": k, "lr": rate, "rule": inner, "norm": norm, "loss": loss}
+
+    def how(trial: Trial) -> dict[str, Any]:
+        return {**descent(trial), "pattern": trial.pattern}
+
     ways, shots = _ways_shots(tasks[0])
     xs, ys, xq, _ = (part[0] for part in stack(tasks[:1], model))
     warnings: list[str] = []
-    if len(tasks) == 1 and decide == "bound":
+    if len(tasks) == 1 and decide == "bound" and limit.budget is None:
         warnings.append("one task has no spread, so every bound is infinite and only the full pattern is admissible")
     elif len(tasks) < FEW_TASKS:
         warnings.append(f"the choice rests on {len(tasks)} tasks, fewer than {FEW_TASKS}: take more for a firm one")
@@ -182,73 +159,179 @@ def select_pattern(
     environment = ranks.first(lambda: info.environment(xs.device))
     if timings is not None:
         file, dtype = timings, str(xs.dtype).removeprefix("torch.")
-        external, environment = ranks.first(
-            lambda: read_timings(
-                file, patterns=candidates, network=network, shots=shots, steps=steps, norm=norm, dtype=dtype
-            )
-        )
-    judged: dict[str, Any] = {**descent, "metric": metric, "ranks": ranks}
-    about = repr((steps, rates_in_json(lr, inner), norm, inner, getattr(loss, "__qualname__", loss), name))
+        config = {"network": network, "shots": shots, "norm": norm, "dtype": dtype}
+        external, environment = ranks.first(lambda: _read(file, trials, counts, config))
+    judged: dict[str, Any] = {"metric": metric, "ranks": ranks}
+    own_rates, own_loss = [rates_in_json(rate, inner) for rate in lrs], getattr(loss, "__qualname__", loss)
+    about = repr((counts, own_rates, norm, inner, own_loss, name, statistics))
     kept = Scores(Path(resume) if resume and ranks.rank == 0 else None, model.state_dict(), tasks, about)
-    plain = inner is None and isinstance(lr, (int, float))  # what plain PyTorch's loop is written for
+    plain = inner is None and isinstance(lrs[0], (int, float))  # what plain PyTorch's loop is written for
     fault: str | None = None
 
-    def measure(patterns: Iterable[Pattern], **more: Any) -> dict[str, Timing]:
-        return ranks.first(
-            lambda: measure_times(model, xs, ys, patterns=patterns, stock=fault is None, **descent, **more)
-        )
+    def measure(wanted: Sequence[Trial], **more: Any) -> dict[str, Timing]:
+        given = {**descent(reference), **more}
+        return ranks.first(lambda: measure_times(model, xs, ys, patterns=wanted, stock=fault is None, **given))
+
+    def timed(wanted: Sequence[Trial]) -> dict[Trial, Timing]:
+        """Their times; `times` gets them, too, and plain PyTorch's."""
+        times.update(measure(wanted, seconds=seconds, progress=told) if timings is None else external)
+        if timings is not None and (stock := _stock_of(reference)) in external:
+            times[STOCK] = external[stock]
+        return {trial: times[trial.timed] for trial in wanted}
+
+    def sized() -> dict[Trial, float] | None:
+        if limit.budget is None or limit.budget.memory_mb is None:
+            return None
+        return ranks.first(lambda: measure_memory(model, xs, ys, {t: how(t) for t in trials}))
 
     with shown(progress, "selecting", here=ranks.rank == 0) as told:
-        found: dict[Pattern, Evaluation] = {}
-        for pattern in candidates:
-            known = ranks.first(partial(kept.get, str(pattern)))
-            if known is None:
-                found[pattern] = evaluate(model, tasks, pattern=pattern, **judged)
-                kept.put(str(pattern), found[pattern].scores)
-            else:
-                found[pattern] = Evaluation(known, *mean_ci95(known), name)
-            if told is not None:
-                told(len(found), len(candidates), f"patterns, {pattern} at {worded(found[pattern].mean, name)}")
+        scored = _Scored(model, tasks, descent, {**judged, "statistics": statistics}, kept, told)
+        scored.candidates, scored.race = len(trials), race
+        times: dict[str, Timing] = {}
+        counted = counted_or_none(model, xs, counts[0], norm) if deep or plan is not None else None
+        if plan is not None:
+            each = scored.seconds_a_task(fulls[0])
+            todo = planned(each, trials, fulls, counted, race, len(tasks), len(test_tasks), seconds)
+            if ranks.rank == 0:
+                plan(str(todo))
+        for trial in trials if not race and limit.budget is None else fulls:
+            scored(trial, len(tasks))
+        reference = max(fulls, key=lambda trial: goal.sign * float(scored.known[trial].mean()))
         if plain:
-            given = {**descent, "lr": float(lr)}  # type: ignore[arg-type]
+            given = {k: v for k, v in descent(reference).items() if k != "rule"}
             fault = ranks.first(lambda: _disagreement(model, tasks[:DRAWS], given))
-        if fault is not None:
-            warnings.append(fault)
-            external.pop(STOCK, None)
-        times = external if timings is not None else measure(candidates, seconds=seconds, progress=told)
-    scores = {p: e.scores for p, e in found.items()}
-    times_ms = {p: times[str(p)].median for p in candidates}
-    pattern, table = choose(
-        scores, times_ms, full, max_drop=max_drop, rule=decide, relative=relative, metric=name,
-        lower_is_better=lower_is_better,
-    )  # fmt: skip
+        if deep and limit.budget is None and timings is None:
+            search_deep(trials, reference, limit, scored, counted, len(tasks), error)
+            memory, by_time = None, timed(list(scored.known))
+        else:
+            memory, by_time = sized(), timed(trials)
+            limit.check_budget(by_time, memory)
+            for trial in [] if race else trials:
+                scored(trial, len(tasks))
+            if race:
+                race_among(trials, reference, limit, scored, by_time, memory, len(tasks), error)
+    if fault is not None:
+        times.pop(STOCK, None)
+    found = {t: own[: len(tasks)] for t, own in scored.known.items()}
+    trial, table = limit.choose(found, by_time, reference, memory)
+    warnings += [said for said in (busy(by_time.values()), limit.alone(table)) if said is not None]
+    if fault is not None:
+        warnings.append(fault)
     end_to_end: dict[str, float] = {}
     if timings is None:
-        pair = measure([pattern, full], xq=xq, seconds=None if seconds is None else seconds / 4)
-        end_to_end = {name: timing.median for name, timing in pair.items()}
+        pair = measure([trial, reference], xq=xq, seconds=None if seconds is None else seconds / 4)
+        end_to_end = {key: timing.median for key, timing in pair.items()}
 
-    alone_fault = _alone_fault(model, test_tasks[:1], full, descent)
+    best = how(reference)
+    own = best if trial == reference else how(trial)
+    alone_fault = _alone_fault(model, test_tasks[:1], best)
     if alone_fault is not None:
         warnings.append(f"there are no test figures of images classified each by itself: {alone_fault}")
-    test = _on_test(model, test_tasks, pattern, full, goal.sign, judged, STATISTICS[: 1 if alone_fault else None])
+    test = _on_test(model, test_tasks, own, best, goal.sign, judged, STATISTICS[: 1 if alone_fault else None])
     kept.remove()
+    chosen = descent(trial)
     return Selection(
-        pattern=pattern,
+        trial=trial,
+        full_trial=reference,
         table=table,
         settings={
             "network": network.get("network", type(model).__name__),
-            "ways": ways, "shots": shots, "steps": steps, "lr": rates_in_json(lr, inner), "norm": norm,
+            "ways": ways, "shots": shots, "steps": chosen["steps"], "lr": rates_in_json(chosen["lr"], inner),
+            "norm": norm,
             **({} if inner is None else {"inner_rule": repr(inner)}),
             **({} if name == ACCURACY else {"metric": name, "lower_is_better": lower_is_better}),
-            "max_drop": max_drop, "rule": decide, "relative": relative,
+            **limit.to_dict(),
+            "statistics": statistics,
+            "search": {
+                "kind": "race" if race else "all", "tasks": len(tasks), "candidates": len(found if deep else trials),
+                "adaptations": sum(map(len, found.values())), **({"error": error} if race else {}),
+            },
         },
         times=times,
         end_to_end_ms=end_to_end,
         test=test,
         environment=environment,
-        full_pattern=full,
         warnings=warnings,
     )  # fmt: skip
+
+
+class _Scored:
+    """The scores of candidates on the first so many tasks, evaluated as they are asked for, and kept."""
+
+    def __init__(
+        self, model: nn.Module, tasks: Sequence[Task], descent: Callable[[Trial], dict[str, Any]],
+        judged: Mapping[str, Any], kept: Scores, told: Progress | None,
+    ) -> None:  # fmt: skip
+        self.model, self.tasks, self.descent, self.judged = model, tasks, descent, judged
+        self.kept, self.told = kept, told
+        self.known: dict[Trial, Tensor] = {}
+        self.candidates, self.race = 0, False  # for the progress
+
+    def __call__(self, trial: Trial, count: int) -> Tensor:
+        ranks, known = self.judged["ranks"], self.known.get(trial)
+        if known is None:
+            known = ranks.first(partial(self.kept.get, str(trial)))
+        begin = 0 if known is None else len(known)
+        if begin < count:
+            how = {**self.descent(trial), **self.judged}
+            more = evaluate(self.model, self.tasks[begin:count], pattern=trial.pattern, first=begin, **how).scores
+            known = more if known is None else torch.cat([known, more])
+            self.kept.put(str(trial), known)
+        assert known is not None
+        if self.told is not None and len(self.known.get(trial, ())) < len(known):
+            self._tell(self.told, trial, known)
+        self.known[trial] = known
+        return known[:count]
+
+    def seconds_a_task(self, trial: Trial) -> float | None:
+        """How long a task takes, by some of the first ones; None where these were evaluated before."""
+        if self.judged["ranks"].first(partial(self.kept.get, str(trial))) is not None:
+            return None
+        begun = 0
+        for count in (2, 10):  # the first ones load and capture
+            start, count = time.perf_counter(), min(count, len(self.tasks))
+            if count > begun:
+                self(trial, count)
+                each, begun = (time.perf_counter() - start) / (count - begun), count
+        return each
+
+    def _tell(self, told: Progress, trial: Trial, scores: Tensor) -> None:
+        known = {**self.known, trial: scores}
+        at = f"{trial} at {worded(float(scores.mean()), name_of(self.judged['metric']))}"
+        if self.race:
+            done, whole = sum(map(len, known.values())), self.candidates * len(self.tasks)
+            told(done, max(done, whole), f"adaptations at most, {at}")
+        else:
+            told(len(known), self.candidates, f"patterns, {at}")
+
+
+def _check_search(search: str | None, error: float, statistics: str) -> None:
+    if search not in (None, "all", "race"):
+        raise ValueError(f"search is {search!r}, expected 'all' or 'race'")
+    if not 0 < error < 1:
+        raise ValueError(f"error is {error}, expected a probability between 0 and 1")
+    if statistics not in STATISTICS:
+        raise ValueError(f"statistics is {statistics!r}, expected {' or '.join(map(repr, STATISTICS))}")
+
+
+def _read(
+    path: str | Path, trials: Sequence[Trial], counts: Sequence[int], config: Mapping[str, Any]
+) -> tuple[dict[str, Timing], dict[str, Any]]:
+    """Times from a file by `Trial.timed`, plain PyTorch's by `_stock_of`."""
+    found: dict[str, Timing] = {}
+    environment: dict[str, Any] = {}
+    for k in counts:
+        own = [t for t in trials if t.steps in (None, k)]
+        times, environment = read_timings(path, patterns={t.pattern: None for t in own}, steps=k, **config)
+        found |= {t.timed: times[str(t.pattern)] for t in own}
+        if STOCK in times:
+            found[_stock_of(own[0])] = times[STOCK]
+    return found, environment
+
+
+def _stock_of(trial: Trial) -> str:
+    """What plain PyTorch's time with a candidate's number of steps is called."""
+    return STOCK if trial.steps is None else f"{STOCK}, {trial.steps} steps"
 
 
 def _disagreement(model: nn.Module, tasks: Sequence[Task], descent: Mapping[str, Any]) -> str | None:
@@ -262,43 +345,42 @@ def _disagreement(model: nn.Module, tasks: Sequence[Task], descent: Mapping[str,
     return fault
 
 
-def _alone_fault(model: nn.Module, tasks: Sequence[Task], full: Pattern, descent: Mapping[str, Any]) -> str | None:
+def _alone_fault(model: nn.Module, tasks: Sequence[Task], full: Mapping[str, Any]) -> str | None:
     """Why the network, adapted to a task, cannot classify images each by itself; None where it can. All ranks ask."""
     for task in tasks:
         xs, ys, _, _ = (part[0] for part in stack([task], model))
         try:
-            adapt(model, xs, ys, pattern=full, statistics="support", **descent)
+            adapt(model, xs, ys, statistics="support", **full)
         except StatisticsError as error:
             return str(error)
     return None
 
 
 def _on_test(
-    model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, sign: int, judged: Mapping[str, Any],
-    statistics: Sequence[str],
+    model: nn.Module, tasks: Sequence[Task], own: Mapping[str, Any], full: Mapping[str, Any], sign: int,
+    judged: Mapping[str, Any], statistics: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """The choice and the full pattern on `tasks`: query images together, and under "support" each by itself."""
-    together, *alone = (
-        _compared(model, tasks, pattern, full, sign, {**judged, "statistics": kind}) for kind in statistics
-    )
+    together, *alone = (_compared(model, tasks, own, full, sign, {**judged, "statistics": kind}) for kind in statistics)
     return {"tasks": len(tasks), **together, "support": alone[0] if alone else None}
 
 
 def _compared(
-    model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, sign: int, judged: Mapping[str, Any]
-) -> dict[str, float | None]:
+    model: nn.Module, tasks: Sequence[Task], own: Mapping[str, Any], full: Mapping[str, Any], sign: int,
+    judged: Mapping[str, Any],
+) -> dict[str, float | None]:  # fmt: skip
     """Mean scores, and the drop (how much worse the choice is) with its two-sided interval."""
     full_key, chosen_key = (f"{which}_{key_of(name_of(judged['metric']))}" for which in ("full", "chosen"))
     if not tasks:
         return {full_key: None, chosen_key: None, "drop": None, "drop_ci95": None}
-    best = evaluate(model, tasks, pattern=full, **judged)
-    own = best if pattern == full else evaluate(model, tasks, pattern=pattern, **judged)
-    drop, ci95 = mean_ci95(sign * (best.scores - own.scores))
+    best = evaluate(model, tasks, **full, **judged)
+    chosen = best if own is full else evaluate(model, tasks, **own, **judged)
+    drop, ci95 = mean_ci95(sign * (best.scores - chosen.scores))
     return {
         full_key: best.mean,
-        chosen_key: own.mean,
+        chosen_key: chosen.mean,
         "drop": drop,
-        "drop_ci95": 0.0 if pattern == full else finite(ci95),
+        "drop_ci95": 0.0 if own is full else finite(ci95),
     }
 
 

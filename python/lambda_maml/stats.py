@@ -24,6 +24,16 @@ def t_central(t: float, dof: int) -> float:
     return 2 / math.pi * (theta + sin * total) if odd else sin * total
 
 
+def t_tail(t: float, dof: int) -> float:
+    """P(X > t) for Student's t with `dof` degrees of freedom, to about 1e-15.
+
+    >>> round(t_tail(2.0, 10), 4), t_tail(0.0, 3)
+    (0.0367, 0.5)
+    """
+    inside = t_central(abs(t), dof)
+    return (1 - inside) / 2 if t >= 0 else (1 + inside) / 2
+
+
 @lru_cache(maxsize=256)
 def t_quantile(p: float, dof: int) -> float:
     """The value below which Student's t with `dof` degrees of freedom lies with probability `p`, by bisection.

@@ -30,9 +30,14 @@ from .inner.rule import Rule
 from .patterns import Pattern
 from .plain_torch import inner_loop, inner_parameters
 from .progress import Progress
+from .trials import Trial
 
 STOCK = "stock_full"
 """Name of the full pattern run by plain PyTorch among the timings."""
+
+
+BUSY = 0.2
+"""Quartiles that lie further apart than this share of the median are told as those of a busy machine."""
 
 
 class Timing(NamedTuple):
@@ -41,6 +46,40 @@ class Timing(NamedTuple):
     median: float
     q1: float
     q3: float
+
+
+def median_of(time: float | Timing) -> float:
+    """The median of a timing; a number is one without quartiles."""
+    return time.median if isinstance(time, Timing) else time
+
+
+def is_tie(one: float | Timing, other: float | Timing) -> bool:
+    """Whether two times cannot be told apart: each median lies between the other's quartiles, or they are equal.
+
+    >>> is_tie(Timing(1.00, 0.97, 1.06), Timing(1.04, 0.99, 1.10)), is_tie(1.0, 1.04)
+    (True, False)
+    """
+    if not (isinstance(one, Timing) and isinstance(other, Timing)):
+        return median_of(one) == median_of(other)
+    within = one.q1 <= other.median <= one.q3 and other.q1 <= one.median <= other.q3
+    return within or one.median == other.median
+
+
+def busy(times: Iterable[Timing]) -> str | None:
+    """That the machine was busy while it was timed, where the quartiles of half of the times or more lie apart by more
+    than a fifth of the median; else None.
+
+    >>> busy([Timing(1.0, 0.98, 1.04), Timing(2.0, 1.97, 2.1)]) is None
+    True
+    """
+    spreads = [(t.q3 - t.q1) / t.median for t in times]
+    middle = statistics.median(spreads) if spreads else 0.0
+    if middle <= BUSY:
+        return None
+    return (
+        f"the machine was busy: the quartiles of an adaptation's time lie {middle:.0%} apart (median over patterns); "
+        "times that cannot be told apart count as equal: repeat it on a quiet machine, or for longer (--seconds)"
+    )
 
 
 class _Stats(msgspec.Struct):
@@ -144,29 +183,32 @@ def _summary(times: Sequence[float]) -> Timing:
 
 
 def measure_times(
-    model: nn.Module, xs: Tensor, ys: Tensor, *, patterns: Iterable[Pattern | str], steps: int, lr: Rate = DEFAULT_LR,
-    rule: Rule | None = None, norm: str = "follow", loss: Loss = F.cross_entropy, stock: bool = True,
-    xq: Tensor | None = None, repeats: int = 20, warmup: int = 2, seconds: float | None = None,
+    model: nn.Module, xs: Tensor, ys: Tensor, *, patterns: Iterable[Pattern | str | Trial], steps: int,
+    lr: Rate = DEFAULT_LR, rule: Rule | None = None, norm: str = "follow", loss: Loss = F.cross_entropy,
+    stock: bool = True, xq: Tensor | None = None, repeats: int = 20, warmup: int = 2, seconds: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
     """Adaptation time of every pattern on xs [N, C, H, W], ys [N], interleaved in this process; keys are the patterns'
-    texts.
+    texts. A `Trial` may have its own number of steps, and has the key `timed`.
 
     With `stock`, also that of the full pattern in plain PyTorch, under the name `STOCK`: its parameters are copied
     before the clock starts, while `adapt` pays for its own copies; it is plain gradient descent with one rate, so that
     it is left out for other rules. With `xq`, the times include classifying `xq`.
     """
 
-    def ours(pattern: Pattern) -> Callable[[], object]:
+    def ours(trial: Trial) -> Callable[[], object]:
+        pattern, k = trial.pattern, steps if trial.steps is None else trial.steps
+
         def run() -> None:
-            learner = adapt(model, xs, ys, pattern=pattern, steps=steps, lr=lr, rule=rule, norm=norm, loss=loss)
+            learner = adapt(model, xs, ys, pattern=pattern, steps=k, lr=lr, rule=rule, norm=norm, loss=loss)
             if xq is not None:
                 with torch.no_grad():
                     learner(xq)
 
         return run
 
-    runs: dict[str, Callable[[], object]] = {str(p): ours(p) for p in (Pattern.of(model, p) for p in patterns)}
+    trials = [p if isinstance(p, Trial) else Trial(Pattern.of(model, p)) for p in patterns]
+    runs: dict[str, Callable[[], object]] = {trial.timed: ours(trial) for trial in trials}
     plain = stock and rule is None and isinstance(lr, (int, float))
     yardstick = _Stock(model, xs, ys, steps, float(lr), norm, loss, xq) if plain else None  # type: ignore[arg-type]
     if yardstick is not None:
