@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def main() -> None:
         model, _ = checkpoint.load(Path(folder) / BEST)
     episode = {"ways": settings.ways, "shots": settings.shots, "query": DEMO["query"]}
     tasks = data.sample_tasks(val_set, given.tasks, seed=SELECT_SEED, **episode)
-    inner = {"steps": settings.evaluation_steps, "lr": settings.lr, "norm": settings.norm}
+    inner: dict[str, Any] = {"steps": settings.evaluation_steps, "lr": settings.lr, "norm": settings.norm}
     patterns = list(Pattern.all(5))
     scores = torch.stack([evaluate(model, tasks, pattern=pattern, **inner).scores for pattern in patterns])
     queries = len(tasks[0].yq)
