@@ -1,7 +1,7 @@
 """Data sets and tasks of other packages: data.from_dataset, from_learn2learn, from_torchmeta, from_easyfsl.
 
 The packages are not here. What they give was looked at once (torchvision 0.28, datasets 5.2, learn2learn 0.2, torchmeta
-1.8, easyfsl 1.5) and is made anew: the same containers, types and shapes.
+1.8, easyfsl 1.5) and is made anew: the same containers, types and shapes. `test_foreign_packages` takes it from them.
 """
 
 from __future__ import annotations
