@@ -140,7 +140,11 @@ def selected(ranks: Ranks, tasks: list[data.Task]) -> tuple[Any, ...]:
         network(), tasks[:9], test_tasks=tasks[9:], steps=2, lr=0.1, patterns=["00001", "00011"], seconds=0.0,
         max_drop=1.0, ranks=ranks, progress=lambda done, total, what: calls.append(what),
     )  # fmt: skip
-    return chosen.to_dict(), any(call == "timing rounds" for call in calls)
+    raced = select_pattern(
+        network(), tasks, steps=2, lr=0.1, patterns=["00001", "11110"], seconds=0.0, search="race", rule="point",
+        ranks=ranks,
+    )  # fmt: skip
+    return chosen.to_dict(), any(call == "timing rounds" for call in calls), raced.to_dict()
 
 
 def spread(row: dict[str, Any]) -> Timing:
@@ -149,10 +153,10 @@ def spread(row: dict[str, Any]) -> Timing:
 
 def test_ranks_choose_what_one_process_would_by_the_times_of_rank_0():
     tasks = data.sample_tasks(VAL, 14, ways=3, shots=1, query=4, seed=1)
-    found, (other, other_timed) = values(launch(2, selected, tasks))
-    assert found == (other, True) and not other_timed
+    found, (other, other_timed, raced) = values(launch(2, selected, tasks))
+    assert found == (other, True, raced) and not other_timed and raced["search"]["kind"] == "race"
     times = {row["pattern"]: row["time_ms"] for row in other["candidates"]}
-    alone, _ = selected(ALONE, tasks)
+    alone, *_ = selected(ALONE, tasks)
     for report in (other, alone):  # the same but for the times
         ordered = sorted(report["candidates"], key=lambda row: (row["time_ms"], -row["accuracy"], row["pattern"]))
         tied = [row for row in ordered if row is ordered[0] or is_tie(spread(row), spread(ordered[0]))]

@@ -327,6 +327,7 @@ def test_timings_of_a_benchmark_choose(model, tasks, tmp_path):
     assert str(chosen.pattern) == "00011"
     assert {row["pattern"]: row["time_ms"] for row in report["candidates"]} == {k: MS[k] for k in MS if k != STOCK}
     assert report["stock_full"]["time_ms"] == 20.0 and report["environment"]["device"] == "H1"
+    assert report["chosen"]["time"] == {"low": 0.5, "median": 1.0, "high": 2.0}
     assert reports.speedups(report) == {"over_stock_full": 20.0, "over_full": 10.0}
 
 

@@ -267,14 +267,17 @@ def _draw(report: Report, axes: Axes, ink: str, blue: str) -> None:
     span = max(high - low, 0.01)
     bottom = 100 * (low - (0.14 if below else 0.06) * span)
 
+    within, beyond = "within the allowed drop", "costs too much accuracy"
+    if report.get("budget") is not None:
+        within, beyond = "within the budget", "beyond the budget"
     others = [row for row in above if not same(row, chosen)]
     bars(
         [row for row in others if not admissible(report, row)],
-        fmt="x", color="0.55", markersize=5, label="costs too much accuracy",
+        fmt="x", color="0.55", markersize=5, label=beyond,
     )  # fmt: skip
     bars(
         [row for row in others if admissible(report, row)],
-        fmt="o", color=blue, markersize=6, label="within the allowed drop",
+        fmt="o", color=blue, markersize=6, label=within,
     )  # fmt: skip
     axes.plot(
         [row["time_ms"] for row in front], [100 * row["accuracy"] for row in front], drawstyle="steps-post",

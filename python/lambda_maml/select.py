@@ -34,7 +34,7 @@ from .search import counted_or_none, planned, race_among, search_deep, suffixes_
 from .selection import Selection
 from .statistics import StatisticsError
 from .stats import mean_ci95
-from .timing import STOCK, Timing, busy, measure_times, read_timings
+from .timing import STOCK, Timing, busy, measure_times, read_trials, stock_of
 from .trials import Trial, counts_of, rates_of, trials_of
 
 __all__ = ["Selection", "rates_in_json", "select_pattern"]
@@ -160,7 +160,7 @@ def select_pattern(
     if timings is not None:
         file, dtype = timings, str(xs.dtype).removeprefix("torch.")
         config = {"network": network, "shots": shots, "norm": norm, "dtype": dtype}
-        external, environment = ranks.first(lambda: _read(file, trials, counts, config))
+        external, environment = ranks.first(lambda: read_trials(file, trials, counts, config))
     judged: dict[str, Any] = {"metric": metric, "ranks": ranks}
     own_rates, own_loss = [rates_in_json(rate, inner) for rate in lrs], getattr(loss, "__qualname__", loss)
     about = repr((counts, own_rates, norm, inner, own_loss, name, statistics))
@@ -175,7 +175,7 @@ def select_pattern(
     def timed(wanted: Sequence[Trial]) -> dict[Trial, Timing]:
         """Their times; `times` gets them, too, and plain PyTorch's."""
         times.update(measure(wanted, seconds=seconds, progress=told) if timings is None else external)
-        if timings is not None and (stock := _stock_of(reference)) in external:
+        if timings is not None and (stock := stock_of(reference)) in external:
             times[STOCK] = external[stock]
         return {trial: times[trial.timed] for trial in wanted}
 
@@ -312,26 +312,6 @@ def _check_search(search: str | None, error: float, statistics: str) -> None:
         raise ValueError(f"error is {error}, expected a probability between 0 and 1")
     if statistics not in STATISTICS:
         raise ValueError(f"statistics is {statistics!r}, expected {' or '.join(map(repr, STATISTICS))}")
-
-
-def _read(
-    path: str | Path, trials: Sequence[Trial], counts: Sequence[int], config: Mapping[str, Any]
-) -> tuple[dict[str, Timing], dict[str, Any]]:
-    """Times from a file by `Trial.timed`, plain PyTorch's by `_stock_of`."""
-    found: dict[str, Timing] = {}
-    environment: dict[str, Any] = {}
-    for k in counts:
-        own = [t for t in trials if t.steps in (None, k)]
-        times, environment = read_timings(path, patterns={t.pattern: None for t in own}, steps=k, **config)
-        found |= {t.timed: times[str(t.pattern)] for t in own}
-        if STOCK in times:
-            found[_stock_of(own[0])] = times[STOCK]
-    return found, environment
-
-
-def _stock_of(trial: Trial) -> str:
-    """What plain PyTorch's time with a candidate's number of steps is called."""
-    return STOCK if trial.steps is None else f"{STOCK}, {trial.steps} steps"
 
 
 def _disagreement(model: nn.Module, tasks: Sequence[Task], descent: Mapping[str, Any]) -> str | None:

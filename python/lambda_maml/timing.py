@@ -318,6 +318,26 @@ def read_timings(
     return {name: timing for name, (timing,) in found.items()}, next(iter(environments.values()))
 
 
+def read_trials(
+    path: str | Path, trials: Sequence[Trial], counts: Sequence[int], config: Mapping[str, Any]
+) -> tuple[dict[str, Timing], dict[str, Any]]:
+    """`read_timings` of candidates with these numbers of steps, by `Trial.timed`; plain PyTorch's by `stock_of`."""
+    found: dict[str, Timing] = {}
+    environment: dict[str, Any] = {}
+    for k in counts:
+        own = [t for t in trials if t.steps in (None, k)]
+        times, environment = read_timings(path, patterns={t.pattern: None for t in own}, steps=k, **config)
+        found |= {t.timed: times[str(t.pattern)] for t in own}
+        if STOCK in times:
+            found[stock_of(own[0])] = times[STOCK]
+    return found, environment
+
+
+def stock_of(trial: Trial) -> str:
+    """What plain PyTorch's time with a candidate's number of steps is called."""
+    return STOCK if trial.steps is None else f"{STOCK}, {trial.steps} steps"
+
+
 def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> list[str]:
     """Each field in which the two differ, as "steps (5 in the file, 10 here)"."""
     found = []
