@@ -18,6 +18,7 @@ from lambda_kernels.agreement import DRAWS
 
 from . import models
 from .adapt import STATISTICS
+from .checkpoint import digest, tensors_of_rule
 from .choice import Candidate, Table, candidates_of, choose, finite, key_of
 from .data.episodes import Task, as_tasks
 from .evaluate import ACCURACY, Evaluation, Metric, check_metric, evaluate, name_of, stack, worded
@@ -26,11 +27,14 @@ from .goal import Goal
 from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate, Rates
 from .inner.rule import Rule, is_rule
+from .inner.rules import rule_of
 from .patterns import Pattern
+from .places import Solver
 from .plain_torch import disagreement
 from .progress import Progress, shown
 from .ranks import ALONE, Ranks
 from .remembered_scores import Scores
+from .solved import check_inner
 from .stats import mean_ci95
 from .timing import STOCK, Timing, measure_times, read_timings
 
@@ -117,6 +121,7 @@ def select_pattern(
     progress: Progress | bool | None = None,
     resume: str | Path | None = None,
     ranks: Ranks = ALONE,
+    solver: Solver | None = None,
 ) -> Selection:
     """Evaluate every pattern on the same validation `tasks`, time each, and take the fastest within `max_drop`.
 
@@ -133,6 +138,8 @@ def select_pattern(
         ...") where it has more than 8 layers; see `choice.candidates_of`.
     max_drop: how much worse than the full pattern's the mean score may be, in the metric's unit: a fraction for
         accuracy. With `relative`, as a fraction of the full pattern's score.
+    solver: what finds the parameters in place of `steps` steps of `lr` or a rule, as in `adapt`; every candidate, the
+        full pattern too, has to fit it.
     rule: how an inner step goes, in place of `lr` (see `rules`); or how a drop is judged, "bound" or "point" (see
         `choose`), which `decide` says too.
     test_tasks: tasks to report the choice and the full pattern on, with the norms' statistics of the query images
@@ -165,7 +172,7 @@ def select_pattern(
         raise ValueError(f"max_drop is {max_drop}, expected {'a fraction from 0 to 1' if most == 1 else '0 or more'}")
     if test_tasks:
         _check_disjoint(tasks, test_tasks)
-    descent: dict[str, Any] = {"steps": steps, "lr": lr, "rule": inner, "norm": norm, "loss": loss}
+    descent: dict[str, Any] = {"steps": steps, "lr": lr, "rule": inner, "norm": norm, "loss": loss, "solver": solver}
     candidates = candidates_of(model, patterns)
     full = Pattern.full(len(models.layer_names(model)))
     ways, shots = _ways_shots(tasks[0])
@@ -176,6 +183,9 @@ def select_pattern(
     elif len(tasks) < FEW_TASKS:
         warnings.append(f"the choice rests on {len(tasks)} tasks, fewer than {FEW_TASKS}: take more for a firm one")
 
+    for pattern in candidates if inner is not None or solver is not None else ():
+        if not pattern.rows:
+            check_inner(model, xs, ys, pattern, steps, norm, False, loss, rule_of(lr, inner), solver)
     network = _network(model)
     external: dict[str, Timing] = {}
     environment = ranks.first(lambda: info.environment(xs.device))
@@ -187,9 +197,10 @@ def select_pattern(
             )
         )
     judged: dict[str, Any] = {**descent, "metric": metric, "ranks": ranks}
-    about = repr((steps, rates_in_json(lr, inner), norm, inner, getattr(loss, "__qualname__", loss), name))
+    who = (inner,) if solver is None else (inner, solver, digest(tensors_of_rule(solver), ""))
+    about = repr((steps, rates_in_json(lr, inner), norm, *who, getattr(loss, "__qualname__", loss), name))
     kept = Scores(Path(resume) if resume and ranks.rank == 0 else None, model.state_dict(), tasks, about)
-    plain = inner is None and isinstance(lr, (int, float))  # what plain PyTorch's loop is written for
+    plain = inner is None and solver is None and isinstance(lr, (int, float))  # as plain PyTorch's loop is
     fault: str | None = None
 
     def measure(patterns: Iterable[Pattern], **more: Any) -> dict[str, Timing]:
@@ -226,6 +237,7 @@ def select_pattern(
         pair = measure([pattern, full], xq=xq, seconds=None if seconds is None else seconds / 4)
         end_to_end = {name: timing.median for name, timing in pair.items()}
 
+    own = inner if solver is None else solver
     test = _on_test(model, test_tasks, pattern, full, goal.sign, judged)
     kept.remove()
     return Selection(
@@ -233,8 +245,8 @@ def select_pattern(
         table=table,
         settings={
             "network": network.get("network", type(model).__name__),
-            "ways": ways, "shots": shots, "steps": steps, "lr": rates_in_json(lr, inner), "norm": norm,
-            **({} if inner is None else {"inner_rule": repr(inner)}),
+            "ways": ways, "shots": shots, "steps": steps, "lr": rates_in_json(lr, own), "norm": norm,
+            **({} if own is None else {"inner_rule": " ".join(repr(own).split())}),
             **({} if name == ACCURACY else {"metric": name, "lower_is_better": lower_is_better}),
             "max_drop": max_drop, "rule": decide, "relative": relative,
         },
@@ -252,7 +264,7 @@ def _disagreement(model: nn.Module, tasks: Sequence[Task], descent: Mapping[str,
     fault: str | None = None
     for task in tasks:
         xs, ys, _, _ = (part[0] for part in stack([task], model))
-        fault = disagreement(model, xs, ys, **{k: v for k, v in descent.items() if k != "rule"})
+        fault = disagreement(model, xs, ys, **{k: v for k, v in descent.items() if k not in ("rule", "solver")})
         if fault is None:
             break
     return fault
@@ -262,8 +274,11 @@ def _on_test(
     model: nn.Module, tasks: Sequence[Task], pattern: Pattern, full: Pattern, sign: int, judged: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The choice and the full pattern on `tasks`: query images together, and under "support" each by itself."""
+    linearised = getattr(judged["solver"], "linearises", False)  # its predictions are those of no network
     together, alone = (
-        _compared(model, tasks, pattern, full, sign, {**judged, "statistics": statistics}) for statistics in STATISTICS
+        _compared(model, () if linearised and how == "support" else tasks, pattern, full, sign, given)
+        for how in STATISTICS
+        for given in [{**judged, "statistics": how}]
     )
     return {"tasks": len(tasks), **together, "support": alone}
 
@@ -286,7 +301,7 @@ def _compared(
     }
 
 
-def rates_in_json(lr: Rate, rule: Rule | None) -> Any:
+def rates_in_json(lr: Rate, rule: Any) -> Any:
     """Inner rates as pattern.json has them: a number, rows of numbers, or None where a rule has its own."""
     if rule is not None:
         return None
