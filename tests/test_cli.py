@@ -14,7 +14,7 @@ from PIL import Image
 from lambda_maml import checkpoint, cli, data
 from lambda_maml.timing import STOCK, timing_info
 
-COMMANDS = ["demo", "train", "select", "eval", "adapt", "predict", "export", "report", "info"]
+COMMANDS = ["demo", "train", "methods", "select", "eval", "adapt", "predict", "export", "report", "info"]
 
 
 def call(*args: Any) -> int:

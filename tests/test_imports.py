@@ -95,7 +95,8 @@ INSIDE = {
         "learner": {"export", "inner", "plan", "statistics"},
         "places": {"inner", "patterns"},
         "solved": {"inner", "learner", "patterns", "places"},
-        "methods": {"cost", "data", "inner", "network", "patterns", "places"},
+        "methods": {"cost", "data", "inner", "models", "network", "patterns", "places"},
+        "saved_parts": {"checkpoint", "methods", "parts"},
         "adapt": {"inner", "learner", "patterns", "places", "say", "solved", "statistics"},
         "explain": {"inner", "learner", "patterns", "places", "solved"},
         "maml": {"inner", "learner", "patterns", "plan"},
@@ -115,7 +116,7 @@ INSIDE = {
         "goal": {"evaluate", "inner"},
         "plain_torch": {"adapt", "models", "patterns"},
         "timing": {
-            "adapt", "files", "forms", "inner", "models", "patterns", "plain_torch", "progress", "trials"
+            "adapt", "files", "forms", "inner", "models", "patterns", "places", "plain_torch", "progress", "trials"
         },
         "run_tasks": {"data", "settings"},
         "stopping": set(),
@@ -129,13 +130,13 @@ INSIDE = {
         "run_state": {"average", "checkpoint", "forms", "inner", "ranks", "settings"},
         "train": {
             "ahead", "average", "checkpoint", "data", "evaluate", "files", "goal", "inner", "learned_rates", "lock",
-            "metrics", "models", "outer", "parts", "progress", "ranks", "run_state", "run_tasks", "say", "schedule",
-            "settings", "stopping",
+            "metrics", "models", "outer", "parts", "progress", "ranks", "run_state", "run_tasks", "saved_parts", "say",
+            "schedule", "settings", "stopping",
         },
         "select": {
-            "adapt", "choice", "data", "evaluate", "goal", "inner", "memory", "models", "patterns", "plain_torch",
-            "progress", "racing", "ranks", "remembered_scores", "search", "selection", "statistics", "stats", "timing",
-            "trials",
+            "adapt", "checkpoint", "choice", "data", "evaluate", "goal", "inner", "memory", "models", "patterns",
+            "places", "plain_torch", "progress", "racing", "ranks", "remembered_scores", "search", "selection",
+            "solved", "statistics", "stats", "timing", "trials",
         },
         "remembered_scores": {"checkpoint", "files", "forms"},
         "pattern_json": {"files", "forms", "patterns"},
@@ -153,16 +154,18 @@ INSIDE = {
         "cli_config": {"cli_types", "extras"},
         "cli_data": {"cli_types", "console", "data", "models", "ranks"},
         "cli_train": {
-            "cli_data", "cli_types", "console", "models", "processes", "ranks", "settings", "stopping", "train"
+            "cli_data", "cli_methods", "cli_types", "console", "models", "processes", "ranks", "settings", "stopping",
+            "train"
         },
+        "cli_methods": {"console", "inner", "methods", "network", "parts", "patterns", "saved_parts", "settings"},
         "cli_select": {"cli_types", "console"},
         "cli_report": {"cli_types", "console", "pattern_json", "report", "report_html", "report_runs"},
         "cli_export": {"checkpoint", "cli_types", "console", "export", "images", "learner", "onnx_file"},
         "cli": {
-            "adapt", "checkpoint", "cli_config", "cli_data", "cli_export", "cli_report", "cli_select", "cli_train",
-            "cli_types", "console", "data", "evaluate", "explain", "files", "images", "inner", "learned_rates", "lock",
-            "models", "pattern_json", "patterns", "processes", "ranks", "report", "run_state", "select", "statistics",
-            "stats", "train",
+            "adapt", "checkpoint", "cli_config", "cli_data", "cli_export", "cli_methods", "cli_report", "cli_select",
+            "cli_train", "cli_types", "console", "data", "evaluate", "explain", "files", "images", "inner",
+            "learned_rates", "lock", "models", "pattern_json", "patterns", "processes", "ranks", "report", "run_state",
+            "select", "statistics", "stats", "train",
         },
         "__main__": {"cli", "extras"},
     },
@@ -176,7 +179,8 @@ INSIDE = {
         "chain": {"adaptation"},
         "outer": {"adaptation", "chain", "rules"},
         "autograd": {"adaptation", "checks", "rule", "rules"},
-        "loop": {"adaptation", "autograd", "chain", "outer", "state"},
+        "stepwise": {"adaptation", "autograd", "chain", "outer", "rule"},
+        "loop": {"adaptation", "autograd", "chain", "outer", "state", "stepwise"},
         "problem": {"adaptation", "autograd", "checks", "loop", "rule"},
         "channels": {"checks", "rule", "state"},
         "recorded": {"adaptation", "chain", "channels", "loop"},

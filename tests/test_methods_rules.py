@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from loops import CONV4, all_close
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lambda_kernels import agreement
 from lambda_maml import Pattern, adapt, adapt_tasks, explain, rules
 from lambda_maml.cost import layer_costs
 from lambda_maml.data import Task
@@ -121,13 +123,36 @@ def test_learned_numbers_have_the_slope_of_the_outer_loss(kind: str, steps: int)
         assert abs(slope - (values[0] - values[1]) / 2e-5) < 1e-6
 
 
-def test_learned_rates_stay_on_the_chain_and_generated_ones_say_why_not() -> None:
+def test_learned_and_generated_rates_stay_on_the_chain_and_say_why_on_no_faster_one() -> None:
     xs, ys, _, _ = CONV4.task()
     given: dict[str, Any] = {"pattern": "00011", "steps": STEPS, "second_order": True}
     told = explain(CONV4.network, xs, rule=lslr(names("00011"), STEPS), **given)
     assert "steps 1 to 3: a chain with its own way back" in told
     told = explain(CONV4.network, xs, rule=alfa(names("00011"), STEPS), **given)
-    assert "steps 1 to 3: autograd" in told and "is no gradient descent with one rate per parameter and step" in told
+    assert "steps 1 to 3: a chain's gradients" in told
+    assert "is no gradient descent with one rate per parameter and step" in told
+    told = explain(CONV4.network, xs, rule=alfa(names("00011"), STEPS), loss=F.multi_margin_loss, **given)
+    assert "steps 1 to 3: autograd" in told and "not a chain's gradients: the loss is multi_margin_loss" in told
+
+
+@PATTERNS
+@pytest.mark.parametrize("second_order", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_generated_rates_on_a_chain_are_those_by_autograd(pattern: str, second_order: bool, dtype: torch.dtype) -> None:
+    """The rule's error against float64 by autograd is at most twice that of autograd in its dtype, and rounding."""
+    found: dict[str, list[Tensor]] = {}
+    for way, own in (("truth", torch.float64), ("autograd", dtype), ("chain", dtype)):
+        network, rule = copy.deepcopy(CONV4.network).to(own), made(pattern).to(own)
+        xs, ys, xq, yq = (t.to(own) if t.is_floating_point() else t for t in CONV4.task())
+        loss = F.cross_entropy if way == "chain" else lambda a, b: F.cross_entropy(a, b)
+        given: dict[str, Any] = {"pattern": pattern, "steps": STEPS, "rule": rule, "loss": loss}
+        learner = adapt(network, xs, ys, second_order=second_order, **given)
+        F.cross_entropy(learner(xq), yq).backward()
+        moved = [p.detach() for p in learner.parameters_dict().values()]
+        both = [*network.parameters(), *rule.parameters()]
+        found[way] = [*moved, *(torch.zeros_like(p) if p.grad is None else p.grad for p in both)]
+    wrong = {w: agreement.distance(found[w], found["truth"]) for w in ("autograd", "chain")}
+    assert wrong["chain"] <= 2 * wrong["autograd"] + 100 * torch.finfo(dtype).eps, wrong
 
 
 def test_a_rate_of_zero_and_a_bit_of_zero_give_the_same_parameters() -> None:

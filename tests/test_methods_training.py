@@ -109,8 +109,9 @@ def test_a_checkpoint_holds_the_parts(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "descend", "uniform", "query", "opened"])
 @pytest.mark.parametrize("pattern", ["11111", "00011", "11111,00001"])
-def test_parts_that_change_nothing_give_mamls_gradient(kind: str, pattern: str) -> None:
-    settings = small(pattern=pattern)
+@pytest.mark.parametrize("second_order", [True, False])
+def test_parts_that_change_nothing_give_mamls_gradient(kind: str, pattern: str, second_order: bool) -> None:
+    settings = small(pattern=pattern, second_order=second_order)
     tasks = data.sample_tasks(TRAIN, 2, ways=3, shots=1, query=2)
     one, two = network().double(), network().double()
     parts = {

@@ -189,7 +189,7 @@ def test_explain_says_which_way_other_rules_and_learned_rates_take() -> None:
     xs, ys, _, _ = CONV4.task()
     learned = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
     for rule, way, words in (
-        (rules.adam(0.1), "autograd", "no gradient descent with one known rate"),
+        (rules.adam(0.1), "a chain's gradients", "no gradient descent with one known rate"),
         (rules.sgd(learned), "a chain with its own way back", "are learned"),
     ):
         said = explain(CONV4.network, xs, ys, pattern="00011", steps=2, rule=rule)

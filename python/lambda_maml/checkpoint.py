@@ -25,6 +25,7 @@ FORMAT = "lambda-maml 1"
 REMEDY = "take another copy of the checkpoint, or train it anew"
 # What this package brings along: functions of Python's and of these are no networks of a user's.
 _NO_NETWORKS = ("PIL", "click", "matplotlib", "msgspec", "numpy", "pip", "rich", "setuptools", "torch", "triton")
+_PLACES = ("rule.", "solver.", "objective.", "weights.", "source.")
 _RULE = "rule:"  # in front of the names of a rule's tensors; no parameter of a module has a colon in its name
 
 
@@ -69,6 +70,7 @@ class _Header(msgspec.Struct):
     adapted: _Adapted | None = None
     images: dict[str, str] = {}
     rule: dict[str, str] = {}
+    parts: dict[str, Any] = {}
 
 
 class _Asked(msgspec.Struct):
@@ -86,6 +88,7 @@ class _Trained(msgspec.Struct):
     network: Network
     settings: _Asked
     dataset: Dataset
+    parts: dict[str, Any] = {}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -256,6 +259,14 @@ def load_tensors_of_rule(tensors: Mapping[str, Tensor], rule: nn.Module, source:
     """`load_rule` from what `read_tensors` gave of the file `source`."""
     own = {k.removeprefix(_RULE): v for k, v in tensors.items() if k.startswith(_RULE)}
     load_tensors(rule, own, source, "rule")
+
+
+def own_tensors(tensors: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
+    """A checkpoint's tensors of what stands in a place, such as "rule"; a run with `Parts` names them by it."""
+    every = {k.removeprefix(_RULE): v for k, v in tensors.items() if k.startswith(_RULE)}
+    if not any(k.startswith(_PLACES) for k in every):
+        return every
+    return {k.removeprefix(f"{place}."): v for k, v in every.items() if k.startswith(f"{place}.")}
 
 
 def tensors_of_rule(rule: object) -> dict[str, Tensor]:

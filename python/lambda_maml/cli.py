@@ -16,6 +16,7 @@ import click
 from .cli_config import with_config
 from .cli_data import SETS, checkpoint_sets, folder_options, root_option
 from .cli_export import export, line, predict, predictions
+from .cli_methods import chooser_of, inner_of, methods
 from .cli_report import report, tables
 from .cli_select import CHOICE, choice_options, compared, wanted
 from .cli_train import exit_if_stopped, say_if_stopped, train, train_with_progress
@@ -133,6 +134,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 
 
 cli.add_command(train)
+cli.add_command(methods)
 
 
 @cli.command()
@@ -230,7 +232,8 @@ def evaluate_command(
     episodes = data.sample_tasks(images, tasks, seed=TEST_SEED + seed, **_episode(meta))
     found: dict[str, dict[str, Any]] = {}
     scores: dict[str, torch.Tensor] = {}
-    for statistics in STATISTICS:
+    together = getattr(inner.get("solver"), "linearises", False)  # its predictions are those of no network
+    for statistics in STATISTICS[:1] if together else STATISTICS:
         try:
             with bar(f"evaluating, statistics of the {statistics}") as progress:
                 mean = evaluate(model, episodes, pattern=bits, statistics=statistics, **inner, progress=progress)
@@ -244,10 +247,12 @@ def evaluate_command(
         found["support"] |= {"drop": drop, "drop_ci95": ci95 if tasks > 1 else None}
     if as_json:
         told = {**_in_json(inner), "statistics": found}
-        print_json({"pattern": bits, "split": split, "tasks": tasks, **found["batch"], **told})
+        print_json({"pattern": str(bits), "split": split, "tasks": tasks, **found["batch"], **told})
         return
-    click.echo(f"{bits} on {tasks} {split} tasks, {inner['steps']} steps:")
-    for statistics, how in (("batch", "query images together"), ("support", "each image by itself")):
+    own = inner.get("solver", inner.get("rule"))
+    told_of = f"{inner['steps']} steps" if own is None else " ".join(repr(own).split())
+    click.echo(f"{bits} on {tasks} {split} tasks, {told_of}:")
+    for statistics, how in (("batch", "query images together"), ("support", "each image by itself"))[: len(found)]:
         row = found[statistics]
         if "refused" in row:
             click.echo(f"  no figure, {how} (statistics of the {statistics}): {row['refused']}")
@@ -336,14 +341,15 @@ def adapt(
             classified = predictions(queries, list(classes), learner(xq).cpu())
     told = _in_json(inner)
     if out is not None:
-        adapted = {"pattern": bits, **told, "classes": list(classes), "images": list(shape), "invert": dark}
+        adapted = {"pattern": str(bits), **told, "classes": list(classes), "images": list(shape), "invert": dark}
         rates = load_learned_rule(checkpoint, model, meta)
-        files.save(out, model, {**meta, "adapted": adapted}, rates, learner.state_dict())
+        trained = {key: value for key, value in meta.items() if key != "parts"}
+        files.save(out, model, {**trained, "adapted": adapted}, rates, learner.state_dict())
         say(f"wrote {out}")
     if as_json:
         print_json(
             {
-                "pattern": bits,
+                "pattern": str(bits),
                 "statistics": statistics,
                 **told,
                 "classes": list(classes),
@@ -466,8 +472,8 @@ def _episode(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {key: meta["settings"][key] for key in ("ways", "shots", "query")}
 
 
-def _pattern(model: Any, text: str | None) -> tuple[str, dict[str, Any]]:
-    """Bits and, if they come from a pattern.json, that file's content."""
+def _pattern(model: Any, text: str | None) -> tuple[Any, dict[str, Any]]:
+    """Bits, or a chooser of patterns, and, if they come from a pattern.json, that file's content."""
     from .pattern_json import read_selection
     from .patterns import Pattern
 
@@ -476,7 +482,7 @@ def _pattern(model: Any, text: str | None) -> tuple[str, dict[str, Any]]:
     if text.endswith(".json"):
         found = read_selection(expanded(text))
         return str(Pattern.parse(found["chosen"]["pattern"])), found
-    return str(Pattern.of(model, text)), {}
+    return chooser_of(text) or str(Pattern.of(model, text)), {}
 
 
 def _inner(
@@ -500,6 +506,8 @@ def _inner(
     inner: dict[str, Any] = {key: default[key] if value is None else value for key, value in asked.items()}
     if lr is not None:
         return {**inner, "lr": lr}
+    if own := inner_of(checkpoint, model, meta, steps):
+        return {**inner, **own}
     learned = load_rates(checkpoint, model, meta, inner["steps"])
     if "inner_rule" in report and not isinstance(learned, dict):
         raise ValueError(
@@ -518,9 +526,10 @@ def _in_json(inner: Mapping[str, Any]) -> dict[str, Any]:
     """The inner loop's settings as they are printed and saved."""
     from .select import rates_in_json
 
-    rule = inner.get("rule")
-    told = {} if rule is None else {"inner_rule": repr(rule)}
-    return {"steps": inner["steps"], "lr": rates_in_json(inner.get("lr", 0.0), rule), "norm": inner["norm"], **told}
+    rule = inner.get("solver", inner.get("rule"))
+    told = {} if rule is None else {"inner_rule": " ".join(repr(rule).split())}
+    steps = getattr(inner.get("solver"), "steps", None) or inner["steps"]
+    return {"steps": steps, "lr": rates_in_json(inner.get("lr", 0.0), rule), "norm": inner["norm"], **told}
 
 
 def run(args: list[str] | None = None) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .cli_data import FOLDER_KEYS, SETS, folder_options, image_sets, root_option, split_options
+from .cli_methods import OPTIONS, method_options, parts_for
 from .cli_types import COUNT, PLACE, RATE, SEED, Number
 from .console import bar, device_of, device_option, json_option, options, print_json, say
 
@@ -137,6 +138,7 @@ run_options = options(
 @data_options
 @network_options
 @inner_options
+@method_options
 @outer_options
 @run_options
 @device_option
@@ -159,6 +161,7 @@ def train(
     from .settings import Settings
 
     pictures = {key: settings.pop(key) for key in FOLDER_KEYS}
+    asked = {key: settings.pop(key) for key in OPTIONS}
     with joined(device) as ranks:
         chosen = Settings(**settings, second_order=not first_order)
         config = _config(network, network_args, width)
@@ -168,6 +171,7 @@ def train(
         result = train_with_progress(
             train_set, val_set, out, chosen, config, iterations=iterations, minutes=minutes, resume=resume,
             batched=batched, log_every=log_every, tensorboard=tensorboard, device=device, ranks=ranks,
+            parts_of=parts_for(asked, chosen, train_set),
         )  # fmt: skip
         if ranks.rank == 0:
             _tell(result, out, chosen, as_json)
@@ -217,9 +221,9 @@ def exit_if_stopped(result: Result) -> None:
 
 def train_with_progress(
     train_set: Any, val_set: Any, out: Path, settings: Any, config: Mapping[str, Any], *, device: str = "cpu",
-    ranks: Ranks | None = None, **more: Any,
+    ranks: Ranks | None = None, parts_of: Callable[[Any], Mapping[str, Any]] = lambda model: {}, **more: Any,
 ) -> Result:  # fmt: skip
-    """Build the network of `config` for the set and train it with a progress bar."""
+    """Build the network of `config` for the set and train it, with what `parts_of` has for it and a progress bar."""
     import torch
 
     from . import models
@@ -231,6 +235,7 @@ def train_with_progress(
     torch.manual_seed(settings.seed)
     shape = {"ways": settings.ways, "in_channels": channels, "image_size": side if height == side else [height, side]}
     model = models.build({**config, **shape}).to(ranks.device or device_of(device))
+    more = {**more, **parts_of(model)}
     with bar("training", ranks, left=False) as progress:
         return run(model, train_set, val_set, out=out, settings=settings, progress=progress, ranks=ranks, **more)
 

@@ -68,7 +68,8 @@ def load_learned_rule(path: str | Path, model: nn.Module, meta: Mapping[str, Any
     if saved.get("learn_lr") is None:
         return None
     rule = learned_rule(model, Settings(**{key: saved[key] for key in ("learn_lr", "steps", "lr", "norm")}))
-    checkpoint.load_rule(path, rule)
+    tensors, _ = checkpoint.read_tensors(path)
+    checkpoint.load_tensors(rule, checkpoint.own_tensors(tensors, "rule"), str(path), "rule")
     return rule
 
 

@@ -21,9 +21,9 @@ from .methods import descend, query_loss
 from .outer import descent
 from .places import Learned, Objective, Solver, TaskSource, TaskWeights, Turn, descent_of
 from .settings import Settings
-from .solved import learned_by, posed
+from .solved import check_inner, learned_by, linked, posed
 
-__all__ = ["Parts", "trained_with"]
+__all__ = ["Parts", "check_fit", "trained_with"]
 
 
 class Parts(nn.Module):
@@ -73,6 +73,8 @@ class Parts(nn.Module):
             raise ValueError(
                 f"{self!r} sees whole meta-batches and remembers: train it in one process, not {processes}"
             )
+        if getattr(self.solver, "pooled", False) and (self.source is None or self.source.size is None):
+            raise ValueError(f"{self.solver!r} remembers tasks that come back: draw them from methods.pool(size)")
         if self.source is not None and self.source.size is not None and self.source.size < settings.meta_batch:
             self.source.draw(0, settings.meta_batch)  # a pool says that it is too small; a cover is gone through anew
         if self.weights is not None:  # which say that they are for another number of tasks
@@ -136,7 +138,7 @@ class Parts(nn.Module):
         for task, turn in zip(tasks, turns):
             xs, ys, xq, yq = (part[0] for part in stack([task], model))
             _, problem = posed(model, xs, ys, solver=solver, turn=turn, **given)
-            learned = learned_by(solver, problem) if objective.adapts else Learned(problem.start)
+            learned = linked(problem, learned_by(solver, problem)) if objective.adapts else Learned(problem.start)
             found.append(objective(problem, learned, xq, yq))
         return torch.stack(found)
 
@@ -144,6 +146,23 @@ class Parts(nn.Module):
 def trained_with(rule: Rule | None, parts: Parts | None, settings: Settings, processes: int) -> Any:
     """What a run trains and keeps beside the network: the parts and the rule in them, or the rule alone."""
     return rule if parts is None else parts.of_run(rule, settings, processes)
+
+
+def check_fit(
+    model: nn.Module, task: Task, settings: Settings, rule: Rule | None, parts: Parts | None, pattern: Any, loss: Loss
+) -> None:  # fmt: skip
+    """ValueError where rule or solver do not fit the network, its patterns or the settings; nothing is adapted.
+
+    pattern: that of validation.
+    """
+    xs, ys, _, _ = (part[0] for part in stack([task], model))
+    solver = None if parts is None else parts.solver
+    after = settings.evaluation_steps
+    for bits, steps, second_order in (
+        (schedule.training_pattern(settings, 0, model), settings.steps, settings.second_order), (pattern, after, False)
+    ):  # fmt: skip
+        own = rule_of(**descent(settings, rule))
+        check_inner(model, xs, ys, bits, steps, settings.norm, second_order, loss, own, solver)
 
 
 def _in_batches(model: nn.Module, tasks: list[Task], groups: list[list[int]], given: dict[str, Any]) -> Tensor:

@@ -2,8 +2,9 @@
 
 Each place is a plain callable, or two functions. A part that fills one is an `nn.Module` where it keeps something: its
 parameters are meta-parameters, which get gradients from the outer loss, its buffers are state. Its random numbers come
-from (seed, iteration, task, step), by `Problem.random` or `generator`, so that a resumed run draws the same ones. The
-inner step has a place of its own, `lambda_maml.rules.Rule`.
+from (seed, iteration, task, step), by `Problem.random` or `generator`, so that a resumed run draws the same ones. One
+of the inner loop may have `check(problem)`, which raises ValueError, before anything is computed, for a network or a
+pattern that it does not fit. The inner step has a place of its own, `lambda_maml.rules.Rule`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = [
     "TaskSource",
     "TaskWeights",
     "Turn",
+    "checked",
     "descent_of",
     "generator",
 ]
@@ -77,6 +79,13 @@ def descent_of(solver: Solver | None) -> tuple[Rule, int] | None:
     """The rule and the steps of a solver that is the core's own gradient descent; None of any other."""
     found: tuple[Rule, int] | None = getattr(solver, "descent", None)
     return found
+
+
+def checked(part: Any, problem: Problem) -> None:
+    """ValueError where a part says that it does not fit the problem."""
+    check = getattr(part, "check", None)
+    if check is not None:
+        check(problem)
 
 
 class Objective(nn.Module):

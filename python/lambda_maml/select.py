@@ -17,6 +17,7 @@ from lambda_kernels.agreement import DRAWS
 
 from . import models, racing
 from .adapt import STATISTICS, adapt
+from .checkpoint import digest, tensors_of_rule
 from .choice import FEW_BITS, Limit, candidates_of, finite, key_of
 from .data.episodes import Task, as_tasks
 from .evaluate import ACCURACY, Metric, check_metric, evaluate, name_of, stack, worded
@@ -24,14 +25,17 @@ from .goal import Goal
 from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate, Rates
 from .inner.rule import Rule, is_rule
+from .inner.rules import rule_of
 from .memory import measure_memory
 from .patterns import Pattern
+from .places import Solver
 from .plain_torch import disagreement
 from .progress import Progress, shown
 from .ranks import ALONE, Ranks
 from .remembered_scores import Scores
 from .search import counted_or_none, planned, race_among, search_deep, suffixes_and_stages
 from .selection import Selection
+from .solved import check_inner
 from .statistics import StatisticsError
 from .stats import mean_ci95
 from .timing import STOCK, Timing, busy, measure_times, read_trials, stock_of
@@ -74,6 +78,7 @@ def select_pattern(
     plan: Callable[[str], object] | None = None,
     resume: str | Path | None = None,
     ranks: Ranks = ALONE,
+    solver: Solver | None = None,
 ) -> Selection:
     """Evaluate patterns on the same validation `tasks`, time them, and take the fastest within `max_drop`.
 
@@ -93,6 +98,8 @@ def select_pattern(
         ...") where it has more than 8 layers; see `choice.candidates_of`.
     max_drop: how much worse than the full pattern's the mean score may be, in the metric's unit: a fraction for
         accuracy. With `relative`, as a fraction of the full pattern's score. Default: 0.01.
+    solver: what finds the parameters in place of `steps` steps of `lr` or a rule, as in `adapt`; every candidate, the
+        full pattern too, has to fit it.
     rule: how an inner step goes, in place of `lr` (see `rules`); or how a drop is judged, "bound" or "point" (see
         `choose`), which `decide` says too.
     max_time, max_memory: a budget in place of `max_drop`: milliseconds of an adaptation, and MB (10^6 bytes) that it
@@ -141,7 +148,7 @@ def select_pattern(
 
     def descent(trial: Trial) -> dict[str, Any]:
         k, rate = trial.steps or counts[0], lrs[0] if trial.rate is None else trial.rate
-        return {"steps": k, "lr": rate, "rule": inner, "norm": norm, "loss": loss}
+        return {"steps": k, "lr": rate, "rule": inner, "norm": norm, "loss": loss, "solver": solver}
 
     def how(trial: Trial) -> dict[str, Any]:
         return {**descent(trial), "pattern": trial.pattern}
@@ -154,6 +161,11 @@ def select_pattern(
     elif len(tasks) < FEW_TASKS:
         warnings.append(f"the choice rests on {len(tasks)} tasks, fewer than {FEW_TASKS}: take more for a firm one")
 
+    for trial in trials if inner is not None or solver is not None else ():
+        if not trial.pattern.rows:
+            given = descent(trial)
+            chosen_rule = rule_of(given["lr"], inner)
+            check_inner(model, xs, ys, trial.pattern, given["steps"], norm, False, loss, chosen_rule, solver)
     network = _network(model)
     external: dict[str, Timing] = {}
     environment = ranks.first(lambda: info.environment(xs.device))
@@ -163,9 +175,10 @@ def select_pattern(
         external, environment = ranks.first(lambda: read_trials(file, trials, counts, config))
     judged: dict[str, Any] = {"metric": metric, "ranks": ranks}
     own_rates, own_loss = [rates_in_json(rate, inner) for rate in lrs], getattr(loss, "__qualname__", loss)
-    about = repr((counts, own_rates, norm, inner, own_loss, name, statistics))
+    who = (inner,) if solver is None else (inner, solver, digest(tensors_of_rule(solver), ""))
+    about = repr((counts, own_rates, norm, *who, own_loss, name, statistics))
     kept = Scores(Path(resume) if resume and ranks.rank == 0 else None, model.state_dict(), tasks, about)
-    plain = inner is None and isinstance(lrs[0], (int, float))  # what plain PyTorch's loop is written for
+    plain = inner is None and solver is None and isinstance(lrs[0], (int, float))  # as plain PyTorch's loop is
     fault: str | None = None
 
     def measure(wanted: Sequence[Trial], **more: Any) -> dict[str, Timing]:
@@ -198,7 +211,7 @@ def select_pattern(
             scored(trial, len(tasks))
         reference = max(fulls, key=lambda trial: goal.sign * float(scored.known[trial].mean()))
         if plain:
-            given = {k: v for k, v in descent(reference).items() if k != "rule"}
+            given = descent(reference)
             fault = ranks.first(lambda: _disagreement(model, tasks[:DRAWS], given))
         if deep and limit.budget is None and timings is None:
             search_deep(trials, reference, limit, scored, counted, len(tasks), error)
@@ -224,10 +237,14 @@ def select_pattern(
 
     best = how(reference)
     own = best if trial == reference else how(trial)
-    alone_fault = _alone_fault(model, test_tasks[:1], best)
+    if getattr(solver, "linearises", False):
+        alone_fault: str | None = "its predictions are those of no network"
+    else:
+        alone_fault = _alone_fault(model, test_tasks[:1], best)
     if alone_fault is not None:
         warnings.append(f"there are no test figures of images classified each by itself: {alone_fault}")
     test = _on_test(model, test_tasks, own, best, goal.sign, judged, STATISTICS[: 1 if alone_fault else None])
+    moved = inner if solver is None else solver
     kept.remove()
     chosen = descent(trial)
     return Selection(
@@ -236,9 +253,9 @@ def select_pattern(
         table=table,
         settings={
             "network": network.get("network", type(model).__name__),
-            "ways": ways, "shots": shots, "steps": chosen["steps"], "lr": rates_in_json(chosen["lr"], inner),
+            "ways": ways, "shots": shots, "steps": chosen["steps"], "lr": rates_in_json(chosen["lr"], moved),
             "norm": norm,
-            **({} if inner is None else {"inner_rule": repr(inner)}),
+            **({} if moved is None else {"inner_rule": " ".join(repr(moved).split())}),
             **({} if name == ACCURACY else {"metric": name, "lower_is_better": lower_is_better}),
             **limit.to_dict(),
             "statistics": statistics,
@@ -319,7 +336,7 @@ def _disagreement(model: nn.Module, tasks: Sequence[Task], descent: Mapping[str,
     fault: str | None = None
     for task in tasks:
         xs, ys, _, _ = (part[0] for part in stack([task], model))
-        fault = disagreement(model, xs, ys, **{k: v for k, v in descent.items() if k != "rule"})
+        fault = disagreement(model, xs, ys, **{k: v for k, v in descent.items() if k not in ("rule", "solver")})
         if fault is None:
             break
     return fault
@@ -364,7 +381,7 @@ def _compared(
     }
 
 
-def rates_in_json(lr: Rate, rule: Rule | None) -> Any:
+def rates_in_json(lr: Rate, rule: Any) -> Any:
     """Inner rates as pattern.json has them: a number, rows of numbers, or None where a rule has its own."""
     if rule is not None:
         return None

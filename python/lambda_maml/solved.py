@@ -13,11 +13,12 @@ from .inner.adaptation import Adaptation, describe
 from .inner.checks import Loss
 from .inner.loop import outcome
 from .inner.problem import Problem, Turn
+from .inner.rule import Rule
 from .learner import Learner
 from .patterns import Pattern
-from .places import Learned, PatternChooser, Solver
+from .places import Learned, PatternChooser, Solver, checked
 
-__all__ = ["Solved", "chosen", "learned_by", "posed", "solve", "turns_of"]
+__all__ = ["Solved", "check_inner", "chosen", "learned_by", "linked", "posed", "solve", "turns_of"]
 
 
 class Solved(Learner):
@@ -67,7 +68,21 @@ def posed(
     if getattr(solver, "in_graph", False) and torch.is_grad_enabled():
         a = replace(a, in_graph=True)
     checks.check_support(a.parameters, xs, ys)
-    return a, Problem(a, a.check_labels(a.support(xs, ys)), turn)
+    problem = Problem(a, a.check_labels(a.support(xs, ys)), turn)
+    checked(solver, problem)
+    return a, problem
+
+
+def check_inner(
+    model: nn.Module, xs: Any, ys: Any, pattern: Any, steps: int, norm: str, second_order: bool, loss: Loss,
+    rule: Rule, solver: Solver | None,
+) -> None:  # fmt: skip
+    """ValueError where a rule, or the solver in its place, does not fit network, pattern or steps; nothing is
+    adapted."""
+    if solver is None:
+        describe(model, xs, pattern, rule, steps, norm, second_order, loss)
+    else:
+        posed(model, xs, ys, pattern, norm, second_order, loss, solver, Turn())
 
 
 def learned_by(solver: Solver, problem: Problem) -> Learned:
@@ -86,6 +101,14 @@ def learned_by(solver: Solver, problem: Problem) -> Learned:
                 "lower its rate, raise its ridge, or look at the images' scale"
             )
     return learned
+
+
+def linked(problem: Problem, learned: Learned) -> Learned:
+    """What was learned, for an outer loss: in first order its gradient is that of the parameters to start from."""
+    if problem.in_graph:
+        return learned
+    start = problem.start
+    return learned._replace(params={n: p.detach() + (start[n] - start[n].detach()) for n, p in learned.params.items()})
 
 
 def chosen(

@@ -28,6 +28,7 @@ from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Rule
 from .patterns import Pattern
+from .places import Solver
 from .plain_torch import inner_loop, inner_parameters
 from .progress import Progress
 from .trials import Trial
@@ -186,7 +187,7 @@ def measure_times(
     model: nn.Module, xs: Tensor, ys: Tensor, *, patterns: Iterable[Pattern | str | Trial], steps: int,
     lr: Rate = DEFAULT_LR, rule: Rule | None = None, norm: str = "follow", loss: Loss = F.cross_entropy,
     stock: bool = True, xq: Tensor | None = None, repeats: int = 20, warmup: int = 2, seconds: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, solver: Solver | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
     """Adaptation time of every pattern on xs [N, C, H, W], ys [N], interleaved in this process; keys are the patterns'
     texts. A `Trial` may have its own number of steps, and has the key `timed`.
@@ -200,7 +201,9 @@ def measure_times(
         pattern, k = trial.pattern, steps if trial.steps is None else trial.steps
 
         def run() -> None:
-            learner = adapt(model, xs, ys, pattern=pattern, steps=k, lr=lr, rule=rule, norm=norm, loss=loss)
+            learner = adapt(
+                model, xs, ys, pattern=pattern, steps=k, lr=lr, rule=rule, norm=norm, loss=loss, solver=solver
+            )
             if xq is not None:
                 with torch.no_grad():
                     learner(xq)
@@ -209,7 +212,7 @@ def measure_times(
 
     trials = [p if isinstance(p, Trial) else Trial(Pattern.of(model, p)) for p in patterns]
     runs: dict[str, Callable[[], object]] = {trial.timed: ours(trial) for trial in trials}
-    plain = stock and rule is None and isinstance(lr, (int, float))
+    plain = stock and rule is None and solver is None and isinstance(lr, (int, float))
     yardstick = _Stock(model, xs, ys, steps, float(lr), norm, loss, xq) if plain else None  # type: ignore[arg-type]
     if yardstick is not None:
         runs[STOCK] = yardstick

@@ -28,11 +28,12 @@ from .learned_rates import check_rates, fault_in, fixed_rates, learned_rule
 from .lock import locked
 from .metrics import METRICS, Metrics, Pace
 from .outer import descent, meta_gradient
-from .parts import Parts, trained_with
+from .parts import Parts, check_fit, trained_with
 from .progress import Progress, shown
 from .ranks import ALONE, Lost, Ranks, Stopped
 from .run_state import BEST, LAST, Result, State, Validation, held_by
 from .run_tasks import Sample, sampled, told_of
+from .saved_parts import told_of_inner
 from .say import say_once
 from .settings import Settings
 from .stopping import Stop, stoppable
@@ -175,6 +176,8 @@ class _Run:
         self.state = State(model, self.held, self._optimizer(), about, average)
         self.val_tasks = sampled(val_set, settings, settings.val_tasks)
         check_metric(goal.metric, self.val_tasks)
+        if rule is not None or parts is not None:
+            check_fit(model, self.val_tasks[0], settings, self.rule, parts, self.pattern, goal.loss)
         self.pace = Pace(settings.meta_batch)
         self._rates_told: set[str] = set()
         self.numbers: dict[int, list[int]] = {}  # of the tasks that were made and not yet learned from
@@ -414,4 +417,6 @@ def _about(
     if rule is not None:
         told = type(rule).__qualname__ if type(rule).__repr__ is object.__repr__ else repr(rule)  # no address
         about["rule"] = {"name": " ".join(told.split())}
+        if settings.learn_lr is None and (inner := told_of_inner(rule)):
+            about["parts"] = inner
     return about

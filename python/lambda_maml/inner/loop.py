@@ -1,8 +1,8 @@
 """The inner loop: K gradient steps on a support set (Finn et al. 2017, algorithm 1), for one task or many.
 
 Steps in succession that update the same parameters are run by the first way that takes them: a chain from the inputs
-on, a chain behind the frozen prefix, in second order or with learned rates a chain with its own way back, or autograd,
-which takes everything.
+on, a chain behind the frozen prefix, in second order or with learned rates a chain with its own way back, for any other
+rule a chain's gradients, or autograd, which takes everything.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..plan import plan_of
-from . import autograd, chain, outer
+from . import autograd, chain, outer, stepwise
 from .adaptation import Adaptation, Stretch, Support
 from .state import Outcome, verdict
 
@@ -52,6 +52,13 @@ def descend(a: Adaptation, support: Support, query: Tensor | None = None) -> Res
                 rows += losses_of_steps
                 continue
             memory = autograd.remembered(a, state, support) if memory is None else memory
+            if part.chain is not None and not stepwise.refusals(a, stretch, part.chain, support, prefix.value):
+                losses_of_steps, state, memory = stepwise.run(
+                    a, stretch, part.chain, state, prefix.value, support, memory
+                )
+                prefix.count(stretch.steps)
+                rows += losses_of_steps
+                continue
             losses_of_steps, state, memory = autograd.run(a, stretch, prefix, state, memory)
             rows += losses_of_steps
     return Result(verdict(rows, state, a.updated), state, logits)
@@ -85,4 +92,5 @@ def ways(a: Adaptation, stretch: Stretch, support: Support) -> list[tuple[str, l
                 value = autograd.Prefix(a, part, a.start(support.tasks), support).value
         found.append(("a chain behind the frozen prefix", chain.refusals(a, stretch, part.chain, value, support)))
         found.append(("a chain with its own way back", outer.refusals(a, stretch, part.chain, value, support)))
+        found.append(("a chain's gradients", stepwise.refusals(a, stretch, part.chain, support, value)))
     return [*found, ("autograd", [])]

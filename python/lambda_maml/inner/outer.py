@@ -16,7 +16,7 @@ from . import chain as chains
 from .adaptation import Adaptation, Stretch, Support
 from .rules import sgd
 
-__all__ = ["refusals", "run", "step_of"]
+__all__ = ["refusals", "run", "step_of", "unfit"]
 
 
 def refusals(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, support: Support) -> list[str]:
@@ -29,7 +29,12 @@ def refusals(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, suppo
         why.append("first order with known rates does not differentiate through the steps")
     elif stretch.rates is None and _learned(a, stretch, stretch.part.updated) is None:
         why.append(f"{a.rule!r} is no gradient descent with one rate per parameter and step")
-    why += chains.unfit(a, stretch, chain, x, support)
+    return why + unfit(a, stretch, chain, x, support)
+
+
+def unfit(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, support: Support) -> list[str]:
+    """Why a chain has no way back for these steps, whatever their rates."""
+    why = chains.unfit(a, stretch, chain, x, support)
     if not why and isinstance(x, Tensor) and x.dtype not in (torch.float32, torch.float64):
         why.append(f"the way back is in float32 or float64, not in {str(x.dtype).removeprefix('torch.')}")
     if not why and chain is not None and not all(chain.names):

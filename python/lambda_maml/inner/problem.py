@@ -92,6 +92,11 @@ class Problem:
         return {n: self._a.parameters[n] for n in self.names}
 
     @property
+    def everything(self) -> Params:
+        """All of the network's own parameters, frozen ones too."""
+        return dict(self._a.parameters)
+
+    @property
     def pattern(self) -> str:
         return str(self._a.pattern)
 
@@ -184,6 +189,22 @@ class Problem:
         program.run([(step, ()) for step in before], self._a.modules, self._with(params), env)
         found: Tensor = env[slot]
         return found
+
+    def layerwise(self, params: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """What each updated layer gives, with its norm and what follows it up to the next layer's first operation, as
+        images where these are flattened; input first. The last one is the network's result."""
+        program = self._a.plan.program
+        env: dict[int, Any] = dict(zip(self._part.boundary, self._boundary(None)))
+        owners = {n: layer.name for layer in self._a.plan.layers for n in layer.weights + layer.norm}
+        found: dict[str, Any] = {}
+        state, now = self._with(params), ""
+        for step, _ in self._part.rest:
+            now = next((owners[n] for n in step.parameters if n in owners), now)
+            program.run([(step, ())], self._a.modules, state, env)
+            if step.kind not in ("flatten", "size"):
+                found[now] = env[step.slot]
+        found[now] = program.take(env)
+        return [(layer, value) for layer, value in found.items() if layer in self.layers.values()]
 
     @cached_property
     def head(self) -> tuple[str, str]:

@@ -1,9 +1,11 @@
 """Methods related to MAML under patterns, each as a part for one of the `places`: one file a method."""
 
 from .alfa import alfa
+from .catalogue import METHODS
 from .descend import backward, descend
 from .fisher import fisher
 from .forward_gradient import forward_gradient
+from .local_losses import local_losses
 from .lslr import lslr
 from .ntk import ntk
 from .objectives import direct, query_loss
@@ -15,22 +17,28 @@ from .sources import covering, endless, pool, prioritised
 from .sparse_rates import schedule_of, sparse_rates
 from .steepest import steepest
 from .task_weights import spsa, spsa_track, uncertainty, uniform
+from .variational import cut, kl, prune, sparse_conv4, variational
 
 __all__ = [
+    "METHODS",
     "alfa",
     "backward",
     "bootstrap",
     "covering",
+    "cut",
     "descend",
     "direct",
     "endless",
     "fisher",
     "forward_gradient",
+    "kl",
+    "local_losses",
     "lslr",
     "ntk",
     "pictures",
     "pool",
     "prioritised",
+    "prune",
     "psnr",
     "query_loss",
     "remembering",
@@ -39,6 +47,7 @@ __all__ = [
     "schedule_of",
     "sines",
     "siren",
+    "sparse_conv4",
     "sparse_rates",
     "spsa",
     "spsa_track",
@@ -46,4 +55,5 @@ __all__ = [
     "top_gradient",
     "uncertainty",
     "uniform",
+    "variational",
 ]

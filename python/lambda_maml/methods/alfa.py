@@ -21,10 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from ..inner.rule import Params, Rule, State, Step
+from .catalogue import method
 
 __all__ = ["alfa"]
 
 
+@method(
+    "rule", needs="the pattern that it was made for", chain="yes, step by step",
+    fill={"names": "names", "steps": "steps", "lr": "lr"},
+)  # fmt: skip
 class alfa(Rule):
     """The rule with generated rates and decay, for named tensors in this order and so many steps.
 
@@ -40,6 +45,8 @@ class alfa(Rule):
     Raises:
         ValueError: there are no names or steps; when it adapts: the pattern updates other tensors.
     """
+
+    elementwise = True  # tasks may have an axis in front
 
     def __init__(self, names: Sequence[str], steps: int, lr: float = 0.01, decay: float = 5e-4) -> None:
         super().__init__()
@@ -62,15 +69,20 @@ class alfa(Rule):
             )
 
     def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
-        zero = self.rates.new_zeros(())
-        weights = [params[n].mean().to(zero) if n in params else zero for n in self.names]
-        slopes = [grads[n].mean().detach().to(zero) if n in grads else zero for n in self.names]
-        rate, decay = self.generator(torch.stack(weights + slopes)).chunk(2)
+        tasks = step.loss.shape  # [T], or of one task []
+        zero = self.rates.new_zeros(tasks)
+
+        def means(of: Params) -> list[Tensor]:
+            return [of[n].flatten(len(tasks)).mean(-1).to(zero) if n in of else zero for n in self.names]
+
+        slopes = means({n: g.detach() for n, g in grads.items()})
+        found = self.generator(torch.stack(means(params) + slopes, -1))  # [T, 2 L]
         row = min(step.index, len(self.rates) - 1)
-        rate, decay = rate * self.rates[row], decay * self.decays[row]
-        places = {n: i for i, n in enumerate(self.names)}
-        return {n: _change(params[n], g, rate[places[n]], decay[places[n]]) for n, g in grads.items()}, state
+        own = found * torch.cat([self.rates[row], self.decays[row]])
+        factors = dict(zip(self.names, zip(*(half.unbind(-1) for half in own.chunk(2, -1)))))
+        return {n: _change(params[n], g, *factors[n]) for n, g in grads.items()}, state
 
 
 def _change(theta: Tensor, gradient: Tensor, rate: Tensor, decay: Tensor) -> Tensor:
-    return -rate.to(theta) * gradient - decay.to(theta) * theta
+    shape = (*rate.shape, *(1,) * (theta.dim() - rate.dim()))
+    return torch.addcmul(gradient * -rate.to(theta).view(shape), theta, decay.to(theta).view(shape), value=-1)

@@ -19,11 +19,13 @@ from ..inner import autograd
 from ..inner.rates import DEFAULT_LR
 from ..inner.rule import Rule, Step
 from ..inner.rules import rule_of
-from ..places import Estimator, Learned, Params, Penalty, Problem, Selector
+from ..places import Estimator, Learned, Params, Penalty, Problem, Selector, checked
+from .catalogue import method
 
 __all__ = ["backward", "descend"]
 
 
+@method("estimator", chain="without a selector: yes", fill={"select": "select"})
 class backward(nn.Module):
     """The gradient by a backward pass, of the whole support set or of the rows that `select` chooses in each step.
 
@@ -35,6 +37,9 @@ class backward(nn.Module):
         super().__init__()
         self.select = select
 
+    def check(self, problem: Problem) -> None:
+        checked(self.select, problem)
+
     def extra_repr(self) -> str:
         return "" if self.select is None or isinstance(self.select, nn.Module) else f"select={self.select!r}"
 
@@ -44,6 +49,7 @@ class backward(nn.Module):
         return loss, autograd.gradients(problem.pattern, params, loss, create_graph=problem.second_order)
 
 
+@method("solver", chain="with a plain gradient: yes", fill={"rule": "rule", "steps": "steps"})
 class descend(nn.Module):
     """`steps` steps of a rule: what `adapt(..., steps=steps, rule=rule)` does, open to an estimator and a penalty.
 
@@ -76,6 +82,10 @@ class descend(nn.Module):
         """The rule and the steps, where the core's loop does the same."""
         plain = self.estimator is None and self.penalty is None
         return (self.rule, self.steps) if plain else None
+
+    def check(self, problem: Problem) -> None:
+        problem.bound(self.rule, self.steps)
+        checked(self.estimator, problem)
 
     def forward(self, problem: Problem) -> Learned:
         rule = problem.bound(self.rule, self.steps)

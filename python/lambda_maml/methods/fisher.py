@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from ..patterns import Pattern
 from ..places import Problem
+from .catalogue import method
 
 __all__ = ["fisher"]
 
 _MOST = 12  # layers of which all patterns are looked at
 
 
+@method("chooser", needs="at most 12 layers", chain="yes, under what it chooses")
 class fisher(nn.Module):
     """A chooser of patterns, with a share of the full pattern's multiply-adds a step.
 
@@ -69,13 +71,16 @@ class fisher(nn.Module):
             found.append(float(pairs.sum(2).square().sum().detach() / (2 * problem.rows)))
         return found
 
-    def forward(self, problem: Problem) -> Pattern:
-        values = self.potentials(problem)
-        if len(values) > _MOST:
+    def check(self, problem: Problem) -> None:
+        count = len(set(problem.layers.values()))
+        if count > _MOST:
             raise ValueError(
-                f"fisher looks at all patterns of at most {_MOST} layers, {problem.network} has {len(values)}: give a "
-                "pattern"
+                f"fisher looks at all patterns of at most {_MOST} layers, {problem.network} has {count}: give a pattern"
             )
+
+    def forward(self, problem: Problem) -> Pattern:
+        self.check(problem)
+        values = self.potentials(problem)
         costs = problem.costs(Pattern.all(len(values)))
         limit = self.budget * costs[Pattern.full(len(values))]
         fits = [p for p, cost in costs.items() if cost <= limit] or [min(costs, key=costs.__getitem__)]

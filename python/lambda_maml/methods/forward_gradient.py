@@ -8,8 +8,8 @@ W x (p inputs, q outputs) and a loss L, both unbiased, averaged over M direction
 
 What differs here: the updated layers alone are perturbed, in one pass, so that a frozen prefix needs no tangent and is
 run once. Activities are those of the head, under a pattern of the head alone: a batch norm behind a perturbed layer
-mixes the examples, whose derivatives then cannot be told apart. Local losses are left out. It does not beat a backward
-pass in time, which costs about two forwards; its merit is memory.
+mixes the examples, whose derivatives then cannot be told apart. Local losses are those of `local_losses`. It does not
+beat a backward pass in time, which costs about two forwards; its merit is memory.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..places import Params, Problem
+from .catalogue import method
 from .ridge import is_head_alone
 
 __all__ = ["forward_gradient"]
 
 
+@method("estimator", needs="first order", chain="no: it has no backward pass")
 class forward_gradient(nn.Module):
     """An estimator by `directions` directions in weights or activities; in first order.
 
@@ -50,7 +52,7 @@ class forward_gradient(nn.Module):
     def extra_repr(self) -> str:
         return f"directions={self.directions}, at={self.at!r}"
 
-    def forward(self, problem: Problem, params: Params, step: int) -> tuple[Tensor, Params]:
+    def check(self, problem: Problem) -> None:
         if problem.second_order:
             raise ValueError("forward_gradient has no graph to differentiate through: adapt in first order")
         if self.at == "activities" and not is_head_alone(problem):
@@ -58,6 +60,9 @@ class forward_gradient(nn.Module):
                 f"forward_gradient: activities are those of the head, pattern {problem.pattern} moves "
                 f"{', '.join(problem.names)}: give the pattern 'head', or at='weights'"
             )
+
+    def forward(self, problem: Problem, params: Params, step: int) -> tuple[Tensor, Params]:
+        self.check(problem)
         draw = problem.random(step)
         own = {n: p.detach() for n, p in params.items()}
         with torch.no_grad():

@@ -19,10 +19,15 @@ import torch
 from torch import nn
 
 from ..inner.rules import sgd
+from .catalogue import method
 
 __all__ = ["lslr"]
 
 
+@method(
+    "rule", needs="the pattern and the steps that it was made for", chain="yes",
+    fill={"names": "names", "steps": "steps", "lr": "lr"},
+)  # fmt: skip
 def lslr(names: Sequence[str], steps: int, lr: float = 0.01) -> sgd:
     """Gradient descent with a learned rate for each of these tensors and steps, `lr` at the start.
 

@@ -27,11 +27,13 @@ from torch.autograd import forward_ad
 
 from ..inner.checks import check_steps
 from ..places import Learned, Params, Problem
+from .catalogue import method
 from .ridge import fitted_head, is_head_alone, regularised, targets_of
 
 __all__ = ["ntk"]
 
 
+@method("solver", needs="one pattern, no schedule", chain="no steps: one pass and one system")
 class ntk(nn.Module):
     """Gradient descent on the squared loss of the linearised network, all of it at once.
 
@@ -50,6 +52,8 @@ class ntk(nn.Module):
             is a schedule, labels fit no squared loss, or the limit is asked of a singular kernel without a ridge.
     """
 
+    linearises = True  # its predictions may be those of the linearised network
+
     def __init__(
         self, time: float | None = None, steps: int | None = None, lr: float | None = None, ridge: float = 0.0
     ) -> None:  # fmt: skip
@@ -66,9 +70,12 @@ class ntk(nn.Module):
         way = f"time={self.time}" if self.count is None else f"steps={self.count}, lr={self.lr}"
         return way + (f", ridge={self.ridge}" if self.ridge else "")
 
-    def forward(self, problem: Problem) -> Learned:
+    def check(self, problem: Problem) -> None:
         if "," in problem.pattern:
             raise ValueError(f"ntk: {problem.pattern} is a schedule, a closed form has no steps: give one pattern")
+
+    def forward(self, problem: Problem) -> Learned:
+        self.check(problem)
         if is_head_alone(problem):
             return fitted_head(problem, self._dual)
         now = problem.meta if problem.second_order else _leaves(problem.meta)

@@ -1,8 +1,9 @@
 """Outer losses: that of the query set after adaptation, and that of the network itself.
 
-`query_loss` is MAML's (Finn et al. 2017, algorithm 2). `direct` is that of Wang et al., *Rethinking Task Sampling for
-Few-shot Vision-Language Transfer Learning* (MAMF), MMMPIE 2022, arXiv 2203.04904: no inner loop, plain fine-tuning on
-all images of a task, support and query together.
+`query_loss` is that of Finn, Abbeel, Levine, *Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks*, ICML
+2017, algorithm 2. `direct` is that of Wang et al., *Rethinking Task Sampling for Few-shot Vision-Language Transfer
+Learning* (MAMF), MMMPIE 2022, arXiv 2203.04904: no inner loop, plain fine-tuning on all images of a task, support and
+query together.
 
 What differs here: their head is made of the classes' names, so that labels mean the same in every task. With a linear
 head and renumbered labels `direct` learns nothing from many tasks: it is for one head over all classes, or for labels
@@ -21,10 +22,12 @@ from torch import Tensor
 from lambda_kernels.program import flatten
 
 from ..places import Learned, Objective, Problem
+from .catalogue import method
 
 __all__ = ["direct", "query_loss"]
 
 
+@method("objective", chain="of cross-entropy: yes")
 class query_loss(Objective):
     """The mean loss of the adapted network on the query set.
 
@@ -43,6 +46,7 @@ class query_loss(Objective):
         return self.loss(self.predictions(problem, learned, xq), yq)
 
 
+@method("objective", needs="labels that mean the same in each task", chain="no inner loop")
 class direct(query_loss):
     """The mean loss of the network as it is, on support and query images together; what was learned is not used.
 

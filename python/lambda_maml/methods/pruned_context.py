@@ -24,12 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..inner import autograd
-from ..places import Learned, Objective, Params, Problem, Selector
+from ..places import Learned, Objective, Params, Problem, Selector, checked
+from .catalogue import method
 from .ridge import targets_of
 
 __all__ = ["bootstrap", "rescaled", "top_gradient"]
 
 
+@method("selector", needs="no batch norms, a linear head", chain="no: a step sees some of the rows")
 class top_gradient(nn.Module):
     """A selector: the share of the support rows with the largest gradients, in their own order.
 
@@ -52,13 +54,16 @@ class top_gradient(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.share}"
 
-    def scores(self, problem: Problem, params: Params) -> Tensor:
-        """[N]: s of each row."""
+    def check(self, problem: Problem) -> None:
         if problem.mixes_rows:
             raise ValueError(
                 f"top_gradient: the batch norms of {problem.network} take their statistics from all rows, a part of "
                 "them is normalised otherwise: use a network without batch norms"
             )
+
+    def scores(self, problem: Problem, params: Params) -> Tensor:
+        """[N]: s of each row."""
+        self.check(problem)
         with torch.no_grad():
             features = problem.features(params)
             weight, bias = problem.head
@@ -75,6 +80,7 @@ class top_gradient(nn.Module):
         return kept.sort().values
 
 
+@method("estimator", needs="what its selector needs", chain="no: two gradients a step", fill={"select": "select"})
 class rescaled(nn.Module):
     """An estimator: the whole support set's gradient, with the norm of that of the selected rows.
 
@@ -89,6 +95,9 @@ class rescaled(nn.Module):
         super().__init__()
         self.select = select
 
+    def check(self, problem: Problem) -> None:
+        checked(self.select, problem)
+
     def forward(self, problem: Problem, params: Params, step: int) -> tuple[Tensor, Params]:
         rows = self.select(problem, params, step)
         some = autograd.gradients(problem.pattern, params, problem.loss(params, rows), create_graph=False)
@@ -98,6 +107,7 @@ class rescaled(nn.Module):
         return loss, {n: factor * g for n, g in whole.items()}
 
 
+@method("objective", chain="no: its own steps go by autograd")
 class bootstrap(Objective):
     """weight |theta_boot - theta_K|_2 over all tensors that moved; added to `query_loss()`.
 

@@ -21,11 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from ..patterns import Pattern
-from ..places import Learned, Params, Problem, Solver
+from ..places import Learned, Params, Problem, Solver, checked
+from .catalogue import method
 
 __all__ = ["remembering"]
 
 
+@method(
+    "solver", needs="a pool of tasks, and the pattern that it was made for", chain="as the solver within",
+    fill={"solver": "solver", "model": "model", "pattern": "pattern", "tasks": "pool", "norm": "norm"},
+)  # fmt: skip
 class remembering(nn.Module):
     """A solver with a memory [tasks, ...] of every tensor that the pattern updates in `model`.
 
@@ -48,6 +53,7 @@ class remembering(nn.Module):
     """
 
     in_graph = True  # the factor b, in first order too
+    pooled = True  # its tasks are those of a finite pool
     seen: Tensor
     clock: Tensor
     visited: Tensor
@@ -88,12 +94,16 @@ class remembering(nn.Module):
         steps: int | None = getattr(self.solver, "steps", None)
         return steps
 
-    def forward(self, problem: Problem) -> Learned:
+    def check(self, problem: Problem) -> None:
         if set(problem.names) != set(self.names):
             raise ValueError(
                 f"remembering holds {', '.join(self.names)}, the pattern updates {', '.join(problem.names)}: make it "
                 f"for {problem.pattern}"
             )
+        checked(self.solver, problem)
+
+    def forward(self, problem: Problem) -> Learned:
+        self.check(problem)
         key = problem.key
         if key is not None and not 0 <= key < len(self.seen):
             raise ValueError(

@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..places import Learned, Problem
+from .catalogue import method
 
 __all__ = ["fitted_head", "is_head_alone", "regularised", "ridge_head", "targets_of"]
 
 
+@method("solver", needs="the pattern of a linear head", chain="no steps: one pass and one system")
 class ridge_head(nn.Module):
     """Fits the last layer, a linear one, to the support set's labels as numbers; the pattern is that of the head.
 
@@ -54,12 +56,15 @@ class ridge_head(nn.Module):
     def extra_repr(self) -> str:
         return f"lam={self.fixed_lam}" + (", learned=True" if self.log_lam is not None else "")
 
-    def forward(self, problem: Problem) -> Learned:
+    def check(self, problem: Problem) -> None:
         if not is_head_alone(problem):
             raise ValueError(
                 f"ridge_head: pattern {problem.pattern} moves {', '.join(problem.names)}, the closed form is of the "
                 "last layer alone: give the pattern 'head', or take ntk() for other layers"
             )
+
+    def forward(self, problem: Problem) -> Learned:
+        self.check(problem)
         lam = self.fixed_lam if self.log_lam is None else self.log_lam.exp()
         return fitted_head(problem, lambda kernel, rest: regularised(kernel, rest, lam))
 

@@ -1,5 +1,10 @@
 """Which tasks a meta-batch has: endless ones, a finite pool, a cover of all classes, those that matter.
 
+`endless`: Finn, Abbeel, Levine, *Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks*, ICML 2017.
+
+`pool`: Wang, Yuan, Ying, Yang, *Memory-Based Optimization Methods for Model-Agnostic Meta-Learning and Personalized
+Federated Learning* (MOML), JMLR 2023, arXiv 2106.04911, whose memory needs tasks that come back.
+
 `covering`: Wang et al., *Rethinking Task Sampling for Few-shot Vision-Language Transfer Learning* (MAMF), MMMPIE 2022,
 arXiv 2203.04904: K tasks of n of N classes, drawn uniformly, one after another, so many that a class stays unseen with
 probability `miss`: K = round(ln(miss) / ln(1 - n / N)).
@@ -21,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from ..inner.problem import Turn, generator
+from .catalogue import method
 
 __all__ = ["covering", "endless", "pool", "prioritised"]
 
 
+@method("source", chain="yes")
 class endless(nn.Module):
     """Task after task, no one twice.
 
@@ -42,6 +49,7 @@ class endless(nn.Module):
         return None
 
 
+@method("source", needs="at least a meta-batch of tasks", chain="yes")
 class pool(endless):
     """The first `size` tasks again and again; those of an iteration are distinct, all as likely.
 
@@ -69,6 +77,7 @@ class pool(endless):
         return order[:count]
 
 
+@method("source", chain="yes", fill={"classes": "classes", "ways": "ways"})
 class covering(endless):
     """So many tasks of `ways` of `classes` classes that each class is unseen with probability `miss`, in turn.
 
@@ -97,6 +106,7 @@ class covering(endless):
         return [number % self.size for number in super().draw(iteration, count)]
 
 
+@method("source", chain="yes")
 class prioritised(endless):
     """Fresh tasks, and those of a buffer that were hard.
 

@@ -22,10 +22,15 @@ from ..inner.rules import sgd
 from ..network import layers_of
 from ..patterns import Pattern
 from ..places import Learned, Objective, Problem
+from .catalogue import method
 
 __all__ = ["schedule_of", "sparse_rates"]
 
 
+@method(
+    "objective", needs="the rule lslr", chain="no: tasks go one by one",
+    fill={"rule": "rule", "model": "model", "sample": "sample"},
+)  # fmt: skip
 class sparse_rates(Objective):
     """weight sum of c_l |A_l,k|; added to `query_loss()`.
 

@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..places import Learned, Problem
+from .catalogue import method
 from .objectives import direct
 
 __all__ = ["steepest"]
 
 
+@method("objective", chain="no inner loop")
 class steepest(direct):
     """The network's own loss, less alpha times its gradient's square.
 

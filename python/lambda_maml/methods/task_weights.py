@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..inner.problem import Turn, generator
+from .catalogue import method
 
 __all__ = ["spsa", "spsa_track", "uncertainty", "uniform"]
 
 
+@method("weights", chain="yes")
 class uniform(nn.Module):
     """The mean of the tasks' losses: plain MAML.
 
@@ -49,6 +51,7 @@ def _shared(losses: Tensor, weights: Tensor) -> Tensor:
     return (losses / squares + squares.log()).mean()
 
 
+@method("weights", chain="yes", fill={"tasks": "meta_batch"})
 class uncertainty(nn.Module):
     """Weights that are meta-parameters: the outer optimiser moves them along dJ/dw_i = (2 / w_i - 2 L_i / w_i^3) / T.
 
@@ -70,6 +73,7 @@ class uncertainty(nn.Module):
         return None
 
 
+@method("weights", chain="yes", fill={"tasks": "meta_batch"})
 class spsa(nn.Module):
     """Weights that move by simultaneous perturbation, from two values of J an iteration.
 
@@ -133,6 +137,7 @@ class spsa(nn.Module):
             self.weights /= self.weights.norm()
 
 
+@method("weights", chain="yes", fill={"tasks": "meta_batch"})
 class spsa_track(spsa):
     """SPSA that tracks: one of its two values of J is on the losses of the iteration before.
 

@@ -1,0 +1,392 @@
+"""Related methods beside plain MAML: from the same start, for equal meta-iterations, on the same test tasks.
+
+python bench/methods.py --work runs/methods --json bench/results/methods.json --page docs/methods.md
+
+A run that is ended goes on where it was, if it is started again with the same --work. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import ctypes
+import datetime
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import methods_page
+import torch
+import torch.nn.functional as F
+from harness import CONFIGURATIONS
+from memory import status
+from torch import Tensor, nn
+
+from lambda_kernels import info
+from lambda_maml import Pattern, adapt, data, methods, models, rules
+from lambda_maml.evaluate import evaluate
+from lambda_maml.files import write_json
+from lambda_maml.methods import backward, descend
+from lambda_maml.outer import meta_gradient
+from lambda_maml.run_state import LAST
+from lambda_maml.stats import mean_ci95
+from lambda_maml.timing import interleave
+from lambda_maml.train import Parts, Settings, train
+
+LR, STEPS, WAYS, QUERY, BATCH = 0.1, 5, 5, 15, 4
+TEST_SEED = 4000
+Given = dict[str, Any]
+
+
+class Made(NamedTuple):
+    """What a row trains with, and how its network adapts afterwards."""
+
+    train: Given = {}
+    """`rule` and `parts` of `train`."""
+    adapt: Callable[[nn.Module], Given] = lambda model: {}
+    """What `adapt` takes in place of a number of steps and a rate."""
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    method: str
+    pattern: str
+    make: Callable[[nn.Module, Any], Made]
+    told: str = ""
+    settings: Given = {}
+    trained: bool = True
+    """Whether it is trained from the start on; else it adapts the network of plain MAML under `plain`."""
+    plain: str = ""
+    """The pattern of the plain MAML that it is compared with; default: its own."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-{self.pattern}"
+
+    @property
+    def base(self) -> str:
+        return f"maml-{self.plain or self.pattern}"
+
+
+def names(model: nn.Module, pattern: str) -> list[str]:
+    return Pattern(pattern).parameters(model)
+
+
+def by_rule(make: Callable[[nn.Module], Any]) -> Callable[[nn.Module, Any], Made]:
+    def made(model: nn.Module, images: Any) -> Made:
+        rule = make(model)
+        return Made({"rule": rule}, lambda _: {"rule": rule})
+
+    return made
+
+
+def by_parts(make: Callable[[nn.Module], Parts]) -> Callable[[nn.Module, Any], Made]:
+    def made(model: nn.Module, images: Any) -> Made:
+        parts = make(model)
+        return Made({"parts": parts}, lambda _: {} if parts.solver is None else {"solver": parts.solver})
+
+    return made
+
+
+def plain(model: nn.Module, images: Any) -> Made:
+    return Made()
+
+
+def sparse(model: nn.Module, images: Any) -> Made:
+    rule = methods.lslr(names(model, "11111"), STEPS, LR)
+    xs = torch.zeros(WAYS, *images.image_shape)
+    parts = Parts(objective=methods.query_loss() + methods.sparse_rates(rule, model, xs, weight=0.05))
+
+    def schedule(model: nn.Module) -> Given:
+        return {"rule": rule, "pattern": methods.schedule_of(rule, model, 0.02)}
+
+    return Made({"rule": rule, "parts": parts}, schedule)
+
+
+def memory_of(version: int) -> Callable[[nn.Module], Parts]:
+    def made(model: nn.Module) -> Parts:
+        given: Given = {"tasks": 25, "beta": 0.3, "version": version, "batch": BATCH if version == 2 else None}
+        solver = methods.remembering(descend(rules.sgd(LR), STEPS), model, "00011", **given)
+        return Parts(solver=solver, source=methods.pool(25))
+
+    return made
+
+
+ROWS = [
+    *(Row("maml", pattern, plain) for pattern in ("11111", "00011")),
+    Row("maml", "00001", lambda m, i: Made({}, lambda _: {"steps": 10}), "10 steps in adapting"),
+    *(Row("alfa", p, by_rule(lambda m, p=p: methods.alfa(names(m, p), STEPS, LR))) for p in ("11111", "00011")),
+    *(Row("lslr", p, by_rule(lambda m, p=p: methods.lslr(names(m, p), STEPS, LR))) for p in ("11111", "00011")),
+    Row("ridge_head", "00001", by_parts(lambda m: Parts(solver=methods.ridge_head(1.0, learned=True))), "lam learned"),
+    Row("ntk", "00001", by_parts(lambda m: Parts(solver=methods.ntk(time=10.0))), "time 10"),
+    Row("ntk", "00011", by_parts(lambda m: Parts(solver=methods.ntk(time=10.0))), "time 10"),
+    Row(
+        "forward_gradient", "00001",
+        by_parts(lambda m: Parts(solver=descend(rules.sgd(LR), STEPS, methods.forward_gradient(8, at="activities")))),
+        "8 directions at the activities, first order", {"second_order": False},
+    ),
+    Row("remembering", "00011", by_parts(memory_of(1)), "version 1, 25 tasks, beta 0.3"),
+    Row("remembering-2", "00011", by_parts(memory_of(2)), "version 2, 25 tasks, beta 0.3"),
+    Row("spsa", "00011", by_parts(lambda m: Parts(weights=methods.spsa(BATCH)))),
+    Row("spsa_track", "00011", by_parts(lambda m: Parts(weights=methods.spsa_track(BATCH)))),
+    Row("uncertainty", "00011", by_parts(lambda m: Parts(weights=methods.uncertainty(BATCH)))),
+    Row("prioritised", "00011", by_parts(lambda m: Parts(source=methods.prioritised(64))), "64 tasks, half of a batch"),
+    Row("covering", "00011", lambda m, i: Made({"parts": Parts(source=methods.covering(len(i.counts), WAYS))})),
+    Row("steepest", "11111", by_parts(lambda m: Parts(objective=methods.steepest(0.01))), "alpha 0.01"),
+    Row("sparse_rates", "11111", sparse, "weight 0.05; adapts under the schedule of its rates above 0.02"),
+    Row(
+        "fisher", "11111", lambda m, i: Made({}, lambda _: {"pattern": methods.fisher(0.3)}),
+        "budget 0.3; adapts plain MAML's network", trained=False,
+    ),
+]  # fmt: skip
+
+
+class Bench:
+    """What all rows share."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.work = args, args.work
+        self.sets = {s: data.load(args.data, root=args.root, split=s) for s in ("train", "val", "test")}
+        self.tasks = data.sample_tasks(
+            self.sets["test"], args.tasks, ways=WAYS, shots=args.shots, query=QUERY, seed=TEST_SEED
+        )
+        known = CONFIGURATIONS[{"glyphs": "glyphs"}.get(args.data, "cifar-1-shot")]
+        self.width = args.width or known.width
+
+    def settings(self, **more: Any) -> Settings:
+        given = {"ways": WAYS, "shots": self.args.shots, "query": QUERY, "steps": STEPS, "lr": LR, "meta_batch": BATCH,
+                 "val_tasks": 20, "val_every": 10**6}  # fmt: skip
+        return Settings(**{**given, **more})
+
+    def network(self) -> nn.Module:
+        torch.manual_seed(0)
+        channels, height, _ = self.sets["train"].image_shape
+        return models.conv4(ways=WAYS, in_channels=channels, width=self.width, image_size=height)
+
+    def trained(self, folder: str, model: nn.Module, settings: Settings, iterations: int, made: Given) -> nn.Module:
+        """The network after so many iterations in a folder, which are gone on with."""
+        out = self.work / folder
+        train(
+            model, self.sets["train"], self.sets["val"], out=out, settings=settings, iterations=iterations,
+            resume=(out / LAST).exists(), overwrite=True, progress=True, **made,
+        )  # fmt: skip
+        return model.eval()
+
+    def start(self) -> nn.Module:
+        model = self.network()
+        return self.trained("start", model, self.settings(pattern="11111"), self.args.start, {})
+
+    def row(self, row: Row) -> tuple[nn.Module, Made]:
+        """The trained network of a row, and what it adapts with."""
+        model = self.start()
+        made = row.make(model, self.sets["train"])
+        folder, given = (row.name, made.train) if row.trained else (row.base, {})
+        settings = self.settings(pattern=row.pattern, seed=1, **row.settings)
+        return self.trained(folder, model, settings, self.args.iterations, given), made
+
+
+def adapting(row: Row, model: nn.Module, made: Made) -> Given:
+    """What `adapt` and `evaluate` take."""
+    own = {"pattern": row.pattern, **made.adapt(model)}
+    return own if "solver" in own else {"steps": STEPS, **({} if "rule" in own else {"lr": LR}), **own}
+
+
+def measured(bench: Bench, row: Row) -> Given:
+    """All of a row but its peak: scores of each task, times of an adaptation and of a meta-gradient."""
+    model, made = bench.row(row)
+    given = adapting(row, model, made)
+    found = evaluate(model, bench.tasks, **given)
+    base = next(r for r in ROWS if r.name == row.base)
+    other, plainly = (model, given) if base == row else bench_row(bench, base)
+    xs, ys, _, _ = bench.tasks[0]
+    runs = {"own": lambda: adapt(model, xs, ys, **given), "plain": lambda: adapt(other, xs, ys, **plainly)}
+    with torch.no_grad():  # learned rates are numbers
+        times = interleave(runs, repeats=10**6, seconds=bench.args.seconds)
+    return {
+        "method": row.method, "pattern": row.pattern, "told": row.told, "name": row.name, "base": row.base,
+        "adapts": str(given["pattern"]), "scores": found.scores.tolist(),
+        "time_ms": list(times["own"]), "plain_ms": list(times["plain"]),
+        **(gradients(bench, row, model, made) if row.trained and base != row else {}),
+        "peak_mib": peak(bench, row), "plain_peak_mib": peak(bench, base),
+    }  # fmt: skip
+
+
+def bench_row(bench: Bench, row: Row) -> tuple[nn.Module, Given]:
+    model, made = bench.row(row)
+    return model, adapting(row, model, made)
+
+
+def gradients(bench: Bench, row: Row, model: nn.Module, made: Made) -> Given:
+    """Times of a meta-batch's gradient, with the method and by plain MAML."""
+    tasks = data.sample_tasks(bench.sets["train"], BATCH, ways=WAYS, shots=bench.args.shots, query=QUERY, seed=9)
+    settings = bench.settings(pattern=row.pattern, **row.settings)
+    plainly = bench.settings(pattern=row.pattern)
+    rule, parts = made.train.get("rule"), made.train.get("parts")
+    if parts is not None:
+        parts.of_run(rule, settings, 1)
+    own, other = copy.deepcopy(model), copy.deepcopy(model)
+
+    def method() -> None:
+        own.zero_grad()
+        if parts is None:
+            meta_gradient(own, tasks, settings, rule=rule)
+        else:
+            parts.gradient(own, tasks, list(range(BATCH)), settings, 0)
+
+    def maml() -> None:
+        other.zero_grad()
+        meta_gradient(other, tasks, plainly)
+
+    found = interleave({"own": method, "plain": maml}, repeats=10**6, seconds=bench.args.seconds)
+    return {"iteration_ms": list(found["own"]), "plain_iteration_ms": list(found["plain"])}
+
+
+def peak(bench: Bench, row: Row) -> float | None:
+    """MiB of an adaptation above what lay there before, in a process of its own."""
+    command = [sys.executable, __file__, "--peak", row.name, "--work", str(bench.work), *bench.args.same]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    if done.returncode:
+        print(done.stderr[-500:], file=sys.stderr)
+        return None
+    return float(done.stdout.split()[-1])
+
+
+def own_peak(bench: Bench, row: Row) -> float:
+    model, given = bench_row(bench, row)
+    xs, ys, _, _ = bench.tasks[0]
+    with torch.no_grad():
+        for _ in range(3):  # what a first call leaves in caches
+            adapt(model, xs, ys, **given)
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        adapt(model, xs, ys, **given)
+    return max(0.0, status("VmHWM") - before)
+
+
+def fields(bench: Bench) -> Given:
+    """Neural fields: PSNR after 16 steps on a quarter of the points, of as many test pictures as are asked for, from
+    a start that was trained for chosen points."""
+    train_tasks, test = (methods.pictures(bench.sets[s]) for s in ("train", "test"))
+    torch.manual_seed(0)
+    field = methods.siren(2, 1, width=64, layers=4)
+    solver = descend(rules.sgd(0.01), 4, backward(select=methods.top_gradient(0.25)))
+    parts = Parts(solver=solver, objective=methods.query_loss(F.mse_loss))
+    settings = Settings(meta_batch=4, steps=4, lr=0.01, meta_lr=1e-4, clip_norm=1.0, val_tasks=4, val_every=10**6)
+    out = bench.work / "fields"
+    train(
+        field, train_tasks, test, out=out, settings=settings, iterations=bench.args.iterations, parts=parts,
+        loss=F.mse_loss, metric=F.mse_loss, lower_is_better=True, resume=(out / LAST).exists(), overwrite=True,
+        progress=True,
+    )  # fmt: skip
+
+    def drawn(problem: Any, params: Any, step: int) -> Tensor:
+        return torch.randperm(problem.rows, generator=problem.random(step))[: problem.rows // 4].sort().values
+
+    steps = rules.sgd(0.01)
+    ways = {
+        "chosen": descend(steps, 16, backward(select=methods.top_gradient(0.25))),
+        "random": descend(steps, 16, backward(select=drawn)),
+        "rescaled": descend(steps, 16, methods.rescaled(methods.top_gradient(0.25))),
+        "all": descend(steps, 16),
+    }
+    tasks = test(0, bench.args.pictures)
+    scores: dict[str, list[float]] = {name: [] for name in ways}
+    for xs, ys, xq, yq in tasks:
+        for name, way in ways.items():
+            with torch.no_grad():
+                result = adapt(field, xs, ys, pattern="1111", solver=way, loss=F.mse_loss)(xq)
+            scores[name].append(float(methods.psnr(F.mse_loss(result, yq))))
+    found: Given = {}
+    for name, own in scores.items():
+        mean, ci95 = mean_ci95(torch.tensor(own))
+        difference, wide = mean_ci95(torch.tensor(own) - torch.tensor(scores["random"]))
+        found[name] = {"psnr": mean, "ci95": ci95, "difference": difference, "difference_ci95": wide}
+    return {"pictures": len(tasks), "iterations": bench.args.iterations, "ways": found}
+
+
+def compared(rows: list[Given]) -> list[Given]:
+    """The rows with means and paired differences in the places of their scores."""
+    by_name = {row["name"]: torch.tensor(row["scores"], dtype=torch.float64) for row in rows}
+    found = []
+    for row in rows:
+        own = by_name[row["name"]]
+        if row["base"] not in by_name:
+            continue
+        mean, ci95 = mean_ci95(own)
+        difference, wide = mean_ci95(own - by_name[row["base"]])
+        kept = {key: value for key, value in row.items() if key != "scores"}
+        found.append({**kept, "accuracy": mean, "ci95": ci95, "difference": difference, "difference_ci95": wide})
+    return found
+
+
+def parsed(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/methods"), help="folder of the runs")
+    parser.add_argument("--json", type=Path, help="where the results are written")
+    parser.add_argument("--page", type=Path, help="where the page is written; from --json alone with --only none")
+    parser.add_argument("--only", help="names of rows, with commas, such as alfa-00011; 'none' for none, 'fields'")
+    parser.add_argument("--data", default="glyphs", help="the set, as `lambda_maml.data.load` has it")
+    parser.add_argument("--root", type=Path, help="where the set lies")
+    parser.add_argument("--shots", type=int, default=1, help="support images per class")
+    parser.add_argument("--width", type=int, help="channels of conv4")
+    parser.add_argument("--start", type=int, default=300, help="iterations of the common start")
+    parser.add_argument("--iterations", type=int, default=300, help="iterations of each row")
+    parser.add_argument("--tasks", type=int, default=400, help="test tasks")
+    parser.add_argument("--pictures", type=int, default=100, help="test pictures of the neural fields")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timing, for each pair")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    args.same = [f"--{n}={getattr(args, n)}" for n in ("data", "shots", "start", "iterations", "tasks", "pictures")]
+    args.same += [f"--{n}={getattr(args, n)}" for n in ("root", "width") if getattr(args, n) is not None]
+    return args
+
+
+def main(words: list[str] | None = None) -> None:
+    args = parsed(words)
+    torch.set_num_threads(1)
+    by_name = {row.name: row for row in ROWS}
+    wanted = [*by_name, "fields"] if args.only is None else [n for n in args.only.split(",") if n != "none"]
+    if unknown := [n for n in wanted if n not in {*by_name, "fields"}]:
+        raise SystemExit(f"methods: no row {', '.join(unknown)}; there are {', '.join(by_name)} and fields")
+    if args.peak:
+        print(own_peak(Bench(args), by_name[args.peak]))
+        return
+    if wanted:
+        bench = Bench(args)
+        args.work.mkdir(parents=True, exist_ok=True)
+        settings = args.work / "settings.json"
+        if settings.exists() and json.loads(settings.read_text("utf-8")) != args.same:
+            raise SystemExit(f"methods: {settings} is of other settings: take another --work")
+        write_json(settings, args.same)
+        for name in wanted:
+            kept = args.work / f"{name}.row.json"
+            if not kept.exists():
+                print(f"{name}", file=sys.stderr)
+                write_json(kept, fields(bench) if name == "fields" else measured(bench, by_name[name]))
+    rows = [json.loads(p.read_text("utf-8")) for n in by_name if (p := args.work / f"{n}.row.json").exists()]
+    at = args.work / "fields.row.json"
+    about = {
+        "data": args.data, "start": args.start, "iterations": args.iterations, "tasks": args.tasks, "ways": WAYS,
+        "shots": args.shots, "steps": STEPS, "lr": LR, "meta_batch": BATCH, "environment": info.environment(),
+        "date": datetime.date.today().isoformat(), "command": " ".join(["python bench/methods.py", *args.same]),
+    }  # fmt: skip
+    found = json.loads(at.read_text("utf-8")) if at.exists() else {}
+    result: Given = {"about": about, "rows": compared(rows), "fields": found}
+    if args.json:
+        if wanted:
+            write_json(args.json, result)
+        else:
+            result = json.loads(args.json.read_text("utf-8"))
+    if args.page:
+        args.page.write_text(methods_page.page(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
