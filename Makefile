@@ -10,7 +10,7 @@ supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 1
     "lambda-kernels needs Python 3.10 to 3.13, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 
 .DEFAULT_GOAL := all
-.PHONY: all help demo docs test fuzz sanitize bench peers timings gpu format lint wheel tried-wheel clean distclean force
+.PHONY: all help demo docs test fuzz sanitize bench peers timings experiments gpu format lint wheel tried-wheel clean distclean force
 
 all: $(VENV)/.built
 	@echo "Ready: source $(BIN)/activate, then lambda-maml demo, or lambda-maml --help. make help lists what else make does."
@@ -24,6 +24,8 @@ help:
 	@echo "              SECONDS=600, from SEED=0 on"
 	@echo "make sanitize the native code under AddressSanitizer and UndefinedBehaviorSanitizer: its tests, and COUNT=4000 calls"
 	@echo "make bench    benchmarks: make peers, which writes docs/performance.md and README's figures, then make timings: bench/results/local.json"
+	@echo "make experiments  DATA=FOLDER of image sets: trains, chooses and times all configurations of docs/experiments.md, in"
+	@echo "              JOBS=1 processes; goes on where it was ended; ONLY=NAMES some of them, RESULTS= and RUNS= elsewhere"
 	@echo "make gpu      build, tests and benchmarks on a GPU machine with $(PYTHON) as it is: bench/results, docs/gpu.md"
 	@echo "make lint     ruff and mypy, and the forms of ruff format and clang-format; make format writes these"
 	@echo "make wheel    wheels in dist/ (CPU; with a CUDA torch also CUDA), each tried in an environment of its own"
@@ -78,6 +80,16 @@ timings: $(VENV)/.built
 	mkdir -p bench/results
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/local.json.tmp
 	mv bench/results/local.json.tmp bench/results/local.json
+
+# Goes on where it was ended. Its page is docs/experiments.md, of results elsewhere experiments.md beside them.
+JOBS ?= 1
+RESULTS ?= results
+RUNS ?= runs/experiments
+experiments: $(VENV)/.built $(VENV)/.peers
+	$(BIN)/python bench/experiments.py $(if $(DATA),--data '$(DATA)') --jobs $(JOBS) --results '$(RESULTS)' --runs '$(RUNS)' \
+	    $(if $(ONLY),--only $(foreach name,$(ONLY),'$(name)'))
+	$(BIN)/python bench/experiments.py --results '$(RESULTS)' --page \
+	    $(if $(filter results,$(RESULTS)),docs/experiments.md,'$(RESULTS)/experiments.md')
 
 # No environment of its own and no downloads: torch, triton and pytest are those of $(PYTHON). GPU_ARGS=--help lists options.
 gpu:

@@ -1,0 +1,343 @@
+"""What is done for each kind of result, in a process of its own: training, times, memory, accuracies, the choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import memory
+import peers
+import torch
+from bench_peers import machine
+from experiments_plan import FIXED, FULL, Experiment, Job
+from harness import Configuration, Gate, PlainLoop, Problem, Skip, reason
+from torch import Tensor, nn
+
+from lambda_maml import Pattern, adapt, checkpoint, data, models
+from lambda_maml.adapt import STATISTICS
+from lambda_maml.data import ImageSet, Task
+from lambda_maml.evaluate import Evaluation, evaluate
+from lambda_maml.files import read_json, write_json
+from lambda_maml.learned_rates import fixed_rates, learned_rule, load_rates
+from lambda_maml.run_state import BEST, LAST
+from lambda_maml.select import Selection, select_pattern
+from lambda_maml.settings import Settings
+from lambda_maml.stats import mean_ci95
+from lambda_maml.stopping import SIGNALS
+from lambda_maml.timing import STOCK, Timing, interleave, timing_info
+from lambda_maml.train import train
+
+GATE_RATE = 0.01  # at which results are compared before times are taken
+TIMED = 2000  # rounds at most
+
+
+class Stopped(Exception):
+    """A signal ended the training; its state is saved."""
+
+
+class Place(NamedTuple):
+    """Where the images lie, and where checkpoints and results go."""
+
+    data: Path | None
+    runs: Path
+    results: Path
+
+    def result(self, name: str) -> Path:
+        return self.results / f"{name}.json"
+
+    def folder(self, experiment: Experiment) -> Path:
+        return self.runs / str(experiment)
+
+
+def do(job: Job, place: Place, command: str) -> None:
+    """Make the result of a job and write it. Raises Stopped, ValueError and OSError."""
+    begun, load = time.perf_counter(), os.getloadavg()[0]
+    about = {
+        "schema": 1, "name": job.name, "kind": job.kind, "plan": job.plan, "command": command,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": {**machine(), "load": load},
+    }  # fmt: skip
+    makers: Mapping[str, Callable[[Job, Place], dict[str, Any]]] = {
+        "training": training, "times": times, "memory": peaks, "accuracy": accuracy, "choice": choice
+    }  # fmt: skip
+    made = makers[job.kind](job, place)
+    write_json(place.result(job.name), {**about, "seconds": round(time.perf_counter() - begun, 1), **made})
+
+
+def images(job: Job, place: Place, split: str) -> ImageSet:
+    dataset = job.experiment.case.dataset
+    return data.load(dataset, None if dataset in BUILT_IN else place.data, split)
+
+
+BUILT_IN = ("glyphs",)
+
+
+def network(experiment: Experiment, some: ImageSet) -> nn.Module:
+    """The run's network with the weights that training begins at."""
+    torch.manual_seed(experiment.seed)
+    channels, _, side = some.image_shape
+    return models.conv4(experiment.settings["ways"], channels, experiment.case.width, side)
+
+
+def training(job: Job, place: Place) -> dict[str, Any]:
+    """Begin the run, or go on with it; what it came to."""
+    run = job.experiment
+    sets = {split: images(job, place, split) for split in ("train", "val", "test")}
+    out = place.folder(run)
+    found = train(
+        network(run, sets["train"]), sets["train"], sets["val"], out=out, settings=Settings(**run.settings),
+        iterations=run.iterations, resume=(out / LAST).is_file(), log_every=max(1, run.iterations // 200),
+    )  # fmt: skip
+    if found.stopped in SIGNALS.values():
+        raise Stopped(f"{found.stopped} at iteration {found.iteration}, saved")
+    assert found.best is not None
+    return {
+        "images": {split: images.fingerprint() for split, images in sets.items()},
+        "checkpoint_sha256": sha256(out / BEST),
+        "iterations": found.iteration,
+        "best": found.best._asdict(),
+        "training_seconds": found.history[-1].seconds,
+        "history": [[line.iteration, line.accuracy, line.ci95, line.train_loss] for line in found.history],
+    }
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Trained(NamedTuple):
+    """A run's best checkpoint, read back."""
+
+    model: nn.Module
+    meta: dict[str, Any]
+    path: Path
+    about: dict[str, Any]  # for the result file
+    images: dict[str, str]  # fingerprints of the run's sets
+
+    def inner(self, steps: int) -> dict[str, Any]:
+        """Steps, rates and norm of an adaptation."""
+        learned = load_rates(self.path, self.model, self.meta, steps)
+        settings = self.meta["settings"]
+        return {"steps": steps, "lr": settings["lr"] if learned is None else learned, "norm": settings["norm"]}
+
+    def tasks(self, found: ImageSet, split: str, count: int, seed: int) -> list[Task]:
+        """Tasks of a split. ValueError for other images than those of training."""
+        if found.fingerprint() != self.images[split]:
+            raise ValueError(
+                f"the {split} images of {found.name} are {found.fingerprint()}, beside training they were "
+                f"{self.images[split]}: give the same DATA, or other folders of runs and results"
+            )
+        episode = {key: self.meta["settings"][key] for key in ("ways", "shots", "query")}
+        return data.sample_tasks(found, count, seed=seed, **episode)
+
+
+def trained(job: Job, place: Place) -> Trained:
+    """ValueError where the checkpoint is gone, or another one than the one that the run's result is of."""
+    run, path = job.experiment, place.folder(job.experiment) / BEST
+    result = read_json(place.result(f"{run}.training"))
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: the checkpoint of {place.result(f'{run}.training')} is not there: give the folder that holds it "
+            "(--runs), or another folder of results to train anew (--results)"
+        )
+    if (found := sha256(path)) != result["checkpoint_sha256"]:
+        raise ValueError(
+            f"{path}: its SHA-256 is {found[:12]}..., that of {place.result(f'{run}.training')} is "
+            f"{result['checkpoint_sha256'][:12]}...: they are of different runs; give other folders"
+        )
+    model, meta = checkpoint.load(path)
+    about = {"checkpoint_sha256": found, "iteration": meta["metrics"]["iteration"]}
+    return Trained(model, meta, path, about, result["images"])
+
+
+class Compared(NamedTuple):
+    """One pattern on the test tasks, beside the full one."""
+
+    pattern: str
+    statistics: str
+    own: Evaluation
+    full: Evaluation
+
+    def row(self) -> dict[str, Any]:
+        """The drop is how much lower the pattern's accuracy is, the mean of paired differences and its 95% interval."""
+        row = {
+            "pattern": self.pattern, "statistics": self.statistics, "accuracy": self.own.mean, "ci95": self.own.ci95
+        }  # fmt: skip
+        if self.pattern == FULL:
+            return {**row, "drop": 0.0, "drop_ci95": 0.0}
+        drop, ci95 = mean_ci95(self.full.scores - self.own.scores)
+        return {**row, "drop": drop, "drop_ci95": ci95}
+
+
+def compared(model: nn.Module, tasks: list[Task], patterns: list[str], inner: Mapping[str, Any]) -> list[Compared]:
+    """All patterns by both protocols, each evaluated once."""
+    found = []
+    for statistics in STATISTICS:
+        scores = {
+            pattern: evaluate(model, tasks, pattern=pattern, statistics=statistics, **inner)
+            for pattern in dict.fromkeys([FULL, *patterns])
+        }
+        found += [Compared(pattern, statistics, own, scores[FULL]) for pattern, own in scores.items()]
+    return found
+
+
+def accuracy(job: Job, place: Place) -> dict[str, Any]:
+    """Well-known patterns after each number of steps, on test tasks."""
+    found, plan = trained(job, place), job.plan
+    tasks = found.tasks(images(job, place, "test"), "test", plan["test_tasks"], plan["test_seed"])
+    rows = [
+        {"steps": steps, **one.row()}
+        for steps in plan["steps"]
+        for one in compared(found.model, tasks, plan["patterns"], found.inner(steps))
+    ]
+    return {**found.about, "rows": rows}
+
+
+def choice(job: Job, place: Place) -> dict[str, Any]:
+    """All patterns on validation tasks, what is chosen at each allowed drop, and these on test tasks."""
+    found, plan, folder = trained(job, place), job.plan, place.folder(job.experiment)
+    val = found.tasks(images(job, place, "val"), "val", plan["val_tasks"], plan["select_seed"])
+    test = found.tasks(images(job, place, "test"), "test", plan["test_tasks"], plan["test_seed"])
+    inner, clock = found.inner(plan["steps"]), place.result(f"{job.experiment.case}.{job.experiment.clock}")
+    chosen = select_pattern(
+        found.model, val, **inner, max_drop=plan["drops"][0], timings=clock,
+        resume=folder / f"choice-k{plan['steps']}.evaluated.json",
+    )  # fmt: skip
+    named = {f"{drop:g}": admitted(chosen, drop) for drop in plan["drops"]}
+    named["best"] = str(max(chosen.table, key=lambda row: row.score).pattern)
+    tested = compared(found.model, test, list(named.values()), inner)
+    dataclasses.replace(chosen, test=on_test(tested, len(test), str(chosen.pattern))).save(
+        folder / f"pattern-k{plan['steps']}.json"
+    )
+    return {
+        **found.about,
+        "timings": clock.name,
+        "warnings": chosen.warnings,
+        "chosen": named,
+        "times_ms": {p: chosen.times[p]._asdict() for p in dict.fromkeys([*named.values(), FULL])},
+        "stock_ms": chosen.times[STOCK]._asdict() if STOCK in chosen.times else None,
+        "rows": [one.row() for one in tested],
+        "candidates": [row.to_dict() for row in chosen.table],
+    }
+
+
+def admitted(chosen: Selection, drop: float) -> str:
+    """What `select_pattern` would choose at another allowed drop: the first of the table, which has the fastest first,
+    whose bound is within it."""
+    if drop == chosen.settings["max_drop"]:
+        return str(chosen.pattern)
+    full = chosen.full_pattern
+    return str(next(r.pattern for r in chosen.table if r.pattern == full or r.drop_bound <= drop + 1e-12))
+
+
+def on_test(tested: list[Compared], tasks: int, pattern: str) -> dict[str, Any]:
+    """The form that pattern.json has for it."""
+    rows = {one.statistics: one for one in tested if one.pattern == pattern}
+    parts = {
+        statistics: {
+            "full_accuracy": one.full.mean, "chosen_accuracy": one.own.mean,
+            **{key: one.row()[key] for key in ("drop", "drop_ci95")},
+        }
+        for statistics, one in rows.items()
+    }  # fmt: skip
+    return {"tasks": tasks, **parts["batch"], "support": parts["support"]}
+
+
+def times(job: Job, place: Place) -> dict[str, Any]:
+    """Adaptation times of all patterns, of plain PyTorch and of learn2learn, interleaved, in pytest-benchmark's form,
+    as `select_pattern(timings=...)` reads it. Weights are those before training, on which no time depends."""
+    run, plan, some = job.experiment, job.plan, images(job, place, "val")
+    settings, model = Settings(**run.settings), network(run, some)
+    (task,) = data.sample_tasks(some, 1, ways=settings.ways, shots=settings.shots, query=1, seed=0)
+    problem = Problem(model, task.xs, task.ys)
+    skipped: dict[str, str] = {}
+    benchmarks = []
+    for steps in plan["steps"]:
+        made = contenders(problem, steps, settings.norm, skipped)
+        lr = settings.lr if settings.learn_lr is None else fixed_rates(
+            learned_rule(model, settings), settings.learn_lr, steps
+        )  # fmt: skip
+        runs: dict[str, Callable[[], object]] = {
+            str(p): adaptation(problem, p, {"steps": steps, "lr": lr, "norm": settings.norm}) for p in Pattern.all(5)
+        }
+        runs |= {name: one.__call__ for name, one in made.items()}
+        taken = interleave(
+            runs, repeats=TIMED, seconds=plan["seconds"], before=lambda name, made=made: reset(made, name)
+        )  # type: ignore[misc]
+        for name, timing in taken.items():
+            about = timing_info(
+                model, task.xs, pattern=FULL if name in made else name, shots=settings.shots, steps=steps,
+                norm=settings.norm, stock=name == STOCK,
+            )  # fmt: skip
+            if name in made and name != STOCK:
+                about["kind"] = name
+            benchmarks.append({"name": f"{name}-k{steps}", "extra_info": about, "stats": seconds(timing)})
+    return {"benchmarks": benchmarks, "skipped": skipped}
+
+
+def adaptation(problem: Problem, pattern: Pattern, inner: Mapping[str, Any]) -> Callable[[], object]:
+    return lambda: adapt(*problem, pattern=pattern, **inner)
+
+
+def reset(made: Mapping[str, peers.Contender], name: str) -> None:
+    if name in made:
+        made[name].reset()
+
+
+def seconds(timing: Timing) -> dict[str, float]:
+    return {key: value / 1e3 for key, value in timing._asdict().items()}
+
+
+def contenders(problem: Problem, steps: int, norm: str, skipped: dict[str, str]) -> dict[str, peers.Contender]:
+    """Plain PyTorch and learn2learn under the full pattern, once their results and ours are those of the plain loop in
+    float64; fills `skipped` with why one of them is not there."""
+    full = Pattern(FULL)
+    for bits in (FULL, FIXED, "00001"):
+        pattern = Pattern(bits)
+
+        def ours(given: Problem, pattern: Pattern = pattern) -> list[Tensor]:
+            learner = adapt(*given, pattern=pattern, steps=steps, lr=GATE_RATE, norm=norm)
+            return [t.detach() for t in learner.parameters_dict().values()]
+
+        Gate(problem, pattern, steps, GATE_RATE, norm)(ours, "ours")
+    made: dict[str, peers.Contender] = {STOCK: PlainLoop(problem, full, steps, GATE_RATE, norm)}
+    try:
+        if norm != "follow":
+            raise Skip("adapts all norm weights")
+        make = peers.PACKAGES["learn2learn"]
+        gate = Gate(problem, full, steps, peers.LR, peers.NORM)
+        gate(lambda given: make(given, full, steps).result(), "learn2learn")
+        made["learn2learn"] = make(problem, full, steps)
+    except Exception as error:  # what others' code cannot do is a note
+        skipped["learn2learn"] = reason(error)
+    return made
+
+
+def peaks(job: Job, place: Place) -> dict[str, Any]:
+    """MiB of one adaptation above parameters and inputs, of ours, plain PyTorch and learn2learn."""
+    case, found, skipped = job.experiment.case, [], dict[str, str]()
+    channels, _, side = images(job, place, "val").image_shape
+    for steps in job.plan["steps"]:
+        c = Configuration(side, channels, case.width, job.experiment.settings["ways"], case.shots, steps)
+        for bits, stock in ((FULL, "stock_full"), (FIXED, "stock_masked")):
+            for contender in ("ours", stock, "learn2learn"):
+                try:
+                    peak = memory.peak(c, bits, contender, threads=1)
+                except Skip as error:
+                    if contender != "learn2learn":
+                        raise
+                    skipped[contender] = reason(error)
+                else:
+                    row = {"steps": steps, "pattern": bits, "contender": contender}
+                    found.append({**row, "first_mib": peak.first, "later_mib": peak.later})
+    return {"rows": found, "skipped": skipped}
+
+
+if __name__ == "__main__":
+    sys.exit("this is a part of bench/experiments.py")

@@ -1,0 +1,373 @@
+"""docs/experiments.md from the files of results: `python bench/experiments.py --page docs/experiments.md`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments_plan import ANIL, ARMS, BOIL, FIXED, FULL, Case, Job
+from gpu_report import cell, digits, met, write
+from report_tables import Table
+
+__all__ = ["markdown", "read", "read_one", "write"]
+
+Row = Mapping[str, Any]
+Results = Mapping[str, Row]
+PUBLISHED = {
+    ("omniglot", 1): "98.7 ± 0.4 (Finn et al. 2017)",
+    ("omniglot", 5): "99.9 ± 0.1 (Finn et al. 2017)",
+    ("cifar_fs", 1): "58.9 ± 1.9 (Bertinetto et al. 2019)",
+    ("cifar_fs", 5): "71.5 ± 1.0 (Bertinetto et al. 2019)",
+    ("mini_imagenet", 1): "48.70 ± 1.84 (Finn et al. 2017)",
+    ("mini_imagenet", 5): "63.11 ± 0.92 (Finn et al. 2017)",
+}
+GOALS = {("omniglot", 1): 98.0, ("omniglot", 5): 99.3, ("cifar_fs", 5): 72.5, ("cifar_fs", 1): 58.5}
+SPEED_GOALS = {0.01: (50.0, 10.0), 0.005: (20.0, None)}  # over the full pattern in stock PyTorch, and in ours
+DATASETS = {
+    "omniglot": "Omniglot", "cifar_fs": "CIFAR-FS", "fc100": "FC100", "mini_imagenet": "mini-ImageNet",
+    "glyphs": "glyphs",
+}  # fmt: skip
+NAMES = {FULL: f"MAML `{FULL}`", ANIL: f"ANIL `{ANIL}`", BOIL: f"BOIL `{BOIL}`"}
+NONE = "not run"
+BUSY = 1.5  # processes that ran on average in the minute before; one of them is the times before these
+HEAD = """# Experiments on image sets
+
+```sh
+make experiments DATA=... JOBS=2
+```
+
+trains, evaluates and times one configuration after another on the image sets that lie in `DATA`
+([which files](data.md)), in so many processes of one thread each, and writes one JSON file for each run and each
+evaluation to `results/`: its command, plan, seed, commit, versions, machine and figures. This page is made from these
+files (`python bench/experiments.py --page docs/experiments.md`); what has none is "not run". What is done is left
+alone and what was ended goes on, from the training's own state: start it again.
+
+To do a row again, name its runs, and folders in which nothing lies yet:
+
+```sh
+make experiments DATA=... RESULTS=again RUNS=again ONLY='cifar_fs-5shot-maml-*'
+```
+
+The last column of each table is that `ONLY`. `bench/experiments_plan.py` holds all settings,
+`python bench/experiments.py --list` says what is done.
+
+"""
+HOW = """## How it is measured
+
+- Network: four blocks (convolution 3x3, batch norm with batch statistics, ReLU, max-pool), then a linear layer. A
+  pattern has a bit for each of these five layers; `{full}` is MAML, `{anil}` ANIL, `{boil}` BOIL.
+- Training is first-order MAML with an exponential average of the weights and a cosine schedule of the meta rate; the
+  checkpoint is that of the best validation accuracy. Finn et al.'s figures are of second order.
+- Accuracies are of 5-way tasks with 15 query images per class, in percent, on test classes. Every figure is "mean of
+  the seeds (each seed ± the half width of its 95% interval over tasks)": the first interval is of tasks, what lies
+  between the seeds is that of seeds. "Together": the norms' statistics are those of a task's query images, as in the
+  published figures. "By itself": each image is classified alone, by the statistics of the support set.
+- A drop is how many points below `{full}` of the same checkpoint and number of steps, the mean of paired differences
+  over the same test tasks.
+- The choice is that of `lambda_maml.select_pattern` on validation tasks, of all 31 patterns: the fastest one whose
+  one-sided 95% bound of the drop is within the allowed one. Test tasks have no part in it.
+- Adaptation time runs from support tensors to adapted parameters, on one thread, the query forward not in it: the
+  median of interleaved rounds with nothing beside them. Stock is plain PyTorch's full pattern in the same rounds.
+  Results are compared with the plain loop's in float64 first. Memory is the peak of the resident set above parameters
+  and inputs, in a process of its own.
+
+## Where these sets differ from the published ones
+
+CIFAR-FS and FC100 have here 400 of the 600 images of each class, and Omniglot's classes are those of the split of
+Vinyals et al. with rotations in training; published figures of Omniglot are of random classes.
+"""
+
+
+def read(folder: Path) -> dict[str, Row]:
+    """All results in a folder, by name. ValueError for one that is none."""
+    return {path.stem: read_one(path) for path in sorted(folder.glob("*.json"))}
+
+
+def read_one(path: Path) -> Row:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        is_one = found["schema"] == 1 and found["name"] == path.stem and isinstance(found["plan"], dict)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is no result of an experiment ({error!r}): move it away") from error
+    if not is_one:
+        raise ValueError(f"{path}: is no result of an experiment: move it away, or name another --results")
+    return dict(found)
+
+
+def markdown(results: Results, jobs: Sequence[Job]) -> str:
+    """The page. Results of other plans than the jobs' have no part in it."""
+    names = {job.name: job for job in jobs}
+    found = {
+        name: one for name, one in results.items()
+        if name in names and one["plan"] == json.loads(json.dumps(names[name].plan))
+    }  # fmt: skip
+    pages = Pages(found, jobs)
+    parts = [HEAD, *(f"**{said}**\n\n" for said in pages.warnings())]
+    tables = (pages.headline, pages.choices, pages.one_step, pages.arms, pages.known, pages.times, pages.memory)
+    for table in (make() for make in tables):
+        parts += [f"## {table.title}\n\n", f"{table.note}\n\n" if table.note else "", lines(table), "\n"]
+    parts += [HOW.format(full=FULL, anil=ANIL, boil=BOIL), "\n", *pages.state()]
+    return "".join(parts).rstrip() + "\n"
+
+
+def lines(table: Table) -> str:
+    rows = [f"| {' | '.join(cells)} |" for cells in (table.head, ["---"] * len(table.head), *table.rows)]
+    return "\n".join(rows) + "\n"
+
+
+class Figure(NamedTuple):
+    """A figure of one seed and the half width of its interval, fractions."""
+
+    value: float
+    ci95: float | None
+
+
+def percent(seeds: Sequence[Figure]) -> str:
+    """The mean of the seeds and each of them, in percent or points."""
+    if not seeds:
+        return NONE
+    each = ", ".join(f"{100 * s.value:.2f}" + ("" if s.ci95 is None else f" ± {100 * s.ci95:.2f}") for s in seeds)
+    return f"{100 * mean(s.value for s in seeds):.2f} ({each})"
+
+
+def mean(values: Iterable[float]) -> float:
+    every = list(values)
+    return sum(every) / len(every)
+
+
+def said_of(case: Case) -> str:
+    return f"{DATASETS[case.dataset]}, {case.shots}-shot"
+
+
+class Pages:
+    """The tables of some results."""
+
+    def __init__(self, results: Results, jobs: Sequence[Job]) -> None:
+        self.results, self.jobs = results, jobs
+        self.runs = list(dict.fromkeys(job.experiment for job in jobs if job.kind == "training"))
+        self.pairs = list(dict.fromkeys((run.case, run.arm) for run in self.runs))
+        self.cases = list(dict.fromkeys(run.case for run in self.runs))
+        self.steps: list[int] = sorted({job.steps for job in jobs if job.kind == "choice"})
+        self.drops: list[float] = next(job.plan["drops"] for job in jobs if job.kind == "choice")
+        self.is_tiny = any(run.case.dataset == "glyphs" for run in self.runs)
+
+    def warnings(self) -> Iterator[str]:
+        if self.is_tiny:
+            yield "Tiny shapes: not a measurement."
+        busy = [n for n, r in self.results.items() if r["kind"] == "times" and r["machine"]["load"] > BUSY]
+        if busy:
+            yield f"Other work was going on when these times were taken: {', '.join(busy)}."
+
+    def of(self, case: Case, arm: str, kind: str) -> list[Row]:
+        """A kind of result of all seeds that have it."""
+        names = [f"{run}.{kind}" for run in self.runs if (run.case, run.arm) == (case, arm)]
+        return [self.results[name] for name in names if name in self.results]
+
+    def tested(self, case: Case, arm: str, pattern: str, steps: int, statistics: str, key: str) -> list[Figure]:
+        """A figure of a well-known pattern on test tasks, for each seed."""
+        interval = {"accuracy": "ci95", "drop": "drop_ci95"}[key]
+        wanted = {"pattern": pattern, "steps": steps, "statistics": statistics}
+        rows = [r for one in self.of(case, arm, "accuracy") for r in one["rows"] if wanted.items() <= r.items()]
+        return [Figure(row[key], row[interval]) for row in rows]
+
+    def chosen(self, case: Case, arm: str, steps: int, which: str, statistics: str, key: str) -> list[Figure]:
+        """The same of what was chosen."""
+        interval = {"accuracy": "ci95", "drop": "drop_ci95"}[key]
+        found = []
+        for one in self.of(case, arm, f"choice-k{steps}"):
+            wanted = {"pattern": one["chosen"][which], "statistics": statistics}
+            row = next(row for row in one["rows"] if wanted.items() <= row.items())
+            found.append(Figure(row[key], row[interval]))
+        return found
+
+    def bits(self, case: Case, arm: str, steps: int, which: str) -> str:
+        each = [f"`{one['chosen'][which]}`" for one in self.of(case, arm, f"choice-k{steps}")]
+        return ", ".join(each) or NONE
+
+    def ratios(self, case: Case, arm: str, steps: int, which: str) -> tuple[list[float], list[float]]:
+        """How often faster each seed's choice adapts than the full pattern, in stock PyTorch and in ours."""
+        stock, ours = [], []
+        for one in self.of(case, arm, f"choice-k{steps}"):
+            own = one["times_ms"][one["chosen"][which]]["median"]
+            ours.append(one["times_ms"][FULL]["median"] / own)
+            if one["stock_ms"] is not None:
+                stock.append(one["stock_ms"]["median"] / own)
+        return stock, ours
+
+    def speed(self, ratios: Sequence[float], goal: float | None) -> str:
+        if not ratios:
+            return NONE
+        said = ", ".join(f"{digits(ratio)}x" for ratio in ratios)
+        return said if goal is None else f"{said}; goal {goal:g}x: {met(min(ratios), goal, self.is_tiny)}"
+
+    def headline(self) -> Table:
+        rows = []
+        last = self.steps[-1]
+        for case in self.cases:
+            together, alone = (
+                self.tested(case, "maml", FULL, last, statistics, "accuracy") for statistics in ("batch", "support")
+            )
+            goal, said = GOALS.get((case.dataset, case.shots)), percent(together)
+            if goal is not None:
+                reached = met(100 * mean(s.value for s in together), goal, self.is_tiny) if together else NONE
+                said += f"; goal {goal:g}: {reached}"
+            published = PUBLISHED.get((case.dataset, case.shots), "")
+            rows.append([said_of(case), said, percent(alone), published, f"`{case}-maml-*`"])
+        note = f"Test accuracy after {last} steps, norm weights and all layers adapted, {self.cases[0].width} channels."
+        head = ["set", "ours, together", "ours, each by itself", "published, together", "ONLY"]
+        return Table(f"`{FULL}` beside the published figures", note, head, rows)
+
+    def choices(self) -> Table:
+        rows = []
+        for case in self.cases:
+            for steps in reversed(self.steps):
+                for drop in self.drops:
+                    which, speeds = f"{drop:g}", SPEED_GOALS.get(drop, (None, None))
+                    goals = speeds if (case.dataset, case.shots) in GOALS else (None, None)
+                    own = [self.chosen(case, "maml", steps, which, s, "drop") for s in ("batch", "support")]
+                    stock, ours = self.ratios(case, "maml", steps, which)
+                    rows.append([
+                        said_of(case), str(steps), f"{100 * drop:g}", self.bits(case, "maml", steps, which),
+                        *map(percent, own), self.speed(stock, goals[0]), self.speed(ours, goals[1]),
+                        f"`{case}-maml-*`",
+                    ])  # fmt: skip
+        head = [
+            "set", "steps", "allowed drop", "chosen, by seed", "drop, together", "drop, each by itself",
+            f"faster than stock `{FULL}`", f"than ours `{FULL}`", "ONLY",
+        ]  # fmt: skip
+        note = "Patterns at meta-test only: checkpoints are trained with all layers. Drops on test tasks, in points."
+        return Table("The choice", note, head, rows)
+
+    def one_step(self) -> Table:
+        rows = []
+        low, middle = self.steps[0], self.steps[min(1, len(self.steps) - 1)]
+        for case, arm in self.pairs:
+            full = [self.tested(case, arm, FULL, steps, "batch", "accuracy") for steps in (low, middle)]
+            best = self.chosen(case, arm, low, "best", "batch", "accuracy")
+            rows.append([
+                said_of(case), ARMS[arm].words, percent(full[0]), self.bits(case, arm, low, "best"), percent(best),
+                percent(full[1]), f"`{case}-{arm}-*`",
+            ])  # fmt: skip
+        head = [
+            "set", "training", f"`{FULL}`, {low} step", "best on validation tasks", f"its accuracy, {low} step",
+            f"`{FULL}`, {middle} steps", "ONLY",
+        ]  # fmt: skip
+        return Table("One step", "Test accuracy, query images together.", head, rows)
+
+    def arms(self) -> Table:
+        rows = []
+        last, which = self.steps[-1], f"{self.drops[0]:g}"
+        for case, arm in self.pairs:
+            stock, _ = self.ratios(case, arm, last, which)
+            rows.append([
+                said_of(case), ARMS[arm].words, percent(self.tested(case, arm, FULL, last, "batch", "accuracy")),
+                self.bits(case, arm, last, which), percent(self.chosen(case, arm, last, which, "batch", "accuracy")),
+                percent(self.chosen(case, arm, last, which, "batch", "drop")),
+                percent(self.tested(case, arm, FIXED, last, "batch", "accuracy")) if arm == "fixed" else "",
+                self.speed(stock, None), f"`{case}-{arm}-*`",
+            ])  # fmt: skip
+        head = [
+            "set", "training", f"`{FULL}`", f"chosen at {100 * self.drops[0]:g} points", "its accuracy", "its drop",
+            f"`{FIXED}`", f"faster than stock `{FULL}`", "ONLY",
+        ]  # fmt: skip
+        note = f"Test accuracy after {last} steps, query images together. Stock PyTorch has one rate in all rows."
+        return Table("Patterns at meta-test alone and in meta-training, norms, learned rates", note, head, rows)
+
+    def known(self) -> Table:
+        rows = []
+        for case in self.cases:
+            for steps in self.steps:
+                for pattern in (FULL, ANIL, BOIL):
+                    own = [self.tested(case, "maml", pattern, steps, s, "accuracy") for s in ("batch", "support")]
+                    drop = percent(self.tested(case, "maml", pattern, steps, "batch", "drop"))
+                    rows.append([
+                        said_of(case), str(steps), NAMES[pattern], *map(percent, own),
+                        "" if pattern == FULL else drop, f"`{case}-maml-*`",
+                    ])  # fmt: skip
+        head = ["set", "steps", "pattern", "together", "each by itself", "drop, together", "ONLY"]
+        return Table("MAML, ANIL and BOIL", "Test accuracy of checkpoints trained with all layers.", head, rows)
+
+    def times(self) -> Table:
+        rows = []
+        columns = ("stock_full", "learn2learn", FULL, "00111", FIXED, ANIL)
+        for job in (job for job in self.jobs if job.kind == "times"):
+            one = self.results.get(job.name)
+            for steps in job.plan["steps"]:
+                found = {} if one is None else by_name(one, steps)
+                missing = "" if one is None else "not there"
+                told = [ms(found[name]) if name in found else missing or NONE for name in columns]
+                words = f"norm weights {job.plan['norm']}" + (", learned rates" if "learn_lr" in job.plan else "")
+                rows.append([said_of(job.experiment.case), words, str(steps), *told, f"`{job.name}`"])
+        head = [
+            "set", "adapted", "steps", f"stock `{FULL}`", f"learn2learn `{FULL}`",
+            *(f"ours `{bits}`" for bits in columns[2:]), "ONLY",
+        ]  # fmt: skip
+        note = "Milliseconds of one adaptation: median [quartiles]. All 31 patterns are in the files."
+        skipped = {why for one in self.results.values() for why in one.get("skipped", {}).values()}
+        note += f" learn2learn: {'; '.join(cell(why) for why in sorted(skipped))}." if skipped else ""
+        return Table("Adaptation time", note, head, rows)
+
+    def memory(self) -> Table:
+        rows = []
+        for job in (job for job in self.jobs if job.kind == "memory"):
+            one = self.results.get(job.name)
+            for steps in job.plan["steps"]:
+                found = {} if one is None else {
+                    (r["pattern"], r["contender"]): r["first_mib"] for r in one["rows"] if r["steps"] == steps
+                }  # fmt: skip
+                keys = [(bits, who) for bits in (FULL, FIXED) for who in ("ours", STOCKS[bits], "learn2learn")]
+                missing = NONE if one is None else "not there"
+                told = [digits(found[key]) if key in found else missing for key in keys]
+                rows.append([said_of(job.experiment.case), str(steps), *told, f"`{job.name}`"])
+        head = ["set", "steps"]
+        head += [f"{who} `{bits}`" for bits in (FULL, FIXED) for who in ("ours", "stock", "learn2learn")]
+        return Table("Peak memory of one adaptation", "MiB, of the first call.", [*head, "ONLY"], rows)
+
+    def state(self) -> Iterator[str]:
+        """What has run and what has not, and where."""
+        yield "## What has run\n\n"
+        done = [job for job in self.jobs if job.name in self.results]
+        yield f"{len(done)} of {len(self.jobs)} results are there.\n\n"
+        machines = {about(self.results[job.name]): job for job in done}
+        for said in machines:
+            yield f"- {said}\n"
+        yield "\n" if machines else ""
+        rows = []
+        for run in self.runs:
+            trained = self.results.get(f"{run}.training")
+            told = NONE if trained is None else (
+                f"{trained['iterations']} iterations in {trained['training_seconds'] / 60:.0f} min, best at "
+                f"{trained['best']['iteration']}"
+            )  # fmt: skip
+            kinds = ["accuracy", *(f"choice-k{steps}" for steps in self.steps)]
+            rows.append([f"`{run}`", told, *("yes" if f"{run}.{kind}" in self.results else NONE for kind in kinds)])
+        yield lines(Table("", "", ["ONLY", "training", "accuracy", *(f"choice, {k} steps" for k in self.steps)], rows))
+
+
+STOCKS = {FULL: "stock_full", FIXED: "stock_masked"}
+
+
+def by_name(one: Row, steps: int) -> dict[str, Row]:
+    """The times of a file at some number of steps: by pattern, and by who else was timed."""
+    found = {}
+    for benchmark in one["benchmarks"]:
+        extra = benchmark["extra_info"]
+        if extra["steps"] == steps:
+            found[extra["pattern"] if extra["kind"] == "adapt" else extra["kind"]] = benchmark["stats"]
+    return found
+
+
+def ms(stats: Row) -> str:
+    median, q1, q3 = (digits(1e3 * stats[key]) for key in ("median", "q1", "q3"))
+    return f"{median} [{q1}, {q3}]"
+
+
+def about(one: Row) -> str:
+    machine = one["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    return (
+        f"{machine['processor']}, instruction set {machine['instruction_set']}, {machine['threads']} thread a process; "
+        f"Python {machine['python']}, {packages}; commit {machine['commit'] or 'unknown'}"
+    )

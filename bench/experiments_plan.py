@@ -1,0 +1,183 @@
+"""The experiments as data: image sets, configurations, seeds, and what is evaluated of each checkpoint."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+FULL, ANIL, BOIL = "11111", "00001", "11110"
+FIXED = "00011"
+SEEDS = (0, 1)
+SELECT_SEED, TEST_SEED = 1000, 2000  # of the tasks, as `lambda-maml select` and `lambda-maml eval` have them
+
+COMMON: dict[str, Any] = {
+    "ways": 5, "query": 15, "steps": 5, "test_steps": 10, "second_order": False, "meta_batch": 4, "meta_lr": 1e-3,
+    "average": 0.999, "val_tasks": 200, "val_every": 500,
+}  # fmt: skip
+CIFAR: dict[str, Any] = {"lr": 0.05, "flip": True, "crop": 4}
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """An image set at so many support images a class, and what of the training depends on it."""
+
+    dataset: str
+    shots: int
+    width: int  # channels of each convolution
+    iterations: int
+    settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.dataset}-{self.shots}shot"
+
+
+class Arm(NamedTuple):
+    """What differs from MAML with one rate."""
+
+    settings: dict[str, Any]
+    words: str
+
+
+CORE = (
+    Case("cifar_fs", 5, 32, 20000, CIFAR),
+    Case("cifar_fs", 1, 32, 30000, CIFAR),
+    Case("omniglot", 1, 32, 20000, {"lr": 0.1}),
+    Case("omniglot", 5, 32, 12000, {"lr": 0.1}),
+)
+MORE = (
+    Case("fc100", 5, 32, 12000, CIFAR),
+    Case("fc100", 1, 32, 20000, CIFAR),
+    Case("mini_imagenet", 5, 32, 12000, {"lr": 0.03, "flip": True}),
+    Case("mini_imagenet", 1, 32, 20000, {"lr": 0.03, "flip": True}),
+)
+ARMS = {
+    "maml": Arm({}, "MAML, one rate; patterns at meta-test only"),
+    "rates": Arm({"learn_lr": "layer-step"}, "inner rates learned per layer and step"),
+    "onestep": Arm(
+        {"steps": 1, "test_steps": 1, "lr": 0.1, "learn_lr": "layer-step"}, "trained in one step, rates learned"
+    ),
+    "sampled": Arm({"patterns": "sampled"}, "a pattern drawn for each meta-batch"),
+    "fixed": Arm({"pattern": FIXED}, f"`{FIXED}` in meta-training too"),
+    "never": Arm({"norm": "never"}, "norm weights never adapt"),
+}
+
+
+class Amount(NamedTuple):
+    """How much is evaluated of each checkpoint."""
+
+    steps: tuple[int, ...] = (1, 5, 10)
+    test_tasks: int = 600
+    val_tasks: int = 600
+    drops: tuple[float, ...] = (0.01, 0.005)
+    timing_seconds: float = 20.0  # of the patterns' adaptation, for each number of steps
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training run."""
+
+    case: Case
+    arm: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.case}-{self.arm}-s{self.seed}"
+
+    @property
+    def iterations(self) -> int:
+        return self.case.iterations
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of `lambda_maml.train.Settings`."""
+        found = {**COMMON, "shots": self.case.shots, **self.case.settings, **ARMS[self.arm].settings}
+        return {**found, "seed": self.seed, "cosine": self.iterations}
+
+    @property
+    def clock(self) -> str:
+        """The part of a name that says which adaptation times are its own."""
+        return f"times-{self.settings.get('norm', 'follow')}" + ("-rates" if "learn_lr" in self.settings else "")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One result file: what is done for it, after which others, and whether nothing else may run beside it."""
+
+    name: str
+    kind: str
+    experiment: Experiment
+    plan: dict[str, Any]
+    needs: tuple[str, ...] = ()
+    alone: bool = False
+    steps: int = 0
+    also: tuple[str, ...] = field(default=(), compare=False)  # names by which --only finds it too
+
+
+def experiments(tiny: bool = False) -> list[Experiment]:
+    """All of them, in the order in which they are run: an arm of all sets before the next arm."""
+    if tiny:
+        return [Experiment(TINY, "maml", 0)]
+    pairs = [(case, arm) for arm in ARMS for case in CORE] + [(case, "maml") for case in MORE]
+    return [Experiment(case, arm, seed) for case, arm in pairs for seed in SEEDS]
+
+
+TINY = Case(
+    "glyphs", 1, 4, 40,
+    {"query": 2, "steps": 1, "test_steps": 2, "lr": 0.4, "meta_batch": 2, "val_tasks": 4, "val_every": 10},
+)  # fmt: skip
+TINY_AMOUNT = Amount((1, 2), 4, 4, timing_seconds=0.0)
+
+
+def jobs(tiny: bool = False) -> Iterator[Job]:
+    """All result files: times and memory first, while nothing else runs; then run after run with its evaluations."""
+    amount, runs = TINY_AMOUNT if tiny else Amount(), experiments(tiny)
+    seen: dict[str, Job] = {}
+    for run in runs:
+        network = {"dataset": run.case.dataset, "width": run.case.width, "shots": run.case.shots}
+        plan = {**network, "steps": list(amount.steps), "norm": run.settings.get("norm", "follow")}
+        learned = {key: run.settings[key] for key in ("learn_lr",) if key in run.settings}
+        name = f"{run.case}.{run.clock}"
+        seen.setdefault(
+            name, Job(name, "times", run, {**plan, **learned, "seconds": amount.timing_seconds}, alone=True)
+        )
+        name = f"{run.case}.memory"
+        seen.setdefault(name, Job(name, "memory", run, {**network, "steps": list(amount.steps)}, alone=True))
+    yield from seen.values()
+    for run in runs:
+        about = {
+            "dataset": run.case.dataset, "network": "conv4", "width": run.case.width, "settings": run.settings,
+            "iterations": run.iterations,
+        }  # fmt: skip
+        trained = f"{run}.training"
+        yield Job(trained, "training", run, about, also=(str(run),))
+        tested = {**about, "test_tasks": amount.test_tasks, "test_seed": TEST_SEED}
+        patterns = list(dict.fromkeys([FULL, ANIL, BOIL, run.settings.get("pattern", FULL)]))
+        plan = {**tested, "steps": list(amount.steps), "patterns": patterns}
+        yield Job(f"{run}.accuracy", "accuracy", run, plan, (trained,), also=(str(run),))
+        for steps in amount.steps:
+            plan = {
+                **tested, "steps": steps, "val_tasks": amount.val_tasks, "select_seed": SELECT_SEED,
+                "drops": list(amount.drops),
+            }  # fmt: skip
+            needs = (trained, f"{run.case}.{run.clock}")
+            yield Job(f"{run}.choice-k{steps}", "choice", run, plan, needs, steps=steps, also=(str(run),))
+
+
+def chosen(every: Sequence[Job], only: Sequence[str]) -> list[Job]:
+    """The jobs whose name, or whose run's name, fits one of the patterns of names, and those that they need.
+
+    Raises:
+        ValueError: nothing fits one of them.
+    """
+    if not only:
+        return list(every)
+    wanted: set[str] = set()
+    for text in only:
+        fits = {job.name for job in every if any(fnmatch.fnmatchcase(name, text) for name in (job.name, *job.also))}
+        if not fits:
+            runs = ", ".join(dict.fromkeys(name for job in every for name in job.also))
+            raise ValueError(f"--only {text}: no run or result has such a name: choose from {runs}, or --list")
+        wanted |= fits
+    return [job for job in every if job.name in wanted | {need for j in every if j.name in wanted for need in j.needs}]
