@@ -132,6 +132,13 @@ INSIDE = {
         "remembered_scores": {"checkpoint", "files", "forms"},
         "pattern_json": {"files", "forms", "patterns"},
         "report": {"extras", "files", "patterns"},
+        **dict.fromkeys(("report_cells", "report_figures", "report_page"), set()),
+        "report_runs": {"files", "metrics", "pattern_json"},
+        "report_selection": {"report", "report_cells", "report_figures"},
+        "report_html": {
+            "data", "files", "report", "report_cells", "report_figures", "report_page", "report_runs",
+            "report_selection", "settings",
+        },
         "": {"adapt", "data", "explain", "inner", "learner", "maml", "models", "patterns", "select", "timing"},
         "console": {"progress", "ranks"},
         "cli_types": set(),
@@ -139,11 +146,12 @@ INSIDE = {
         "cli_train": {
             "cli_data", "cli_types", "console", "models", "processes", "ranks", "settings", "stopping", "train"
         },
+        "cli_report": {"cli_types", "console", "pattern_json", "report", "report_html", "report_runs"},
         "cli_export": {"checkpoint", "cli_types", "console", "export", "images", "learner", "onnx_file"},
         "cli": {
-            "adapt", "checkpoint", "cli_data", "cli_export", "cli_train", "cli_types", "console", "data", "evaluate",
-            "explain", "files", "images", "inner", "learned_rates", "lock", "models", "pattern_json", "patterns",
-            "processes", "ranks", "report", "run_state", "select", "train",
+            "adapt", "checkpoint", "cli_data", "cli_export", "cli_report", "cli_train", "cli_types", "console", "data",
+            "evaluate", "explain", "files", "images", "inner", "learned_rates", "lock", "models", "pattern_json",
+            "patterns", "processes", "ranks", "report", "run_state", "select", "train",
         },
         "__main__": {"cli", "extras"},
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ import click
 
 from .cli_data import SETS, checkpoint_sets, folder_options, root_option
 from .cli_export import export, line, predict, predictions
+from .cli_report import report, tables
 from .cli_train import exit_if_stopped, say_if_stopped, train, train_with_progress
 from .cli_types import COUNT, PLACE, RATE, SEED, Number, expanded
 from .console import bar, device_of, device_option, json_option, options, print_json, say
@@ -121,7 +123,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
             seconds=DEMO["timing_seconds"], progress=progress,
         )  # fmt: skip
     with locked(out, "demo"):
-        _publish(chosen.to_dict(), chosen.warnings, out / "pattern.json", as_json)
+        _publish({**chosen.to_dict(), "command": _command()}, chosen.warnings, out / "pattern.json", as_json)
     say(f"the whole demo took {time.perf_counter() - start:.0f} s")
 
 
@@ -198,7 +200,7 @@ def select(
                 seconds=seconds, progress=progress, resume=path.with_suffix(".evaluated.json"), ranks=ranks,
             )  # fmt: skip
         if ranks.rank == 0:
-            _publish(chosen.to_dict(), chosen.warnings, path, as_json)
+            _publish({**chosen.to_dict(), "command": _command()}, chosen.warnings, path, as_json)
 
 
 @cli.command("eval")
@@ -342,33 +344,7 @@ cli.add_command(predict)
 cli.add_command(export)
 
 
-@cli.command()
-@click.argument("pattern_json", type=PLACE)
-@click.option(
-    "--out", type=PLACE, help="The picture, .png or .svg.  [default: report.png by pattern.json, NAME.png by NAME.json]"
-)
-@click.option("--dark", is_flag=True, help="A picture for a dark page.")
-@click.option("--all", "every", is_flag=True, help="List every candidate, not the front and the well-known ones alone.")
-@json_option
-def report(pattern_json: Path, out: Path | None, dark: bool, every: bool, as_json: bool) -> None:
-    """Tables and picture of a selection that was made before."""
-    from .pattern_json import read_selection
-    from .report import picture_of, plot, summary
-
-    found = read_selection(pattern_json)
-    if "metric" in found:
-        raise ValueError(
-            f"{pattern_json}: its scores are {found['metric']}, tables and picture are of accuracies: "
-            "print(selection.table) in Python shows them"
-        )
-    picture = out or picture_of(pattern_json)
-    if as_json:
-        print_json({**summary(found), "picture": str(picture)})
-    else:
-        _tables(found, every)
-    plot(found, picture, dark=dark)
-    if not as_json:
-        click.echo(f"picture: {picture}")
+cli.add_command(report)
 
 
 @cli.command()
@@ -428,6 +404,11 @@ def _check_out(path: Path) -> None:
             raise ValueError(f"--out {path}: it holds something else, name another file ({error})") from error
 
 
+def _command() -> str:
+    """The command line as it was given."""
+    return shlex.join(["lambda-maml", *(click.get_current_context().obj or [])])
+
+
 def _publish(found: dict[str, Any], warnings: list[str], path: Path, as_json: bool) -> None:
     """Print the tables or the JSON, whether or not it can be written; write pattern.json and report.png."""
     from .files import write_json
@@ -438,7 +419,7 @@ def _publish(found: dict[str, Any], warnings: list[str], path: Path, as_json: bo
     if as_json:
         print_json(found)
     else:
-        _tables(found)
+        tables(found)
     write_json(path, found)
     picture, drawn = picture_of(path), True
     try:
@@ -448,16 +429,6 @@ def _publish(found: dict[str, Any], warnings: list[str], path: Path, as_json: bo
         drawn = False
     if not as_json:
         click.echo(f"wrote {path}{f' and {picture}' if drawn else ''}")
-
-
-def _tables(found: Mapping[str, Any], every: bool = False) -> None:
-    from rich.console import Console
-
-    from .report import candidates, headline
-
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(candidates(found, every=every))
-    console.print(headline(found))
 
 
 def _load(path: Path, device: str) -> tuple[Any, dict[str, Any]]:
@@ -543,7 +514,8 @@ def run(args: list[str] | None = None) -> int:
     """
     debug = os.environ.get("LAMBDA_MAML_DEBUG", "") not in ("", "0")
     try:
-        status = cli.main(args, prog_name="lambda-maml", standalone_mode=False)
+        given = sys.argv[1:] if args is None else args
+        status = cli.main(given, prog_name="lambda-maml", standalone_mode=False, obj=given)
         return status if isinstance(status, int) else 0
     except click.ClickException as error:
         message = error.format_message()

@@ -1,0 +1,253 @@
+"""`make experiments` in its tiny form: results, kill and resume, what is refused, and the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import benches
+import pytest
+from machine import PATIENCE
+
+from lambda_maml.pattern_json import read_selection
+
+ROOT = Path(__file__).resolve().parents[1]
+experiments = benches.module("experiments")
+plan = benches.module("experiments_plan")
+page = benches.module("experiments_page")
+doing = benches.module("experiments_do")
+memory = benches.module("memory")
+JOBS = {job.name: job for job in plan.jobs(tiny=True)}
+TRAINING = "glyphs-1shot-maml-s0.training"
+
+
+def place(folder: Path) -> Any:
+    return doing.Place(None, folder / "runs", folder / "results")
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return ["--tiny", "--runs", str(folder / "runs"), "--results", str(folder / "results"), *more]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    return [sys.executable, str(ROOT / "bench" / "experiments.py"), *arguments(folder, *more)]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of the tiny plan, in this process; memory is not measured."""
+    folder = tmp_path_factory.mktemp("experiments")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "peak", lambda c, bits, contender, threads: memory.Peak(1.5, 1.0))
+        for job in JOBS.values():
+            doing.do(job, place(folder), experiments.command_of(job))
+    return folder
+
+
+@pytest.fixture
+def copied(done: Path, tmp_path: Path) -> Path:
+    shutil.copytree(done, tmp_path / "all")
+    return tmp_path / "all"
+
+
+def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+def test_every_result_says_what_it_is_of(done):
+    assert {path.stem for path in (done / "results").iterdir()} == JOBS.keys()
+    for name, job in JOBS.items():
+        found = json.loads((done / "results" / f"{name}.json").read_text())
+        assert found["plan"] == json.loads(json.dumps(job.plan)) and found["name"] == name
+        assert found["command"].endswith(f"--only {name} --tiny") and "--data DATA" in found["command"]
+        assert found["machine"]["packages"]["torch"] and "commit" in found["machine"] and found["seconds"] > 0
+        assert str(done) not in json.dumps(found)
+
+
+def test_accuracies_are_by_both_protocols_with_paired_drops(done):
+    found = json.loads((done / "results" / "glyphs-1shot-maml-s0.accuracy.json").read_text())
+    keys = {(row["steps"], row["pattern"], row["statistics"]) for row in found["rows"]}
+    assert keys == {(k, p, s) for k in (1, 2) for p in ("11111", "00001", "11110") for s in ("batch", "support")}
+    rows = {(row["steps"], row["statistics"], row["pattern"]): row for row in found["rows"]}
+    for (steps, statistics, _), row in rows.items():
+        full = rows[steps, statistics, "11111"]
+        assert row["drop"] == pytest.approx(full["accuracy"] - row["accuracy"]) and row["drop_ci95"] >= 0
+
+
+def test_the_choice_is_by_the_file_of_times_and_its_bounds(done):
+    found = json.loads((done / "results" / "glyphs-1shot-maml-s0.choice-k2.json").read_text())
+    clock = json.loads((done / "results" / found["timings"]).read_text())
+    taken = {
+        b["extra_info"]["pattern"]: b["stats"]["median"] for b in clock["benchmarks"]
+        if b["extra_info"]["kind"] == "adapt" and b["extra_info"]["steps"] == 2
+    }  # fmt: skip
+    assert len(taken) == len(found["candidates"]) == 31
+    for drop in (0.01, 0.005):
+        within = [r for r in found["candidates"] if r["pattern"] == "11111" or r["drop_bound"] <= drop + 1e-12]
+        chosen = min(within, key=lambda row: row["time_ms"])
+        assert found["chosen"][f"{drop:g}"] == chosen["pattern"]
+        assert 1e3 * taken[chosen["pattern"]] == pytest.approx(found["times_ms"][chosen["pattern"]]["median"])
+    best = max(row["accuracy"] for row in found["candidates"])
+    assert best == next(r["accuracy"] for r in found["candidates"] if r["pattern"] == found["chosen"]["best"])
+    selection = read_selection(done / "runs" / "glyphs-1shot-maml-s0" / "pattern-k2.json")
+    assert selection["chosen"]["pattern"] == found["chosen"]["0.01"] and selection["test"]["tasks"] == 4
+
+
+def test_what_is_done_is_left_alone(done, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (done / "results").iterdir()}
+    assert experiments.main(arguments(done)) == 0
+    assert "6 of 6 results are there, 0 to do" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (done / "results").iterdir()}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_checkpoint(done, tmp_path):
+    """Its parent is killed, which ends the training too; then both begin again."""
+    only = command(tmp_path, "--only", TRAINING)
+    lines = tmp_path / "runs" / "glyphs-1shot-maml-s0" / "metrics.jsonl"
+    first = subprocess.Popen(only, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + PATIENCE
+    while not (lines.is_file() and lines.stat().st_size) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    while (lines.parent / ".lock").exists() and time.monotonic() < deadline:  # until the training has saved
+        time.sleep(0.02)
+    assert not (lines.parent / ".lock").exists()
+    again = subprocess.run(only, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+    assert again.returncode == 0, again.stdout + again.stderr
+    one, two = (json.loads((f / "results" / f"{TRAINING}.json").read_text()) for f in (done, tmp_path))
+    assert one["checkpoint_sha256"] == two["checkpoint_sha256"]
+    assert one["history"] == two["history"] and two["iterations"] == 40
+
+
+@pytest.mark.parametrize("reach", ["the plan", "the training"])
+def test_a_result_of_another_plan_is_refused(copied, capsys, reach):
+    name = TRAINING if reach == "the training" else "glyphs-1shot-maml-s0.accuracy"
+    path = copied / "results" / f"{name}.json"
+    changed(path, lambda found: found["plan"]["settings"].update(lr=0.3))
+    assert experiments.main(arguments(copied)) == 2
+    said = capsys.readouterr().err
+    assert str(path) in said and "settings lr is 0.3 there and 0.4 here" in said and "--results" in said
+
+
+def test_a_run_folder_of_another_configuration_is_refused(copied):
+    (copied / "results" / f"{TRAINING}.json").unlink()
+    run = plan.Experiment(plan.TINY, "rates", 0)
+    (copied / "runs" / "glyphs-1shot-maml-s0").rename(copied / "runs" / str(run))
+    job = plan.Job("x", "training", run, {})
+    with pytest.raises(ValueError, match="the run to resume has settings learn_lr None, this one layer-step"):
+        doing.do(job, place(copied), "")
+
+
+def test_a_checkpoint_that_is_not_that_of_the_result_is_refused(copied):
+    path = copied / "results" / f"{TRAINING}.json"
+    changed(path, lambda found: found.update(checkpoint_sha256="0" * 64))
+    with pytest.raises(ValueError, match="they are of different runs"):
+        doing.do(JOBS["glyphs-1shot-maml-s0.accuracy"], place(copied), "")
+    (copied / "runs" / "glyphs-1shot-maml-s0" / "best.safetensors").unlink()
+    with pytest.raises(ValueError, match="the checkpoint of .* is not there"):
+        doing.do(JOBS["glyphs-1shot-maml-s0.accuracy"], place(copied), "")
+
+
+def test_other_images_than_those_of_training_are_refused(copied):
+    path = copied / "results" / f"{TRAINING}.json"
+    changed(path, lambda found: found["images"].update(test="other images"))
+    with pytest.raises(ValueError, match="beside training they were other images"):
+        doing.do(JOBS["glyphs-1shot-maml-s0.accuracy"], place(copied), "")
+
+
+def test_a_folder_without_the_image_sets_is_refused(tmp_path, capsys):
+    given = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert experiments.main([*given, "--data", str(tmp_path / "none")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+    assert experiments.main([*given, "--data", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "no image set of these lies there" in said and "CIFAR_FS_{train,val,test}.pickle" in said
+    assert experiments.main(given) == 2
+    assert "root is not given" in capsys.readouterr().err
+
+
+def test_a_name_that_none_has_is_refused(tmp_path, capsys):
+    assert experiments.main(arguments(tmp_path, "--only", "cifar*")) == 2
+    assert "--only cifar*: no run or result has such a name" in capsys.readouterr().err
+
+
+def test_a_run_brings_what_it_needs():
+    every = list(plan.jobs())
+    names = [job.name for job in plan.chosen(every, ["cifar_fs-5shot-rates-s1.choice-k10"])]
+    assert names == [
+        "cifar_fs-5shot.times-follow-rates", "cifar_fs-5shot-rates-s1.training", "cifar_fs-5shot-rates-s1.choice-k10"
+    ]  # fmt: skip
+    assert len({job.name for job in every}) == len(every)
+
+
+def test_all_settings_are_ones_that_the_trainer_takes():
+    from lambda_maml.train import Settings
+
+    for run in plan.experiments():
+        assert Settings(**run.settings).cosine == run.iterations
+
+
+def test_times_are_taken_while_nothing_else_runs(tmp_path):
+    given = experiments.parse(arguments(tmp_path, "--jobs", "2"))
+    runner = experiments.Runner(list(plan.jobs()), set(), given)
+    job = runner.next()
+    assert job.kind == "times"
+    runner.waiting.remove(job)
+    runner.running[job.name] = job, None, 0.0
+    assert runner.next() is None
+    runner.running.clear()
+    trained = next(job for job in runner.waiting if job.kind == "training")
+    runner.running[trained.name] = trained, None, 0.0
+    assert runner.next() is None  # the next one is to run alone
+    runner.waiting = [job for job in runner.waiting if not job.alone]
+    assert runner.next().kind == "training"
+
+
+def test_a_job_that_fails_is_said_and_the_rest_goes_on(copied, capsys):
+    for name in ("accuracy", "choice-k1"):
+        (copied / "results" / f"glyphs-1shot-maml-s0.{name}.json").unlink()
+    changed(copied / "results" / f"{TRAINING}.json", lambda found: found["images"].update(val="other images"))
+    assert experiments.main(arguments(copied)) == 1
+    said = capsys.readouterr().out
+    assert "failed (status 1): glyphs-1shot-maml-s0.choice-k1: ValueError: the val images" in said
+    assert "done in" in said and (copied / "results" / "glyphs-1shot-maml-s0.accuracy.json").is_file()
+
+
+def test_the_page_shows_figures_and_what_has_not_run(done, copied, tmp_path, capsys):
+    out = tmp_path / "page.md"
+    assert experiments.main(arguments(done, "--page", str(out))) == 0
+    whole = out.read_text()
+    assert "not a measurement" in whole and "not run" not in whole.split("## What has run")[1]
+    found = json.loads((done / "results" / "glyphs-1shot-maml-s0.accuracy.json").read_text())
+    row = next(row for row in found["rows"] if row["steps"] == 2 and row["pattern"] == "11111")
+    assert f"{100 * row['accuracy']:.2f} ± {100 * row['ci95']:.2f}" in whole
+    for name in ("accuracy", "choice-k2"):
+        (copied / "results" / f"glyphs-1shot-maml-s0.{name}.json").unlink()
+    changed(copied / "results" / "glyphs-1shot.memory.json", lambda found: found["plan"].update(shots=7))
+    assert experiments.main(arguments(copied, "--page", str(out))) == 0
+    less = out.read_text()
+    assert "3 of 6 results are there" in less and "| not run | not run |" in less
+    assert f"{100 * row['accuracy']:.2f} ± " not in less
+    (copied / "results" / "other.json").write_text("{}")
+    assert experiments.main(arguments(copied, "--page", str(out))) == 2
+    assert "is no result of an experiment" in capsys.readouterr().err
+
+
+def test_the_page_of_the_repository_is_that_of_its_results():
+    found = page.markdown(page.read(ROOT / "results"), list(plan.jobs()))
+    assert (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8") == found
