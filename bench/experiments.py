@@ -159,7 +159,8 @@ def one(job: Job, given: argparse.Namespace) -> int:
     torch.set_num_threads(1)
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # the pipe of the parent, which sends nothing
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

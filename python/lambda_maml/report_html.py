@@ -50,15 +50,15 @@ def page(runs: Sequence[Run]) -> str:
     ]
     if len(runs) > 1:
         parts += _overview(runs)
-    for number, run in enumerate(runs):
-        parts += _run(run, f"run{number}")
+    for index, run in enumerate(runs):
+        parts += _run(run, f"run{index}")
     return "\n".join([*parts, f"</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"])
 
 
 def _overview(runs: Sequence[Run]) -> Iterator[str]:
     rows = []
-    for number, run in enumerate(runs):
-        link = f'<a href="#run{number}">{escape(run.name)}</a>'
+    for index, run in enumerate(runs):
+        link = f'<a href="#run{index}">{escape(run.name)}</a>'
         if not run.selections:
             rows.append([(link, run.name), *[("", "")] * 7])
             continue
@@ -82,11 +82,11 @@ def _overview(runs: Sequence[Run]) -> Iterator[str]:
 
 def _run(run: Run, place: str) -> Iterator[str]:
     yield f'<section aria-labelledby="{place}">\n<h2 id="{place}">{escape(run.name)}</h2>'
-    for number, (file, selection) in enumerate(run.selections):
-        if number:
+    for index, (file, selection) in enumerate(run.selections):
+        if index:
             yield f"<details>\n<summary>{escape(file)}: {escape(task_of(selection))}</summary>"
         yield from selection_parts(file, selection)
-        yield "</details>" if number else ""
+        yield "</details>" if index else ""
     if run.selections:
         yield from by_steps([selection for _, selection in run.selections])
         yield from bits(run.selections[0][1])
