@@ -306,7 +306,7 @@ class Pages:
             *(f"ours `{bits}`" for bits in columns[2:]), "ONLY",
         ]  # fmt: skip
         note = "Milliseconds of one adaptation: median [quartiles]. All 31 patterns are in the files."
-        skipped = {why for one in self.results.values() for why in one.get("skipped", {}).values()}
+        skipped = {why for one in self.results.values() if one["kind"] == "times" for why in one["skipped"].values()}
         note += f" learn2learn: {'; '.join(cell(why) for why in sorted(skipped))}." if skipped else ""
         return Table("Adaptation time", note, head, rows)
 

@@ -195,6 +195,7 @@ def test_a_selection_keeps_its_command(tmp_path, monkeypatch):
     small = ["--width", "4", "--steps", "1", "--query", "2", "--val-tasks", "2", "--val-every", "1"]
     assert cli.run(["train", "--out", str(tmp_path / "run"), "--iterations", "1", *small]) == 0
     given = ["select", str(tmp_path / "run" / "best.safetensors"), "--tasks", "2", "--seconds", "0"]
+    given += ["--patterns", "ANIL"]
     assert cli.run(given) == 0
     assert read_json(tmp_path / "found.json")["command"] == " ".join(["lambda-maml", *given])
 

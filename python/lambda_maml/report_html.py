@@ -14,7 +14,7 @@ from typing import Any
 from . import data
 from .files import atomic, written
 from .report import speedups
-from .report_cells import scale_of, table
+from .report_cells import number, scale_of, table
 from .report_figures import Line, Mark, chart
 from .report_page import POLICY, SCRIPT, STYLE
 from .report_runs import Run

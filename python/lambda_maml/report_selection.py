@@ -175,11 +175,12 @@ def _candidates(file: str, selection: Selection) -> str:
     scale, known = scale_of(selection), names(selection)
     edge = [name_of(row) for row in front(selection)]
     ordered = sorted(selection["candidates"], key=lambda row: row["time_ms"])
-    raced = len({row.get("tasks") for row in ordered}) > 1
+    counts = [row["tasks"] if isinstance(row.get("tasks"), int) else None for row in ordered]
+    raced = len(set(counts)) > 1
     head = [("pattern", "text"), ("adapts in, ms", ""), ("quartiles, ms", ""), (f"{scale.name} ± 95%", "")]
     head += [("drop", ""), ("95% bound", ""), *[("tasks", "")] * raced, ("notes", "text")]
     rows = []
-    for row in ordered:
+    for row, count in zip(ordered, counts):
         ends, score = _quartiles(row), scale.text(row[scale.key], row["ci95"])
         notes = [known[row["pattern"]]] if row["pattern"] in known else []
         notes += ["chosen"] if _is_chosen(selection, row) else []
@@ -189,7 +190,7 @@ def _candidates(file: str, selection: Selection) -> str:
         rows.append([
             (f"<code>{escape(name_of(row))}</code>", name_of(row)), number(row["time_ms"]),
             ("", "") if ends is None else (f"{ends[0]:.3g} to {ends[1]:.3g}", str(ends[1] - ends[0])),
-            (score, str(row[scale.key])), *drops, *[(str(row.get("tasks", "")),) * 2] * raced,
+            (score, str(row[scale.key])), *drops, *[number(count)] * raced,
             (escape(", ".join(notes)), ", ".join(notes)),
         ])  # fmt: skip
     chosen = [place for place, row in enumerate(ordered) if _is_chosen(selection, row)]
