@@ -154,7 +154,8 @@ def _commands(run: Run) -> Iterator[tuple[str, str]]:
             yield f"{file}, as it was called:", selection["command"]
         else:
             given = [f"--steps={selection['steps']}", f"--norm={selection['norm']}"]
-            given += [f"--max-drop={selection['max_drop']}", f"--rule={selection['rule']}"]
+            given += [f"--rule={selection['rule']}"]
+            given += [f"--max-drop={selection['max_drop']}"] if selection["max_drop"] is not None else []
             given += [f"--lr={selection['lr']}"] if isinstance(selection["lr"], (int, float)) else []
             given += ["--relative"] * bool(selection.get("relative"))
             yield (

@@ -54,8 +54,10 @@ def name_of(row: Row) -> str:
 
 def _quartiles(row: Row) -> tuple[float, float] | None:
     time = row.get("time")
-    ends = [time.get(key) for key in ("low", "high")] if isinstance(time, dict) else []
-    return (ends[0], ends[1]) if len(ends) == 2 and all(isinstance(e, (int, float)) and e > 0 for e in ends) else None
+    low, high = (time.get("low"), time.get("high")) if isinstance(time, dict) else (None, None)
+    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 < low <= high:
+        return float(low), float(high)
+    return None
 
 
 def _is_chosen(selection: Selection, row: Row) -> bool:
@@ -97,7 +99,7 @@ def _protocols(selection: Selection) -> str:
     scores = {
         which: [of.get(f"{which}_{scale.key}") for of in (test, alone)] for which in ("full", "chosen")
     }  # fmt: skip
-    known = (
+    known: tuple[tuple[str, Row, str, Row, Row], ...] = (
         (f"{full['pattern']}, stock PyTorch", selection["stock_full"], "full", {}, {}),
         (f"{full['pattern']}, ours", full, "full", {}, {}),
         (f"{name_of(chosen)}, chosen", chosen, "chosen", test, alone),
@@ -154,7 +156,8 @@ def _picture(selection: Selection) -> str:
             shown.append(point(row, mark, f"{label} {row['pattern']}" if is_labelled else ""))
     stock = selection["stock_full"]["time_ms"]
     if stock:
-        shown.append(point({**full, "time_ms": stock}, STOCK, f"stock {full['pattern']}"))
+        timed = {"time_ms": stock, "time": selection["stock_full"].get("time")}
+        shown.append(point({**full, **timed}, STOCK, f"stock {full['pattern']}"))
     below = [point(row, BELOW) for row in rows if row[key] < floor]
     stairs = [(row["time_ms"], factor * row[key]) for row in front(selection) if row[key] >= floor]
     marks = list(dict.fromkeys([*(p.mark for p in shown), FRONT, *(p.mark for p in below)]))
@@ -194,11 +197,19 @@ def _candidates(file: str, selection: Selection) -> str:
             (escape(", ".join(notes)), ", ".join(notes)),
         ])  # fmt: skip
     chosen = [place for place, row in enumerate(ordered) if _is_chosen(selection, row)]
+    caption = f"{file}: all candidates on validation tasks. Allowed: {_allowed(selection)}. A title sorts."
+    return table(f"Candidates of {file}", caption, head, rows, chosen)
+
+
+def _allowed(selection: Selection) -> str:
+    """What a candidate may cost."""
+    budget, scale = selection.get("budget"), scale_of(selection)
+    if isinstance(budget, dict):
+        parts = [(budget.get("time_ms"), "ms"), (budget.get("memory_mb"), "MB")]
+        return " and ".join(f"{value:g} {unit}" for value, unit in parts if isinstance(value, (int, float)))
     unit = "% of all layers' score" if selection.get("relative") else scale.unit
     rule = "drop" if selection["rule"] == "point" else "95% bound of the drop"
-    limit = f"{scale.factor * selection['max_drop']:g} {unit}".strip()
-    caption = f"{file}: all candidates on validation tasks. Allowed: {rule} at most {limit}. A title sorts."
-    return table(f"Candidates of {file}", caption, head, rows, chosen)
+    return f"{rule} at most {scale.factor * selection['max_drop']:g} {unit}".strip()
 
 
 def by_steps(selections: Sequence[Selection]) -> Iterator[str]:
