@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import sys
@@ -16,6 +17,7 @@ import memory
 import peers
 import torch
 from bench_peers import machine
+from by_hand import LR, NORM
 from experiments_plan import FIXED, FULL, Experiment, Job
 from harness import Configuration, Gate, PlainLoop, Problem, Skip, reason
 from torch import Tensor, nn
@@ -267,9 +269,7 @@ def times(job: Job, place: Place) -> dict[str, Any]:
             str(p): adaptation(problem, p, {"steps": steps, "lr": lr, "norm": settings.norm}) for p in Pattern.all(5)
         }
         runs |= {name: one.__call__ for name, one in made.items()}
-        taken = interleave(
-            runs, repeats=TIMED, seconds=plan["seconds"], before=lambda name, made=made: reset(made, name)
-        )  # type: ignore[misc]
+        taken = interleave(runs, repeats=TIMED, seconds=plan["seconds"], before=functools.partial(reset, made))
         for name, timing in taken.items():
             about = timing_info(
                 model, task.xs, pattern=FULL if name in made else name, shots=settings.shots, steps=steps,
@@ -311,7 +311,7 @@ def contenders(problem: Problem, steps: int, norm: str, skipped: dict[str, str])
         if norm != "follow":
             raise Skip("adapts all norm weights")
         make = peers.PACKAGES["learn2learn"]
-        gate = Gate(problem, full, steps, peers.LR, peers.NORM)
+        gate = Gate(problem, full, steps, LR, NORM)
         gate(lambda given: make(given, full, steps).result(), "learn2learn")
         made["learn2learn"] = make(problem, full, steps)
     except Exception as error:  # what others' code cannot do is a note

@@ -7,7 +7,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from test_site import CHROMIUM, DESK, PHONE, QUIET, complaints, listen, needs_browser
@@ -212,9 +212,11 @@ def test_a_browser_shows_it_on_a_phone_in_print_and_sorts(folder, tmp_path):
     path.write_text(page(read_runs([folder, other])), encoding="utf-8")
     address = path.as_uri()
     wrong: list[str] = []
+    screens: list[tuple[tuple[int, int], Literal["light", "dark"]]]
+    screens = [(PHONE, "light"), (PHONE, "dark"), (DESK, "dark")]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, chromium_sandbox=False)
-        for (width, height), colours in ((PHONE, "light"), (PHONE, "dark"), (DESK, "dark")):
+        for (width, height), colours in screens:
             shown = browser.new_page(viewport={"width": width, "height": height}, color_scheme=colours)
             said = listen(shown, address)
             shown.goto(address, wait_until="load")
