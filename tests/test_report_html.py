@@ -190,16 +190,6 @@ def test_a_picture_of_several_is_refused(folder, capsys):
     assert "a picture is of one pattern.json" in capsys.readouterr().err
 
 
-def test_a_selection_keeps_its_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_publish", lambda found, *_: write_json(tmp_path / "found.json", found))
-    small = ["--width", "4", "--steps", "1", "--query", "2", "--val-tasks", "2", "--val-every", "1"]
-    assert cli.run(["train", "--out", str(tmp_path / "run"), "--iterations", "1", *small]) == 0
-    given = ["select", str(tmp_path / "run" / "best.safetensors"), "--tasks", "2", "--seconds", "0"]
-    given += ["--patterns", "ANIL"]
-    assert cli.run(given) == 0
-    assert read_json(tmp_path / "found.json")["command"] == " ".join(["lambda-maml", *given])
-
-
 @needs_browser
 @pytest.mark.slow
 def test_a_browser_shows_it_on_a_phone_in_print_and_sorts(folder, tmp_path):
