@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import sys
@@ -16,6 +17,7 @@ import memory
 import peers
 import torch
 from bench_peers import machine
+from by_hand import LR, NORM
 from experiments_plan import FIXED, FULL, Experiment, Job
 from harness import Configuration, Gate, PlainLoop, Problem, Skip, reason
 from torch import Tensor, nn
@@ -27,11 +29,12 @@ from lambda_maml.evaluate import Evaluation, evaluate
 from lambda_maml.files import read_json, write_json
 from lambda_maml.learned_rates import fixed_rates, learned_rule, load_rates
 from lambda_maml.run_state import BEST, LAST
-from lambda_maml.select import Selection, select_pattern
+from lambda_maml.select import select_pattern
+from lambda_maml.selection import Selection
 from lambda_maml.settings import Settings
 from lambda_maml.stats import mean_ci95
 from lambda_maml.stopping import SIGNALS
-from lambda_maml.timing import STOCK, Timing, interleave, timing_info
+from lambda_maml.timing import STOCK, Timing, interleave, is_tie, timing_info
 from lambda_maml.train import train
 
 GATE_RATE = 0.01  # at which results are compared before times are taken
@@ -228,12 +231,14 @@ def choice(job: Job, place: Place) -> dict[str, Any]:
 
 
 def admitted(chosen: Selection, drop: float) -> str:
-    """What `select_pattern` would choose at another allowed drop: the first of the table, which has the fastest first,
-    whose bound is within it."""
+    """What `select_pattern` would choose at another allowed drop: of the rows whose bound is within it, the fastest one,
+    or the most accurate of those that tie with it in time."""
     if drop == chosen.settings["max_drop"]:
         return str(chosen.pattern)
     full = chosen.full_pattern
-    return str(next(r.pattern for r in chosen.table if r.pattern == full or r.drop_bound <= drop + 1e-12))
+    rows = [r for r in chosen.table if r.pattern == full or r.drop_bound <= drop + 1e-12]
+    tied = [r for r in rows if r is rows[0] or is_tie(r.time or r.time_ms, rows[0].time or rows[0].time_ms)]
+    return str(max(tied, key=lambda r: r.score).pattern)
 
 
 def on_test(tested: list[Compared], tasks: int, pattern: str) -> dict[str, Any]:
@@ -267,9 +272,7 @@ def times(job: Job, place: Place) -> dict[str, Any]:
             str(p): adaptation(problem, p, {"steps": steps, "lr": lr, "norm": settings.norm}) for p in Pattern.all(5)
         }
         runs |= {name: one.__call__ for name, one in made.items()}
-        taken = interleave(
-            runs, repeats=TIMED, seconds=plan["seconds"], before=lambda name, made=made: reset(made, name)
-        )  # type: ignore[misc]
+        taken = interleave(runs, repeats=TIMED, seconds=plan["seconds"], before=functools.partial(reset, made))
         for name, timing in taken.items():
             about = timing_info(
                 model, task.xs, pattern=FULL if name in made else name, shots=settings.shots, steps=steps,
@@ -311,7 +314,7 @@ def contenders(problem: Problem, steps: int, norm: str, skipped: dict[str, str])
         if norm != "follow":
             raise Skip("adapts all norm weights")
         make = peers.PACKAGES["learn2learn"]
-        gate = Gate(problem, full, steps, peers.LR, peers.NORM)
+        gate = Gate(problem, full, steps, LR, NORM)
         gate(lambda given: make(given, full, steps).result(), "learn2learn")
         made["learn2learn"] = make(problem, full, steps)
     except Exception as error:  # what others' code cannot do is a note

@@ -86,6 +86,7 @@ def test_select_writes_its_choice_and_a_picture(trained, selected, capsys):
     found = json.loads(selected.read_text())
     assert len(found["candidates"]) == 31 and found["test"]["tasks"] == 3 and found["stock_full"]["time_ms"] > 0
     assert (found["steps"], found["lr"], found["norm"]) == (2, 0.1, "follow")
+    assert found["command"] == f"lambda-maml select {trained / 'best.safetensors'} --tasks 3 --seconds 0 --max-drop 1"
     with Image.open(trained / "report.png") as image:
         assert image.format == "PNG"
 

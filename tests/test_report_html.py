@@ -7,7 +7,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from test_site import CHROMIUM, DESK, PHONE, QUIET, complaints, listen, needs_browser
@@ -190,16 +190,6 @@ def test_a_picture_of_several_is_refused(folder, capsys):
     assert "a picture is of one pattern.json" in capsys.readouterr().err
 
 
-def test_a_selection_keeps_its_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_publish", lambda found, *_: write_json(tmp_path / "found.json", found))
-    small = ["--width", "4", "--steps", "1", "--query", "2", "--val-tasks", "2", "--val-every", "1"]
-    assert cli.run(["train", "--out", str(tmp_path / "run"), "--iterations", "1", *small]) == 0
-    given = ["select", str(tmp_path / "run" / "best.safetensors"), "--tasks", "2", "--seconds", "0"]
-    given += ["--patterns", "ANIL"]
-    assert cli.run(given) == 0
-    assert read_json(tmp_path / "found.json")["command"] == " ".join(["lambda-maml", *given])
-
-
 @needs_browser
 @pytest.mark.slow
 def test_a_browser_shows_it_on_a_phone_in_print_and_sorts(folder, tmp_path):
@@ -212,9 +202,11 @@ def test_a_browser_shows_it_on_a_phone_in_print_and_sorts(folder, tmp_path):
     path.write_text(page(read_runs([folder, other])), encoding="utf-8")
     address = path.as_uri()
     wrong: list[str] = []
+    screens: list[tuple[tuple[int, int], Literal["light", "dark"]]]
+    screens = [(PHONE, "light"), (PHONE, "dark"), (DESK, "dark")]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, chromium_sandbox=False)
-        for (width, height), colours in ((PHONE, "light"), (PHONE, "dark"), (DESK, "dark")):
+        for (width, height), colours in screens:
             shown = browser.new_page(viewport={"width": width, "height": height}, color_scheme=colours)
             said = listen(shown, address)
             shown.goto(address, wait_until="load")

@@ -46,12 +46,15 @@ def table(
 ) -> str:  # fmt: skip
     """Cells are HTML, and what they are sorted by; `head` has each column's title and kind."""
     lines = [f'<div class="scrolls" role="region" tabindex="0" aria-label="{escape(label)}">']
-    lines.append(f"<table{' class=sorts' if sorts else ''}><caption>{escape(caption)}</caption><thead><tr>")
-    lines += [f'<th scope="col" data-kind="{kind}">{escape(title)}</th>' for title, kind in head]
+    lines.append(
+        f"<table{' class=sorts' if sorts else ''}><caption><span>{escape(caption)}</span></caption><thead><tr>"
+    )
+    words = [" class=words" if kind == "text" else "" for _, kind in head]
+    lines += [f'<th scope="col" data-kind="{k}"{w}>{escape(title)}</th>' for (title, k), w in zip(head, words)]
     lines.append("</tr></thead><tbody>")
     for index, row in enumerate(rows):
         lines.append(f"<tr{' class=chosen' if index in chosen else ''}>")
-        for (cell, value), (_, kind) in zip(row, head, strict=True):
-            lines.append(f'<td data-v="{escape(value)}"{" class=words" if kind == "text" else ""}>{cell}</td>')
+        for (cell, value), left in zip(row, words, strict=True):
+            lines.append(f'<td data-v="{escape(value)}"{left}>{cell}</td>')
         lines.append("</tr>")
     return "\n".join([*lines, "</tbody></table></div>"])

@@ -31,11 +31,12 @@ a {{ color: var(--blue); }}
 figure {{ margin: 1rem 0; max-width: 36rem; }}
 figcaption, caption, .muted {{ color: var(--muted); font-size: 0.9rem; }}
 caption {{ text-align: left; padding: 0.3rem 0; }}
+caption span {{ display: block; max-width: calc(100vw - 2.5rem); white-space: normal; }}
 .scrolls {{ overflow-x: auto; margin: 1rem 0; }}
 .scrolls:focus-visible, button:focus-visible, summary:focus-visible {{ outline: 3px solid var(--blue); }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap; }}
-th:first-child, td:first-child, td.words {{ text-align: left; }}
+th:first-child, td:first-child, .words {{ text-align: left; }}
 thead th {{ border-bottom: 2px solid var(--ink); vertical-align: bottom; }}
 tbody tr:nth-child(even) {{ background: var(--stripe); }}
 tr.chosen {{ font-weight: bold; }}

@@ -86,12 +86,12 @@ def _sentence(selection: Selection) -> str:
 
 def selection_parts(file: str, selection: Selection) -> Iterator[str]:
     yield f"<h3>{escape(task_of(selection))}</h3>\n<p>{escape(_sentence(selection))}</p>"
-    yield _protocols(selection)
+    yield _protocols(file, selection)
     yield _picture(selection)
     yield _candidates(file, selection)
 
 
-def _protocols(selection: Selection) -> str:
+def _protocols(file: str, selection: Selection) -> str:
     """The choice beside the full pattern: times, and scores on test tasks by both protocols."""
     scale, test = scale_of(selection), selection["test"]
     alone = test.get("support") or {}
@@ -120,7 +120,7 @@ def _protocols(selection: Selection) -> str:
         f"{test['tasks']} test tasks. Together: query images are normalised by their own statistics; by itself: each "
         "by the support set's. Cost: mean of paired differences ± 95%."
     )
-    return table("The choice beside all layers", caption, head, rows, chosen=(2,), sorts=False)
+    return table(f"The choice of {file} beside all layers", caption, head, rows, chosen=(2,), sorts=False)
 
 
 def _picture(selection: Selection) -> str:
