@@ -155,7 +155,7 @@ def other_data() -> str:
     from lambda_maml import data, models
     from lambda_maml.evaluate import evaluate
 
-    class Mine(Dataset):  # type: ignore[type-arg]
+    class Mine(Dataset):
         def __len__(self) -> int:
             return 12
 
