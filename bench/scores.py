@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +38,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train_with_progress(train_set, val_set, Path(folder), settings, network, iterations=given.iterations)
         model, _ = checkpoint.load(Path(folder) / BEST)
-    episode = {"ways": settings.ways, "shots": settings.shots, "query": DEMO["query"]}
+    episode: dict[str, Any] = {"ways": settings.ways, "shots": settings.shots, "query": DEMO["query"]}
     tasks = data.sample_tasks(val_set, given.tasks, seed=SELECT_SEED, **episode)
-    inner = {"steps": settings.evaluation_steps, "lr": settings.lr, "norm": settings.norm}
+    inner: dict[str, Any] = {"steps": settings.evaluation_steps, "lr": settings.lr, "norm": settings.norm}
     patterns = list(Pattern.all(5))
     scores = torch.stack([evaluate(model, tasks, pattern=pattern, **inner).scores for pattern in patterns])
     queries = len(tasks[0].yq)
