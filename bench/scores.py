@@ -38,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train_with_progress(train_set, val_set, Path(folder), settings, network, iterations=given.iterations)
         model, _ = checkpoint.load(Path(folder) / BEST)
-    episode = {"ways": settings.ways, "shots": settings.shots, "query": DEMO["query"]}
+    episode: dict[str, Any] = {"ways": settings.ways, "shots": settings.shots, "query": DEMO["query"]}
     tasks = data.sample_tasks(val_set, given.tasks, seed=SELECT_SEED, **episode)
     inner: dict[str, Any] = {"steps": settings.evaluation_steps, "lr": settings.lr, "norm": settings.norm}
     patterns = list(Pattern.all(5))
