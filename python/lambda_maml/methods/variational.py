@@ -40,8 +40,8 @@ _THRESHOLD, _SPREAD, _TINY = 3.0, "log_sigma", 1e-8
 class _Spread(nn.Module):
     """What both layers share: log sigma of each weight, and the mask of what is pruned."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
     log_sigma: nn.Parameter
     mask: Tensor
 
