@@ -221,10 +221,17 @@ class Chain:
         [T, N, C', H', W']; None as in `classify`."""
         return self._pass(state, x, count, False)
 
-    def _pass(self, state: Mapping[str, Tensor], x: Tensor, count: int, whole: bool) -> Tensor | None:
+    def constants(self, state: Mapping[str, Tensor], x: Tensor, count: int) -> Tensor | None:
+        """As `features`, in no graph; None where no backend has one operation for it."""
+        with torch.no_grad():
+            return self._pass(state, x, count, False, graph=False)
+
+    def _pass(
+        self, state: Mapping[str, Tensor], x: Tensor, count: int, whole: bool, graph: bool = True
+    ) -> Tensor | None:
         tensors, _ = self._given(state, (), x)
         own = tensors if whole else tensors[: 3 * count]
-        if not any(t.requires_grad for t in (x, *own)) or transform_active(x.device.type) is not None:
+        if (graph and not any(t.requires_grad for t in (x, *own))) or transform_active(x.device.type) is not None:
             return None
         answer = self._answer(x) if x.numel() else []
         if isinstance(answer, list) or any(t.dtype != x.dtype for t in own):

@@ -10,12 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loops import CONV4, close
+from machine import needs_native
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from lambda_maml import Pattern, adapt
+from lambda_kernels import agreement, layers, to_torch, use_backend
+from lambda_maml import Pattern, adapt, models
 from lambda_maml.methods import ntk, ridge_head
 from lambda_maml.methods.ntk import MatrixFunction
+from lambda_maml.places import Learned, Problem
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -213,3 +216,28 @@ def test_numbers_of_any_kind_are_fitted() -> None:
     ys = torch.randn(5, 1, generator=generator, dtype=torch.float64)
     learner = adapt(network, xs, ys, pattern="11", solver=ntk(time=math.inf, ridge=1e-10), loss=F.mse_loss)
     torch.testing.assert_close(learner(xs), ys, rtol=0, atol=1e-4)  # of the ridge over a small eigenvalue
+
+
+@needs_native
+def test_a_heads_features_come_by_one_operation_and_are_the_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In first order no block runs by itself; float32 is as near to the truth as stock PyTorch's."""
+    torch.manual_seed(0)
+    model = models.conv4(ways=3, in_channels=1, width=5, image_size=16)
+    xs, ys = torch.randn(6, 1, 16, 16), torch.arange(3).repeat(2)
+    found: list[Tensor] = []
+
+    def keep(problem: Problem) -> Learned:
+        found.append(problem.features(problem.meta))
+        return Learned(problem.meta)
+
+    with use_backend("native"):
+        adapt(model, xs, ys, pattern="00001", solver=keep)  # the network is looked into
+        monkeypatch.setattr(layers, "fused_block", lambda *args: pytest.fail("a block ran by itself"))
+        adapt(model, xs, ys, pattern="00001", solver=keep)
+    monkeypatch.undo()
+    stock: Any = to_torch(model)
+    plain = nn.Sequential(*list(stock.children())[:-1])
+    stocks, exact = plain(xs).detach(), plain.double()(xs.double()).detach()
+    assert not found[1].requires_grad and torch.equal(*found)
+    wrong, theirs = (agreement.distance([one], [exact]) for one in (found[1], stocks))
+    assert wrong <= 2 * theirs + 1e-6 * float(exact.norm())

@@ -1,7 +1,7 @@
 """Methods related to MAML under patterns, each as a part for one of the `places`: one file a method."""
 
 from .alfa import alfa
-from .catalogue import METHODS
+from .catalogue import METHODS as METHODS
 from .descend import backward, descend
 from .fisher import fisher
 from .forward_gradient import forward_gradient
@@ -20,7 +20,6 @@ from .task_weights import spsa, spsa_track, uncertainty, uniform
 from .variational import cut, kl, prune, sparse_conv4, variational
 
 __all__ = [
-    "METHODS",
     "alfa",
     "backward",
     "bootstrap",

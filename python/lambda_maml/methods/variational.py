@@ -40,8 +40,8 @@ _THRESHOLD, _SPREAD, _TINY = 3.0, "log_sigma", 1e-8
 class _Spread(nn.Module):
     """What both layers share: log sigma of each weight, and the mask of what is pruned."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any
+    bias: Any
     log_sigma: nn.Parameter
     mask: Tensor
 
@@ -187,7 +187,7 @@ def cut(model: nn.Module) -> nn.Sequential:
     >>> network = sparse_conv4(ways=5, in_channels=1, image_size=28, width=8)
     >>> with torch.no_grad():
     ...     network.block2.conv.log_sigma[3:] = 9.0                  # five channels without a weight, and 0 after ReLU
-    ...     network.block2.norm.bias.fill_(-0.1)
+    ...     _ = network.block2.norm.bias.fill_(-0.1)
     >>> prune(network).channels["block2.conv"], cut(network).block2.conv.weight.shape
     ((5, 8), torch.Size([3, 8, 3, 3]))
 
