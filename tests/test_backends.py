@@ -50,6 +50,44 @@ def test_contexts_nest_and_end() -> None:
     assert backends.current() == "auto"
 
 
+def test_a_plain_call_holds_until_the_next_and_ends_with_the_block_around_it() -> None:
+    with lk.use_backend("auto"):
+        lk.use_backend("reference")
+        assert chosen() == "reference"
+        with lk.use_backend("native"):
+            assert chosen() == "native"
+        assert chosen() == "reference"
+        lk.use_backend("native")
+        assert chosen() == "native"
+    assert backends.current() == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("tpu", lk.BackendError, "no backend 'tpu': choose from native, cuda, triton, reference, auto"),
+        ("", lk.BackendError, "no backend ''"),
+        ("Native", lk.BackendError, "no backend 'Native'"),
+        (None, TypeError, "the name of a backend, got NoneType"),
+        (["native"], TypeError, "the name of a backend, got list"),
+    ],
+)
+def test_a_wrong_name_is_refused_at_once(name: Any, error: type[Exception], words: str) -> None:
+    with lk.use_backend("reference"):
+        with pytest.raises(error, match=words):
+            lk.use_backend(name)
+        assert backends.current() == "reference"
+
+
+def test_a_decorator_holds_in_its_function_alone() -> None:
+    @lk.use_backend("reference")
+    def inside(times: int) -> list[str]:
+        return [chosen()] * times
+
+    assert chosen() == "native" and inside(times=2) == ["reference"] * 2 and chosen() == "native"
+    assert inside.__name__ == "inside"
+
+
 def test_a_context_holds_in_its_thread_alone() -> None:
     seen: list[str] = []
     with lk.use_backend("reference"):

@@ -8,12 +8,12 @@ one could not; on a CUDA device, where several can, it takes the one that was me
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ __all__ = [
     "current", "names", "reasons", "register_backend", "use_backend",
 ]  # fmt: skip
 
+Given, Found = ParamSpec("Given"), TypeVar("Found")
 _log = logging.getLogger("lambda_kernels")
 _REFERENCE = Reference()
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Native(), Cuda(), Triton(), _REFERENCE)}
@@ -66,24 +67,50 @@ def current() -> str:
 current._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Run the calls inside on the named backend, or "auto".
+class use_backend:
+    """Run what follows on the named backend, or "auto": until the block ends, or, as a plain call, from here on.
 
-    >>> with use_backend("reference"):
+    >>> with use_backend("auto"):
+    ...     chosen = use_backend("reference")
     ...     print(current())
     reference
 
+    It holds in the thread, or asyncio task, that calls it; LAMBDA_KERNELS_BACKEND is for a whole process. A decorator
+    holds in its function alone.
+
     Raises:
-        BackendError: there is no such backend, or it cannot run on this machine.
+        BackendError: there is no such backend, or it cannot run on this machine. What was chosen before stays.
+        TypeError: the name is no text.
     """
-    if name != "auto" and (why := reasons(name)):
-        raise BackendError(f"backend {name!r} cannot run here: {'; '.join(why)}")
-    token = _wanted.set(name)
-    try:
-        yield
-    finally:
-        _wanted.reset(token)
+
+    def __init__(self, name: str) -> None:
+        given: object = name
+        if not isinstance(given, str):
+            raise TypeError(f"use_backend takes the name of a backend, got {type(given).__name__}")
+        if name != "auto" and (why := reasons(name)):
+            raise BackendError(f"backend {name!r} cannot run here: {'; '.join(why)}")
+        self.name, self._before = name, _wanted.get()
+        _wanted.set(name)
+
+    def __enter__(self) -> None:
+        _wanted.set(self.name)
+
+    def __exit__(self, *error: object) -> None:
+        _wanted.set(self._before)
+
+    def __call__(self, function: Callable[Given, Found]) -> Callable[Given, Found]:
+        _wanted.set(self._before)
+        name = self.name
+
+        @functools.wraps(function)
+        def inside(*args: Given.args, **kwargs: Given.kwargs) -> Found:
+            with use_backend(name):
+                return function(*args, **kwargs)
+
+        return inside
+
+    def __repr__(self) -> str:
+        return f"use_backend({self.name!r})"
 
 
 def register_backend(backend: Backend) -> None:
