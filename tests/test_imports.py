@@ -135,15 +135,16 @@ INSIDE = {
         "": {"adapt", "data", "explain", "inner", "learner", "maml", "models", "patterns", "select", "timing"},
         "console": {"progress", "ranks"},
         "cli_types": set(),
+        "cli_config": {"cli_types", "extras"},
         "cli_data": {"cli_types", "console", "data", "models", "ranks"},
         "cli_train": {
             "cli_data", "cli_types", "console", "models", "processes", "ranks", "settings", "stopping", "train"
         },
         "cli_export": {"checkpoint", "cli_types", "console", "export", "images", "learner", "onnx_file"},
         "cli": {
-            "adapt", "checkpoint", "cli_data", "cli_export", "cli_train", "cli_types", "console", "data", "evaluate",
-            "explain", "files", "images", "inner", "learned_rates", "lock", "models", "pattern_json", "patterns",
-            "processes", "ranks", "report", "run_state", "select", "train",
+            "adapt", "checkpoint", "cli_config", "cli_data", "cli_export", "cli_train", "cli_types", "console", "data",
+            "evaluate", "explain", "files", "images", "inner", "learned_rates", "lock", "models", "pattern_json",
+            "patterns", "processes", "ranks", "report", "run_state", "select", "train",
         },
         "__main__": {"cli", "extras"},
     },

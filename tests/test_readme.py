@@ -91,7 +91,10 @@ def test_make_targets_exist() -> None:
     assert {"demo", "test"} <= set(called) <= targets
 
 
-def test_commands_and_their_options_exist() -> None:
+def test_commands_and_their_options_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (file,) = blocks(ROOT / "docs" / "training.md", "toml")
+    Path("mine.toml").write_text(file, encoding="utf-8")
     called = commands("lambda-maml")
     assert {words[0] for words in called} >= {"train", "select", "eval", "adapt", "report", "info"}
     for name, *arguments in called:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .cli_config import with_config
 from .cli_data import SETS, checkpoint_sets, folder_options, root_option
 from .cli_export import export, line, predict, predictions
 from .cli_train import exit_if_stopped, say_if_stopped, train, train_with_progress
@@ -43,7 +44,10 @@ SELECT_SEED, TEST_SEED = 1000, 2000
 
 
 class Group(click.Group):
-    """Commands in the order in which they are defined."""
+    """Commands in the order in which they are defined, each with `--config`."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(with_config(cmd, self), name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
