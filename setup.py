@@ -31,6 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -51,6 +52,13 @@ SANITIZE_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recove
 COMPILERS = ("g++", "c++", "clang++")
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden", "-cudart=static"]
 ARCHITECTURES = "8.0 9.0 10.0+PTX"
+SETUPTOOLS = (77, 0, 3)  # the first that knows pyproject.toml's license = "MIT"
+OF_A_WHEEL = {"dist_info", "bdist_wheel", "editable_wheel"}  # what an sdist is made without
+NO_TORCH = (
+    f"lambda-kernels: install torch first (python -m pip install 'torch>=2.11'), none was found for {sys.executable}; "
+    "where it is installed, the build is kept apart from it: install setuptools and ninja beside it and give "
+    "--no-build-isolation to pip or uv"
+)
 
 
 def output(*command: str) -> str:
@@ -60,6 +68,16 @@ def output(*command: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.partition("\n")[0].strip()
+
+
+def check_setuptools() -> None:
+    """SystemExit with the remedy where an older one would end in a traceback about pyproject.toml."""
+    if tuple(map(int, re.findall(r"\d+", setuptools.__version__)[:3])) < SETUPTOOLS:
+        least = ".".join(map(str, SETUPTOOLS))
+        raise SystemExit(
+            f"lambda-kernels: setuptools {least} or newer is needed, {sys.executable} has {setuptools.__version__}: "
+            f"python -m pip install 'setuptools>={least}' ninja, or leave out --no-build-isolation"
+        )
 
 
 def find_torch() -> ModuleType | None:
@@ -243,10 +261,7 @@ def build_command(torch: Any) -> type[build_ext]:
 
         class WithoutTorch(build_ext):
             def run(self) -> None:
-                raise SystemExit(
-                    "lambda-kernels: install torch first (python -m pip install 'torch>=2.11'), "
-                    f"none was found for {sys.executable}"
-                )
+                raise SystemExit(NO_TORCH)
 
         return WithoutTorch
 
@@ -316,7 +331,10 @@ def dependencies(torch: ModuleType | None) -> list[str]:
     return [fits, "numpy>=1.26", "safetensors>=0.4.3", "msgspec>=0.19"]
 
 
+check_setuptools()
 torch_module = find_torch()
+if torch_module is None and OF_A_WHEEL & set(sys.argv):  # before torch is downloaded, which the build would not find
+    raise SystemExit(NO_TORCH)
 setup(
     version=version(),
     install_requires=dependencies(torch_module),

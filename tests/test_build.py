@@ -201,6 +201,24 @@ def test_a_missing_torch_is_named_with_the_remedy(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["dist_info", "bdist_wheel", "editable_wheel"])
+def test_a_wheel_without_torch_ends_before_anything_is_downloaded(monkeypatch, command):
+    monkeypatch.setattr(setuptools, "setup", lambda **given: None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "sdist"])
+    runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.setattr(sys, "argv", ["setup.py", command])
+    with pytest.raises(SystemExit, match="install torch first .* give --no-build-isolation to pip or uv"):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.parametrize("found", ["59.6.0", "65.5.0.post1", "77.0.2"])
+def test_an_old_setuptools_is_named_with_the_remedy(monkeypatch, found):
+    monkeypatch.setattr(setuptools, "__version__", found)
+    with pytest.raises(SystemExit, match=rf"setuptools 77\.0\.3 or newer .* has {found}: .*'setuptools>=77\.0\.3'"):
+        runpy.run_path(str(ROOT / "setup.py"))
+
+
 @pytest.mark.parametrize("only", [False, True], ids=["all", "cuda-only"])
 def test_the_cuda_kernels_are_built_ahead_of_the_extension(tmp_path, monkeypatch, only):
     """They take a fraction of its time: a build that is cut off leaves them behind."""
