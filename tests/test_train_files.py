@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import killed
+import one_path
 import pytest
 import torch
 from machine import fresh
@@ -202,6 +203,14 @@ def test_a_killed_selection_goes_on_and_a_killed_demo_begins_anew(tmp_path: Path
         whole, parts = tmp_path / kind / "whole", tmp_path / kind / "parts"
         assert killed.scores(whole / "pattern.json") == killed.scores(parts / "pattern.json")
     killed.same_best(whole, parts)
+
+
+def test_who_reads_a_path_that_threads_and_processes_write_finds_no_part(tmp_path: Path) -> None:
+    one_path.all_processes(tmp_path, 2)
+    kind = one_path.KINDS[0]
+    (tmp_path / kind.name).write_text("[3, 3]")
+    with pytest.raises(AssertionError, match="a part of a file"):
+        one_path.seen(kind, tmp_path / kind.name)
 
 
 def test_what_killed_processes_left_half_written_is_removed(tmp_path: Path) -> None:

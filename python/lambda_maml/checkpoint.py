@@ -119,7 +119,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         told = "is no file" if path.exists() else "no such checkpoint file"
         raise FileNotFoundError(f"{path}: {told}")
     try:
-        with safe_open(path, framework="pt") as file:
+        # safe_open opens its path twice, where another file may lie the second time: what is open here stays the same
+        with path.open("rb") as whole, safe_open(f"/proc/self/fd/{whole.fileno()}", framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
