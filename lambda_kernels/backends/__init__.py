@@ -32,7 +32,8 @@ __all__ = [
     "current", "names", "reasons", "register_backend", "use_backend",
 ]  # fmt: skip
 
-Given, Found = ParamSpec("Given"), TypeVar("Found")
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 _log = logging.getLogger("lambda_kernels")
 _REFERENCE = Reference()
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Native(), Cuda(), Triton(), _REFERENCE)}
