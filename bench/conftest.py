@@ -68,7 +68,8 @@ def chosen(config: pytest.Config) -> dict[str, Configuration]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    chosen(config)
+    if not config.option.help:  # where argparse stops before defaults are given their types
+        chosen(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -132,6 +132,11 @@ def test_a_wrong_result_gets_no_figure(tmp_path):
     assert sorted(timed) == ["reference", "torch"]
 
 
+def test_help_lists_the_options_of_the_benchmarks():
+    done = bench("bench", "--help")
+    assert done.returncode == 0 and "--bench-config=NAMES" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
