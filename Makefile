@@ -6,11 +6,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 NATIVE := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml lambda_kernels/__init__.py
 
 # $(call supported,PYTHON): a Python that this project runs on
-supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 13) or sys.exit( \
-    "lambda-kernels needs Python 3.10 to 3.13, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
+supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 14) or sys.exit( \
+    "lambda-kernels needs Python 3.10 to 3.14, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 
 .DEFAULT_GOAL := all
-.PHONY: all help demo docs test fuzz sanitize bench peers timings gpu format lint wheel tried-wheel clean distclean force
+.PHONY: all help demo docs test fuzz soak sanitize bench peers timings gpu format lint wheel tried-wheel clean distclean force
 
 all: $(VENV)/.built
 	@echo "Ready: source $(BIN)/activate, then lambda-maml demo, or lambda-maml --help. make help lists what else make does."
@@ -22,10 +22,11 @@ help:
 	@echo "make docs     the pages as a site: build/site/index.html"
 	@echo "make fuzz     random networks and calls beside plain PyTorch, and operators with arguments that do not fit, for"
 	@echo "              SECONDS=600, from SEED=0 on"
+	@echo "make soak     the same, and bad files, kills, many writers of one path, round after round, for SECONDS=600"
 	@echo "make sanitize the native code under AddressSanitizer and UndefinedBehaviorSanitizer: its tests, and COUNT=4000 calls"
 	@echo "make bench    benchmarks: make peers, which writes docs/performance.md and README's figures, then make timings: bench/results/local.json"
 	@echo "make gpu      build, tests and benchmarks on a GPU machine with $(PYTHON) as it is: bench/results, docs/gpu.md"
-	@echo "make lint     ruff and mypy, and the forms of ruff format and clang-format; make format writes these"
+	@echo "make lint     ruff and mypy, the forms of ruff format and clang-format (make format writes these), licences, pip-audit"
 	@echo "make wheel    wheels in dist/ (CPU; with a CUDA torch also CUDA), each tried in an environment of its own"
 	@echo "make clean    remove what was built; make distclean: $(VENV) too"
 	@echo "PYTHON=python3.12 names the interpreter of a new $(VENV), CXX=g++-13 the compiler, MAX_JOBS=2 compilers at a time."
@@ -44,6 +45,9 @@ SECONDS ?= 600
 SEED ?= 0
 fuzz: $(VENV)/.built
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds $(SECONDS) --first $(SEED)
+
+soak: $(VENV)/.built
+	$(BIN)/python tests/soak.py $(SECONDS) $(SEED)
 
 # The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own: the native tests, and COUNT
 # calls of the operators with arguments that do not fit. Run in tests/, where the checkout's own packages are not found.
@@ -74,9 +78,10 @@ peers: $(VENV)/.built $(VENV)/.peers
 	$(BIN)/python bench/peers_report.py --markdown bench/results/peers.md --plot bench/results/peers.svg
 	$(BIN)/python bench/front_page.py
 
+# What `select --timings` reads; the operations by themselves: python -m pytest bench/bench_ops.py --benchmark-only
 timings: $(VENV)/.built
 	mkdir -p bench/results
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/results/local.json.tmp
+	$(BIN)/python -m pytest bench/bench_adapt.py --benchmark-only --benchmark-json=bench/results/local.json.tmp
 	mv bench/results/local.json.tmp bench/results/local.json
 
 # No environment of its own and no downloads: torch, triton and pytest are those of $(PYTHON). GPU_ARGS=--help lists options.
@@ -98,6 +103,7 @@ lint: $(VENV)/.required
 	$(BIN)/mypy
 	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs tests
 	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs bench
+	$(BIN)/python tests/dependencies.py build/audit
 
 # A CPU wheel, and beside a CUDA torch one with the CUDA kernels for TORCH_CUDA_ARCH_LIST. WHEELS="cpu cu130" names them, as
 # where nvcc is there without a CUDA torch.
@@ -135,7 +141,7 @@ distclean: clean
 
 # The compiler and the interpreter are looked for before anything is downloaded; setup.py looks again.
 $(BIN)/python:
-	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) found: install Python 3.10 to 3.13 (Debian: apt install" \
+	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) found: install Python 3.10 to 3.14 (Debian: apt install" \
 	    "python3 python3-venv) or name one, such as make PYTHON=python3.12" >&2; exit 1; }
 	@$(call supported,$(PYTHON))
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make environments:" \

@@ -392,3 +392,4 @@ if __name__ == "__main__":
         print(f"{sum(counts.values())} bad files: {dict(counts)}; {len(found)} faults", *sorted(set(found)), sep="\n")
     finally:
         shutil.rmtree(home)
+    sys.exit(1 if found else 0)
