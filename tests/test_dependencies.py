@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from email.message import Message
 from pathlib import Path
 
@@ -46,5 +47,5 @@ def test_vulnerabilities_are_named_and_an_index_that_is_not_reached_is_none(
     want = ["a 1.0: CVE-1, repaired in 2.0", "a 1.0: CVE-2, repaired in no version"]
     assert dependencies.told(json.dumps(report)) == want
     asked: list[list[str]] = []
-    monkeypatch.setattr(dependencies.subprocess, "run", lambda command, **_: asked.append(command))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command))
     assert dependencies.audited(tmp_path) is None and len(asked) == 3
