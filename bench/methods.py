@@ -74,7 +74,7 @@ class Row(NamedTuple):
 
 
 def names(model: nn.Module, pattern: str) -> list[str]:
-    return Pattern(pattern).parameters(model)
+    return list(Pattern(pattern).parameters(model))
 
 
 def by_rule(make: Callable[[nn.Module], Any]) -> Callable[[nn.Module, Any], Made]:
@@ -120,8 +120,10 @@ def memory_of(version: int) -> Callable[[nn.Module], Parts]:
 ROWS = [
     *(Row("maml", pattern, plain) for pattern in ("11111", "00011")),
     Row("maml", "00001", lambda m, i: Made({}, lambda _: {"steps": 10}), "10 steps in adapting"),
-    *(Row("alfa", p, by_rule(lambda m, p=p: methods.alfa(names(m, p), STEPS, LR))) for p in ("11111", "00011")),
-    *(Row("lslr", p, by_rule(lambda m, p=p: methods.lslr(names(m, p), STEPS, LR))) for p in ("11111", "00011")),
+    Row("alfa", "11111", by_rule(lambda m: methods.alfa(names(m, "11111"), STEPS, LR))),
+    Row("alfa", "00011", by_rule(lambda m: methods.alfa(names(m, "00011"), STEPS, LR))),
+    Row("lslr", "11111", by_rule(lambda m: methods.lslr(names(m, "11111"), STEPS, LR))),
+    Row("lslr", "00011", by_rule(lambda m: methods.lslr(names(m, "00011"), STEPS, LR))),
     Row("ridge_head", "00001", by_parts(lambda m: Parts(solver=methods.ridge_head(1.0, learned=True))), "lam learned"),
     Row("ntk", "00001", by_parts(lambda m: Parts(solver=methods.ntk(time=10.0))), "time 10"),
     Row("ntk", "00011", by_parts(lambda m: Parts(solver=methods.ntk(time=10.0))), "time 10"),

@@ -34,7 +34,8 @@ def spread(seed: int = 0, width: int = 6) -> Any:
 
 def test_noise_has_the_moments_of_two_convolutions() -> None:
     torch.manual_seed(0)
-    layer: Any = variational(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)))[0]
+    whole: Any = variational(nn.Sequential(nn.Conv2d(2, 3, 3, padding=1)))
+    layer = whole[0]
     with torch.no_grad():
         layer.log_sigma.uniform_(-2, 0)
         x = torch.randn(1, 2, 4, 4)
@@ -155,7 +156,8 @@ def test_what_has_no_spread_is_said() -> None:
 
 def by_hand(part: local_losses, xs: Tensor, ys: Tensor) -> dict[str, Tensor]:
     """The gradients of conv4's layers by their own classifiers, written out."""
-    network, found, x = CONV4.network, {}, xs
+    network, x = CONV4.network, xs
+    found: dict[str, Tensor] = {}
     for i in range(1, 5):
         block = getattr(network, f"block{i}")
         z = block(x.detach())
