@@ -231,8 +231,8 @@ def choice(job: Job, place: Place) -> dict[str, Any]:
 
 
 def admitted(chosen: Selection, drop: float) -> str:
-    """What `select_pattern` would choose at another allowed drop: of the rows whose bound is within it, the fastest one,
-    or the most accurate of those that tie with it in time."""
+    """What `select_pattern` would choose at another allowed drop: of the rows whose bound is within it, the fastest
+    one, or the most accurate of those that tie with it in time."""
     if drop == chosen.settings["max_drop"]:
         return str(chosen.pattern)
     full = chosen.full_pattern

@@ -83,7 +83,8 @@ def test_learn2learns_tasksets() -> None:
 
 
 def test_torchmetas_batches() -> None:
-    data_of, transforms = package("torchmeta.utils.data"), package("torchmeta.transforms")
+    data_of: Any = package("torchmeta.utils.data")
+    transforms = package("torchmeta.transforms")
 
     class Class(data_of.Dataset):
         def __init__(self, index: int) -> None:
