@@ -131,11 +131,18 @@ def test_learned_rates_have_the_gradients_that_autograd_gives(
     assert max(far(a, b) for a, b in zip(*found)) < 1e-10 * max(1.0, *(float(g.abs().max()) for g in found[1]))
 
 
-def test_a_rate_of_each_value_of_a_parameter_goes_through_autograd() -> None:
-    xs, ys, xq, _ = CONV4.task()
+def test_a_rate_of_each_value_of_a_parameter_is_multiplied_by_autograd() -> None:
+    xs, ys, xq, yq = CONV4.task()
     model = own_conv4(CONV4.network)
     rates = {n: torch.full_like(p, 0.1).requires_grad_() for n, p in model.named_parameters()}
-    assert "_StepsBackward" not in nodes(adapt(model, xs, ys, pattern="11111", lr=rates, second_order=True)(xq))
+    found = []
+    for backend in ("native", "reference"):
+        with use_backend(backend):
+            logits = adapt(model, xs, ys, pattern="11111", steps=2, lr=rates, second_order=True)(xq)
+        assert "MulBackward0" in nodes(logits) and ("_StepsBackward" in nodes(logits)) == (backend == "native")
+        own = [*rates.values(), *model.parameters()]
+        found.append(torch.autograd.grad(F.cross_entropy(logits, yq), own, allow_unused=True, materialize_grads=True))
+    assert max(far(a, b) for a, b in zip(*found)) < 1e-10 * max(1.0, *(float(g.abs().max()) for g in found[1]))
 
 
 def test_a_gradient_of_the_outer_gradient_is_that_of_a_plain_loop() -> None:

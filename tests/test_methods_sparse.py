@@ -81,7 +81,7 @@ def test_a_small_spread_is_plain_maml() -> None:
     one, two = (adapt(m, xs, ys, **given).parameters_dict()["head.weight"] for m in (plain, noisy))
     assert 0 < float((one - two).detach().abs().max()) < 1e-2  # the 1e-8 below the root is noise of 1e-4 |x|
     exact = adapt(noisy.eval(), xs, ys, **given).parameters_dict()["head.weight"]
-    torch.testing.assert_close(exact, one, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(exact, one, rtol=1e-9, atol=1e-9)  # two ways through the same layers
 
 
 def thinned(seed: int) -> Any:
@@ -190,6 +190,7 @@ def test_local_losses_are_those_of_their_classifiers(pattern: str, groups: int) 
     learner = adapt(CONV4.network, xs, ys, pattern=pattern, solver=descend(rules.sgd(0.5), 1, part))
     start = dict(CONV4.network.named_parameters())
     for n, p in learner.parameters_dict().items():
+        # Classifiers of patches are summed in another order by hand.
         torch.testing.assert_close(p, start[n] - 0.5 * want[n] if n in moved else start[n], rtol=1e-8, atol=1e-8)
 
 

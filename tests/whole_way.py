@@ -234,7 +234,7 @@ def alone_and_folded() -> str:
         assert torch.equal(want, torch.cat([learner(x[None]) for x in xq]))
         assert torch.equal(want.flip(0), learner(xq.flip(0)))
         folded = learner.to_module(fold=True).eval()
-        torch.testing.assert_close(folded(xq), want, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(folded(xq), want, rtol=1e-3, atol=1e-4)  # float32, other weights
     assert not [part for part in folded.modules() if isinstance(part, nn.BatchNorm2d)]
     return repr(learner)
 
