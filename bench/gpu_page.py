@@ -87,6 +87,8 @@ play a graph's rules on a tape of operators. Unproven until there are results:
   their model, and that the tiles which the sums of instructions favour are the fastest;
 - that `make gpu` fits its time, and that what it compiles ahead is all that its rows look for: its stages were started
   in dry runs alone;
+- that the memory of a candidate (`select --max-memory-mb`, `python/lambda_maml/memory.py`) is counted right there, and
+  that steps by a rule of one's own on a chain's gradients (`inner/stepwise.py`) are right there;
 - every speed, and the goals below.
 """
 HOW = """
