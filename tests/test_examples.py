@@ -27,7 +27,7 @@ PRINTS = {
     "from_learn2learn.py": rf"(iteration \d: query loss {NUMBER}\n){{3}}",
     "inner_rule.py": rf"(.+: query loss {NUMBER}, its derivative by the decay {NUMBER}\n){{4}}",
     "meta_training.py": rf"accuracy on 40 new tasks: {NUMBER}%, after: {NUMBER}%\n",
-    "regression.py": rf"{SCORES}{SCORES}pattern  time ms  mse_loss .+\n(?:[01]{{3}} .+\n){{7}}",
+    "regression.py": rf"{SCORES}{SCORES}pattern  time ms +quartiles  mse_loss .+\n(?:[01]{{3}} .+\n){{7}}",
     "own_method.py": rf"iteration 40, scale {NUMBER}, one task's accuracy {NUMBER}\n",
 }
 LIGHTNING = "lightning_module.py"
