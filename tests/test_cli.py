@@ -118,6 +118,7 @@ def test_select_prints_json_alone(trained, tmp_path, capsys):
     one_line_error(capsys, "no timing for pattern 00001")
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_select_races_through_steps_and_rates_and_says_its_plan(trained, tmp_path, capsys):
     out = tmp_path / "pattern.json"
     base = ["select", trained / "best.safetensors", "--tasks", 12, "--seconds", 0, "--out", out]
@@ -137,6 +138,7 @@ def test_select_races_through_steps_and_rates_and_says_its_plan(trained, tmp_pat
         assert json.loads(capsys.readouterr().out)["statistics"] == statistics
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_select_keeps_to_a_budget_or_says_the_best_there_is(trained, tmp_path, capsys):
     base = ["select", trained / "best.safetensors", "--tasks", 3, "--seconds", 0, "--out", tmp_path / "pattern.json"]
     assert call(*base, "--patterns", "ANIL; 00011", "--max-time-ms", 1e6) == 0

@@ -86,6 +86,7 @@ def test_learned_rates_are_trained_saved_and_resumed_to_the_same_bits(images: An
         train(network(), images, images, out=whole, settings=SMALL, iterations=5, resume=True)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_selection_and_timing_take_a_rule(images: Any) -> None:
     tasks = data.sample_tasks(images, 3, ways=2, shots=1, query=2, seed=0)
     given: dict[str, Any] = {"steps": 2, "max_drop": 1.0, "patterns": ["00001", "00011"], "seconds": 0.1}
