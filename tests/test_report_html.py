@@ -14,9 +14,9 @@ from test_site import CHROMIUM, DESK, PHONE, QUIET, complaints, listen, needs_br
 
 from lambda_maml import cli
 from lambda_maml.files import read_json, write_json
+from lambda_maml.report import pareto
 from lambda_maml.report_html import page
 from lambda_maml.report_runs import Run, read_runs
-from lambda_maml.report_selection import front
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO: dict[str, Any] = read_json(ROOT / "bench" / "results" / "demo.json")
@@ -132,7 +132,7 @@ def test_names_are_text(tmp_path):
 
 
 def test_the_front_is_of_those_that_no_faster_one_beats():
-    edge = front(DEMO)
+    edge = pareto(DEMO)
     rows = DEMO["candidates"]
     beaten = [
         row for row in rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,14 +40,22 @@ def names(report: Report) -> dict[str, str]:
 
 
 def pareto(report: Report) -> list[dict[str, Any]]:
-    """Candidates that no other one beats in both time and accuracy, the fastest first."""
+    """The candidates of which no faster one has as low a drop, the fastest first. Drops are of paired tasks, so that
+    candidates stand side by side that were judged on different numbers of them."""
     if report.get("front") is not None:
         return [report["candidates"][at] for at in report["front"]]
     front: list[dict[str, Any]] = []
-    for row in sorted(report["candidates"], key=lambda row: (row["time_ms"], -row["accuracy"])):
-        if not front or row["accuracy"] > front[-1]["accuracy"]:
+    least = math.inf
+    for row in sorted(report["candidates"], key=lambda row: (row["time_ms"], drop_of(row))):
+        if drop_of(row) < least:
             front.append(row)
+            least = drop_of(row)
     return front
+
+
+def drop_of(row: Mapping[str, Any]) -> float:
+    """A row's drop; infinite where a relative one is of a full pattern that scores nothing."""
+    return math.inf if row["drop"] is None else float(row["drop"])
 
 
 def same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -77,10 +86,11 @@ def _points(value: float | None, ci95: float | None = None) -> str:
     return f"{100 * value:.2f}" + ("" if ci95 is None else f" ± {100 * ci95:.2f}")
 
 
-def _named(row: Mapping[str, Any]) -> str:
+def named(row: Mapping[str, Any]) -> str:
     """A row's pattern, with its steps and rate where several were compared."""
-    steps = [f"{row['steps']} steps"] if "steps" in row else []
-    return ", ".join([str(row["pattern"]), *steps, *([f"rate {row['lr']:g}"] if "lr" in row else [])])
+    steps = [f"{row['steps']} steps"] if isinstance(row.get("steps"), int) else []
+    rate = [f"rate {row['lr']:g}"] if isinstance(row.get("lr"), (int, float)) else []
+    return ", ".join([str(row["pattern"]), *steps, *rate])
 
 
 def _quartiles(row: Mapping[str, Any]) -> str:
@@ -152,9 +162,9 @@ def headline(report: Report) -> Table:
     for title in ("adapt\nms", "+ query\nms", "x faster\nvs stock", "x faster\nvs ours", "accuracy\n%", "cost\npoints"):
         table.add_column(title, justify="right", no_wrap=True)
     rows = [
-        (f"MAML {_named(full)}, stock", stock, values[0], "0"),
-        (f"MAML {_named(full)}, ours", full, values[0], "0"),
-        (f"chosen {_named(chosen)}, ours", chosen, values[1], _points(drop, ci95)),
+        (f"MAML {named(full)}, stock", stock, values[0], "0"),
+        (f"MAML {named(full)}, ours", full, values[0], "0"),
+        (f"chosen {named(chosen)}, ours", chosen, values[1], _points(drop, ci95)),
     ]
     for title, row, value, cost in rows:
         time = row["time_ms"]

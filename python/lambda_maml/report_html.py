@@ -13,12 +13,12 @@ from typing import Any
 
 from . import data
 from .files import atomic, written
-from .report import speedups
+from .report import named, speedups
 from .report_cells import number, scale_of, table
 from .report_figures import Line, Mark, chart
 from .report_page import POLICY, SCRIPT, STYLE
 from .report_runs import Run
-from .report_selection import bits, by_steps, name_of, selection_parts, task_of
+from .report_selection import bits, by_steps, selection_parts, task_of
 from .settings import Settings
 
 __all__ = ["page", "write_page"]
@@ -67,7 +67,7 @@ def _overview(runs: Sequence[Run]) -> Iterator[str]:
         score = test.get(f"chosen_{scale.key}")
         rows.append([
             (link, run.name), (escape(task_of(selection)), task_of(selection)),
-            (f"<code>{escape(name_of(selection['chosen']))}</code>", name_of(selection["chosen"])),
+            (f"<code>{escape(named(selection['chosen']))}</code>", named(selection["chosen"])),
             number(selection["chosen"]["time_ms"]), number(ratio["over_stock_full"]), number(ratio["over_full"]),
             (scale.text(score), "" if score is None else str(score)),
             (scale.text(test["drop"], test["drop_ci95"]), "" if test["drop"] is None else str(test["drop"])),

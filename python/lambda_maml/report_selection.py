@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .report import admissible, names, speedups
+from .report import admissible, drop_of, named, names, pareto, same, speedups
 from .report_cells import number, scale_of, table
 from .report_figures import Line, Mark, Point, chart, icon, scatter
 
-__all__ = ["bits", "by_steps", "front", "name_of", "selection_parts", "task_of"]
+__all__ = ["bits", "by_steps", "selection_parts", "task_of"]
 
 Selection = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -23,45 +23,12 @@ BELOW = Mark("triangle", "grey", "far lower down")
 FRONT = Mark("line", "green", "Pareto front")
 
 
-def front(selection: Selection) -> list[Row]:
-    """The candidates of which no faster one has as low a drop, the fastest first. Drops are of paired tasks, so that
-    candidates stand side by side that were judged on different numbers of them."""
-    found: list[Row] = []
-    least = math.inf
-    for row in sorted(selection["candidates"], key=lambda row: (row["time_ms"], _drop(row))):
-        if _drop(row) < least:
-            found.append(row)
-            least = _drop(row)
-    return found
-
-
-def _drop(row: Row) -> float:
-    return math.inf if row["drop"] is None else float(row["drop"])
-
-
-def _within(selection: Selection, row: Row) -> bool:
-    """As the file says it, else by its rule."""
-    said = row.get("admissible")
-    return said if isinstance(said, bool) else admissible(selection, row)
-
-
-def name_of(row: Row) -> str:
-    """The pattern, with its steps and rate where several were compared."""
-    more = [f"{row['steps']} steps"] if isinstance(row.get("steps"), int) else []
-    more += [f"rate {row['lr']:g}"] if isinstance(row.get("lr"), (int, float)) else []
-    return ", ".join([str(row["pattern"]), *more])
-
-
 def _quartiles(row: Row) -> tuple[float, float] | None:
     time = row.get("time")
     low, high = (time.get("low"), time.get("high")) if isinstance(time, dict) else (None, None)
     if isinstance(low, (int, float)) and isinstance(high, (int, float)) and 0 < low <= high:
         return float(low), float(high)
     return None
-
-
-def _is_chosen(selection: Selection, row: Row) -> bool:
-    return name_of(row) == name_of(selection["chosen"])
 
 
 def task_of(selection: Selection) -> str:
@@ -73,7 +40,7 @@ def _sentence(selection: Selection) -> str:
     """The answer in words."""
     ratio, test, scale = speedups(selection), selection["test"], scale_of(selection)
     full, stock = selection["full"]["pattern"], ratio["over_stock_full"]
-    told = f"{name_of(selection['chosen'])} adapts {ratio['over_full']:.3g} times as fast as {full} in this package"
+    told = f"{named(selection['chosen'])} adapts {ratio['over_full']:.3g} times as fast as {full} in this package"
     told += f" and {stock:.3g} times as fast as {full} in stock PyTorch" if stock else ""
     if test["tasks"] and test["drop"] is not None:
         told += f". On {test['tasks']} test tasks it costs {scale.text(test['drop'], test['drop_ci95'])} {scale.unit}"
@@ -102,7 +69,7 @@ def _protocols(file: str, selection: Selection) -> str:
     known: tuple[tuple[str, Row, str, Row, Row], ...] = (
         (f"{full['pattern']}, stock PyTorch", selection["stock_full"], "full", {}, {}),
         (f"{full['pattern']}, ours", full, "full", {}, {}),
-        (f"{name_of(chosen)}, chosen", chosen, "chosen", test, alone),
+        (f"{named(chosen)}, chosen", chosen, "chosen", test, alone),
     )
     rows = []
     for title, row, which, together, by_itself in known:
@@ -131,35 +98,36 @@ def _picture(selection: Selection) -> str:
     # Patterns that fail altogether would flatten the rest, as in report.plot.
     floor = -math.inf
     if "metric" not in selection:
-        kept = [row[key] for row in rows if known.get(row["pattern"]) in ("MAML", "ANIL") or _is_chosen(selection, row)]
+        kept = [row[key] for row in rows if known.get(row["pattern"]) in ("MAML", "ANIL")]
+        kept.append(selection["chosen"][key])
         floor = min([full[key] - 0.15, *kept]) - 1e-9
 
     def point(row: Row, mark: Mark, label: str = "") -> Point:
         half = row["ci95"] or 0.0
         score = f"{scale.name} {scale.text(row[key], row['ci95'])}"
         return Point(
-            row["time_ms"], factor * row[key], mark, f"{name_of(row)}: {row['time_ms']:.3g} ms, {score}",
+            row["time_ms"], factor * row[key], mark, f"{named(row)}: {row['time_ms']:.3g} ms, {score}",
             _quartiles(row), (factor * (row[key] - half), factor * (row[key] + half)), label,
         )  # fmt: skip
 
     shown: list[Point] = []
-    for row in sorted(rows, key=lambda row: _is_chosen(selection, row)):  # the chosen one on top
+    for row in sorted(rows, key=lambda row: same(row, selection["chosen"])):  # the chosen one on top
         if row[key] < floor:
             continue
-        if _is_chosen(selection, row):
+        if same(row, selection["chosen"]):
             label = f"{known.get(row['pattern'], 'chosen')} {row['pattern']}"
             shown.append(point(row, CHOSEN, label))
         else:
             label = known.get(row["pattern"], "")
             is_labelled = label in ("MAML", "ANIL") and not isinstance(row.get("steps"), int)
-            mark = WITHIN if _within(selection, row) else BEYOND
+            mark = WITHIN if admissible(selection, row) else BEYOND
             shown.append(point(row, mark, f"{label} {row['pattern']}" if is_labelled else ""))
     stock = selection["stock_full"]["time_ms"]
     if stock:
         timed = {"time_ms": stock, "time": selection["stock_full"].get("time")}
         shown.append(point({**full, **timed}, STOCK, f"stock {full['pattern']}"))
     below = [point(row, BELOW) for row in rows if row[key] < floor]
-    stairs = [(row["time_ms"], factor * row[key]) for row in front(selection) if row[key] >= floor]
+    stairs = [(row["time_ms"], factor * row[key]) for row in pareto(selection) if row[key] >= floor]
     marks = list(dict.fromkeys([*(p.mark for p in shown), FRONT, *(p.mark for p in below)]))
     legend = "".join(f"<li>{icon(mark)} {escape(mark.text)}</li>" for mark in marks)
     spread = "bars: 95% intervals of the score" + (
@@ -176,7 +144,7 @@ def _picture(selection: Selection) -> str:
 
 def _candidates(file: str, selection: Selection) -> str:
     scale, known = scale_of(selection), names(selection)
-    edge = [name_of(row) for row in front(selection)]
+    edge = pareto(selection)
     ordered = sorted(selection["candidates"], key=lambda row: row["time_ms"])
     counts = [row["tasks"] if isinstance(row.get("tasks"), int) else None for row in ordered]
     raced = len(set(counts)) > 1
@@ -186,17 +154,17 @@ def _candidates(file: str, selection: Selection) -> str:
     for row, count in zip(ordered, counts):
         ends, score = _quartiles(row), scale.text(row[scale.key], row["ci95"])
         notes = [known[row["pattern"]]] if row["pattern"] in known else []
-        notes += ["chosen"] if _is_chosen(selection, row) else []
-        notes += ["Pareto front"] if name_of(row) in edge else []
-        notes += [] if _within(selection, row) else ["costs too much"]
+        notes += ["chosen"] if same(row, selection["chosen"]) else []
+        notes += ["Pareto front"] if any(same(row, other) for other in edge) else []
+        notes += [] if admissible(selection, row) else ["costs too much"]
         drops = [(scale.text(row[k]), "" if row[k] is None else str(row[k])) for k in ("drop", "drop_bound")]
         rows.append([
-            (f"<code>{escape(name_of(row))}</code>", name_of(row)), number(row["time_ms"]),
+            (f"<code>{escape(named(row))}</code>", named(row)), number(row["time_ms"]),
             ("", "") if ends is None else (f"{ends[0]:.3g} to {ends[1]:.3g}", str(ends[1] - ends[0])),
             (score, str(row[scale.key])), *drops, *[number(count)] * raced,
             (escape(", ".join(notes)), ", ".join(notes)),
         ])  # fmt: skip
-    chosen = [place for place, row in enumerate(ordered) if _is_chosen(selection, row)]
+    chosen = [place for place, row in enumerate(ordered) if same(row, selection["chosen"])]
     caption = f"{file}: all candidates on validation tasks. Allowed: {_allowed(selection)}. A title sorts."
     return table(f"Candidates of {file}", caption, head, rows, chosen)
 
@@ -220,7 +188,7 @@ def by_steps(selections: Sequence[Selection]) -> Iterator[str]:
         if scale_of(selection) == scale and len(selection["full"]["pattern"]) == len(first["full"]["pattern"]):
             for row in selection["candidates"]:
                 steps, of = row.get("steps", selection["steps"]), found.setdefault(row["pattern"], {})
-                if isinstance(steps, int) and (steps not in of or _drop(row) < _drop(of[steps])):
+                if isinstance(steps, int) and (steps not in of or drop_of(row) < drop_of(of[steps])):
                     of[steps] = row
     counts = sorted({steps for of in found.values() for steps in of})
     yield "<h3>By the number of steps</h3>"
