@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lambda_maml import Pattern, adapt, checkpoint, data, models
 from lambda_maml.adapt import STATISTICS
+from lambda_maml.choice import tied
 from lambda_maml.data import ImageSet, Task
 from lambda_maml.evaluate import Evaluation, evaluate
 from lambda_maml.files import read_json, write_json
@@ -34,7 +35,7 @@ from lambda_maml.selection import Selection
 from lambda_maml.settings import Settings
 from lambda_maml.stats import mean_ci95
 from lambda_maml.stopping import SIGNALS
-from lambda_maml.timing import STOCK, Timing, interleave, is_tie, timing_info
+from lambda_maml.timing import STOCK, Timing, interleave, timing_info
 from lambda_maml.train import train
 
 GATE_RATE = 0.01  # at which results are compared before times are taken
@@ -236,9 +237,9 @@ def admitted(chosen: Selection, drop: float) -> str:
     if drop == chosen.settings["max_drop"]:
         return str(chosen.pattern)
     full = chosen.full_pattern
-    rows = [r for r in chosen.table if r.pattern == full or r.drop_bound <= drop + 1e-12]
-    tied = [r for r in rows if r is rows[0] or is_tie(r.time or r.time_ms, rows[0].time or rows[0].time_ms)]
-    return str(max(tied, key=lambda r: r.score).pattern)
+    rows = {r.pattern: r for r in chosen.table if r.pattern == full or r.drop_bound <= drop + 1e-12}
+    times = {pattern: row.time or row.time_ms for pattern, row in rows.items()}
+    return str(max(tied(list(rows), times), key=lambda pattern: rows[pattern].score))
 
 
 def on_test(tested: list[Compared], tasks: int, pattern: str) -> dict[str, Any]:

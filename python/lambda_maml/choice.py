@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ from .stats import mean_ci95, ratio_upper_bound95, upper_bound95
 from .timing import Timing, is_tie, median_of
 from .trials import Trial
 
-__all__ = ["Budget", "Candidate", "Limit", "Table", "candidates_of", "choose", "finite", "front", "key_of"]
+__all__ = ["Budget", "Candidate", "Limit", "Table", "candidates_of", "choose", "finite", "front", "key_of", "tied"]
 
 FEW_BITS = 8
 """Of so many bits all patterns are compared, 255 of them."""
@@ -164,6 +164,11 @@ def front(rows: Iterable[Candidate]) -> list[Candidate]:
     return found
 
 
+def tied(keys: Sequence[Key], times_ms: Mapping[Key, float | Timing]) -> list[Key]:
+    """The first of the keys, and those whose times are a tie with its own (`timing.is_tie`)."""
+    return [key for key in keys if key == keys[0] or is_tie(times_ms[key], times_ms[keys[0]])]
+
+
 def choose(
     scores: Mapping[Key, Tensor], times_ms: Mapping[Key, float | Timing], full: Key, *, max_drop: float = 0.01,
     rule: str = "bound", relative: bool = False, metric: str = ACCURACY, lower_is_better: bool = False,
@@ -214,7 +219,7 @@ def choose(
     if not admitted:
         raise ValueError("choose: no pattern is admissible")
     if budget is None:
-        admitted = [k for k in admitted if k == admitted[0] or is_tie(times_ms[k], times_ms[admitted[0]])]
+        admitted = tied(admitted, times_ms)
     return max(admitted, key=lambda k: sign * found[k].score), table
 
 
