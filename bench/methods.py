@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import datetime
-import gc
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +20,13 @@ import methods_page
 import torch
 import torch.nn.functional as F
 from harness import CONFIGURATIONS
-from memory import status
 from torch import Tensor, nn
 
 from lambda_kernels import info
 from lambda_maml import Pattern, adapt, data, methods, models, rules
 from lambda_maml.evaluate import evaluate
 from lambda_maml.files import write_json
+from lambda_maml.memory import measure_memory
 from lambda_maml.methods import backward, descend
 from lambda_maml.outer import meta_gradient
 from lambda_maml.run_state import LAST
@@ -157,7 +154,7 @@ class Bench:
         self.tasks = data.sample_tasks(
             self.sets["test"], args.tasks, ways=WAYS, shots=args.shots, query=QUERY, seed=TEST_SEED
         )
-        known = CONFIGURATIONS[{"glyphs": "glyphs"}.get(args.data, "cifar-1-shot")]
+        known = CONFIGURATIONS["glyphs" if args.data == "glyphs" else "cifar-1-shot"]
         self.width = args.width or known.width
 
     def settings(self, **more: Any) -> Settings:
@@ -199,7 +196,7 @@ def adapting(row: Row, model: nn.Module, made: Made) -> Given:
 
 
 def measured(bench: Bench, row: Row) -> Given:
-    """All of a row but its peak: scores of each task, times of an adaptation and of a meta-gradient."""
+    """Scores of each task, times of an adaptation and of a meta-gradient, and memory at the peak of an adaptation."""
     model, made = bench.row(row)
     given = adapting(row, model, made)
     found = evaluate(model, bench.tasks, **given)
@@ -209,12 +206,14 @@ def measured(bench: Bench, row: Row) -> Given:
     runs = {"own": lambda: adapt(model, xs, ys, **given), "plain": lambda: adapt(other, xs, ys, **plainly)}
     with torch.no_grad():  # learned rates are numbers
         times = interleave(runs, repeats=10**6, seconds=bench.args.seconds)
+        (own_peak,) = measure_memory(model, xs, ys, {"own": given}).values()
+        (plain_peak,) = measure_memory(other, xs, ys, {"plain": plainly}).values()
     return {
         "method": row.method, "pattern": row.pattern, "told": row.told, "name": row.name, "base": row.base,
         "adapts": str(given["pattern"]), "scores": found.scores.tolist(),
         "time_ms": list(times["own"]), "plain_ms": list(times["plain"]),
         **(gradients(bench, row, model, made) if row.trained and base != row else {}),
-        "peak_mib": peak(bench, row), "plain_peak_mib": peak(bench, base),
+        "peak_mb": own_peak, "plain_peak_mb": plain_peak,
     }  # fmt: skip
 
 
@@ -246,30 +245,6 @@ def gradients(bench: Bench, row: Row, model: nn.Module, made: Made) -> Given:
 
     found = interleave({"own": method, "plain": maml}, repeats=10**6, seconds=bench.args.seconds)
     return {"iteration_ms": list(found["own"]), "plain_iteration_ms": list(found["plain"])}
-
-
-def peak(bench: Bench, row: Row) -> float | None:
-    """MiB of an adaptation above what lay there before, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", row.name, "--work", str(bench.work), *bench.args.same]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    if done.returncode:
-        print(done.stderr[-500:], file=sys.stderr)
-        return None
-    return float(done.stdout.split()[-1])
-
-
-def own_peak(bench: Bench, row: Row) -> float:
-    model, given = bench_row(bench, row)
-    xs, ys, _, _ = bench.tasks[0]
-    with torch.no_grad():
-        for _ in range(3):  # what a first call leaves in caches
-            adapt(model, xs, ys, **given)
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
-        adapt(model, xs, ys, **given)
-    return max(0.0, status("VmHWM") - before)
 
 
 def fields(bench: Bench) -> Given:
@@ -343,7 +318,6 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=400, help="test tasks")
     parser.add_argument("--pictures", type=int, default=100, help="test pictures of the neural fields")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing, for each pair")
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     args.same = [f"--{n}={getattr(args, n)}" for n in ("data", "shots", "start", "iterations", "tasks", "pictures")]
     args.same += [f"--{n}={getattr(args, n)}" for n in ("root", "width") if getattr(args, n) is not None]
@@ -357,9 +331,6 @@ def main(words: list[str] | None = None) -> None:
     wanted = [*by_name, "fields"] if args.only is None else [n for n in args.only.split(",") if n != "none"]
     if unknown := [n for n in wanted if n not in {*by_name, "fields"}]:
         raise SystemExit(f"methods: no row {', '.join(unknown)}; there are {', '.join(by_name)} and fields")
-    if args.peak:
-        print(own_peak(Bench(args), by_name[args.peak]))
-        return
     if wanted:
         bench = Bench(args)
         args.work.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ def table(result: Mapping[str, Any]) -> str:
     )
     titles = (
         "method", "pattern", "accuracy %", "difference, points", "", "adaptation ms (plain)",
-        "meta-gradient, times plain's", "peak MiB (plain)", "row",
+        "meta-gradient, times plain's", "peak MB (plain)", "row",
     )  # fmt: skip
     lines = [f"## Beside plain MAML, on {about['data']}", "", textwrap.fill(how, 120), ""]
     lines += [f"| {' | '.join(titles)} |", "| " + " | ".join(["---"] * len(titles)) + " |"]
@@ -62,7 +62,7 @@ def table(result: Mapping[str, Any]) -> str:
         ratio = f"{row['iteration_ms'][0] / row['plain_iteration_ms'][0]:.2f}" if "iteration_ms" in row else "-"
         pattern = row["pattern"] if row["adapts"] == row["pattern"] else f"{row['pattern']}, adapts {row['adapts']}"
         told = f"`{row['method']}`" + (f" ({row['told']})" if row["told"] else "")
-        peaks = " (".join("?" if p is None else f"{p:.1f}" for p in (row["peak_mib"], row["plain_peak_mib"])) + ")"
+        peaks = f"{row['peak_mb']:.1f} ({row['plain_peak_mb']:.1f})"
         times = f"{row['time_ms'][0]:.2f} ({row['plain_ms'][0]:.2f})"
         accuracy = f"{100 * row['accuracy']:.2f} ± {100 * row['ci95']:.2f}"
         cells = (told, pattern, accuracy, difference, says, times, ratio, peaks, f"`--only {row['name']}`")

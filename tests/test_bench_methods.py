@@ -19,7 +19,7 @@ TINY = ["--width=4", "--start=1", "--iterations=1", "--tasks=3", "--pictures=2",
 
 
 def test_a_row_is_measured_once_and_compared_with_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "peak", lambda own, row: 1.5)
+    monkeypatch.setattr(bench, "measure_memory", lambda model, xs, ys, descents: dict.fromkeys(descents, 1.5))
     work, out, page = tmp_path / "runs", tmp_path / "found.json", tmp_path / "methods.md"
     words = [
         *TINY,

@@ -35,7 +35,8 @@ _PEAK = Path("/proc/self/clear_refs")
 def measure_memory(
     model: nn.Module, xs: Tensor, ys: Tensor, descents: Mapping[Key, Mapping[str, Any]]
 ) -> dict[Key, float]:
-    """MB (10^6 bytes) that an adaptation to xs [N, ...], ys [N] needs at its peak, its first call of these shapes.
+    """MB (10^6 bytes) that an adaptation to xs [N, ...], ys [N] needs at its peak, its first call of these shapes, with
+    as many threads and as much of autograd as here.
 
     >>> list(measure_memory(model, xs, ys, {"head": {"pattern": "00001", "steps": 5, "lr": 0.1}}))
     ['head']
@@ -50,7 +51,7 @@ def measure_memory(
         return {name: _on_gpu(model, xs, ys, how) for name, how in descents.items()}
     if xs.device.type != "cpu" or not _PEAK.exists():
         raise ValueError(f"memory is measured on Linux and on CUDA devices, not on {sys.platform} on {xs.device}")
-    given = (model, xs, ys, [dict(how) for how in descents.values()], torch.get_num_threads())
+    given = (model, xs, ys, [dict(how) for how in descents.values()], torch.get_num_threads(), torch.is_grad_enabled())
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "given.pt"
         try:
@@ -101,7 +102,7 @@ def _peak(model: nn.Module, xs: Tensor, ys: Tensor, how: Mapping[str, Any]) -> f
     return max(peak, 0.0)
 
 
-def _in_fork(model: nn.Module, xs: Tensor, ys: Tensor, how: Mapping[str, Any], threads: int) -> str:
+def _in_fork(model: nn.Module, xs: Tensor, ys: Tensor, how: Mapping[str, Any], threads: int, graph: bool) -> str:
     """What `_peak` gives in a fork of this process."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -109,6 +110,7 @@ def _in_fork(model: nn.Module, xs: Tensor, ys: Tensor, how: Mapping[str, Any], t
         status = 1
         try:
             torch.set_num_threads(threads)
+            torch.set_grad_enabled(graph)
             os.write(writer, repr(_peak(model, xs, ys, how)).encode())
             status = 0
         except BaseException as error:
@@ -124,9 +126,9 @@ def _in_fork(model: nn.Module, xs: Tensor, ys: Tensor, how: Mapping[str, Any], t
 
 
 def _main(path: str) -> None:
-    model, xs, ys, descents, threads = torch.load(path, weights_only=False)
+    model, xs, ys, descents, threads, graph = torch.load(path, weights_only=False)
     for how in descents:
-        print(_in_fork(model, xs, ys, how, threads), flush=True)
+        print(_in_fork(model, xs, ys, how, threads, graph), flush=True)
 
 
 if __name__ == "__main__":
