@@ -252,7 +252,8 @@ def fields(bench: Bench) -> Given:
     a start that was trained for chosen points."""
     train_tasks, test = (methods.pictures(bench.sets[s]) for s in ("train", "test"))
     torch.manual_seed(0)
-    field = methods.siren(2, 1, width=64, layers=4)
+    given = {"inputs": 2, "outputs": 1, "width": 64, "layers": 4}
+    field = models.create("lambda_maml.methods:siren", args=given)
     solver = descend(rules.sgd(0.01), 4, backward(select=methods.top_gradient(0.25)))
     parts = Parts(solver=solver, objective=methods.query_loss(F.mse_loss))
     settings = Settings(meta_batch=4, steps=4, lr=0.01, meta_lr=1e-4, clip_norm=1.0, val_tasks=4, val_every=10**6)

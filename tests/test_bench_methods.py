@@ -46,6 +46,15 @@ def test_a_row_is_measured_once_and_compared_with_its_base(tmp_path: Path, monke
         bench.main([*words, "--tasks=4"])
 
 
+def test_neural_fields_are_fitted_from_chosen_points(tmp_path: Path) -> None:
+    out, page = tmp_path / "found.json", tmp_path / "methods.md"
+    bench.main([*TINY, f"--work={tmp_path / 'runs'}", f"--json={out}", f"--page={page}", "--only=fields"])
+    ways = json.loads(out.read_text(encoding="utf-8"))["fields"]["ways"]
+    assert ways.keys() == {"chosen", "random", "rescaled", "all"} and ways["random"]["difference"] == 0.0
+    assert ways["chosen"]["difference"] == pytest.approx(ways["chosen"]["psnr"] - ways["random"]["psnr"], abs=1e-5)
+    assert "| 25%, `top_gradient` |" in page.read_text(encoding="utf-8")
+
+
 def test_every_row_is_made(tmp_path: Path) -> None:
     args = bench.parsed([*TINY, f"--work={tmp_path}"])
     own = bench.Bench(args)
