@@ -81,7 +81,7 @@ INSIDE = {
         "extras": set(),
         "stats": set(),
         "progress": set(),
-        "images": {"data"},
+        "images": {"data", "models"},
         "network": set(),
         "groups": set(),
         "cost": {"network"},

@@ -59,6 +59,15 @@ def test_samples_of_any_depth_are_scaled_to_8_bits(tmp_path, ending, stored, wan
         torch.testing.assert_close(one[0, 0], torch.from_numpy(np.asarray(want, np.float32) / 255))
 
 
+def test_a_networks_settings_say_the_shape_too(tmp_path):
+    Image.fromarray(GREY).save(tmp_path / "x.png")
+    config = {"network": "conv4", "in_channels": SHAPE[0], "image_size": list(SHAPE[1:])}
+    one, two = (read_images([tmp_path / "x.png"], shape, PLAIN, invert=False) for shape in (SHAPE, config))
+    assert torch.equal(one, two) and one.shape == (1, *SHAPE)
+    with pytest.raises(ValueError, match="no image_size, so that images cannot be read for it"):
+        read_images([tmp_path / "x.png"], {"network": "own", "in_channels": 1}, PLAIN, invert=False)
+
+
 def tiff(bits: int, samples: bytes, photometric: int = 1, orientation: int = 1) -> bytes:
     """A one-strip grey 16x16 TIFF that Pillow does not write itself."""
     tags = [(256, 16), (257, 16), (258, bits), (259, 1), (262, photometric), (273, 0), (274, orientation), (277, 1)]

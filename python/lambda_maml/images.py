@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .data.layout import SUFFIXES, class_folders, image_files, subfolders
 from .data.pictures import read_pixels
+from .models import image_shape
 
 __all__ = ["class_folders", "image_files", "inverted", "query_files", "read_images"]
 
@@ -36,19 +37,22 @@ def inverted(shape: Sequence[int], dataset: Mapping[str, Any]) -> bool:
     return bool(dataset.get("invert", shape[0] == 1))
 
 
-def read_images(files: Sequence[Path], shape: Sequence[int], dataset: Mapping[str, Any], *, invert: bool) -> Tensor:
+def read_images(
+    files: Sequence[Path], shape: Sequence[int] | Mapping[str, Any], dataset: Mapping[str, Any], *, invert: bool
+) -> Tensor:
     """Images as float32 [n, C, H, W], resized (Lanczos) to a network's size and normalised as its training set was.
 
     Args:
         files: pictures of any bit depth and EXIF orientation (`data.pictures.read_picture`).
-        shape: [C, H, W] of the images that the network takes; C is 1 for grey, 3 for RGB.
+        shape: [C, H, W] of the images that the network takes, C is 1 for grey, 3 for RGB; or the network's settings
+            (`models.config_of`), which say it.
         dataset: mean and std, one value per channel.
         invert: turn light paper dark, see `inverted`.
 
     Raises:
         ValueError: a file is unreadable; the text names it.
     """
-    channels, height, width = shape
+    channels, height, width = image_shape(shape) if isinstance(shape, Mapping) else shape
     pixels = read_pixels(files, (height, width), channels, invert=invert)
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32) / 255
     mean, std = (torch.tensor(dataset[key], dtype=torch.float32).view(-1, 1, 1) for key in ("mean", "std"))
