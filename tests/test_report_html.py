@@ -17,6 +17,7 @@ from lambda_maml.files import read_json, write_json
 from lambda_maml.report import pareto
 from lambda_maml.report_html import page
 from lambda_maml.report_runs import Run, read_runs
+from lambda_maml.report_selection import selection_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO: dict[str, Any] = read_json(ROOT / "bench" / "results" / "demo.json")
@@ -139,6 +140,15 @@ def test_the_front_is_of_those_that_no_faster_one_beats():
         if any(o["time_ms"] < row["time_ms"] and o["drop"] <= row["drop"] for o in rows)
     ]  # fmt: skip
     assert [row["pattern"] for row in edge] == [row["pattern"] for row in rows if row not in beaten]
+
+
+def test_a_relative_drop_is_told_in_percent_whatever_the_metric():
+    others: list[dict[str, Any]] = [{}, {"metric": "mse_loss", "lower_is_better": True}]
+    for more in others:
+        found = selection(relative=True, max_drop=0.2, rule="point", **more)
+        for row in [found["chosen"], found["full"], *found["candidates"]]:
+            row |= {"score": row["accuracy"]}
+        assert "Allowed: drop at most 20 % of full." in "".join(selection_parts("pattern.json", found))
 
 
 def test_a_selection_by_another_metric_has_a_page():

@@ -99,15 +99,22 @@ def _quartiles(row: Mapping[str, Any]) -> str:
     return "-" if time is None else f"{_ms(time['low'])}-{_ms(time['high'])}"
 
 
-def allowed(report: Report) -> str:
-    """What a candidate may cost, and how many tasks it was judged on."""
+def limit_of(report: Report, factor: float = 100.0, unit: str = "points") -> str:
+    """What a candidate may cost: a budget, or a drop, which is told `factor` times in a unit; a relative one in percent
+    of the full pattern's score."""
     budget = report.get("budget")
     if budget is not None:
         parts = [(budget["time_ms"], "ms"), (budget["memory_mb"], "MB")]
-        told = f"Allowed: {' and '.join(f'{value:g} {unit}' for value, unit in parts if value is not None)}."
-    else:
-        rule = "drop" if report["rule"] == "point" else "95% bound of the drop"
-        told = f"Allowed: {rule} at most {100 * report['max_drop']:g} {_unit(report)}."
+        return " and ".join(f"{value:g} {name}" for value, name in parts if value is not None)
+    if report.get("relative"):
+        factor, unit = 100.0, _unit(report)
+    rule = "drop" if report["rule"] == "point" else "95% bound of the drop"
+    return f"{rule} at most {factor * report['max_drop']:g} {unit}".strip()
+
+
+def allowed(report: Report) -> str:
+    """What a candidate may cost, and how many tasks it was judged on."""
+    told = f"Allowed: {limit_of(report)}."
     search = report.get("search")
     if search is not None and search["kind"] == "race":
         whole = search["candidates"] * search["tasks"]

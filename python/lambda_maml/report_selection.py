@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .report import admissible, drop_of, named, names, pareto, same, speedups
+from .report import admissible, drop_of, limit_of, named, names, pareto, same, speedups
 from .report_cells import number, scale_of, table
 from .report_figures import Line, Mark, Point, chart, icon, scatter
 
@@ -165,19 +165,9 @@ def _candidates(file: str, selection: Selection) -> str:
             (escape(", ".join(notes)), ", ".join(notes)),
         ])  # fmt: skip
     chosen = [place for place, row in enumerate(ordered) if same(row, selection["chosen"])]
-    caption = f"{file}: all candidates on validation tasks. Allowed: {_allowed(selection)}. A title sorts."
+    limit = limit_of(selection, scale.factor, scale.unit)
+    caption = f"{file}: all candidates on validation tasks. Allowed: {limit}. A title sorts."
     return table(f"Candidates of {file}", caption, head, rows, chosen)
-
-
-def _allowed(selection: Selection) -> str:
-    """What a candidate may cost."""
-    budget, scale = selection.get("budget"), scale_of(selection)
-    if isinstance(budget, dict):
-        parts = [(budget.get("time_ms"), "ms"), (budget.get("memory_mb"), "MB")]
-        return " and ".join(f"{value:g} {unit}" for value, unit in parts if isinstance(value, (int, float)))
-    unit = "% of all layers' score" if selection.get("relative") else scale.unit
-    rule = "drop" if selection["rule"] == "point" else "95% bound of the drop"
-    return f"{rule} at most {scale.factor * selection['max_drop']:g} {unit}".strip()
 
 
 def by_steps(selections: Sequence[Selection]) -> Iterator[str]:
