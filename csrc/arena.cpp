@@ -1,6 +1,7 @@
 #include "arena.h"
 
 #include <c10/util/Exception.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -13,6 +14,7 @@ namespace {
 
 constexpr std::size_t kLine = 64, kSlack = 128;        // bytes: a cache line, and channels rounded up
 constexpr std::size_t kLeast = std::size_t(1) << 18;  // bytes of a block
+constexpr std::size_t kHuge = std::size_t(1) << 21;   // a large page, where the system gives these
 
 struct Pool {
   std::mutex lock;
@@ -27,10 +29,19 @@ Pool& pool() {
 
 }  // namespace
 
+std::byte* paged(std::size_t size) {
+  const bool large = size >= 2 * kHuge;
+  auto* const memory =
+      static_cast<std::byte*>(std::aligned_alloc(large ? kHuge : kLine, (size + kLine - 1) / kLine * kLine));
+  // A system that has no large pages says so, and gives small ones.
+  if (large && memory != nullptr) (void)::madvise(memory, size / kHuge * kHuge, MADV_HUGEPAGE);
+  return memory;
+}
+
 void Arena::Free::operator()(std::byte* memory) const { std::free(memory); }
 
 Arena::Block Arena::block(std::size_t size, std::size_t held) {
-  auto* const memory = static_cast<std::byte*>(std::aligned_alloc(kLine, size));
+  std::byte* const memory = paged(size);
   TORCH_CHECK_WITH(OutOfMemoryError, memory != nullptr, "lambda_kernels: not enough memory: scratch of ", size,
                    " bytes is needed beside ", held, ": take fewer tasks or images at a time");
   return {std::unique_ptr<std::byte[], Free>(memory), size};

@@ -7,6 +7,9 @@
 
 namespace lk {
 
+// Memory for std::free from a cache line on, or null: much of it in large pages, which are there sooner than many small ones.
+std::byte* paged(std::size_t size);
+
 class Arena {
  public:
   // `count` values, not initialised, from a cache line on, and readable for 16 values beyond.

@@ -147,6 +147,13 @@ def test_what_does_not_fit_into_memory_says_how_much_it_needed() -> None:
     for call in (
         lambda: OPS.image_moments(X, [3, 3], [1, 1, 10**6, 10**6, 1, 1, 1]),
         lambda: OPS.winograd(X, W, [10**6, 10**6]),
+        lambda: OPS.chain_logits(
+            z(1, 1, 1, 84, 84).expand(1, 10**8, 1, 84, 84),
+            [z(1, 64, 1, 3, 3), z(1, 64), z(1, 64), z(1, 5, 64 * 42 * 42), z(1, 5)],
+            [*ONE[:4], 1, 1, 1, 2],
+            [1e-5],
+            True,
+        ),
     ):
         with pytest.raises(RuntimeError, match=r"(?s)not enough memory.*\d{14} bytes.*fewer tasks or images"):
             call()

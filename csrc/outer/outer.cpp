@@ -4,12 +4,14 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -246,6 +248,14 @@ at::Tensor empty_result(const Given& given) {
   return empty_images(given.tasks(), s.images, s.channels, s.height, s.width, given.x.options());
 }
 
+at::Tensor empty_bytes(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const int64_t size = c10::multiply_integers(sizes);
+  std::byte* const memory = paged(std::size_t(std::max<int64_t>(size, 1)));
+  TORCH_CHECK_WITH(OutOfMemoryError, memory != nullptr, "chain_logits: not enough memory: ", size,
+                   " bytes are needed for the way back of ", sizes[0], " tasks: take fewer tasks or images at a time");
+  return at::from_blob(memory, sizes, [](void* of) { std::free(of); }, options.dtype(at::kByte));
+}
+
 // -> logits or features, and what chain_logits_grad reads of the pass [T, bytes]
 std::tuple<at::Tensor, at::Tensor> chain_logits(const at::Tensor& x, at::TensorList parameters, at::IntArrayRef geometry,
                                                 at::ArrayRef<double> eps, bool from_images) {
@@ -254,7 +264,7 @@ std::tuple<at::Tensor, at::Tensor> chain_logits(const at::Tensor& x, at::TensorL
   at::Tensor logits = empty_result(given), kept;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "chain_logits", [&] {
     const int64_t bytes = QueryChain<scalar_t>::bytes(given.shape), values = logits.numel() / given.tasks();
-    kept = at::empty({given.tasks(), bytes}, x.options().dtype(at::kByte));
+    kept = empty_bytes({given.tasks(), bytes}, x.options());
     for_each_task(given.tasks(), [&](int64_t task, Interrupt&) {
       const Borrowed arena;
       const Places<const scalar_t> now = parameters_of<scalar_t>(given, task);
