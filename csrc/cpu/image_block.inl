@@ -14,20 +14,22 @@ static inline void convolve_places(const ImageBlock<T>& p, const T* x, int64_t j
   constexpr int64_t L = Vector<T>::kLanes;
   const int64_t right = p.stride_x * p.inputs, down = p.stride_y * p.width * p.inputs;
   int64_t offset[4 * G];
-  for (int i = 0; i < 4 * G; ++i) {
+  unrolled<4 * G>([&](auto i) {
     if (P == 2)
-      offset[i] = i / 2 % 2 * down + (i / 4 * 2 + i % 2) * right;
+      offset[i.value] = i.value / 2 % 2 * down + (i.value / 4 * 2 + i.value % 2) * right;
     else
-      offset[i] = (j + i < last ? i : last - 1 - j) * right;
-  }
+      offset[i.value] = (j + i.value < last ? i.value : last - 1 - j) * right;
+  });
   const T* corner = x + j * P * right;
   for (int64_t k = 0; k < p.taps; ++k) {
     const T* at = corner + p.offsets[k];
     const T* w = p.weight + k * p.padded_outputs + first;
-    for (int i = 0; i < 4 * G; ++i) {
-      const T value = at[offset[i]];
-      for (int v = 0; v < N; ++v) a[i][v] += value * load(w + v * L);
-    }
+    Values<T> row[N];
+    unrolled<N>([&](auto v) { row[v.value] = load(w + v.value * L); });
+    unrolled<4 * G>([&](auto i) {
+      const T value = at[offset[i.value]];
+      unrolled<N>([&](auto v) { a[i.value][v.value] += value * row[v.value]; });
+    });
   }
 }
 
@@ -57,40 +59,40 @@ static inline void apply_windows(const ImageBlock<T>& p, const T* x, T* y, uint8
   using V = Values<T>;
   constexpr int64_t L = Vector<T>::kLanes;
   V a[4 * G][N];
-  for (int v = 0; v < N; ++v)
-    for (int i = 0; i < 4 * G; ++i) a[i][v] = -load(p.mean + first + v * L);
+  unrolled<N>([&](auto v) {
+    const V start = -load(p.mean + first + v.value * L);
+    unrolled<4 * G>([&](auto i) { a[i.value][v.value] = start; });
+  });
   convolve_places<T, P, N, G>(p, x, j, p.columns, first, a);
-  for (int v = 0; v < N; ++v) {
-    const V scale = load(p.scale + first + v * L), beta = load(p.beta + first + v * L);
-    const int64_t count = p.outputs - first - v * L;  // that are no padding
-    for (int i = 0; i < 4 * G; ++i) a[i][v] = a[i][v] * scale + beta;
-    for (int i = 0; i < (P == 2 ? G : 4 * G); ++i) {
-      if (P == 1 && j + i >= p.columns) break;
-      V best = a[i * P * P][v];
+  unrolled<N>([&](auto v) {
+    const V scale = load(p.scale + first + v.value * L), beta = load(p.beta + first + v.value * L);
+    const int64_t count = p.outputs - first - v.value * L;  // that are no padding
+    unrolled<(P == 2 ? G : 4 * G)>([&](auto i) {
+      if (P == 1 && j + i.value >= p.columns) return;
+      V best = a[i.value * P * P][v.value] * scale + beta;
       auto place = best != best;
       place ^= place;
-      if (P == 2) {
-        for (int other = 1; other < 4; ++other) {
-          const V b = a[i * 4 + other][v];
-          const auto higher = (b > best) | (b != b);  // a NaN is a maximum, as in torch
-          best = higher ? b : best;
-          place = higher ? place * 0 + other : place;
-        }
-      }
+      unrolled<P * P - 1>([&](auto n) {
+        constexpr int other = n.value + 1;
+        const V b = a[i.value * 4 + other][v.value] * scale + beta;
+        const auto higher = (b > best) | (b != b);  // a NaN is a maximum, as in torch
+        best = higher ? b : best;
+        place = higher ? place * 0 + other : place;
+      });
       const auto shut = best <= V{};
       place = shut ? place * 0 + P * P : place;
       best = best < V{} ? V{} : best;
       const Bytes<T> bytes = __builtin_convertvector(place, Bytes<T>);
-      T* to = y + (j + i) * p.outputs + first + v * L;
-      uint8_t* at = index + (j + i) * p.outputs + first + v * L;
+      T* to = y + (j + i.value) * p.outputs + first + v.value * L;
+      uint8_t* at = index + (j + i.value) * p.outputs + first + v.value * L;
       if (count >= L) {
         *reinterpret_cast<V*>(to) = best;
         *reinterpret_cast<Bytes<T>*>(at) = bytes;
       } else {
         for (int64_t c = 0; c < count; ++c) to[c] = best[c], at[c] = bytes[c];
       }
-    }
-  }
+    });
+  });
 }
 
 template <typename T, int P>
@@ -122,19 +124,24 @@ static inline void follow_windows(const ImageBlock<T>& p, const T* x, T* y, cons
   using V = Values<T>;
   constexpr int64_t L = Vector<T>::kLanes;
   V a[4 * G][N];
-  for (int v = 0; v < N; ++v)
-    for (int i = 0; i < 4 * G; ++i) a[i][v] = load(p.beta + first + v * L) - load(p.mean + first + v * L);
+  unrolled<N>([&](auto v) {
+    const V start = load(p.beta + first + v.value * L) - load(p.mean + first + v.value * L);
+    unrolled<4 * G>([&](auto i) { a[i.value][v.value] = start; });
+  });
   convolve_places<T, P, N, G>(p, x, j, p.columns, first, a);
-  for (int v = 0; v < N; ++v) {
-    const int64_t count = p.outputs - first - v * L;  // that are no padding
-    for (int i = 0; i < (P == 2 ? G : 4 * G); ++i) {
-      if (P == 1 && j + i >= p.columns) break;
-      const auto place = load_bytes<T>(index + (j + i) * p.outputs + first + v * L, count);
-      V value = place == 0 ? a[i * P * P][v] : V{};
-      for (int other = 1; P == 2 && other < 4; ++other) value = place == other ? a[i * 4 + other][v] : value;
-      store(y + (j + i) * p.outputs + first + v * L, value, count);
-    }
-  }
+  unrolled<N>([&](auto v) {
+    const int64_t count = p.outputs - first - v.value * L;  // that are no padding
+    unrolled<(P == 2 ? G : 4 * G)>([&](auto i) {
+      if (P == 1 && j + i.value >= p.columns) return;
+      const auto place = load_bytes<T>(index + (j + i.value) * p.outputs + first + v.value * L, count);
+      V value = place == 0 ? a[i.value * P * P][v.value] : V{};
+      unrolled<P * P - 1>([&](auto n) {
+        constexpr int other = n.value + 1;
+        value = place == other ? a[i.value * 4 + other][v.value] : value;
+      });
+      store(y + (j + i.value) * p.outputs + first + v.value * L, value, count);
+    });
+  });
 }
 
 template <typename T, int P>
@@ -182,20 +189,22 @@ static inline void survey_rows(const ImageBlock<T>& p, const T* x, int64_t out_r
   const int64_t columns = out_rows == P ? p.columns : 0;
   each_window<P, N>(columns, [&](auto windows, int64_t j) {
     constexpr int G = windows.value;
-    V z[4 * G][N] = {};
+    V z[4 * G][N];
+    unrolled<4 * G * N>([&](auto i) { z[i.value / N][i.value % N] = V{}; });
     convolve_places<T, P, N, G>(p, x, j, columns, first, z);
-    for (int v = 0; v < N; ++v)
-      for (int i = 0; i < (P == 2 ? G : 4 * G); ++i) {
-        if (P == 1 && j + i >= columns) break;
-        V best = z[i * P * P][v];
-        for (int place = 0; place < P * P; ++place) {
-          const V value = z[i * P * P + place][v];
-          sum[v] += value;
-          square[v] += value * value;
+    unrolled<N>([&](auto v) {
+      unrolled<(P == 2 ? G : 4 * G)>([&](auto i) {
+        if (P == 1 && j + i.value >= columns) return;
+        V best = z[i.value * P * P][v.value];
+        unrolled<P * P>([&](auto place) {
+          const V value = z[i.value * P * P + place.value][v.value];
+          sum[v.value] += value;
+          square[v.value] += value * value;
           best = value > best ? value : best;
-        }
-        store(y + (j + i) * p.outputs + first + v * L, best, p.outputs - first - v * L);
-      }
+        });
+        store(y + (j + i.value) * p.outputs + first + v.value * L, best, p.outputs - first - v.value * L);
+      });
+    });
   });
   // Places that no whole window covers.
   for (int64_t i = 0; i < out_rows; ++i)
@@ -254,7 +263,8 @@ static inline void reduce_row(const ImageBlock<T>& p, const T* x, const T* gy, c
                               int64_t first, double* sums) {
   using V = Values<T>;
   constexpr int kPlaces = P * P;
-  V a[kImageTaps] = {}, all = {};
+  V a[kImageTaps], all = {};
+  unrolled<kImageTaps>([&](auto k) { a[k.value] = V{}; });
   const int64_t right = p.stride_x * p.inputs, down = p.stride_y * p.width * p.inputs;
   const int64_t count = p.outputs - first;
   for (int64_t j = 0; j < p.columns; ++j) {
@@ -262,15 +272,14 @@ static inline void reduce_row(const ImageBlock<T>& p, const T* x, const T* gy, c
     const V value = load(gy + j * p.outputs + first, count);
     const auto place = load_bytes<T>(index + j * p.outputs + first, count);
     V g[kPlaces];
-    for (int i = 0; i < kPlaces; ++i) {
-      g[i] = place == i ? value : V{};
-      all += g[i];
-    }
-#pragma GCC unroll 9
-    for (int k = 0; k < kImageTaps; ++k) {
-      const T* at = corner + p.offsets[tap + k];
-      for (int i = 0; i < kPlaces; ++i) a[k] += at[i / P * down + i % P * right] * g[i];
-    }
+    unrolled<kPlaces>([&](auto i) {
+      g[i.value] = place == i.value ? value : V{};
+      all += g[i.value];
+    });
+    unrolled<kImageTaps>([&](auto k) {
+      const T* at = corner + p.offsets[tap + k.value];
+      unrolled<kPlaces>([&](auto i) { a[k.value] += at[i.value / P * down + i.value % P * right] * g[i.value]; });
+    });
   }
   add_row(p, a, all, tap, first, sums);
 }
@@ -283,19 +292,21 @@ static inline void reduce_picked(const ImageBlock<T>& p, const T* x, const T* gy
   using V = Values<T>;
   constexpr int kRows = 4;
   V a[kImageTaps], all = {};
-#pragma GCC unroll 9
-  for (int k = 0; k < kImageTaps; ++k) a[k] = V{};
+  unrolled<kImageTaps>([&](auto k) { a[k.value] = V{}; });
   const int64_t C = p.inputs, step = p.width * C, count = p.outputs - first;
   const auto below = int(Vector<T>::kLanes), right = int(C), channel = int(tap / kImageTaps);
   for (int64_t j = 0; j < p.columns; ++j) {
     V rows[kRows];
-    for (int i = 0; i < kRows; ++i) rows[i] = load(x + i * step + 2 * j * C);
+    unrolled<kRows>([&](auto i) { rows[i.value] = load(x + i.value * step + 2 * j * C); });
     const auto place = load_bytes<T>(index + j * p.outputs + first, count);
     const V g = place < 4 ? load(gy + j * p.outputs + first, count) : V{};
     all += g;
     auto lane = (-(place & 1) & right) + (-((place & 2) >> 1) & below) + channel;
-    for (int column = 0; column < 3; ++column, lane += right)
-      for (int row = 0; row < 3; ++row) a[row * 3 + column] += pick<T>(rows[row], rows[row + 1], lane) * g;
+    unrolled<3>([&](auto column) {
+      unrolled<3>(
+          [&](auto row) { a[row.value * 3 + column.value] += pick<T>(rows[row.value], rows[row.value + 1], lane) * g; });
+      lane += right;
+    });
   }
   add_row(p, a, all, tap, first, sums);
 }
@@ -338,17 +349,28 @@ static void image_reduce(const ImageBlock<T>& p, int64_t begin, int64_t end) {
 // sums[s][t] += the products of a row's places t with places t + first + s of the row `distance` below, over rows [from, to),
 // for S shifts and one vector of places.
 template <int S>
-static inline void shifted_products(const double* rows, int64_t step, int64_t from, int64_t to, int64_t distance,
-                                    int64_t first, int64_t t, double* sums) {
-  using V = Values<double>;
-  V sum[S];
-  for (int s = 0; s < S; ++s) sum[s] = load(sums + s * step + t);
+static void shifted_products(const double* rows, int64_t step, int64_t from, int64_t to, int64_t distance, int64_t first,
+                             int64_t t, double* sums) {
+  Values<double> sum[S];
+  unrolled<S>([&](auto s) { sum[s.value] = load(sums + s.value * step + t); });
   for (int64_t a = from; a < to; ++a) {
-    const V value = load(rows + a * step + t);
+    const Values<double> value = load(rows + a * step + t);
     const double* other = rows + (a + distance) * step + t + first;
-    for (int s = 0; s < S; ++s) sum[s] += value * load(other + s);
+    unrolled<S>([&](auto s) { sum[s.value] += value * load(other + s.value); });
   }
-  for (int s = 0; s < S; ++s) store(sums + s * step + t, sum[s]);
+  unrolled<S>([&](auto s) { store(sums + s.value * step + t, sum[s.value]); });
+}
+
+// The most shifts that go together: all those of a 3x3 convolution of three channels where there are registers for them.
+constexpr int kShifts = kVectorBytes == 64 ? 17 : 9;
+
+template <int S = kShifts>
+static inline void shifted_products(int64_t shifts, const double* rows, int64_t step, int64_t from, int64_t to,
+                                    int64_t distance, int64_t first, int64_t t, double* sums) {
+  if constexpr (S > 0) {
+    if (shifts == S) return shifted_products<S>(rows, step, from, to, distance, first, t, sums);
+    shifted_products<S - 1>(shifts, rows, step, from, to, distance, first, t, sums);
+  }
 }
 
 // The moments of the patches of a dense convolution: two taps whose distance is that of two others have the same products
@@ -373,16 +395,16 @@ static void dense_moments(const ImageBlock<T>& p, int64_t begin, int64_t end) {
       }
       for (int64_t distance = 0; distance < kh; ++distance) {
         const int64_t apart = kh - 1 - distance, first = distance == 0 ? 0 : -most;
-        const int64_t count = distance == 0 ? most + 1 : shifts;
+        const int64_t count = distance == 0 ? most + 1 : shifts, parts = (count + kShifts - 1) / kShifts;
         for (int64_t group = 0; group <= 2 * apart; ++group) {
           const int64_t from = group == 0 ? apart : group <= apart ? group - 1 : p.out_rows + group - apart - 1;
           const int64_t to = group == 0 ? p.out_rows : from + 1;
           double* const own = place(distance, group);
-          for (int64_t t = 0; t < length; t += L) {
-            int64_t s = 0;
-            for (; s + 8 <= count; s += 8) shifted_products<8>(rows, step, from, to, distance, first + s, t, own + s * step);
-            for (; s < count; ++s) shifted_products<1>(rows, step, from, to, distance, first + s, t, own + s * step);
-          }
+          for (int64_t t = 0; t < length; t += L)
+            for (int64_t part = 0; part < parts; ++part) {
+              const int64_t s = count * part / parts;
+              shifted_products(count * (part + 1) / parts - s, rows, step, from, to, distance, first + s, t, own + s * step);
+            }
         }
       }
       for (int64_t group = 0; group < groups; ++group) {  // the values themselves

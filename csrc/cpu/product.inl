@@ -8,20 +8,25 @@ template <typename T, int M, int N>
 static inline void product_tile(const Product<T>& p, const T* a, const T* b, T* c) {
   using V = Values<T>;
   constexpr int64_t L = Vector<T>::kLanes;
-  V sum[M][N] = {};
+  V sum[M][N];
+  unrolled<M * N>([&](auto i) { sum[i.value / N][i.value % N] = V{}; });
   for (int64_t k = 0; k < p.depth; ++k, a += p.a_depth, b += p.b_row) {
     V row[N];
-    for (int v = 0; v < N; ++v) row[v] = load(b + v * L);
-    for (int m = 0; m < M; ++m) {
-      const T value = a[m * p.a_row];
-      for (int v = 0; v < N; ++v) sum[m][v] += value * row[v];
-    }
+    unrolled<N>([&](auto v) { row[v.value] = load(b + v.value * L); });
+    unrolled<M>([&](auto m) {
+      const T value = a[m.value * p.a_row];
+      unrolled<N>([&](auto v) { sum[m.value][v.value] += value * row[v.value]; });
+    });
   }
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < N; ++v) {
-      T* to = c + m * p.c_row + v * L;
-      store(to, p.add ? load(to) + p.scale * sum[m][v] : p.scale * sum[m][v]);
-    }
+  const T scale = p.scale;
+  if (p.add)
+    unrolled<M * N>([&](auto i) {
+      T* const to = c + i.value / N * p.c_row + i.value % N * L;
+      store(to, load(to) + scale * sum[i.value / N][i.value % N]);
+    });
+  else
+    unrolled<M * N>(
+        [&](auto i) { store(c + i.value / N * p.c_row + i.value % N * L, scale * sum[i.value / N][i.value % N]); });
 }
 
 template <typename T, int M, int N>

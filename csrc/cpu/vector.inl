@@ -26,6 +26,16 @@ struct Number {
   static constexpr int value = n;
 };
 
+// f(Number<0>) to f(Number<n - 1>), with no loop: what f holds in arrays of vectors stays in registers, where a loop that
+// is unrolled late keeps it in memory.
+template <int n, typename F>
+[[gnu::always_inline]] static inline void unrolled(const F& f) {
+  if constexpr (n > 0) {
+    unrolled<n - 1>(f);
+    f(Number<n - 1>{});
+  }
+}
+
 template <typename T>
 static inline Values<T> load(const T* from) {
   return *reinterpret_cast<const Values<T>*>(from);

@@ -99,8 +99,10 @@ static void place_products(const Winograd<T>& p, int64_t first, int64_t count, c
     for (int64_t o = 0; o < O; o += L) {
       Values<T> y[2][2];
       from_points(products + n * p.padded_outputs + o, step, y);
-      for (int i = 0; i < (below ? 2 : 1); ++i)
-        for (int j = 0; j < (right ? 2 : 1); ++j) store(corner + (i * p.columns + j) * O + o, y[i][j], O - o);
+      unrolled<4>([&](auto k) {
+        constexpr int i = k.value / 2, j = k.value % 2;
+        if ((i == 0 || below) && (j == 0 || right)) store(corner + (i * p.columns + j) * O + o, y[i][j], O - o);
+      });
     }
   }
 }
@@ -130,14 +132,14 @@ static void pool_products(const Winograd<T>& p, int64_t first, int64_t count, co
         V d = y[0][0] - base, total = n == 0 ? d : load(sum + o - from) + d;
         V squares = n == 0 ? d * d : load(square + o - from) + d * d;
         V best = y[0][0];
-        for (int i = 0; i < 2; ++i)
-          for (int j = 0; j < 2; ++j) {
-            if (i + j == 0 || (i == 1 && !below) || (j == 1 && !right)) continue;
-            d = y[i][j] - base;
-            total += d;
-            squares += d * d;
-            best = y[i][j] > best ? y[i][j] : best;
-          }
+        unrolled<3>([&](auto k) {
+          constexpr int i = (k.value + 1) / 2, j = (k.value + 1) % 2;
+          if ((i == 1 && !below) || (j == 1 && !right)) return;
+          d = y[i][j] - base;
+          total += d;
+          squares += d * d;
+          best = y[i][j] > best ? y[i][j] : best;
+        });
         store(sum + o - from, total);
         store(square + o - from, squares);
         if (below && right) store(to + o, best, p.outputs - o);
