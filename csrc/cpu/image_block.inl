@@ -16,19 +16,19 @@ static inline void convolve_places(const ImageBlock<T>& p, const T* x, int64_t j
   int64_t offset[4 * G];
   unrolled<4 * G>([&](auto i) {
     if (P == 2)
-      offset[i.value] = i.value / 2 % 2 * down + (i.value / 4 * 2 + i.value % 2) * right;
+      offset[i] = i / 2 % 2 * down + (i / 4 * 2 + i % 2) * right;
     else
-      offset[i.value] = (j + i.value < last ? i.value : last - 1 - j) * right;
+      offset[i] = (j + i < last ? i : last - 1 - j) * right;
   });
   const T* corner = x + j * P * right;
   for (int64_t k = 0; k < p.taps; ++k) {
     const T* at = corner + p.offsets[k];
     const T* w = p.weight + k * p.padded_outputs + first;
     Values<T> row[N];
-    unrolled<N>([&](auto v) { row[v.value] = load(w + v.value * L); });
+    unrolled<N>([&](auto v) { row[v] = load(w + v * L); });
     unrolled<4 * G>([&](auto i) {
-      const T value = at[offset[i.value]];
-      unrolled<N>([&](auto v) { a[i.value][v.value] += value * row[v.value]; });
+      const T value = at[offset[i]];
+      unrolled<N>([&](auto v) { a[i][v] += value * row[v]; });
     });
   }
 }
@@ -60,21 +60,21 @@ static inline void apply_windows(const ImageBlock<T>& p, const T* x, T* y, uint8
   constexpr int64_t L = Vector<T>::kLanes;
   V a[4 * G][N];
   unrolled<N>([&](auto v) {
-    const V start = -load(p.mean + first + v.value * L);
-    unrolled<4 * G>([&](auto i) { a[i.value][v.value] = start; });
+    const V start = -load(p.mean + first + v * L);
+    unrolled<4 * G>([&](auto i) { a[i][v] = start; });
   });
   convolve_places<T, P, N, G>(p, x, j, p.columns, first, a);
   unrolled<N>([&](auto v) {
-    const V scale = load(p.scale + first + v.value * L), beta = load(p.beta + first + v.value * L);
-    const int64_t count = p.outputs - first - v.value * L;  // that are no padding
+    const V scale = load(p.scale + first + v * L), beta = load(p.beta + first + v * L);
+    const int64_t count = p.outputs - first - v * L;  // that are no padding
     unrolled<(P == 2 ? G : 4 * G)>([&](auto i) {
-      if (P == 1 && j + i.value >= p.columns) return;
-      V best = a[i.value * P * P][v.value] * scale + beta;
+      if (P == 1 && j + i >= p.columns) return;
+      V best = a[i * P * P][v] * scale + beta;
       auto place = best != best;
       place ^= place;
       unrolled<P * P - 1>([&](auto n) {
-        constexpr int other = n.value + 1;
-        const V b = a[i.value * 4 + other][v.value] * scale + beta;
+        constexpr int other = n + 1;
+        const V b = a[i * 4 + other][v] * scale + beta;
         const auto higher = (b > best) | (b != b);  // a NaN is a maximum, as in torch
         best = higher ? b : best;
         place = higher ? place * 0 + other : place;
@@ -83,8 +83,8 @@ static inline void apply_windows(const ImageBlock<T>& p, const T* x, T* y, uint8
       place = shut ? place * 0 + P * P : place;
       best = best < V{} ? V{} : best;
       const Bytes<T> bytes = __builtin_convertvector(place, Bytes<T>);
-      T* to = y + (j + i.value) * p.outputs + first + v.value * L;
-      uint8_t* at = index + (j + i.value) * p.outputs + first + v.value * L;
+      T* to = y + (j + i) * p.outputs + first + v * L;
+      uint8_t* at = index + (j + i) * p.outputs + first + v * L;
       if (count >= L) {
         *reinterpret_cast<V*>(to) = best;
         *reinterpret_cast<Bytes<T>*>(at) = bytes;
@@ -125,21 +125,21 @@ static inline void follow_windows(const ImageBlock<T>& p, const T* x, T* y, cons
   constexpr int64_t L = Vector<T>::kLanes;
   V a[4 * G][N];
   unrolled<N>([&](auto v) {
-    const V start = load(p.beta + first + v.value * L) - load(p.mean + first + v.value * L);
-    unrolled<4 * G>([&](auto i) { a[i.value][v.value] = start; });
+    const V start = load(p.beta + first + v * L) - load(p.mean + first + v * L);
+    unrolled<4 * G>([&](auto i) { a[i][v] = start; });
   });
   convolve_places<T, P, N, G>(p, x, j, p.columns, first, a);
   unrolled<N>([&](auto v) {
-    const int64_t count = p.outputs - first - v.value * L;  // that are no padding
+    const int64_t count = p.outputs - first - v * L;  // that are no padding
     unrolled<(P == 2 ? G : 4 * G)>([&](auto i) {
-      if (P == 1 && j + i.value >= p.columns) return;
-      const auto place = load_bytes<T>(index + (j + i.value) * p.outputs + first + v.value * L, count);
-      V value = place == 0 ? a[i.value * P * P][v.value] : V{};
+      if (P == 1 && j + i >= p.columns) return;
+      const auto place = load_bytes<T>(index + (j + i) * p.outputs + first + v * L, count);
+      V value = place == 0 ? a[i * P * P][v] : V{};
       unrolled<P * P - 1>([&](auto n) {
-        constexpr int other = n.value + 1;
-        value = place == other ? a[i.value * 4 + other][v.value] : value;
+        constexpr int other = n + 1;
+        value = place == other ? a[i * 4 + other][v] : value;
       });
-      store(y + (j + i.value) * p.outputs + first + v.value * L, value, count);
+      store(y + (j + i) * p.outputs + first + v * L, value, count);
     });
   });
 }
@@ -190,19 +190,19 @@ static inline void survey_rows(const ImageBlock<T>& p, const T* x, int64_t out_r
   each_window<P, N>(columns, [&](auto windows, int64_t j) {
     constexpr int G = windows.value;
     V z[4 * G][N];
-    unrolled<4 * G * N>([&](auto i) { z[i.value / N][i.value % N] = V{}; });
+    unrolled<4 * G * N>([&](auto i) { z[i / N][i % N] = V{}; });
     convolve_places<T, P, N, G>(p, x, j, columns, first, z);
     unrolled<N>([&](auto v) {
       unrolled<(P == 2 ? G : 4 * G)>([&](auto i) {
-        if (P == 1 && j + i.value >= columns) return;
-        V best = z[i.value * P * P][v.value];
+        if (P == 1 && j + i >= columns) return;
+        V best = z[i * P * P][v];
         unrolled<P * P>([&](auto place) {
-          const V value = z[i.value * P * P + place.value][v.value];
-          sum[v.value] += value;
-          square[v.value] += value * value;
+          const V value = z[i * P * P + place][v];
+          sum[v] += value;
+          square[v] += value * value;
           best = value > best ? value : best;
         });
-        store(y + (j + i.value) * p.outputs + first + v.value * L, best, p.outputs - first - v.value * L);
+        store(y + (j + i) * p.outputs + first + v * L, best, p.outputs - first - v * L);
       });
     });
   });
@@ -264,7 +264,7 @@ static inline void reduce_row(const ImageBlock<T>& p, const T* x, const T* gy, c
   using V = Values<T>;
   constexpr int kPlaces = P * P;
   V a[kImageTaps], all = {};
-  unrolled<kImageTaps>([&](auto k) { a[k.value] = V{}; });
+  unrolled<kImageTaps>([&](auto k) { a[k] = V{}; });
   const int64_t right = p.stride_x * p.inputs, down = p.stride_y * p.width * p.inputs;
   const int64_t count = p.outputs - first;
   for (int64_t j = 0; j < p.columns; ++j) {
@@ -273,12 +273,12 @@ static inline void reduce_row(const ImageBlock<T>& p, const T* x, const T* gy, c
     const auto place = load_bytes<T>(index + j * p.outputs + first, count);
     V g[kPlaces];
     unrolled<kPlaces>([&](auto i) {
-      g[i.value] = place == i.value ? value : V{};
-      all += g[i.value];
+      g[i] = place == i.value ? value : V{};
+      all += g[i];
     });
     unrolled<kImageTaps>([&](auto k) {
-      const T* at = corner + p.offsets[tap + k.value];
-      unrolled<kPlaces>([&](auto i) { a[k.value] += at[i.value / P * down + i.value % P * right] * g[i.value]; });
+      const T* at = corner + p.offsets[tap + k];
+      unrolled<kPlaces>([&](auto i) { a[k] += at[i / P * down + i % P * right] * g[i]; });
     });
   }
   add_row(p, a, all, tap, first, sums);
@@ -292,19 +292,18 @@ static inline void reduce_picked(const ImageBlock<T>& p, const T* x, const T* gy
   using V = Values<T>;
   constexpr int kRows = 4;
   V a[kImageTaps], all = {};
-  unrolled<kImageTaps>([&](auto k) { a[k.value] = V{}; });
+  unrolled<kImageTaps>([&](auto k) { a[k] = V{}; });
   const int64_t C = p.inputs, step = p.width * C, count = p.outputs - first;
   const auto below = int(Vector<T>::kLanes), right = int(C), channel = int(tap / kImageTaps);
   for (int64_t j = 0; j < p.columns; ++j) {
     V rows[kRows];
-    unrolled<kRows>([&](auto i) { rows[i.value] = load(x + i.value * step + 2 * j * C); });
+    unrolled<kRows>([&](auto i) { rows[i] = load(x + i * step + 2 * j * C); });
     const auto place = load_bytes<T>(index + j * p.outputs + first, count);
     const V g = place < 4 ? load(gy + j * p.outputs + first, count) : V{};
     all += g;
     auto lane = (-(place & 1) & right) + (-((place & 2) >> 1) & below) + channel;
     unrolled<3>([&](auto column) {
-      unrolled<3>(
-          [&](auto row) { a[row.value * 3 + column.value] += pick<T>(rows[row.value], rows[row.value + 1], lane) * g; });
+      unrolled<3>([&](auto row) { a[row * 3 + column] += pick<T>(rows[row], rows[row + 1], lane) * g; });
       lane += right;
     });
   }
@@ -352,13 +351,13 @@ template <int S>
 static void shifted_products(const double* rows, int64_t step, int64_t from, int64_t to, int64_t distance, int64_t first,
                              int64_t t, double* sums) {
   Values<double> sum[S];
-  unrolled<S>([&](auto s) { sum[s.value] = load(sums + s.value * step + t); });
+  unrolled<S>([&](auto s) { sum[s] = load(sums + s * step + t); });
   for (int64_t a = from; a < to; ++a) {
     const Values<double> value = load(rows + a * step + t);
     const double* other = rows + (a + distance) * step + t + first;
-    unrolled<S>([&](auto s) { sum[s.value] += value * load(other + s.value); });
+    unrolled<S>([&](auto s) { sum[s] += value * load(other + s); });
   }
-  unrolled<S>([&](auto s) { store(sums + s.value * step + t, sum[s.value]); });
+  unrolled<S>([&](auto s) { store(sums + s * step + t, sum[s]); });
 }
 
 // The most shifts that go together: all those of a 3x3 convolution of three channels where there are registers for them.

@@ -9,24 +9,23 @@ static inline void product_tile(const Product<T>& p, const T* a, const T* b, T* 
   using V = Values<T>;
   constexpr int64_t L = Vector<T>::kLanes;
   V sum[M][N];
-  unrolled<M * N>([&](auto i) { sum[i.value / N][i.value % N] = V{}; });
+  unrolled<M * N>([&](auto i) { sum[i / N][i % N] = V{}; });
   for (int64_t k = 0; k < p.depth; ++k, a += p.a_depth, b += p.b_row) {
     V row[N];
-    unrolled<N>([&](auto v) { row[v.value] = load(b + v.value * L); });
+    unrolled<N>([&](auto v) { row[v] = load(b + v * L); });
     unrolled<M>([&](auto m) {
-      const T value = a[m.value * p.a_row];
-      unrolled<N>([&](auto v) { sum[m.value][v.value] += value * row[v.value]; });
+      const T value = a[m * p.a_row];
+      unrolled<N>([&](auto v) { sum[m][v] += value * row[v]; });
     });
   }
   const T scale = p.scale;
   if (p.add)
     unrolled<M * N>([&](auto i) {
-      T* const to = c + i.value / N * p.c_row + i.value % N * L;
-      store(to, load(to) + scale * sum[i.value / N][i.value % N]);
+      T* const to = c + i / N * p.c_row + i % N * L;
+      store(to, load(to) + scale * sum[i / N][i % N]);
     });
   else
-    unrolled<M * N>(
-        [&](auto i) { store(c + i.value / N * p.c_row + i.value % N * L, scale * sum[i.value / N][i.value % N]); });
+    unrolled<M * N>([&](auto i) { store(c + i / N * p.c_row + i % N * L, scale * sum[i / N][i % N]); });
 }
 
 template <typename T, int M, int N>

@@ -20,10 +20,11 @@ using Bytes = typename Vector<T>::Bytes;
 template <typename T>
 using Mask = decltype(Values<T>{} == Values<T>{});  // an integer per lane
 
-// A number that a function's type depends on.
+// A number that a function's type depends on, and an index that is one.
 template <int n>
 struct Number {
   static constexpr int value = n;
+  constexpr operator int() const { return n; }
 };
 
 // f(Number<0>) to f(Number<n - 1>), with no loop: what f holds in arrays of vectors stays in registers, where a loop that

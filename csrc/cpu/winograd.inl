@@ -100,7 +100,7 @@ static void place_products(const Winograd<T>& p, int64_t first, int64_t count, c
       Values<T> y[2][2];
       from_points(products + n * p.padded_outputs + o, step, y);
       unrolled<4>([&](auto k) {
-        constexpr int i = k.value / 2, j = k.value % 2;
+        constexpr int i = k / 2, j = k % 2;
         if ((i == 0 || below) && (j == 0 || right)) store(corner + (i * p.columns + j) * O + o, y[i][j], O - o);
       });
     }
@@ -133,7 +133,7 @@ static void pool_products(const Winograd<T>& p, int64_t first, int64_t count, co
         V squares = n == 0 ? d * d : load(square + o - from) + d * d;
         V best = y[0][0];
         unrolled<3>([&](auto k) {
-          constexpr int i = (k.value + 1) / 2, j = (k.value + 1) % 2;
+          constexpr int i = (k + 1) / 2, j = (k + 1) % 2;
           if ((i == 1 && !below) || (j == 1 && !right)) return;
           d = y[i][j] - base;
           total += d;
