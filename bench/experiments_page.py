@@ -215,9 +215,9 @@ class Pages:
                 reached = met(100 * mean(s.value for s in together), goal, self.is_tiny) if together else NONE
                 said += f"; goal {goal:g}: {reached}"
             published = PUBLISHED.get((case.dataset, case.shots), "")
-            rows.append([said_of(case), said, percent(alone), published, f"`{case}-maml-*`"])
-        note = f"Test accuracy after {last} steps, norm weights and all layers adapted, {self.cases[0].width} channels."
-        head = ["set", "ours, together", "ours, each by itself", "published, together", "ONLY"]
+            rows.append([said_of(case), str(case.width), said, percent(alone), published, f"`{case}-maml-*`"])
+        note = f"Test accuracy after {last} steps, norm weights and all layers adapted."
+        head = ["set", "channels", "ours, together", "ours, each by itself", "published, together", "ONLY"]
         return Table(f"`{FULL}` beside the published figures", note, head, rows)
 
     def choices(self) -> Table:
