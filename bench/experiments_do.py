@@ -59,6 +59,10 @@ class Place(NamedTuple):
     def folder(self, experiment: Experiment) -> Path:
         return self.runs / str(experiment)
 
+    def checkpoint(self, experiment: Experiment) -> Path:
+        """Where a run's best checkpoint is kept beside its results."""
+        return self.results / f"{experiment}.safetensors"
+
 
 def do(job: Job, place: Place, command: str) -> None:
     """Make the result of a job and write it. Raises Stopped, ValueError and OSError."""
@@ -101,6 +105,9 @@ def training(job: Job, place: Place) -> dict[str, Any]:
     if found.stopped in SIGNALS.values():
         raise Stopped(f"{found.stopped} at iteration {found.iteration}, saved")
     assert found.best is not None
+    if run.arm == "maml":  # the others' would be too much for a repository
+        (copy := place.checkpoint(run).with_suffix(".tmp")).write_bytes((out / BEST).read_bytes())
+        copy.replace(place.checkpoint(run))
     return {
         "images": {split: images.fingerprint() for split, images in sets.items()},
         "checkpoint_sha256": sha256(out / BEST),
@@ -145,6 +152,8 @@ def trained(job: Job, place: Place) -> Trained:
     """ValueError where the checkpoint is gone, or another one than the one that the run's result is of."""
     run, path = job.experiment, place.folder(job.experiment) / BEST
     result = read_json(place.result(f"{run}.training"))
+    if not path.is_file():
+        path = place.checkpoint(run)
     if not path.is_file():
         raise ValueError(
             f"{path}: the checkpoint of {place.result(f'{run}.training')} is not there: give the folder that holds it "

@@ -58,9 +58,9 @@ HOW = """## How it is measured
 
 - Network: four blocks (convolution 3x3, batch norm with batch statistics, ReLU, max-pool), then a linear layer. A
   pattern has a bit for each of these five layers; `{full}` is MAML, `{anil}` ANIL, `{boil}` BOIL.
-- Training is first-order MAML, with 32x32 images and one support image per class second-order in the second half, with
-  an exponential average of the weights and a cosine schedule of the meta rate; the checkpoint is that of the best
-  validation accuracy. Finn et al.'s figures are of second order.
+- Training is first-order MAML, but with one support image per class of CIFAR-FS, FC100 and Omniglot, where the second
+  half of it is second-order; with an exponential average of the weights and a cosine schedule of the meta rate. The
+  checkpoint is that of the best validation accuracy. Finn et al.'s figures are of second order.
 - Accuracies are of 5-way tasks with 15 query images per class, in percent, on test classes. Every figure is "mean of
   the seeds (each seed ± the half width of its 95% interval over tasks)": the first interval is of tasks, what lies
   between the seeds is that of seeds. "Together": the norms' statistics are those of a task's query images, as in the

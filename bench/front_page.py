@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import experiments_page
+import experiments_plan
 import peers_report
 import training_report
 from gpu_report import ROOT, digits, times, write
@@ -26,10 +28,10 @@ FULL, LAST = "11111", "00011"
 Row = Mapping[str, Any]
 
 
-def figures(adapted: Row, trained: Row, demo: Row) -> str:
+def figures(adapted: Row, trained: Row, demo: Row, experiments: experiments_page.Results) -> str:
     """The table, and where its figures are from."""
     head = ("measured", "ours", "stock PyTorch", "ours is better by")
-    rows = [*adaptation(adapted), *training(trained), *accuracy(demo)]
+    rows = [*adaptation(adapted), *training(trained), *accuracy(demo), *on_images(experiments)]
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
     network = _row(adapted, "adapt")["network"], _row(trained, "meta")["network"]
     notes = [
@@ -37,6 +39,7 @@ def figures(adapted: Row, trained: Row, demo: Row) -> str:
         f"A meta-gradient is of 4 tasks with 75 query images each: {network[1]}; {_source(trained)}.",
         f"The demo: {demo['ways']}-way {demo['shots']}-shot glyphs, {demo['steps']} steps, {demo['test']['tasks']} "
         f"test tasks, a cost is paired over them with its 95% interval; {_machine(demo)}.",
+        *where(experiments),
         "Ratios are medians of interleaved repeats, with quartiles.",
     ]
     wrapped = (textwrap.fill(note, 120, initial_indent="- ", subsequent_indent="  ") for note in notes)
@@ -79,6 +82,39 @@ def accuracy(report: Row) -> Iterator[tuple[str, ...]]:
     yield f"{name}: accuracy", found[0], f"{found[1]}{beside}", cost
 
 
+def chosen(experiments: experiments_page.Results) -> Iterator[tuple[str, Row]]:
+    """The choices at one point after ten steps of the networks that `make experiments` has trained, by set."""
+    for case in experiments_plan.CORE:
+        name = f"{experiments_plan.Experiment(case, 'maml', experiments_plan.SEEDS[0])}.choice-k10"
+        if name in experiments:
+            yield experiments_page.said_of(case), experiments[name]
+
+
+def on_images(experiments: experiments_page.Results) -> Iterator[tuple[str, ...]]:
+    for said, one in chosen(experiments):
+        bits, stock = one["chosen"]["0.01"], one["stock_ms"]
+        own = one["times_ms"][bits]
+        full, row = (
+            next(r for r in one["rows"] if (r["pattern"], r["statistics"]) == (pattern, "batch"))
+            for pattern in (FULL, bits)
+        )
+        name = f"{said}, chosen at 1 point: `{bits}`"
+        ratio = f"{digits(stock['median'] / own['median'])}x"
+        yield f"{name}: adaptation", _ms(own), f"{_ms(stock)}, `{FULL}`", ratio
+        cost = f"cost {100 * row['drop']:.2f} ± {100 * row['drop_ci95']:.2f} points"
+        yield f"{name}: accuracy", f"{100 * row['accuracy']:.2f}%", f"{100 * full['accuracy']:.2f}%, `{FULL}`", cost
+
+
+def where(experiments: experiments_page.Results) -> Iterator[str]:
+    found = dict(chosen(experiments))
+    if found:
+        machine = next(iter(found.values()))["machine"]
+        yield (
+            f"{', '.join(found)}: 5-way, 10 steps, 600 test tasks, a cost is paired over them with its 95% interval; "
+            f"{machine['processor']}, 1 thread; [all results](docs/experiments.md)."
+        )
+
+
 def page(text: str, table: str) -> str:
     """README's text with the figures between their marks."""
     before, _, rest = text.partition(BEGIN)
@@ -110,10 +146,11 @@ def _machine(report: Row) -> str:
     return f"{found['device']}, {threads}, commit {found['commit']}"
 
 
-def results() -> tuple[Row, Row, Row]:
+def results() -> tuple[Row, Row, Row, experiments_page.Results]:
     adapted = peers_report.read(peers_report.RESULTS)
     trained = peers_report.read(training_report.RESULTS, "training")
-    return adapted, trained, json.loads(DEMO.read_text(encoding="utf-8"))
+    demo = json.loads(DEMO.read_text(encoding="utf-8"))
+    return adapted, trained, demo, experiments_page.read(ROOT / "results")
 
 
 def main() -> int:

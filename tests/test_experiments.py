@@ -68,7 +68,8 @@ def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_every_result_says_what_it_is_of(done):
-    assert {path.stem for path in (done / "results").iterdir()} == JOBS.keys()
+    files = {f"{name}.json" for name in JOBS} | {"glyphs-1shot-maml-s0.safetensors"}
+    assert {path.name for path in (done / "results").iterdir()} == files
     for name, job in JOBS.items():
         found = json.loads((done / "results" / f"{name}.json").read_text())
         assert found["plan"] == json.loads(json.dumps(job.plan)) and found["name"] == name
@@ -165,8 +166,19 @@ def test_a_checkpoint_that_is_not_that_of_the_result_is_refused(copied):
     with pytest.raises(ValueError, match="they are of different runs"):
         doing.do(JOBS["glyphs-1shot-maml-s0.accuracy"], place(copied), "")
     (copied / "runs" / "glyphs-1shot-maml-s0" / "best.safetensors").unlink()
+    (copied / "results" / "glyphs-1shot-maml-s0.safetensors").unlink()
     with pytest.raises(ValueError, match="the checkpoint of .* is not there"):
         doing.do(JOBS["glyphs-1shot-maml-s0.accuracy"], place(copied), "")
+
+
+def test_an_evaluation_is_made_again_of_the_checkpoint_beside_the_results(copied):
+    name = "glyphs-1shot-maml-s0.accuracy"
+    shutil.rmtree(copied / "runs")
+    path = copied / "results" / f"{name}.json"
+    before = json.loads(path.read_text())["rows"]
+    path.unlink()
+    doing.do(JOBS[name], place(copied), "")
+    assert json.loads(path.read_text())["rows"] == before
 
 
 def test_other_images_than_those_of_training_are_refused(copied):
