@@ -114,8 +114,8 @@ lint: $(VENV)/.required
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/mypy
-	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs tests
-	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs bench
+	$(BIN)/mypy tests
+	$(BIN)/mypy bench
 	$(BIN)/python tests/dependencies.py build/audit
 
 # A CPU wheel, and beside a CUDA torch one with the CUDA kernels for TORCH_CUDA_ARCH_LIST. WHEELS="cpu cu130" names them, as
