@@ -58,9 +58,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulated_library() -> Path:
     """The CUDA kernels, built to run on the CPU (tests/cuda_emulator)."""
-    return build.library(tmp_path_factory.mktemp("emulator"))
+    return build.kept_library()
 
 
 @pytest.fixture(params=RUNNERS)
