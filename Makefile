@@ -37,8 +37,10 @@ help:
 demo: $(VENV)/.built
 	$(BIN)/lambda-maml demo --out runs/demo
 
+# One process runs all tests of a file, so that fixtures are made once. What the tests start finds bytecode.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest tests -p no:benchmark --numprocesses 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest tests -p no:benchmark --numprocesses 2 --dist loadfile \
+	    --no-loadscope-reorder
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -36,7 +36,12 @@ hypothesis.settings.register_profile("project", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("project")
 
 
+# Of a minute or more. They begin first, so that no worker of pytest-xdist is left alone with one of them.
+SLOWEST = ("test_cuda_build.py", "test_gpu_script.py", "test_fuzz.py", "test_triton_aot.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, torch sees none")
