@@ -10,8 +10,8 @@ supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 1
     "lambda-kernels needs Python 3.10 to 3.14, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 
 .DEFAULT_GOAL := all
-.PHONY: all help demo docs test fuzz soak sanitize bench peers timings experiments gpu format lint wheel tried-wheel \
-    clean distclean force
+.PHONY: all help demo docs test fuzz soak sanitize bench peers timings experiments gpu format lint code audit wheel \
+    tried-wheel clean distclean force
 
 all: $(VENV)/.built
 	@echo "Ready: source $(BIN)/activate, then lambda-maml demo, or lambda-maml --help. make help lists what else make does."
@@ -37,8 +37,10 @@ help:
 demo: $(VENV)/.built
 	$(BIN)/lambda-maml demo --out runs/demo
 
+# One process runs all tests of a file, so that fixtures are made once. What the tests start finds bytecode.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest tests -p no:benchmark --numprocesses 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest tests -p no:benchmark --numprocesses 2 --dist loadfile \
+	    --no-loadscope-reorder
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -109,13 +111,17 @@ format: $(VENV)/.required
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard csrc/*.* csrc/*/*.*)
 
-lint: $(VENV)/.required
+lint: code audit
+
+code: $(VENV)/.required
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/mypy
-	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs tests
-	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs bench
+	$(BIN)/mypy tests
+	$(BIN)/mypy bench
+
+audit: $(VENV)/.required
 	$(BIN)/python tests/dependencies.py build/audit
 
 # A CPU wheel, and beside a CUDA torch one with the CUDA kernels for TORCH_CUDA_ARCH_LIST. WHEELS="cpu cu130" names them, as

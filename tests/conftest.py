@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -35,13 +36,28 @@ hypothesis.settings.register_profile("project", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("project")
 
 
+# Of a minute or more. They begin first, so that no worker of pytest-xdist is left alone with one of them.
+SLOWEST = ("test_cuda_build.py", "test_gpu_script.py", "test_fuzz.py", "test_triton_aot.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, torch sees none")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: no collection of garbage, of which each round of a timing has one, goes through it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # what ends with the process is to be freed
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,9 +74,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulated_library() -> Path:
     """The CUDA kernels, built to run on the CPU (tests/cuda_emulator)."""
-    return build.library(tmp_path_factory.mktemp("emulator"))
+    return build.kept_library()
 
 
 @pytest.fixture(params=RUNNERS)

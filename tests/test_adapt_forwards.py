@@ -162,8 +162,8 @@ def test_hooks_are_run_in_every_step(where: str, kind: str) -> None:
         return network
 
     case = CONV4._replace(network=hooked(copy.deepcopy(CONV4.network)))
-    for pattern in ("11111", "00001", "00110"):
-        for model in (copy.deepcopy(case.network), lk.convert(copy.deepcopy(case.network))):
+    for model in (copy.deepcopy(case.network), lk.convert(copy.deepcopy(case.network))):
+        for pattern in ("11111", "00001", "00110"):
             compare(model, case, pattern)
             xs, ys, _, _ = case.task()
             calls.clear()

@@ -294,6 +294,13 @@ def test_demo_writes_all_that_it_promises(tmp_path, capsys, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == files
 
 
+def test_a_demo_refuses_the_folder_of_another_run_at_once(trained, capsys):
+    before = {path: path.read_bytes() for path in trained.iterdir()}
+    assert call("demo", "--out", trained) == 2
+    one_line_error(capsys, str(trained / "last.safetensors"), "holds another run", "--out")
+    assert before == {path: path.read_bytes() for path in trained.iterdir()}
+
+
 def test_the_command_line_loads_nothing_heavy_before_it_needs_it():
     heavy = ("matplotlib", "rich", "PIL", "fontTools")
     code = f"import sys, lambda_maml.cli; print([m for m in {heavy} if m in sys.modules])"

@@ -15,8 +15,9 @@ from programs import program_of
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_kernels.program import modes_of, shadow
+from lambda_kernels.program import lookup, modes_of, shadow
 from lambda_kernels.program.calls import WholeCall
+from lambda_kernels.program.capture import capture
 from lambda_maml import adapt
 
 D = torch.float64
@@ -253,3 +254,32 @@ def test_a_model_can_be_copied_after_adapt_as_before(name: str) -> None:
     copy.deepcopy(model)
     adapt(model, x, torch.arange(3).repeat(2), pattern="111", steps=2, lr=0.1)
     copy.deepcopy(model)
+
+
+class Counting(nn.Module):
+    """It writes to itself, which no graph holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.head = 0, nn.Linear(8, 3)
+        self.block = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.head(self.block(x).flatten(1))
+
+
+def test_what_no_graph_holds_is_looked_at_once_for_all_shadows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looks = lk.convert(Counting().to(D)), []
+
+    def counted(*args: Any) -> Any:
+        looks.append(args)
+        return capture(*args)
+
+    monkeypatch.setattr(lookup, "capture", counted)
+    xs, ys = torch.randn(3, 1, 4, 4, dtype=D), torch.arange(3)
+    seen = []
+    for steps in (1, 5):
+        adapt(model, xs, ys, pattern="11", steps=steps)(xs)
+        seen.append(len(looks))
+    assert seen[0] == seen[1] > 0

@@ -288,9 +288,11 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fun
             raise Refusal("its forward computes nothing with tensors")
         if found.refusal is not None:
             raise Refusal(found.refusal)
-        codes = list(done.tracer_output.output_graph.traced_code)
-        guards = _guards()(function.__code__, done.tracer_output.output_graph)
-        classes = _classes(root, done.tracer_output.output_graph)
+        output = done.tracer_output.output_graph
+        codes = list(output.traced_code)
+        output.skip_guards_check = True  # they are checked below: torch would also time them, with the caches flushed
+        guards = _guards()(function.__code__, output)
+        classes = _classes(root, output)
         if guards.lost or not guards.guard_manager.check(given):
             raise Refusal("its forward reads something that is another in each call")
     for code in codes:

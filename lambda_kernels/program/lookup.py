@@ -21,7 +21,7 @@ from ..cache import Bounded
 from .build import aliases, build, modes, opaque
 from .capture import Capture, Refusal, capture, hooked_everywhere
 from .check import Incomparable, difference
-from .shadow import shadow
+from .shadow import shadow, stands_for
 from .snapshot import Snapshot, Stamp, fingerprint, outline
 from .steps import Program
 from .structure import flatten
@@ -68,7 +68,8 @@ class _Known:
 
 _FAMILIES: Bounded[_Family] = Bounded(128)
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
-_REFUSED: WeakKeyDictionary[nn.Module, Bounded[str]] = WeakKeyDictionary()  # why a call is not captured, by its form
+# Why a call is not captured, by its form: of a module, and of all its shadows, which are made anew for each call.
+_REFUSED: WeakKeyDictionary[nn.Module, Bounded[str]] = WeakKeyDictionary()
 
 
 def _known(root: nn.Module) -> _Known:
@@ -202,8 +203,9 @@ def _captured(
     family = known.family
     program = _held(known, seen, args, kwargs, called)
     if program is None:
-        form = called, torch.is_grad_enabled(), root.training, _form(args, kwargs)
-        refused = _REFUSED.get(root) or _REFUSED.setdefault(root, Bounded(_MOST))
+        own, classes = stands_for(root), frozenset(map(type, _tensors(args, kwargs, seen)))
+        form = own is root, classes, called, torch.is_grad_enabled(), root.training, _form(args, kwargs)
+        refused = _REFUSED.get(own) or _REFUSED.setdefault(own, Bounded(_MOST))
         why = refused.get(form)
         if why is None:
             with _LOCK:

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from .snapshot import BASE, SCALARS
 from .structure import attributes, opened, slots_of
 
-__all__ = ["leads_nowhere", "replace", "shadow", "shallow"]
+__all__ = ["leads_nowhere", "replace", "shadow", "shallow", "stands_for"]
 
 _DEPTH = 4  # of containers and objects that an attribute is looked into
 _CLOSED = (*SCALARS, Tensor, type, types.ModuleType, types.BuiltinFunctionType, torch.Generator, bytes, complex)
 _TENSORS = ("_parameters", "_buffers", "_modules")
 _OWN = tuple(n for n, held in nn.Module().__dict__.items() if isinstance(held, (dict, set)) and n not in _TENSORS)
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+_ORIGINS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()  # by shadow
 
 
 def shadow(
@@ -47,7 +48,16 @@ def shadow(
     Raises:
         TypeError: an attribute that leads to a module cannot be copied, or the module is one of torch.jit.
     """
-    return _Copies(tensors or {}, modes or {}).tree(module, "")
+    twin = _Copies(tensors or {}, modes or {}).tree(module, "")
+    _ORIGINS[twin] = weakref.ref(stands_for(module))
+    return twin
+
+
+def stands_for(module: nn.Module) -> nn.Module:
+    """The module of which this one is a shadow; the module itself where it is none, or where that one is gone."""
+    origin = _ORIGINS.get(module)
+    found = None if origin is None else origin()
+    return module if found is None else found
 
 
 def shallow(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

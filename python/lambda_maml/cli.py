@@ -102,7 +102,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     """
     from . import data
     from .lock import locked
-    from .run_state import is_same_run
+    from .run_state import held_by, is_same_run
     from .select import select_pattern
     from .train import BEST, LAST, Settings
 
@@ -110,6 +110,8 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     settings = Settings(**DEMO["settings"], seed=seed)
     network = {"network": "conv4", "width": DEMO["width"]}
     again = is_same_run(out / LAST, settings, network, DEMO["dataset"], DEMO["iterations"])
+    if not again and (held := held_by(out)):
+        raise ValueError(f"{held}: the folder holds another run: choose another one (--out)")
     say("preparing glyphs")
     train_set, val_set, test_set = (data.load(DEMO["dataset"], split=split) for split in ("train", "val", "test"))
     result = train_with_progress(
