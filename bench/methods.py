@@ -36,6 +36,7 @@ from lambda_maml.train import Parts, Settings, train
 
 LR, STEPS, WAYS, QUERY, BATCH = 0.1, 5, 5, 15, 4
 TEST_SEED = 4000
+ENVIRONMENT = "environment.json"  # in the folder of a run: what trained it
 Given = dict[str, Any]
 
 
@@ -174,6 +175,8 @@ class Bench:
             model, self.sets["train"], self.sets["val"], out=out, settings=settings, iterations=iterations,
             resume=(out / LAST).exists(), overwrite=True, progress=True, **made,
         )  # fmt: skip
+        if not (at := out / ENVIRONMENT).exists():
+            write_json(at, info.environment())
         return model.eval()
 
     def start(self) -> nn.Module:
