@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from ..inner.checks import check_steps
 from ..places import Learned, Params, Problem
 from .catalogue import method
-from .ridge import fitted_head, is_head_alone, regularised, targets_of
+from .ridge import fitted_head, is_head_alone, refitted, regularised, targets_of
 
 __all__ = ["ntk"]
 
@@ -95,6 +95,10 @@ class ntk(nn.Module):
         change = {n: w.view_as(now[n]) for n, w in zip(now, way.squeeze(1).split(sizes))}
         params = {n: problem.meta[n] + change[n] for n in now}
         return Learned(params, lambda x: _linearised(problem, change, x))
+
+    def of_head(self, phi: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> list[Tensor]:
+        """The new head from features [N, F] and class numbers [N]: what a prepared call needs of a solver."""
+        return refitted(phi, weight, bias, labels, self._dual)
 
     def _dual(self, kernel: Tensor, rest: Tensor) -> Tensor:
         """phi(kernel + ridge) rest."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..places import Learned, Problem
 from .catalogue import method
 
-__all__ = ["fitted_head", "is_head_alone", "regularised", "ridge_head", "targets_of"]
+__all__ = ["fitted_head", "is_head_alone", "refitted", "regularised", "ridge_head", "targets_of"]
 
 
 @method("solver", needs="the pattern of a linear head", chain="no steps: one pass and one system")
@@ -65,8 +65,14 @@ class ridge_head(nn.Module):
 
     def forward(self, problem: Problem) -> Learned:
         self.check(problem)
-        lam = self.fixed_lam if self.log_lam is None else self.log_lam.exp()
-        return fitted_head(problem, lambda kernel, rest: regularised(kernel, rest, lam))
+        return fitted_head(problem, self._solve)
+
+    def of_head(self, phi: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> list[Tensor]:
+        """The new head from features [N, F] and class numbers [N]: what a prepared call needs of a solver."""
+        return refitted(phi, weight, bias, labels, self._solve)
+
+    def _solve(self, kernel: Tensor, rest: Tensor) -> Tensor:
+        return regularised(kernel, rest, self.fixed_lam if self.log_lam is None else self.log_lam.exp())
 
 
 def is_head_alone(problem: Problem) -> bool:
@@ -75,18 +81,38 @@ def is_head_alone(problem: Problem) -> bool:
 
 
 def fitted_head(problem: Problem, solve: Callable[[Tensor, Tensor], Tensor]) -> Learned:
-    """The head W0 + solve(Phi Phi^T, Y - Phi W0^T)^T Phi; `solve` gets [N, N] and [N, C], and gives [N, C]."""
+    """The head that `refitted` gives, in the problem's graph."""
     weight, bias = problem.head
     start = problem.constants(problem.meta)
-    phi = problem.features(start)
-    logits = F.linear(phi, start[weight], start[bias] if bias else None)
-    rest = targets_of(problem, logits) - logits
-    kernel = phi @ phi.T + (1.0 if bias else 0.0)
-    dual = solve(kernel, rest)
+    phi, own = problem.features(start), [start[n] if n else None for n in (weight, bias)]
+    dual, sums = _dual(phi, *own, lambda outputs: targets_of(problem, outputs), solve)  # type: ignore[arg-type]
     new = {weight: problem.meta[weight] + dual.T @ phi}
     if bias:
-        new[bias] = problem.meta[bias] + dual.sum(0)
+        new[bias] = problem.meta[bias] + sums
     return Learned({n: new[n] for n in problem.names})
+
+
+def refitted(
+    phi: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, solve: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """The head W0 + solve(Phi Phi^T, Y - Phi W0^T)^T Phi; `solve` gets [N, N] and [N, C], and gives [N, C].
+
+    phi: [N, F]; labels: [N] class numbers.
+    """
+    dual, sums = _dual(phi, weight, bias, lambda outputs: _one_hot(labels, outputs), solve)
+    new = torch.addmm(weight, dual.T, phi)
+    return [new] if bias is None else [new, bias + sums]
+
+
+def _dual(
+    phi: Tensor, weight: Tensor, bias: Tensor | None, targets: Callable[[Tensor], Tensor],
+    solve: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The dual variables [N, C], and their sums [C]."""
+    logits = F.linear(phi, weight, bias)
+    kernel = phi @ phi.T
+    dual = solve(kernel if bias is None else kernel + 1.0, targets(logits) - logits)
+    return dual, dual.sum(0)
 
 
 def regularised(kernel: Tensor, rest: Tensor, lam: Any) -> Tensor:
@@ -115,9 +141,13 @@ def targets_of(problem: Problem, outputs: Tensor) -> Tensor:
     if isinstance(labels, Tensor) and labels.shape == outputs.shape and labels.is_floating_point():
         return labels
     if isinstance(labels, Tensor) and labels.shape == outputs.shape[:1] and not labels.is_floating_point():
-        return F.one_hot(labels.long(), outputs.shape[1]).to(outputs.dtype)
+        return _one_hot(labels.long(), outputs)
     told = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
     raise ValueError(
         f"a closed form needs labels for a squared loss, class numbers [N] or numbers {list(outputs.shape)} as "
         f"{problem.network} gives them, got {told}"
     )
+
+
+def _one_hot(labels: Tensor, outputs: Tensor) -> Tensor:
+    return torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device).index_select(0, labels)
