@@ -12,6 +12,7 @@ import copy
 import datetime
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from lambda_kernels import info
 from lambda_maml import Pattern, adapt, data, methods, models, rules
 from lambda_maml.evaluate import evaluate
 from lambda_maml.files import write_json
+from lambda_maml.inner import remembered
 from lambda_maml.memory import measure_memory
 from lambda_maml.methods import backward, descend
 from lambda_maml.outer import meta_gradient
@@ -208,7 +210,7 @@ def measured(bench: Bench, row: Row) -> Given:
     xs, ys, _, _ = bench.tasks[0]
     runs = {"own": lambda: adapt(model, xs, ys, **given), "plain": lambda: adapt(other, xs, ys, **plainly)}
     with torch.no_grad():  # learned rates are numbers
-        times = interleave(runs, repeats=10**6, seconds=bench.args.seconds)
+        times = timed(bench, runs)
         (own_peak,) = measure_memory(model, xs, ys, {"own": given}).values()
         (plain_peak,) = measure_memory(other, xs, ys, {"plain": plainly}).values()
     return {
@@ -216,8 +218,36 @@ def measured(bench: Bench, row: Row) -> Given:
         "adapts": str(given["pattern"]), "scores": found.scores.tolist(),
         "time_ms": list(times["own"]), "plain_ms": list(times["plain"]),
         **(gradients(bench, row, model, made) if row.trained and base != row else {}),
-        "peak_mb": own_peak, "plain_peak_mb": plain_peak,
+        **(closed_form(bench, model, given) if row.method == "ridge_head" else {}),
+        "peak_mb": own_peak, "plain_peak_mb": plain_peak, "commit": info.environment()["commit"],
     }  # fmt: skip
+
+
+def timed(bench: Bench, runs: dict[str, Callable[[], object]]) -> dict[str, Any]:
+    """In processor time, which leaves out what the one thread waits for on a machine with other work."""
+    return interleave(runs, repeats=10**6, seconds=bench.args.seconds, clock=time.process_time_ns)
+
+
+def closed_form(bench: Bench, model: nn.Module, given: Given) -> Given:
+    """What an adaptation of the head consists of, in ms: the frozen prefix, ten steps behind it, or one system."""
+    xs, ys, _, _ = bench.tasks[0]
+    pattern, solver = given["pattern"], given["solver"]
+    descents = {n: {"pattern": pattern, "steps": n, "lr": LR} for n in (10, 100)}
+    with torch.no_grad():
+        adapt(model, xs, ys, **given)  # which prepares the prefix
+        known = remembered.features_again(model, xs, ys, pattern, "follow")
+        if known is None:
+            return {}
+        phi = known.run(xs)
+        head = [known.meta[name] for name in known.head]
+        found = timed(bench, {
+            "closed": lambda: adapt(model, xs, ys, **given), "prefix": lambda: known.run(xs),
+            "system": lambda: solver.of_head(phi, *head, ys),
+            "ten": lambda: adapt(model, xs, ys, **descents[10]),
+            "hundred": lambda: adapt(model, xs, ys, **descents[100]),
+        })  # fmt: skip
+    ms = {name: t.median for name, t in found.items()}
+    return {"parts_ms": {**ms, "steps": (ms["hundred"] - ms["ten"]) / 9, "images": len(xs)}}
 
 
 def bench_row(bench: Bench, row: Row) -> tuple[nn.Module, Given]:
@@ -246,7 +276,7 @@ def gradients(bench: Bench, row: Row, model: nn.Module, made: Made) -> Given:
         other.zero_grad()
         meta_gradient(other, tasks, plainly)
 
-    found = interleave({"own": method, "plain": maml}, repeats=10**6, seconds=bench.args.seconds)
+    found = timed(bench, {"own": method, "plain": maml})
     return {"iteration_ms": list(found["own"]), "plain_iteration_ms": list(found["plain"])}
 
 
@@ -302,7 +332,7 @@ def compared(rows: list[Given]) -> list[Given]:
             continue
         mean, ci95 = mean_ci95(own)
         difference, wide = mean_ci95(own - by_name[row["base"]])
-        kept = {key: value for key, value in row.items() if key != "scores"}
+        kept = {key: value for key, value in row.items() if key not in ("scores", "commit")}
         found.append({**kept, "accuracy": mean, "ci95": ci95, "difference": difference, "difference_ci95": wide})
     return found
 
@@ -312,6 +342,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/methods"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="where the results are written")
     parser.add_argument("--page", type=Path, help="where the page is written; from --json alone with --only none")
+    parser.add_argument("--more", type=Path, nargs="*", default=[], help="results of other settings, for the page")
     parser.add_argument("--only", help="names of rows, with commas, such as alfa-00011; 'none' for none, 'fields'")
     parser.add_argument("--data", default="glyphs", help="the set, as `lambda_maml.data.load` has it")
     parser.add_argument("--root", type=Path, help="where the set lies")
@@ -352,17 +383,16 @@ def main(words: list[str] | None = None) -> None:
     about = {
         "data": args.data, "start": args.start, "iterations": args.iterations, "tasks": args.tasks, "ways": WAYS,
         "shots": args.shots, "steps": STEPS, "lr": LR, "meta_batch": BATCH, "environment": info.environment(),
+        "trained": sorted({json.loads(p.read_text("utf-8"))["commit"] for p in args.work.glob(f"*/{ENVIRONMENT}")}),
+        "measured": sorted({row["commit"] for row in rows}),
         "date": datetime.date.today().isoformat(), "command": " ".join(["python bench/methods.py", *args.same]),
     }  # fmt: skip
     found = json.loads(at.read_text("utf-8")) if at.exists() else {}
-    result: Given = {"about": about, "rows": compared(rows), "fields": found}
-    if args.json:
-        if wanted:
-            write_json(args.json, result)
-        else:
-            result = json.loads(args.json.read_text("utf-8"))
+    if args.json and wanted:
+        write_json(args.json, {"about": about, "rows": compared(rows), "fields": found})
     if args.page:
-        args.page.write_text(methods_page.page(result), encoding="utf-8")
+        results = [args.json, *args.more] if args.json else args.more
+        args.page.write_text(methods_page.page([json.loads(p.read_text("utf-8")) for p in results]), encoding="utf-8")
 
 
 if __name__ == "__main__":
