@@ -138,7 +138,15 @@ class MatrixFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, phi: Callable[[Tensor], Tensor], limit: float) -> Tensor:
-        h, u = torch.linalg.eigh(matrix)
+        try:
+            h, u = torch.linalg.eigh(matrix)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            if torch.isfinite(matrix).all():
+                raise
+            raise FloatingPointError(
+                f"the kernel of {len(matrix)} support outputs diverged: it holds infinite numbers or NaN: look at the "
+                "images' scale"
+            ) from error
         ctx.phi, ctx.limit = phi, limit  # at h = 0
         ctx.save_for_backward(h, u)
         found: Tensor = (u * phi(h)) @ u.T
