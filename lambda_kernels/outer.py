@@ -95,7 +95,8 @@ def slopes(
 
     Args:
         row: [T, numbers], the updated parameters' values as `side_by_side` gives them; those among `parameters` are
-            read for their shapes alone. The others as in `adapted`.
+            read for their shapes alone. What lies behind them in the row has the gradient 0.
+        The others as in `adapted`.
     """
     own = _with_task_axis(parameters, len(blocks))
     fixed = _Fixed(backend, list(blocks), list(updated), True, not x.requires_grad)
@@ -191,7 +192,10 @@ class _Slopes(torch.autograd.Function):
         rates = [[_RATE] * len(shapes)]
         own = _among(fixed, shapes, row, frozen)
         losses, path = backend.steps(x, labels, own, updated, blocks, rates, from_images)
-        return (path[:, 1] - path[:, 0]).mul_(-1 / _RATE), losses, path
+        found = torch.empty_like(row)
+        torch.sub(path[:, 1], path[:, 0], out=found[:, : path.shape[2]]).mul_(-1 / _RATE)
+        found[:, path.shape[2] :] = 0.0
+        return found, losses, path
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -214,25 +218,29 @@ class _Slopes(torch.autograd.Function):
 
             def again(x: Tensor, labels: Tensor, row: Tensor, *frozen: Tensor) -> Tensor:
                 own = _among(fixed, shapes, row, frozen)
-                return side_by_side(_slopes_in_graph(fixed, x, labels, own), labels.shape[0])
+                found = side_by_side(_slopes_in_graph(fixed, x, labels, own), labels.shape[0])
+                return F.pad(found, (0, row.shape[1] - found.shape[1]))
 
             return None, None, *_gradients_in_graph(again, tensors, v, needs)
         x, labels, row, *frozen = tensors
         left = iter(needs[3:])
         wanted = Wanted([flag or next(left) for flag in fixed.updated], needs[0], False)
-        u = v / -_RATE  # the way back gives u - rate H u
+        u = v[:, : path.shape[2]] / -_RATE  # the way back gives u - rate H u
         done = fixed.backend.steps_grad(
             u, x, labels, _among(fixed, shapes, row, frozen), path, fixed.updated, fixed.blocks,
             [[_RATE] * len(shapes)], fixed.from_images, wanted, True,
         )  # fmt: skip
         others = [g for g, flag in zip(done.others, fixed.updated) if not flag]
         found = [None if g is None else _like(g, p) for g, p in zip(others, frozen)]
-        return None, None, done.x, None, done.updated - u, *found
+        of_row = torch.zeros_like(v)
+        torch.sub(done.updated, u, out=of_row[:, : path.shape[2]])
+        return None, None, done.x, None, of_row, *found
 
 
 def _among(fixed: _Fixed, shapes: Sequence[torch.Size], row: Tensor, frozen: Sequence[Tensor]) -> list[Tensor]:
     """All parameters, the updated ones as they lie in a row."""
-    parts = iter(part.unflatten(1, s) for part, s in zip(row.split([s.numel() for s in shapes], 1), shapes))
+    sizes = [s.numel() for s in shapes]
+    parts = iter(part.unflatten(1, s) for part, s in zip(row[:, : sum(sizes)].split(sizes, 1), shapes))
     left = iter(frozen)
     return [next(parts) if flag else next(left) for flag in fixed.updated]
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lambda_kernels.chain import Chain
@@ -40,7 +39,6 @@ def run(
     like = [a.parameters[n].unsqueeze(0) for n in names]
     flags, tasks = [n in updated for n in chain.names], len(labels)
     parameters = [a.parameters[n] if flag else state[n] for n, flag in zip(chain.names, flags)]
-    silent = sum(p.numel() for p, n in zip(like, names) if n not in chain.names)
 
     def row_of(values: Mapping[str, Tensor]) -> Tensor:
         return side_by_side([values[n].unsqueeze(0) if single else values[n] for n in names], tasks)
@@ -48,21 +46,17 @@ def run(
     def named(row: Tensor) -> dict[str, Tensor]:
         return {n: t.squeeze(0) if single else t for n, t in zip(names, apart(row, like))}
 
-    whole = update_of_rows(a.rule)
+    whole, sizes = update_of_rows(a.rule), [p.numel() for p in like]
     row = row_of(state)
     for index in range(stretch.first, stretch.first + stretch.steps):
         now = row if a.second_order else row.detach()
         with torch.set_grad_enabled(a.second_order):
-            own = now[:, : now.shape[1] - silent] if silent else now
-            losses, found = slopes(
-                chain.backend(images, labels), images, labels, own, parameters, flags, chain.specs
-            )  # fmt: skip
-            grads = F.pad(found, (0, silent)) if silent else found
+            losses, grads = slopes(chain.backend(images, labels), images, labels, now, parameters, flags, chain.specs)
         losses = losses.detach()
         step = Step(index, a.steps, losses.squeeze(0) if single else losses, a.second_order)
         with torch.set_grad_enabled(a.in_graph):
             if whole is not None:
-                row = row + whole(grads, now, names, [p.numel() for p in like], step).to(row.dtype)
+                row = row + whole(grads, now, names, sizes, step)
             else:
                 given = named(now if a.second_order else row)
                 new, memory = autograd.moved(a.rule, memory, given, named(grads), step, batched=not single)

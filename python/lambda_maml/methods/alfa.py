@@ -140,7 +140,7 @@ class _Changes(torch.autograd.Function):
     @staticmethod
     def forward(factors: Tensor, theta: Tensor, g: Tensor, sizes: tuple[int, ...]) -> Tensor:
         a, b = _each(-factors, sizes)
-        return torch.addcmul(a * g, b, theta)
+        return a.mul_(g).addcmul_(b, theta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -153,7 +153,8 @@ class _Changes(torch.autograd.Function):
         a, b = _each(-factors, ctx.sizes)
         wanted, v_factors = ctx.needs_input_grad, None
         if wanted[0]:
-            v_factors = -torch.stack(_sums(v * g, ctx.sizes) + _sums(v * theta, ctx.sizes), -1)
+            parts = [t.split(ctx.sizes, -1) for t in (v, g, theta)]
+            v_factors = -torch.stack([torch.linalg.vecdot(p, q) for of in parts[1:] for p, q in zip(parts[0], of)], -1)
         return v_factors, v * b if wanted[1] else None, v * a if wanted[2] else None, None
 
 
