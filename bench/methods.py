@@ -12,7 +12,6 @@ import copy
 import datetime
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import methods_page
 import torch
 import torch.nn.functional as F
 from harness import CONFIGURATIONS
+from methods_times import timed
 from torch import Tensor, nn
 
 from lambda_kernels import info
@@ -33,7 +33,6 @@ from lambda_maml.methods import backward, descend
 from lambda_maml.outer import meta_gradient
 from lambda_maml.run_state import LAST
 from lambda_maml.stats import mean_ci95
-from lambda_maml.timing import interleave
 from lambda_maml.train import Parts, Settings, train
 
 LR, STEPS, WAYS, QUERY, BATCH = 0.1, 5, 5, 15, 4
@@ -124,7 +123,10 @@ ROWS = [
     Row("alfa", "00011", by_rule(lambda m: methods.alfa(names(m, "00011"), STEPS, LR))),
     Row("lslr", "11111", by_rule(lambda m: methods.lslr(names(m, "11111"), STEPS, LR))),
     Row("lslr", "00011", by_rule(lambda m: methods.lslr(names(m, "00011"), STEPS, LR))),
-    Row("ridge_head", "00001", by_parts(lambda m: Parts(solver=methods.ridge_head(1.0, learned=True))), "lam learned"),
+    Row(
+        "ridge_head", "00001", by_parts(lambda m: Parts(solver=methods.ridge_head(1.0, learned=True, scale=10.0))),
+        "lam and scale learned, from 1 and 10",
+    ),
     Row("ntk", "00001", by_parts(lambda m: Parts(solver=methods.ntk(time=10.0))), "time 10"),
     Row("ntk", "00011", by_parts(lambda m: Parts(solver=methods.ntk(time=10.0))), "time 10"),
     Row(
@@ -210,7 +212,7 @@ def measured(bench: Bench, row: Row) -> Given:
     xs, ys, _, _ = bench.tasks[0]
     runs = {"own": lambda: adapt(model, xs, ys, **given), "plain": lambda: adapt(other, xs, ys, **plainly)}
     with torch.no_grad():  # learned rates are numbers
-        times = timed(bench, runs)
+        times = timed(runs, bench.args.seconds)
         (own_peak,) = measure_memory(model, xs, ys, {"own": given}).values()
         (plain_peak,) = measure_memory(other, xs, ys, {"plain": plainly}).values()
     return {
@@ -221,11 +223,6 @@ def measured(bench: Bench, row: Row) -> Given:
         **(closed_form(bench, model, given) if row.method == "ridge_head" else {}),
         "peak_mb": own_peak, "plain_peak_mb": plain_peak, "commit": info.environment()["commit"],
     }  # fmt: skip
-
-
-def timed(bench: Bench, runs: dict[str, Callable[[], object]]) -> dict[str, Any]:
-    """In processor time, which leaves out what the one thread waits for on a machine with other work."""
-    return interleave(runs, repeats=10**6, seconds=bench.args.seconds, clock=time.process_time_ns)
 
 
 def closed_form(bench: Bench, model: nn.Module, given: Given) -> Given:
@@ -240,12 +237,14 @@ def closed_form(bench: Bench, model: nn.Module, given: Given) -> Given:
             return {}
         phi = known.run(xs)
         head = [known.meta[name] for name in known.head]
-        found = timed(bench, {
-            "closed": lambda: adapt(model, xs, ys, **given), "prefix": lambda: known.run(xs),
+        runs = {
+            "closed": lambda: adapt(model, xs, ys, **given),
+            "prefix": lambda: known.run(xs),
             "system": lambda: solver.of_head(phi, *head, ys),
             "ten": lambda: adapt(model, xs, ys, **descents[10]),
             "hundred": lambda: adapt(model, xs, ys, **descents[100]),
-        })  # fmt: skip
+        }
+        found = timed(runs, bench.args.seconds)
     ms = {name: t.median for name, t in found.items()}
     return {"parts_ms": {**ms, "steps": (ms["hundred"] - ms["ten"]) / 9, "images": len(xs)}}
 
@@ -276,7 +275,7 @@ def gradients(bench: Bench, row: Row, model: nn.Module, made: Made) -> Given:
         other.zero_grad()
         meta_gradient(other, tasks, plainly)
 
-    found = timed(bench, {"own": method, "plain": maml})
+    found = timed({"own": method, "plain": maml}, bench.args.seconds)
     return {"iteration_ms": list(found["own"]), "plain_iteration_ms": list(found["plain"])}
 
 
