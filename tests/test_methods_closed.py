@@ -98,8 +98,24 @@ def test_without_a_ridge_the_support_set_is_fitted() -> None:
         adapt(CONV4.network, xs.repeat(2, 1, 1, 1), ys.repeat(2), pattern="00001", solver=ridge_head(0.0))
 
 
+def test_a_scale_is_what_class_numbers_are_fitted_to() -> None:
+    xs, ys, _ = task(shots=3)
+    start = head(CONV4.network)
+    scaled = adapt(CONV4.network, xs, ys, pattern="00001", solver=ridge_head(0.7, scale=4.0).double())
+    rest = 4.0 * F.one_hot(ys, 2).double() - phi(xs) @ start.T
+    kernel = phi(xs) @ phi(xs).T + 0.7 * torch.eye(len(xs), dtype=torch.float64)
+    torch.testing.assert_close(head(scaled), start + torch.linalg.solve(kernel, rest).T @ phi(xs), **TIGHT)
+    learned = ridge_head(0.7, learned=True, scale=4.0).double()
+    learner = adapt(CONV4.network, xs, ys, pattern="00001", solver=learned, second_order=True)
+    F.cross_entropy(learner(xs), ys).backward()
+    assert learned.log_lam.grad != 0 and learned.log_scale.grad != 0
+    for scale in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match="ridge_head: scale must be above 0"):
+            ridge_head(scale=scale)
+
+
 @needs_native
-@pytest.mark.parametrize("solver", [ridge_head(0.7), ntk(time=2.0)], ids=["ridge", "ntk"])
+@pytest.mark.parametrize("solver", [ridge_head(0.7, scale=3.0), ntk(time=2.0)], ids=["ridge", "ntk"])
 def test_a_prepared_call_is_the_first_one_again(solver: Any) -> None:
     """In float64; with another task, other parameters of the network, and what is wrong."""
     network = copy.deepcopy(CONV4.network)

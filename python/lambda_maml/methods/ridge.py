@@ -40,7 +40,8 @@ class ridge_head(nn.Module):
 
     Args:
         lam: the ridge, at least 0; with 0 the support set is fitted exactly, if Phi has rank N.
-        learned: whether lam and scale are meta-parameters; their logarithms are then learned, from these values on.
+        learned: whether lam, and scale where it is given, are meta-parameters; their logarithms are then learned, from
+            these values on.
         scale: what class numbers are fitted to in place of 1, above 0; numbers as labels stay as they are.
 
     Raises:
@@ -48,18 +49,18 @@ class ridge_head(nn.Module):
             neither class numbers nor of the outputs' shape, or lam is 0 and Phi has a lower rank than N.
     """
 
-    def __init__(self, lam: float = 1.0, learned: bool = False, scale: float = 1.0) -> None:
+    def __init__(self, lam: float = 1.0, learned: bool = False, scale: float | None = None) -> None:
         super().__init__()
         if not 0.0 <= lam < math.inf or (learned and lam == 0.0):
             raise ValueError(f"ridge_head: lam must be {'above' if learned else 'at least'} 0, got {lam!r}")
-        if not 0.0 < scale < math.inf:
+        if scale is not None and not 0.0 < scale < math.inf:
             raise ValueError(f"ridge_head: scale must be above 0, got {scale!r}")
         self.fixed_lam, self.fixed_scale = lam, scale
         self.log_lam = nn.Parameter(torch.tensor(math.log(lam))) if learned else None
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learned else None
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learned and scale is not None else None
 
     def extra_repr(self) -> str:
-        scale = f", scale={self.fixed_scale}" if self.fixed_scale != 1.0 else ""
+        scale = "" if self.fixed_scale is None else f", scale={self.fixed_scale}"
         return f"lam={self.fixed_lam}" + (", learned=True" if self.log_lam is not None else "") + scale
 
     def check(self, problem: Problem) -> None:
@@ -90,7 +91,7 @@ def is_head_alone(problem: Problem) -> bool:
     return set(problem.names) == {n for n in problem.head if n}
 
 
-def fitted_head(problem: Problem, solve: Callable[[Tensor, Tensor], Tensor], scale: Any = 1.0) -> Learned:
+def fitted_head(problem: Problem, solve: Callable[[Tensor, Tensor], Tensor], scale: Any = None) -> Learned:
     """The head that `refitted` gives, in the problem's graph."""
     weight, bias = problem.head
     start = problem.constants(problem.meta)
@@ -104,11 +105,11 @@ def fitted_head(problem: Problem, solve: Callable[[Tensor, Tensor], Tensor], sca
 
 def refitted(
     phi: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, solve: Callable[[Tensor, Tensor], Tensor],
-    scale: Any = 1.0,
+    scale: Any = None,
 ) -> list[Tensor]:  # fmt: skip
     """The head W0 + solve(Phi Phi^T, Y - Phi W0^T)^T Phi; `solve` gets [N, N] and [N, C], and gives [N, C].
 
-    phi: [N, F]; labels: [N] class numbers; scale: what Y has in the places of the ones.
+    phi: [N, F]; labels: [N] class numbers; scale: what Y has in the places of the ones, where it is given.
     """
     dual, sums = _dual(phi, weight, bias, lambda outputs: _one_hot(labels, outputs, scale), solve)
     new = torch.addmm(weight, dual.T, phi)
@@ -142,9 +143,9 @@ def regularised(kernel: Tensor, rest: Tensor, lam: Any) -> Tensor:
     return found
 
 
-def targets_of(problem: Problem, outputs: Tensor, scale: Any = 1.0) -> Tensor:
+def targets_of(problem: Problem, outputs: Tensor, scale: Any = None) -> Tensor:
     """What a squared loss compares the support outputs [N, C] with: labels of their shape, or class numbers one-hot,
-    times `scale`.
+    times `scale` where it is given.
 
     Raises:
         ValueError: the labels are neither.
@@ -164,4 +165,4 @@ def targets_of(problem: Problem, outputs: Tensor, scale: Any = 1.0) -> Tensor:
 def _one_hot(labels: Tensor, outputs: Tensor, scale: Any) -> Tensor:
     ones = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
     rows = ones.index_select(0, labels)
-    return rows if isinstance(scale, float) and scale == 1.0 else rows * scale
+    return rows if scale is None else rows * scale
