@@ -214,14 +214,13 @@ def measured(bench: Bench, row: Row) -> Given:
     with torch.no_grad():  # learned rates are numbers
         times = timed(runs, bench.args.seconds)
         (own_peak,) = measure_memory(model, xs, ys, {"own": given}).values()
-        (plain_peak,) = measure_memory(other, xs, ys, {"plain": plainly}).values()
     return {
         "method": row.method, "pattern": row.pattern, "told": row.told, "name": row.name, "base": row.base,
         "adapts": str(given["pattern"]), "scores": found.scores.tolist(),
         "time_ms": list(times["own"]), "plain_ms": list(times["plain"]),
         **(gradients(bench, row, model, made) if row.trained and base != row else {}),
         **(closed_form(bench, model, given) if row.method == "ridge_head" else {}),
-        "peak_mb": own_peak, "plain_peak_mb": plain_peak, "commit": info.environment()["commit"],
+        "peak_mb": own_peak, "commit": info.environment()["commit"],
     }  # fmt: skip
 
 
@@ -324,7 +323,7 @@ def fields(bench: Bench) -> Given:
 def compared(rows: list[Given]) -> list[Given]:
     """The rows with means and paired differences in the places of their scores."""
     by_name = {row["name"]: torch.tensor(row["scores"], dtype=torch.float64) for row in rows}
-    found = []
+    peaks, found = {row["name"]: row["peak_mb"] for row in rows}, []
     for row in rows:
         own = by_name[row["name"]]
         if row["base"] not in by_name:
@@ -332,6 +331,7 @@ def compared(rows: list[Given]) -> list[Given]:
         mean, ci95 = mean_ci95(own)
         difference, wide = mean_ci95(own - by_name[row["base"]])
         kept = {key: value for key, value in row.items() if key not in ("scores", "commit")}
+        kept["plain_peak_mb"] = peaks[row["base"]]
         found.append({**kept, "accuracy": mean, "ci95": ci95, "difference": difference, "difference_ci95": wide})
     return found
 
