@@ -95,8 +95,8 @@ def fitted_head(problem: Problem, solve: Callable[[Tensor, Tensor], Tensor], sca
     """The head that `refitted` gives, in the problem's graph."""
     weight, bias = problem.head
     start = problem.constants(problem.meta)
-    phi, own = problem.features(start), [start[n] if n else None for n in (weight, bias)]
-    dual, sums = _dual(phi, *own, lambda outputs: targets_of(problem, outputs, scale), solve)  # type: ignore[arg-type]
+    phi, own = problem.features(start), start[bias] if bias else None
+    dual, sums = _dual(phi, start[weight], own, lambda outputs: targets_of(problem, outputs, scale), solve)
     new = {weight: problem.meta[weight] + dual.T @ phi}
     if bias:
         new[bias] = problem.meta[bias] + sums
