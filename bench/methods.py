@@ -20,22 +20,24 @@ import methods_page
 import torch
 import torch.nn.functional as F
 from harness import CONFIGURATIONS
+from methods_times import timed
 from torch import Tensor, nn
 
 from lambda_kernels import info
 from lambda_maml import Pattern, adapt, data, methods, models, rules
 from lambda_maml.evaluate import evaluate
 from lambda_maml.files import write_json
+from lambda_maml.inner import remembered
 from lambda_maml.memory import measure_memory
 from lambda_maml.methods import backward, descend
 from lambda_maml.outer import meta_gradient
 from lambda_maml.run_state import LAST
 from lambda_maml.stats import mean_ci95
-from lambda_maml.timing import interleave
 from lambda_maml.train import Parts, Settings, train
 
 LR, STEPS, WAYS, QUERY, BATCH = 0.1, 5, 5, 15, 4
 TEST_SEED = 4000
+ENVIRONMENT = "environment.json"  # in the folder of a run: what trained it
 Given = dict[str, Any]
 
 
@@ -121,7 +123,10 @@ ROWS = [
     Row("alfa", "00011", by_rule(lambda m: methods.alfa(names(m, "00011"), STEPS, LR))),
     Row("lslr", "11111", by_rule(lambda m: methods.lslr(names(m, "11111"), STEPS, LR))),
     Row("lslr", "00011", by_rule(lambda m: methods.lslr(names(m, "00011"), STEPS, LR))),
-    Row("ridge_head", "00001", by_parts(lambda m: Parts(solver=methods.ridge_head(1.0, learned=True))), "lam learned"),
+    Row(
+        "ridge_head", "00001", by_parts(lambda m: Parts(solver=methods.ridge_head(1.0, learned=True, scale=10.0))),
+        "lam and scale learned, from 1 and 10",
+    ),
     Row("ntk", "00001", by_parts(lambda m: Parts(solver=methods.ntk(time=10.0))), "time 10"),
     Row("ntk", "00011", by_parts(lambda m: Parts(solver=methods.ntk(time=10.0))), "time 10"),
     Row(
@@ -174,6 +179,8 @@ class Bench:
             model, self.sets["train"], self.sets["val"], out=out, settings=settings, iterations=iterations,
             resume=(out / LAST).exists(), overwrite=True, progress=True, **made,
         )  # fmt: skip
+        if not (at := out / ENVIRONMENT).exists():
+            write_json(at, info.environment())
         return model.eval()
 
     def start(self) -> nn.Module:
@@ -205,16 +212,40 @@ def measured(bench: Bench, row: Row) -> Given:
     xs, ys, _, _ = bench.tasks[0]
     runs = {"own": lambda: adapt(model, xs, ys, **given), "plain": lambda: adapt(other, xs, ys, **plainly)}
     with torch.no_grad():  # learned rates are numbers
-        times = interleave(runs, repeats=10**6, seconds=bench.args.seconds)
+        times = timed(runs, bench.args.seconds)
         (own_peak,) = measure_memory(model, xs, ys, {"own": given}).values()
-        (plain_peak,) = measure_memory(other, xs, ys, {"plain": plainly}).values()
     return {
         "method": row.method, "pattern": row.pattern, "told": row.told, "name": row.name, "base": row.base,
         "adapts": str(given["pattern"]), "scores": found.scores.tolist(),
         "time_ms": list(times["own"]), "plain_ms": list(times["plain"]),
         **(gradients(bench, row, model, made) if row.trained and base != row else {}),
-        "peak_mb": own_peak, "plain_peak_mb": plain_peak,
+        **(closed_form(bench, model, given) if row.method == "ridge_head" else {}),
+        "peak_mb": own_peak, "commit": info.environment()["commit"],
     }  # fmt: skip
+
+
+def closed_form(bench: Bench, model: nn.Module, given: Given) -> Given:
+    """What an adaptation of the head consists of, in ms: the frozen prefix, ten steps behind it, or one system."""
+    xs, ys, _, _ = bench.tasks[0]
+    pattern, solver = given["pattern"], given["solver"]
+    descents = {n: {"pattern": pattern, "steps": n, "lr": LR} for n in (10, 100)}
+    with torch.no_grad():
+        adapt(model, xs, ys, **given)  # which prepares the prefix
+        known = remembered.features_again(model, xs, ys, pattern, "follow")
+        if known is None:
+            return {}
+        phi = known.run(xs)
+        head = [known.meta[name] for name in known.head]
+        runs = {
+            "closed": lambda: adapt(model, xs, ys, **given),
+            "prefix": lambda: known.run(xs),
+            "system": lambda: solver.of_head(phi, *head, ys),
+            "ten": lambda: adapt(model, xs, ys, **descents[10]),
+            "hundred": lambda: adapt(model, xs, ys, **descents[100]),
+        }
+        found = timed(runs, bench.args.seconds)
+    ms = {name: t.median for name, t in found.items()}
+    return {"parts_ms": {**ms, "steps": (ms["hundred"] - ms["ten"]) / 9, "images": len(xs)}}
 
 
 def bench_row(bench: Bench, row: Row) -> tuple[nn.Module, Given]:
@@ -243,7 +274,7 @@ def gradients(bench: Bench, row: Row, model: nn.Module, made: Made) -> Given:
         other.zero_grad()
         meta_gradient(other, tasks, plainly)
 
-    found = interleave({"own": method, "plain": maml}, repeats=10**6, seconds=bench.args.seconds)
+    found = timed({"own": method, "plain": maml}, bench.args.seconds)
     return {"iteration_ms": list(found["own"]), "plain_iteration_ms": list(found["plain"])}
 
 
@@ -292,14 +323,15 @@ def fields(bench: Bench) -> Given:
 def compared(rows: list[Given]) -> list[Given]:
     """The rows with means and paired differences in the places of their scores."""
     by_name = {row["name"]: torch.tensor(row["scores"], dtype=torch.float64) for row in rows}
-    found = []
+    peaks, found = {row["name"]: row["peak_mb"] for row in rows}, []
     for row in rows:
         own = by_name[row["name"]]
         if row["base"] not in by_name:
             continue
         mean, ci95 = mean_ci95(own)
         difference, wide = mean_ci95(own - by_name[row["base"]])
-        kept = {key: value for key, value in row.items() if key != "scores"}
+        kept = {key: value for key, value in row.items() if key not in ("scores", "commit")}
+        kept["plain_peak_mb"] = peaks[row["base"]]
         found.append({**kept, "accuracy": mean, "ci95": ci95, "difference": difference, "difference_ci95": wide})
     return found
 
@@ -309,6 +341,7 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/methods"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="where the results are written")
     parser.add_argument("--page", type=Path, help="where the page is written; from --json alone with --only none")
+    parser.add_argument("--more", type=Path, nargs="*", default=[], help="results of other settings, for the page")
     parser.add_argument("--only", help="names of rows, with commas, such as alfa-00011; 'none' for none, 'fields'")
     parser.add_argument("--data", default="glyphs", help="the set, as `lambda_maml.data.load` has it")
     parser.add_argument("--root", type=Path, help="where the set lies")
@@ -349,17 +382,16 @@ def main(words: list[str] | None = None) -> None:
     about = {
         "data": args.data, "start": args.start, "iterations": args.iterations, "tasks": args.tasks, "ways": WAYS,
         "shots": args.shots, "steps": STEPS, "lr": LR, "meta_batch": BATCH, "environment": info.environment(),
+        "trained": sorted({json.loads(p.read_text("utf-8"))["commit"] for p in args.work.glob(f"*/{ENVIRONMENT}")}),
+        "measured": sorted({row["commit"] for row in rows}),
         "date": datetime.date.today().isoformat(), "command": " ".join(["python bench/methods.py", *args.same]),
     }  # fmt: skip
     found = json.loads(at.read_text("utf-8")) if at.exists() else {}
-    result: Given = {"about": about, "rows": compared(rows), "fields": found}
-    if args.json:
-        if wanted:
-            write_json(args.json, result)
-        else:
-            result = json.loads(args.json.read_text("utf-8"))
+    if args.json and wanted:
+        write_json(args.json, {"about": about, "rows": compared(rows), "fields": found})
     if args.page:
-        args.page.write_text(methods_page.page(result), encoding="utf-8")
+        results = [args.json, *args.more] if args.json else args.more
+        args.page.write_text(methods_page.page([json.loads(p.read_text("utf-8")) for p in results]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lambda_maml.methods import METHODS
@@ -16,12 +16,13 @@ equations, and says what differs here. [How they are used](use.md#related-method
 """
 
 
-def page(result: Mapping[str, Any]) -> str:
+def page(results: Sequence[Mapping[str, Any]]) -> str:
     text = HEAD + listed()
-    if result.get("rows"):
-        text += "\n" + table(result)
-    if result.get("fields"):
-        text += "\n" + fields(result["fields"])
+    for result in results:
+        if result.get("rows"):
+            text += "\n" + table(result)
+        if result.get("fields"):
+            text += "\n" + fields(result["fields"])
     return text
 
 
@@ -30,6 +31,10 @@ def listed() -> str:
     lines = ["| method | place | needs | on the fast chain | paper |", "| --- | --- | --- | --- | --- |"]
     lines += [f"| `{m.name}` | {m.place} | {m.needs or '-'} | {m.chain} | {m.paper} |" for m in METHODS.values()]
     return "\n".join(lines) + "\n"
+
+
+def short(commits: Sequence[str]) -> str:
+    return " and ".join(commit[:12] for commit in commits)
 
 
 def verdict(difference: float, ci95: float) -> str:
@@ -41,8 +46,10 @@ def verdict(difference: float, ci95: float) -> str:
 def table(result: Mapping[str, Any]) -> str:
     about, environment = result["about"], result["about"]["environment"]
     how = (
-        f"`{about['command']}` at commit {environment['commit'][:12]}, {about['date']}, on {environment['device']}, "
-        f"{environment['threads']} thread. All rows begin with the same network, which plain MAML under 11111 trained "
+        f"`{about['command']}`, {about['date']}, on {environment['device']}, {environment['threads']} thread, torch "
+        f"{environment['torch']}; measured at commit {short(about['measured'])}, trained at {short(about['trained'])}. "
+        "Times are processor time, medians of interleaved repeats beside plain MAML in one process; other work was on "
+        "the machine. All rows begin with the same network, which plain MAML under 11111 trained "
         f"for {about['start']} iterations, and train {about['iterations']} more of {about['meta_batch']} tasks, "
         f"{about['ways']}-way {about['shots']}-shot, {about['steps']} steps of {about['lr']}. Accuracy is that of "
         f"{about['tasks']} test tasks, the same ones for all; the difference is that to plain MAML under the same "
@@ -53,7 +60,8 @@ def table(result: Mapping[str, Any]) -> str:
         "method", "pattern", "accuracy %", "difference, points", "", "adaptation ms (plain)",
         "meta-gradient, times plain's", "peak MB (plain)", "row",
     )  # fmt: skip
-    lines = [f"## Beside plain MAML, on {about['data']}", "", textwrap.fill(how, 120), ""]
+    title = f"## Beside plain MAML, on {about['data']}, {about['ways']}-way {about['shots']}-shot"
+    lines = [title, "", textwrap.fill(how, 120), ""]
     lines += [f"| {' | '.join(titles)} |", "| " + " | ".join(["---"] * len(titles)) + " |"]
     for row in result["rows"]:
         is_base = row["name"] == row["base"]
@@ -67,7 +75,27 @@ def table(result: Mapping[str, Any]) -> str:
         accuracy = f"{100 * row['accuracy']:.2f} ± {100 * row['ci95']:.2f}"
         cells = (told, pattern, accuracy, difference, says, times, ratio, peaks, f"`--only {row['name']}`")
         lines.append(f"| {' | '.join(cells)} |")
+    for row in result["rows"]:
+        if "parts_ms" in row:
+            lines += ["", textwrap.fill(closed_form(row), 120)]
     return "\n".join(lines) + "\n"
+
+
+def closed_form(row: Mapping[str, Any]) -> str:
+    """What the head's closed form and ten steps of descent consist of, and what follows for their ratio."""
+    ms = row["parts_ms"]
+    bound = ms["ten"] / ms["prefix"]
+    text = (
+        f"Parts of `{row['method']}` on {ms['images']} images: the frozen prefix takes {ms['prefix']:.3f} ms in both, "
+        f"ten steps behind it {ms['steps']:.3f} ms, the closed form's system {ms['system']:.3f} ms; ten steps as a "
+        f"whole {ms['ten']:.3f} ms, the closed form {ms['closed']:.3f} ms, a ratio of {ms['ten'] / ms['closed']:.2f}. "
+    )
+    if bound < 3:
+        text += (
+            f"Even without any system it could be at most {bound:.2f} times as fast as ten steps, whose cost is the "
+            "prefix: three times is out of reach on this network. "
+        )
+    return text + f"Behind the prefix ten steps take {ms['steps'] / ms['system']:.2f} times as long as the system."
 
 
 def fields(found: Mapping[str, Any]) -> str:

@@ -26,6 +26,10 @@ from .spec import BlockSpec, output_size
 __all__ = ["Backend", "Chain", "backend_in_force"]
 
 
+_SURE = 1e4
+"""A logit beside which those of 0 have the probability 0, in float64 too."""
+
+
 @dataclass(frozen=True)
 class Chain:
     """What an inner loop needs to know of a chain: where it begins, its blocks and its linear layer."""
@@ -248,6 +252,31 @@ class Chain:
             return None
         flags = [name in updated for name in self.names]
         return self.backend(x, labels).prepared([state[name] for name in self.names], flags, self.specs)
+
+    def prepare_features(self, state: Mapping[str, Tensor], x: Tensor) -> Callable[[Tensor], Tensor | None] | None:
+        """A function of one task's images [N, C, H, W], as many as in x [1, N, C, H, W], that gives what the blocks
+        hand to the linear layer, [N, F], with these parameters as they are in each call; None as in `prepare`.
+
+        It is the inner loop with another linear layer, of N + 1 classes and sure of the last one: in one step of rate
+        N, row n moves by the features of image n, of class n.
+        """
+        labels = torch.arange(x.shape[1]).unsqueeze(0)
+        if not self.blocks or not all(self.names) or self.refusals(x, labels):
+            return None
+        count, (number,) = labels.shape[1], labels
+        sure = x.new_zeros(count + 1)
+        sure[-1] = _SURE
+        own = [*(state[name] for name in self.names[:-2]), x.new_zeros(count + 1, self.linear.inputs), sure]
+        flags = [False] * (len(own) - 2) + [True, False]
+        run = self.backend(x, labels).prepared(own, flags, self.specs)
+        if run is None:
+            return None
+
+        def features(images: Tensor) -> Tensor | None:
+            found = run(images, number, 1, [float(count)])
+            return None if found is None else found[0][:-1]
+
+        return features
 
     def _given(
         self, state: Mapping[str, Tensor], updated: Collection[str], x: Tensor

@@ -22,7 +22,11 @@ from .backends.base import Wanted
 from .backends.outer_step import apart, side_by_side, step_gradients
 from .spec import BlockSpec
 
-__all__ = ["adapted", "classified"]
+__all__ = ["adapted", "apart", "classified", "side_by_side", "slopes"]
+
+_RATE = -(2.0**20)
+"""Of one step of descent that a gradient is read off: (theta + 2^20 g) - theta has the digits of g, not of theta, and a
+power of two rounds nothing."""
 
 
 class _Fixed(NamedTuple):
@@ -76,6 +80,30 @@ def adapted(
     fixed = _Fixed(backend, list(blocks), list(updated), second_order, not x.requires_grad)
     last, losses, _ = _Steps.apply(fixed, x, labels, rates, *own)
     return losses, apart(last, [own[i] for i in places])
+
+
+def slopes(
+    backend: Backend, x: Tensor, labels: Tensor, row: Tensor, parameters: Sequence[Tensor], updated: Sequence[bool],
+    blocks: Sequence[BlockSpec],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The losses [T], without a gradient, and each task's gradients by the updated parameters, side by side [T,
+    numbers]. Gradients of these reach x, the row and the frozen parameters.
+
+    >>> losses, found = slopes(backend, x, labels, row, parameters, updated, blocks)
+    >>> found.shape == row.shape
+    True
+
+    Args:
+        row: [T, numbers], the updated parameters' values as `side_by_side` gives them; those among `parameters` are
+            read for their shapes alone. What lies behind them in the row has the gradient 0.
+        The others as in `adapted`.
+    """
+    own = _with_task_axis(parameters, len(blocks))
+    fixed = _Fixed(backend, list(blocks), list(updated), True, not x.requires_grad)
+    shapes = [own[i].shape[1:] for i in fixed.places]
+    frozen = [p for p, flag in zip(own, updated) if not flag]
+    found, losses, _ = _Slopes.apply(fixed, shapes, x, labels, row, *frozen)
+    return losses[0], found
 
 
 def classified(
@@ -151,6 +179,70 @@ def _through_steps(
         None if done.rates is None else done.rates.sum(0).to(rates),
         *(_like(g, p) if needed and g is not None else None for g, p, needed in zip(found, parameters, needs[3:])),
     ]
+
+
+class _Slopes(torch.autograd.Function):
+    """The updated parameters' gradients side by side; the losses; the parameters around a step, too."""
+
+    @staticmethod
+    def forward(
+        fixed: _Fixed, shapes: list[torch.Size], x: Tensor, labels: Tensor, row: Tensor, *frozen: Tensor
+    ) -> tuple[Tensor, ...]:
+        backend, blocks, updated, _, from_images = fixed
+        rates = [[_RATE] * len(shapes)]
+        own = _among(fixed, shapes, row, frozen)
+        losses, path = backend.steps(x, labels, own, updated, blocks, rates, from_images)
+        found = torch.empty_like(row)
+        torch.sub(path[:, 1], path[:, 0], out=found[:, : path.shape[2]]).mul_(-1 / _RATE)
+        found[:, path.shape[2] :] = 0.0
+        return found, losses, path
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.fixed, ctx.shapes, *tensors = inputs
+        _, losses, path = output
+        ctx.mark_non_differentiable(losses, path)
+        ctx.set_materialize_grads(False)
+        ctx.present = [False, False, *(True for _ in tensors)]
+        ctx.save_for_backward(path, *tensors)
+
+    @staticmethod
+    @autograd.backward_rule
+    def backward(ctx: Any, v: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        path, *tensors = ctx.saved_tensors
+        fixed, shapes = ctx.fixed, ctx.shapes
+        if v is None:
+            return (None,) * (2 + len(tensors))
+        needs = autograd.asked(ctx)[2:]
+        if torch.is_grad_enabled() or functorch_active():
+
+            def again(x: Tensor, labels: Tensor, row: Tensor, *frozen: Tensor) -> Tensor:
+                own = _among(fixed, shapes, row, frozen)
+                found = side_by_side(_slopes_in_graph(fixed, x, labels, own), labels.shape[0])
+                return F.pad(found, (0, row.shape[1] - found.shape[1]))
+
+            return None, None, *_gradients_in_graph(again, tensors, v, needs)
+        x, labels, row, *frozen = tensors
+        left = iter(needs[3:])
+        wanted = Wanted([flag or next(left) for flag in fixed.updated], needs[0], False)
+        u = v[:, : path.shape[2]] / -_RATE  # the way back gives u - rate H u
+        done = fixed.backend.steps_grad(
+            u, x, labels, _among(fixed, shapes, row, frozen), path, fixed.updated, fixed.blocks,
+            [[_RATE] * len(shapes)], fixed.from_images, wanted, True,
+        )  # fmt: skip
+        others = [g for g, flag in zip(done.others, fixed.updated) if not flag]
+        found = [None if g is None else _like(g, p) for g, p in zip(others, frozen)]
+        of_row = torch.zeros_like(v)
+        torch.sub(done.updated, u, out=of_row[:, : path.shape[2]])
+        return None, None, done.x, None, of_row, *found
+
+
+def _among(fixed: _Fixed, shapes: Sequence[torch.Size], row: Tensor, frozen: Sequence[Tensor]) -> list[Tensor]:
+    """All parameters, the updated ones as they lie in a row."""
+    sizes = [s.numel() for s in shapes]
+    parts = iter(part.unflatten(1, s) for part, s in zip(row[:, : sum(sizes)].split(sizes, 1), shapes))
+    left = iter(frozen)
+    return [next(parts) if flag else next(left) for flag in fixed.updated]
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:

@@ -34,7 +34,10 @@ def test_a_row_is_measured_once_and_compared_with_its_base(tmp_path: Path, monke
     assert rows.keys() == {"maml-00001", "maml-00011", "ridge_head-00001", "alfa-00011"}
     assert rows["maml-00001"]["difference"] == 0.0 and rows["alfa-00011"]["base"] == "maml-00011"
     assert rows["alfa-00011"]["iteration_ms"][0] > 0 and rows["ridge_head-00001"]["time_ms"][0] > 0
+    parts = rows["ridge_head-00001"]["parts_ms"]
+    assert parts["prefix"] < parts["closed"] and parts["images"] == 5
     text = page.read_text(encoding="utf-8")
+    assert "three times is out of reach" in text or parts["ten"] > 3 * parts["prefix"]
     assert "`--only alfa-00011`" in text and "±" in text and all(f"`{name}`" in text for name in METHODS)
 
     def again(own: Any, row: Any) -> None:
@@ -70,6 +73,6 @@ def test_a_difference_within_its_interval_is_no_gain() -> None:
 
 
 def test_the_page_shows_the_results() -> None:
-    results = ROOT / "bench" / "results" / "methods.json"
-    found = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    results = [ROOT / "bench" / "results" / name for name in ("methods.json", "methods-5-shot.json")]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in results]
     assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == pages.page(found)

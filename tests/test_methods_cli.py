@@ -83,7 +83,7 @@ def test_the_table_says_who_stays_on_the_chain() -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        alfa(["a", "b"], 3, lr=0.1), ridge_head(0.5, learned=True), ntk(time=math.inf), ntk(steps=3, lr=0.1),
+        alfa(["a", "b"], 3, lr=0.1), ridge_head(0.5, learned=True, scale=4.0), ntk(time=math.inf), ntk(steps=3, lr=0.1),
         descend(rules.sgd([0.1, 0.2]), 2, estimator=METHODS["rescaled"].make(top_gradient(0.5))),
         spsa(4, gains=(0.1, 0.2)), METHODS["spsa_track"].make(4, seed=3), METHODS["lslr"].make(["a"], 2),
     ],

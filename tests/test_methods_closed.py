@@ -3,6 +3,7 @@ float64."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.func import functional_call, jacrev
 
 from lambda_kernels import agreement, layers, to_torch, use_backend
 from lambda_maml import Pattern, adapt, models
+from lambda_maml.inner import remembered
 from lambda_maml.methods import ntk, ridge_head
 from lambda_maml.methods.ntk import MatrixFunction
 from lambda_maml.places import Learned, Problem
@@ -94,6 +96,64 @@ def test_without_a_ridge_the_support_set_is_fitted() -> None:
         torch.testing.assert_close(learner(xs), F.one_hot(ys, 2).double(), rtol=0, atol=1e-8)
     with pytest.raises(ValueError, match="the kernel of 4 support outputs is singular with the ridge 0: raise"):
         adapt(CONV4.network, xs.repeat(2, 1, 1, 1), ys.repeat(2), pattern="00001", solver=ridge_head(0.0))
+
+
+def test_a_scale_is_what_class_numbers_are_fitted_to() -> None:
+    xs, ys, _ = task(shots=3)
+    start = head(CONV4.network)
+    scaled = adapt(CONV4.network, xs, ys, pattern="00001", solver=ridge_head(0.7, scale=4.0).double())
+    rest = 4.0 * F.one_hot(ys, 2).double() - phi(xs) @ start.T
+    kernel = phi(xs) @ phi(xs).T + 0.7 * torch.eye(len(xs), dtype=torch.float64)
+    torch.testing.assert_close(head(scaled), start + torch.linalg.solve(kernel, rest).T @ phi(xs), **TIGHT)
+    learned = ridge_head(0.7, learned=True, scale=4.0).double()
+    learner = adapt(CONV4.network, xs, ys, pattern="00001", solver=learned, second_order=True)
+    F.cross_entropy(learner(xs), ys).backward()
+    assert learned.log_lam.grad != 0 and learned.log_scale.grad != 0
+    for scale in (0.0, -1.0, math.inf):
+        with pytest.raises(ValueError, match="ridge_head: scale must be above 0"):
+            ridge_head(scale=scale)
+
+
+@needs_native
+@pytest.mark.parametrize("solver", [ridge_head(0.7, scale=3.0), ntk(time=2.0)], ids=["ridge", "ntk"])
+def test_a_prepared_call_is_the_first_one_again(solver: Any) -> None:
+    """In float64; with another task, other parameters of the network, and what is wrong."""
+    network = copy.deepcopy(CONV4.network)
+    xs, ys, _ = task()
+    more, _, _ = task(shots=3)
+
+    def long_way(images: Tensor) -> Tensor:  # of a class of its own, tensors are not taken by what is prepared
+        return head(adapt(network, images.as_subclass(_Own), ys, pattern="00001", solver=solver))
+
+    adapt(network, xs, ys, pattern="00001", solver=solver)
+    assert remembered.features_again(network, xs, ys, "00001", "follow") is not None
+    for images in (xs, more[: len(xs)]):
+        found = adapt(network, images, ys, pattern="00001", solver=solver)
+        # features read off a gradient: two roundings
+        torch.testing.assert_close(head(found), long_way(images), rtol=0, atol=1e-13)
+    with torch.no_grad():
+        network.block2.conv.weight.mul_(1.5)
+        network.head.weight.add_(0.1)
+    found = adapt(network, xs, ys, pattern="00001", solver=solver)
+    torch.testing.assert_close(head(found), long_way(xs), rtol=0, atol=1e-13)
+    F.cross_entropy(found(xs), ys).backward()
+    assert network.head.weight.grad is not None and network.block1.conv.weight.grad is not None
+    for wrong in (ys - 1, ys + 1):
+        with pytest.raises(ValueError, match="the network's outputs from 0 to 1"):
+            adapt(network, xs, wrong, pattern="00001", solver=solver)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        adapt(network, xs * math.nan, ys, pattern="00001", solver=solver)
+
+
+def test_a_prepared_call_says_that_its_kernel_is_singular() -> None:
+    xs, ys, _ = task(shots=1)
+    adapt(CONV4.network, xs.repeat(2, 1, 1, 1), ys.repeat(2), pattern="00001", solver=ridge_head(1.0))
+    with pytest.raises(ValueError, match="the kernel of 4 support outputs is singular with the ridge 0: raise"):
+        adapt(CONV4.network, xs.repeat(2, 1, 1, 1), ys.repeat(2), pattern="00001", solver=ridge_head(0.0))
+
+
+class _Own(Tensor):
+    pass
 
 
 @PATTERNS

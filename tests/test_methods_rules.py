@@ -99,6 +99,40 @@ def test_without_a_gradient_weights_shrink_by_the_decay() -> None:
         torch.testing.assert_close(theta[n] + changes[n], (1 - 0.05 * 0.02) * theta[n])
 
 
+def test_derivatives_of_the_outer_gradient_are_those_of_the_general_path() -> None:
+    rule = made("00011")
+    xs, ys, xq, yq = CONV4.task()
+    leaves = [*rule.parameters(), CONV4.network.block4.conv.weight]
+
+    def twice(loss: Any) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = {"pattern": "00011", "steps": STEPS, "rule": rule, "second_order": True, "loss": loss}
+        outer = F.cross_entropy(adapt(CONV4.network, xs, ys, **given)(xq), yq)
+        grads = torch.autograd.grad(outer, leaves, create_graph=True)
+        return torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), leaves)
+
+    on_the_chain = twice(F.cross_entropy)
+    for g, w in zip(on_the_chain, twice(lambda *given: F.cross_entropy(*given)), strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-10)  # three derivatives of batch statistics
+
+
+def test_a_subclass_may_say_itself_how_it_updates() -> None:
+    class Half(alfa):
+        def update(self, grads: Any, state: Any, params: Any, step: Any) -> Any:
+            changes, state = super().update(grads, state, params, step)
+            return {n: c / 2 for n, c in changes.items()}, state
+
+    rule = made("00011")
+    half = copy.deepcopy(rule)
+    half.__class__ = Half
+    xs, ys, _, _ = CONV4.task()
+    start = dict(CONV4.network.named_parameters())
+    moved, less = (
+        adapt(CONV4.network, xs, ys, pattern="00011", steps=1, rule=r).parameters_dict() for r in (rule, half)
+    )
+    for n in names("00011"):
+        torch.testing.assert_close((less[n] - start[n]) * 2, moved[n] - start[n], rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(("kind", "steps"), [("alfa", 1), ("lslr", STEPS)])
 def test_learned_numbers_have_the_slope_of_the_outer_loss(kind: str, steps: int) -> None:
     """Of alfa in one step: later ones read means of gradients, which are constants to it."""

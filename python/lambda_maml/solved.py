@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .inner import checks
+from .inner import checks, remembered
 from .inner.adaptation import Adaptation, describe
 from .inner.checks import Loss
 from .inner.loop import outcome
 from .inner.problem import Problem, Turn
 from .inner.rule import Rule
+from .inner.state import Outcome
 from .learner import Learner
 from .patterns import Pattern
 from .places import Learned, PatternChooser, Solver, checked
@@ -52,8 +55,33 @@ def solve(
         ValueError, TypeError: pattern, shapes, labels, dtypes or devices do not fit, or the solver gives other names.
         FloatingPointError: what it found is infinite or NaN.
     """
+    of_head = None if second_order and torch.is_grad_enabled() else getattr(solver, "of_head", None)
+    if of_head is not None and (learner := _refitted(model, xs, ys, pattern, norm, of_head)) is not None:
+        return learner
     a, problem = posed(model, xs, ys, pattern, norm, second_order, loss, solver, turn)
-    return Solved(a, learned_by(solver, problem))
+    learned = learned_by(solver, problem)
+    if of_head is not None:
+        remembered.keep_features(a, a.support(xs, ys), pattern)
+    return Solved(a, learned)
+
+
+def _refitted(
+    model: nn.Module, xs: Any, ys: Any, pattern: Any, norm: str, of_head: Callable[..., list[Tensor]]
+) -> Learner | None:
+    """The network with a head in closed form, in the way that an earlier call prepared; None where that has to go, or
+    fail, the long way."""
+    known = remembered.features_again(model, xs, ys, pattern, norm)
+    phi = None if known is None else known.run(xs)
+    if known is None or phi is None:
+        return None
+    with torch.no_grad():
+        try:
+            new = of_head(phi, known.meta[known.head[0]], known.meta[known.head[1]], ys)
+        except (ValueError, IndexError):  # a singular kernel, a label that is no class
+            return None
+        if not all(math.isfinite(t.sum().item()) for t in new):
+            return None
+    return Learner(model, known.plan.program.modes, Outcome(known.meta, dict(zip(known.head, new)), known.updated, {}))
 
 
 def posed(

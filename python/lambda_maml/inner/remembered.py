@@ -22,7 +22,7 @@ from . import recorded
 from .adaptation import Adaptation, Support
 from .state import Outcome
 
-__all__ = ["Again", "again", "keep", "refusals"]
+__all__ = ["Again", "Features", "again", "features_again", "keep", "keep_features", "refusals"]
 
 _MOST = 64  # of a network's
 
@@ -123,5 +123,49 @@ def keep(a: Adaptation, support: Support, pattern: str | Pattern | None, rule: A
     memo[key] = _Call(run, rates, a.plan, a.meta, tuple(moved), a.updated)
 
 
-def _key(xs: Tensor, ys: Tensor, pattern: str | Pattern, steps: int, rates: Hashable, norm: str) -> Hashable:
+class Features(NamedTuple):
+    """What a head that moves alone is fitted to, ready to be computed again."""
+
+    run: Callable[[Tensor], Tensor | None]  # of xs: [N, F]
+    plan: Plan
+    meta: dict[str, Tensor]
+    head: tuple[str, str]  # the names of its weight and its bias
+    updated: tuple[str, ...]
+
+
+def features_again(model: nn.Module, xs: Any, ys: Any, pattern: Any, norm: str) -> Features | None:
+    """What an earlier call kept for tasks of this form; None where it has to go the long way."""
+    if type(xs) is not Tensor or type(ys) is not Tensor or not isinstance(pattern, (str, Pattern)):
+        return None
+    with torch.enable_grad():
+        memo = memo_of(model, xs)
+    if not memo or mode_active(xs.device.type) is not None:
+        return None
+    found: Features | None = memo.get(_key(xs, ys, pattern, "features", None, norm))
+    return found
+
+
+def keep_features(a: Adaptation, support: Support, pattern: str | Pattern | None) -> None:
+    """Make a frozen prefix in front of a head that moves alone ready, where one native operator runs it."""
+    xs, ys = support.xs, support.ys
+    if type(xs) is not Tensor or type(ys) is not Tensor or ys.dtype != torch.int64 or ys.shape != xs.shape[:1]:
+        return
+    part = a.plan.part(a.updated)
+    whole, chain = part.whole, part.chain
+    if pattern is None or whole is None or chain is None or chain.blocks or a.buffers or mode_active(xs.device.type):
+        return
+    head = whole.names[-2], whole.names[-1]
+    with torch.enable_grad():
+        memo = memo_of(a.model, xs)
+    if memo is None or set(a.updated) != set(head):
+        return
+    run = whole.prepare_features(a.meta, xs.unsqueeze(0))
+    if run is None:
+        return
+    if len(memo) >= _MOST:
+        memo.clear()
+    memo[_key(xs, ys, pattern, "features", None, a.norm)] = Features(run, a.plan, a.meta, head, a.updated)
+
+
+def _key(xs: Tensor, ys: Tensor, pattern: str | Pattern, steps: Hashable, rates: Hashable, norm: str) -> Hashable:
     return pattern, steps, rates, norm, xs.shape, xs.dtype, xs.device, ys.shape, ys.dtype, ys.device, backend_in_force()

@@ -9,18 +9,14 @@ import torch
 from torch import Tensor
 
 from lambda_kernels.chain import Chain
-from lambda_kernels.outer import adapted
+from lambda_kernels.outer import apart, side_by_side, slopes
 
 from . import autograd, outer
 from .adaptation import Adaptation, Stretch, Support
 from .rule import State as Memory
-from .rule import Step
+from .rule import Step, update_of_rows
 
 __all__ = ["refusals", "run"]
-
-_RATE = -(2.0**20)
-"""Of one step of descent that a gradient is read off: (theta + 2^20 g) - theta has the digits of g, not of theta, and a
-power of two rounds nothing."""
 
 
 def refusals(a: Adaptation, stretch: Stretch, chain: Chain | None, support: Support, value: object) -> list[str]:
@@ -37,34 +33,37 @@ def run(
     """All steps of a stretch: the losses before each, the state after the last, and what the rule remembers."""
     labels, single = support.labels, support.tasks is None
     assert labels is not None
-    images, rows = x.unsqueeze(0) if single else x, []
+    images, rows, updated = x.unsqueeze(0) if single else x, [], stretch.part.updated
+    names = chain.order(updated)
+    names += [n for n in updated if n not in names]  # a bias that cancels in a norm is in no chain: its gradient is 0
+    like = [a.parameters[n].unsqueeze(0) for n in names]
+    flags, tasks = [n in updated for n in chain.names], len(labels)
+    parameters = [a.parameters[n] if flag else state[n] for n, flag in zip(chain.names, flags)]
+
+    def row_of(values: Mapping[str, Tensor]) -> Tensor:
+        return side_by_side([values[n].unsqueeze(0) if single else values[n] for n in names], tasks)
+
+    def named(row: Tensor) -> dict[str, Tensor]:
+        return {n: t.squeeze(0) if single else t for n, t in zip(names, apart(row, like))}
+
+    whole, sizes = update_of_rows(a.rule), [p.numel() for p in like]
+    row = row_of(state)
     for index in range(stretch.first, stretch.first + stretch.steps):
-        now = {n: state[n] if a.second_order else state[n].detach() for n in stretch.part.updated}
-        losses, found = _gradients(a, chain, {**state, **now}, now, images, labels)
-        losses = losses.squeeze(0) if single else losses
-        # A bias that cancels in a norm is in no chain: its gradient is 0.
-        grads = {n: found[n].view_as(p) if n in found else torch.zeros_like(p) for n, p in now.items()}
-        step = Step(index, a.steps, losses, a.second_order)
-        own = now if a.second_order else {n: state[n] for n in grads}
+        now = row if a.second_order else row.detach()
+        with torch.set_grad_enabled(a.second_order):
+            losses, grads = slopes(chain.backend(images, labels), images, labels, now, parameters, flags, chain.specs)
+        losses = losses.detach()
+        step = Step(index, a.steps, losses.squeeze(0) if single else losses, a.second_order)
         with torch.set_grad_enabled(a.in_graph):
-            new, memory = autograd.moved(a.rule, memory, own, grads, step, batched=not single)
-        state.update(new if a.in_graph else ((n, t.detach().requires_grad_()) for n, t in new.items()))
-        a.tie(state)
-        rows.append(losses)
+            if whole is not None:
+                row = row + whole(grads, now, names, sizes, step)
+            else:
+                given = named(now if a.second_order else row)
+                new, memory = autograd.moved(a.rule, memory, given, named(grads), step, batched=not single)
+                row = row_of(new)
+        if not a.in_graph:
+            row = row.detach()
+        rows.append(step.loss)
+    state.update({n: t if a.in_graph else t.detach().requires_grad_() for n, t in named(row).items()})
+    a.tie(state)
     return rows, state, memory
-
-
-def _gradients(
-    a: Adaptation, chain: Chain, state: Mapping[str, Tensor], now: Mapping[str, Tensor], x: Tensor, labels: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The losses [T], and the gradients [T, ...] of the updated tensors that the chain has; in second order in
-    autograd's graph."""
-    order = chain.order(now)
-    rates = torch.full((1, len(order)), _RATE, dtype=torch.float64)
-    with torch.set_grad_enabled(a.second_order):
-        losses, new = adapted(
-            chain.backend(x, labels), x, labels, [state[n] for n in chain.names], [n in now for n in chain.names],
-            chain.specs, rates, second_order=a.second_order,
-        )  # fmt: skip
-        found = {n: (value - now[n]) / -_RATE for n, value in zip(order, new)}
-    return losses[0].detach(), found

@@ -16,6 +16,8 @@ from random numbers around 0. The random-start variant (a learned decay per weig
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,20 +71,94 @@ class alfa(Rule):
             )
 
     def update(self, grads: Params, state: State, params: Params, step: Step) -> tuple[Params, State]:
-        tasks = step.loss.shape  # [T], or of one task []
-        zero = self.rates.new_zeros(tasks)
+        tasks, names = step.loss.dim(), list(grads)  # 1, or 0 of one task
+        own = [params[n] for n in names]
+        sizes = [p.shape[tasks:].numel() for p in own]
+        theta, g = (torch.cat([t.reshape(*t.shape[:tasks], -1) for t in of], -1) for of in (own, list(grads.values())))
+        parts = self.update_row(g, theta, names, sizes, step).split(sizes, -1)
+        return {n: part.view(p.shape) for n, part, p in zip(names, parts, own)}, state
 
-        def means(of: Params) -> list[Tensor]:
-            return [of[n].flatten(len(tasks)).mean(-1).to(zero) if n in of else zero for n in self.names]
-
-        slopes = means({n: g.detach() for n, g in grads.items()})
-        found = self.generator(torch.stack(means(params) + slopes, -1))  # [T, 2 L]
+    def update_row(
+        self, grads: Tensor, params: Tensor, names: Sequence[str], sizes: Sequence[int], step: Step
+    ) -> Tensor:
+        """What is added to the tensors of these names and sizes, which lie side by side: [T, numbers], or [numbers] of
+        one task."""
+        count, sizes = len(self.names), tuple(sizes)
+        places = _places(self.names, tuple(names), params.device)
+        tau = _Means.apply(params, grads, sizes).to(self.rates)
+        tau = tau.new_zeros(*tau.shape[:-1], 2 * count).index_copy(-1, places, tau)
         row = min(step.index, len(self.rates) - 1)
-        own = found * torch.cat([self.rates[row], self.decays[row]])
-        factors = dict(zip(self.names, zip(*(half.unbind(-1) for half in own.chunk(2, -1)))))
-        return {n: _change(params[n], g, *factors[n]) for n, g in grads.items()}, state
+        found = self.generator(tau) * torch.cat([self.rates[row], self.decays[row]])  # [T, 2 L]
+        return _Changes.apply(found.index_select(-1, places).to(params.dtype), params, grads, sizes)
 
 
-def _change(theta: Tensor, gradient: Tensor, rate: Tensor, decay: Tensor) -> Tensor:
-    shape = (*rate.shape, *(1,) * (theta.dim() - rate.dim()))
-    return torch.addcmul(gradient * -rate.to(theta).view(shape), theta, decay.to(theta).view(shape), value=-1)
+@lru_cache(64)
+def _places(all_names: tuple[str, ...], names: tuple[str, ...], device: torch.device) -> Tensor:
+    """Where the rates and the decays of these names stand among those of all."""
+    own = [all_names.index(n) for n in names]
+    return torch.tensor([*own, *(len(all_names) + i for i in own)], device=device)
+
+
+@lru_cache(64)
+def _owners(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each number of tensors side by side, which tensor it belongs to; and the sizes."""
+    each = torch.tensor(sizes, device=device)
+    return torch.arange(len(sizes), device=device).repeat_interleave(each), each
+
+
+def _sums(row: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """The sum of each tensor, [T]."""
+    return [part.sum(-1) for part in row.split(sizes, -1)]
+
+
+class _Means(torch.autograd.Function):
+    """[T, 2 L]: the means of tensors that lie side by side, and of their gradients, which are constants. One node of
+    autograd's graph, where one for each tensor would take longer than the network's steps."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(theta: Tensor, g: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        _, each = _owners(sizes, theta.device)
+        return torch.stack(_sums(theta, sizes) + _sums(g, sizes), -1) / each.repeat(2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.sizes = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, None, None]:
+        owner, each = _owners(ctx.sizes, v.device)
+        return (v[..., : len(each)] / each).index_select(-1, owner), None, None
+
+
+class _Changes(torch.autograd.Function):
+    """- a_l g_l - b_l theta_l of tensors that lie side by side, from (a, b) [T, 2 L]; one node as well."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(factors: Tensor, theta: Tensor, g: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        a, b = _each(-factors, sizes)
+        return a.mul_(g).addcmul_(b, theta)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.sizes = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        factors, theta, g = ctx.saved_tensors
+        a, b = _each(-factors, ctx.sizes)
+        wanted, v_factors = ctx.needs_input_grad, None
+        if wanted[0]:
+            parts = [t.split(ctx.sizes, -1) for t in (v, g, theta)]
+            v_factors = -torch.stack([torch.linalg.vecdot(p, q) for of in parts[1:] for p, q in zip(parts[0], of)], -1)
+        return v_factors, v * b if wanted[1] else None, v * a if wanted[2] else None, None
+
+
+def _each(factors: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Factors (a, b) [T, 2 L] at every number of their tensors, twice [T, numbers]."""
+    owner, _ = _owners(sizes, factors.device)
+    return tuple(half.index_select(-1, owner) for half in factors.chunk(2, -1))

@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from ..inner.checks import check_steps
 from ..places import Learned, Params, Problem
 from .catalogue import method
-from .ridge import fitted_head, is_head_alone, regularised, targets_of
+from .ridge import fitted_head, is_head_alone, refitted, regularised, targets_of
 
 __all__ = ["ntk"]
 
@@ -96,6 +96,10 @@ class ntk(nn.Module):
         params = {n: problem.meta[n] + change[n] for n in now}
         return Learned(params, lambda x: _linearised(problem, change, x))
 
+    def of_head(self, phi: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> list[Tensor]:
+        """The new head from features [N, F] and class numbers [N]: what a prepared call needs of a solver."""
+        return refitted(phi, weight, bias, labels, self._dual)
+
     def _dual(self, kernel: Tensor, rest: Tensor) -> Tensor:
         """phi(kernel + ridge) rest."""
         if self.time == math.inf:
@@ -134,7 +138,15 @@ class MatrixFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, phi: Callable[[Tensor], Tensor], limit: float) -> Tensor:
-        h, u = torch.linalg.eigh(matrix)
+        try:
+            h, u = torch.linalg.eigh(matrix)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            if torch.isfinite(matrix).all():
+                raise
+            raise FloatingPointError(
+                f"the kernel of {len(matrix)} support outputs diverged: it holds infinite numbers or NaN: look at the "
+                "images' scale"
+            ) from error
         ctx.phi, ctx.limit = phi, limit  # at h = 0
         ctx.save_for_backward(h, u)
         found: Tensor = (u * phi(h)) @ u.T

@@ -8,7 +8,8 @@ With Phi = [features, 1] [N, F + 1], one-hot targets Y [N, C] and the head's met
     W = argmin 1/2 |Phi W^T - Y|^2 + lam/2 |W - W0|^2 = W0 + (Y - Phi W0^T)^T (Phi Phi^T + lam I)^-1 Phi
 
 What differs here: the way is from W0, not from 0, so it is the limit of gradient descent on the same objective; R2-D2
-regresses from 0 and learns a scale and a shift of the outputs.
+regresses from 0 and learns a scale and a shift of the outputs. Here Y may be scaled: cross-entropy asks for logits that
+lie further apart than 1.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from ..places import Learned, Problem
 from .catalogue import method
 
-__all__ = ["fitted_head", "is_head_alone", "regularised", "ridge_head", "targets_of"]
+__all__ = ["fitted_head", "is_head_alone", "refitted", "regularised", "ridge_head", "targets_of"]
 
 
 @method("solver", needs="the pattern of a linear head", chain="no steps: one pass and one system")
@@ -39,22 +40,28 @@ class ridge_head(nn.Module):
 
     Args:
         lam: the ridge, at least 0; with 0 the support set is fitted exactly, if Phi has rank N.
-        learned: whether lam is a meta-parameter; its logarithm is then learned, from lam on.
+        learned: whether lam, and scale where it is given, are meta-parameters; their logarithms are then learned, from
+            these values on.
+        scale: what class numbers are fitted to in place of 1, above 0; numbers as labels stay as they are.
 
     Raises:
-        ValueError: lam is out of range; when it adapts: another layer than the head moves, the labels are neither class
-            numbers nor of the outputs' shape, or lam is 0 and Phi has a lower rank than N.
+        ValueError: lam or scale is out of range; when it adapts: another layer than the head moves, the labels are
+            neither class numbers nor of the outputs' shape, or lam is 0 and Phi has a lower rank than N.
     """
 
-    def __init__(self, lam: float = 1.0, learned: bool = False) -> None:
+    def __init__(self, lam: float = 1.0, learned: bool = False, scale: float | None = None) -> None:
         super().__init__()
         if not 0.0 <= lam < math.inf or (learned and lam == 0.0):
             raise ValueError(f"ridge_head: lam must be {'above' if learned else 'at least'} 0, got {lam!r}")
-        self.fixed_lam = lam
+        if scale is not None and not 0.0 < scale < math.inf:
+            raise ValueError(f"ridge_head: scale must be above 0, got {scale!r}")
+        self.fixed_lam, self.fixed_scale = lam, scale
         self.log_lam = nn.Parameter(torch.tensor(math.log(lam))) if learned else None
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale))) if learned and scale is not None else None
 
     def extra_repr(self) -> str:
-        return f"lam={self.fixed_lam}" + (", learned=True" if self.log_lam is not None else "")
+        scale = "" if self.fixed_scale is None else f", scale={self.fixed_scale}"
+        return f"lam={self.fixed_lam}" + (", learned=True" if self.log_lam is not None else "") + scale
 
     def check(self, problem: Problem) -> None:
         if not is_head_alone(problem):
@@ -65,8 +72,18 @@ class ridge_head(nn.Module):
 
     def forward(self, problem: Problem) -> Learned:
         self.check(problem)
-        lam = self.fixed_lam if self.log_lam is None else self.log_lam.exp()
-        return fitted_head(problem, lambda kernel, rest: regularised(kernel, rest, lam))
+        return fitted_head(problem, self._solve, self._scale)
+
+    def of_head(self, phi: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> list[Tensor]:
+        """The new head from features [N, F] and class numbers [N]: what a prepared call needs of a solver."""
+        return refitted(phi, weight, bias, labels, self._solve, self._scale)
+
+    @property
+    def _scale(self) -> Any:
+        return self.fixed_scale if self.log_scale is None else self.log_scale.exp()
+
+    def _solve(self, kernel: Tensor, rest: Tensor) -> Tensor:
+        return regularised(kernel, rest, self.fixed_lam if self.log_lam is None else self.log_lam.exp())
 
 
 def is_head_alone(problem: Problem) -> bool:
@@ -74,19 +91,40 @@ def is_head_alone(problem: Problem) -> bool:
     return set(problem.names) == {n for n in problem.head if n}
 
 
-def fitted_head(problem: Problem, solve: Callable[[Tensor, Tensor], Tensor]) -> Learned:
-    """The head W0 + solve(Phi Phi^T, Y - Phi W0^T)^T Phi; `solve` gets [N, N] and [N, C], and gives [N, C]."""
+def fitted_head(problem: Problem, solve: Callable[[Tensor, Tensor], Tensor], scale: Any = None) -> Learned:
+    """The head that `refitted` gives, in the problem's graph."""
     weight, bias = problem.head
     start = problem.constants(problem.meta)
-    phi = problem.features(start)
-    logits = F.linear(phi, start[weight], start[bias] if bias else None)
-    rest = targets_of(problem, logits) - logits
-    kernel = phi @ phi.T + (1.0 if bias else 0.0)
-    dual = solve(kernel, rest)
+    phi, own = problem.features(start), start[bias] if bias else None
+    dual, sums = _dual(phi, start[weight], own, lambda outputs: targets_of(problem, outputs, scale), solve)
     new = {weight: problem.meta[weight] + dual.T @ phi}
     if bias:
-        new[bias] = problem.meta[bias] + dual.sum(0)
+        new[bias] = problem.meta[bias] + sums
     return Learned({n: new[n] for n in problem.names})
+
+
+def refitted(
+    phi: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, solve: Callable[[Tensor, Tensor], Tensor],
+    scale: Any = None,
+) -> list[Tensor]:  # fmt: skip
+    """The head W0 + solve(Phi Phi^T, Y - Phi W0^T)^T Phi; `solve` gets [N, N] and [N, C], and gives [N, C].
+
+    phi: [N, F]; labels: [N] class numbers; scale: what Y has in the places of the ones, where it is given.
+    """
+    dual, sums = _dual(phi, weight, bias, lambda outputs: _one_hot(labels, outputs, scale), solve)
+    new = torch.addmm(weight, dual.T, phi)
+    return [new] if bias is None else [new, bias + sums]
+
+
+def _dual(
+    phi: Tensor, weight: Tensor, bias: Tensor | None, targets: Callable[[Tensor], Tensor],
+    solve: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The dual variables [N, C], and their sums [C]."""
+    logits = F.linear(phi, weight, bias)
+    kernel = phi @ phi.T
+    dual = solve(kernel if bias is None else kernel + 1.0, targets(logits) - logits)
+    return dual, dual.sum(0)
 
 
 def regularised(kernel: Tensor, rest: Tensor, lam: Any) -> Tensor:
@@ -105,8 +143,9 @@ def regularised(kernel: Tensor, rest: Tensor, lam: Any) -> Tensor:
     return found
 
 
-def targets_of(problem: Problem, outputs: Tensor) -> Tensor:
-    """What a squared loss compares the support outputs [N, C] with: labels of their shape, or class numbers one-hot.
+def targets_of(problem: Problem, outputs: Tensor, scale: Any = None) -> Tensor:
+    """What a squared loss compares the support outputs [N, C] with: labels of their shape, or class numbers one-hot,
+    times `scale` where it is given.
 
     Raises:
         ValueError: the labels are neither.
@@ -115,9 +154,15 @@ def targets_of(problem: Problem, outputs: Tensor) -> Tensor:
     if isinstance(labels, Tensor) and labels.shape == outputs.shape and labels.is_floating_point():
         return labels
     if isinstance(labels, Tensor) and labels.shape == outputs.shape[:1] and not labels.is_floating_point():
-        return F.one_hot(labels.long(), outputs.shape[1]).to(outputs.dtype)
+        return _one_hot(labels.long(), outputs, scale)
     told = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
     raise ValueError(
         f"a closed form needs labels for a squared loss, class numbers [N] or numbers {list(outputs.shape)} as "
         f"{problem.network} gives them, got {told}"
     )
+
+
+def _one_hot(labels: Tensor, outputs: Tensor, scale: Any) -> Tensor:
+    ones = torch.eye(outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
+    rows = ones.index_select(0, labels)
+    return rows if scale is None else rows * scale
