@@ -16,7 +16,7 @@ def timed(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, Ti
     row, as the first one after others finds nothing in the caches."""
     rounds = {name: max(1, round(AT_LEAST / once(run))) for name, run in runs.items()}
     many = {name: functools.partial(repeated, run, rounds[name]) for name, run in runs.items()}
-    found = interleave(many, repeats=10**6, seconds=seconds, clock=time.process_time_ns)
+    found = interleave(many, repeats=10**6, warmup=0, seconds=seconds, clock=time.process_time_ns)
     return {name: Timing(*(t / rounds[name] for t in found[name])) for name in runs}
 
 
