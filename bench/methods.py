@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -206,7 +207,7 @@ def measured(bench: Bench, row: Row) -> Given:
     """Scores of each task, times of an adaptation and of a meta-gradient, and memory at the peak of an adaptation."""
     model, made = bench.row(row)
     given = adapting(row, model, made)
-    named = {"method": row.method, "pattern": row.pattern, "told": row.told, "name": row.name, "base": row.base}
+    named: Given = {"method": row.method, "pattern": row.pattern, "told": row.told, "name": row.name, "base": row.base}
     named |= {"adapts": str(given["pattern"]), "commit": info.environment()["commit"]}
     try:
         found = evaluate(model, bench.tasks, **given)
@@ -228,8 +229,7 @@ def measured(bench: Bench, row: Row) -> Given:
 
 def closed_form(bench: Bench, model: nn.Module, given: Given) -> Given:
     """What an adaptation of the head consists of, in ms: the frozen prefix, ten steps behind it, or one system."""
-    xs, ys, _, _ = bench.tasks[0]
-    pattern, solver = given["pattern"], given["solver"]
+    (xs, ys, _, _), pattern, solver = bench.tasks[0], given["pattern"], given["solver"]
     descents = {n: {"pattern": pattern, "steps": n, "lr": LR} for n in (10, 100)}
     with torch.no_grad():
         adapt(model, xs, ys, **given)  # which prepares the prefix
@@ -263,14 +263,14 @@ def gradients(bench: Bench, row: Row, model: nn.Module, made: Made) -> Given:
     rule, parts = made.train.get("rule"), made.train.get("parts")
     if parts is not None:
         parts.of_run(rule, settings, 1)
-    own, other = copy.deepcopy(model), copy.deepcopy(model)
+    own, other, turn = copy.deepcopy(model), copy.deepcopy(model), itertools.count(bench.args.iterations)
 
     def method() -> None:
         own.zero_grad()
         if parts is None:
             meta_gradient(own, tasks, settings, rule=rule)
         else:
-            parts.gradient(own, tasks, list(range(BATCH)), settings, 0)
+            parts.gradient(own, tasks, list(range(BATCH)), settings, next(turn))  # memory goes by iterations
 
     def maml() -> None:
         other.zero_grad()

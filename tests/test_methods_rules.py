@@ -102,7 +102,7 @@ def test_without_a_gradient_weights_shrink_by_the_decay() -> None:
 def test_derivatives_of_the_outer_gradient_are_those_of_the_general_path() -> None:
     rule = made("00011")
     xs, ys, xq, yq = CONV4.task()
-    leaves = [*rule.parameters(), CONV4.network.block4.conv.weight]
+    leaves = [*rule.parameters(), CONV4.network.get_parameter("block4.conv.weight")]
 
     def twice(loss: Any) -> tuple[Tensor, ...]:
         given: dict[str, Any] = {"pattern": "00011", "steps": STEPS, "rule": rule, "second_order": True, "loss": loss}
