@@ -136,7 +136,7 @@ def test_a_prepared_call_is_the_first_one_again(solver: Any) -> None:
         network.get_parameter("block2.conv.weight").mul_(1.5)
         network.get_parameter("head.weight").add_(0.1)
     found = adapt(network, xs, ys, pattern="00001", solver=solver)
-    torch.testing.assert_close(head(found), long_way(xs), rtol=0, atol=1e-13)
+    torch.testing.assert_close(head(found), long_way(xs), rtol=0, atol=1e-13)  # as above
     F.cross_entropy(found(xs), ys).backward()
     for name in ("head.weight", "block1.conv.weight"):
         assert network.get_parameter(name).grad is not None

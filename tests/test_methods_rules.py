@@ -130,6 +130,7 @@ def test_a_subclass_may_say_itself_how_it_updates() -> None:
         adapt(CONV4.network, xs, ys, pattern="00011", steps=1, rule=r).parameters_dict() for r in (rule, half)
     )
     for n in names("00011"):
+        # differences of parameters of about 1
         torch.testing.assert_close((less[n] - start[n]) * 2, moved[n] - start[n], rtol=1e-10, atol=1e-12)
 
 
