@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -206,7 +207,12 @@ def measured(bench: Bench, row: Row) -> Given:
     """Scores of each task, times of an adaptation and of a meta-gradient, and memory at the peak of an adaptation."""
     model, made = bench.row(row)
     given = adapting(row, model, made)
-    found = evaluate(model, bench.tasks, **given)
+    named: Given = {"method": row.method, "pattern": row.pattern, "told": row.told, "name": row.name, "base": row.base}
+    named |= {"adapts": str(given["pattern"]), "commit": info.environment()["commit"]}
+    try:
+        found = evaluate(model, bench.tasks, **given)
+    except FloatingPointError:
+        return {**named, "failed": "diverged on a test task"}
     base = next(r for r in ROWS if r.name == row.base)
     other, plainly = (model, given) if base == row else bench_row(bench, base)
     xs, ys, _, _ = bench.tasks[0]
@@ -215,19 +221,15 @@ def measured(bench: Bench, row: Row) -> Given:
         times = timed(runs, bench.args.seconds)
         (own_peak,) = measure_memory(model, xs, ys, {"own": given}).values()
     return {
-        "method": row.method, "pattern": row.pattern, "told": row.told, "name": row.name, "base": row.base,
-        "adapts": str(given["pattern"]), "scores": found.scores.tolist(),
-        "time_ms": list(times["own"]), "plain_ms": list(times["plain"]),
+        **named, "scores": found.scores.tolist(), "time_ms": list(times["own"]), "plain_ms": list(times["plain"]),
         **(gradients(bench, row, model, made) if row.trained and base != row else {}),
-        **(closed_form(bench, model, given) if row.method == "ridge_head" else {}),
-        "peak_mb": own_peak, "commit": info.environment()["commit"],
+        **(closed_form(bench, model, given) if row.method == "ridge_head" else {}), "peak_mb": own_peak,
     }  # fmt: skip
 
 
 def closed_form(bench: Bench, model: nn.Module, given: Given) -> Given:
     """What an adaptation of the head consists of, in ms: the frozen prefix, ten steps behind it, or one system."""
-    xs, ys, _, _ = bench.tasks[0]
-    pattern, solver = given["pattern"], given["solver"]
+    (xs, ys, _, _), pattern, solver = bench.tasks[0], given["pattern"], given["solver"]
     descents = {n: {"pattern": pattern, "steps": n, "lr": LR} for n in (10, 100)}
     with torch.no_grad():
         adapt(model, xs, ys, **given)  # which prepares the prefix
@@ -261,14 +263,14 @@ def gradients(bench: Bench, row: Row, model: nn.Module, made: Made) -> Given:
     rule, parts = made.train.get("rule"), made.train.get("parts")
     if parts is not None:
         parts.of_run(rule, settings, 1)
-    own, other = copy.deepcopy(model), copy.deepcopy(model)
+    own, other, turn = copy.deepcopy(model), copy.deepcopy(model), itertools.count(bench.args.iterations)
 
     def method() -> None:
         own.zero_grad()
         if parts is None:
             meta_gradient(own, tasks, settings, rule=rule)
         else:
-            parts.gradient(own, tasks, list(range(BATCH)), settings, 0)
+            parts.gradient(own, tasks, list(range(BATCH)), settings, next(turn))  # memory goes by iterations
 
     def maml() -> None:
         other.zero_grad()
@@ -322,16 +324,16 @@ def fields(bench: Bench) -> Given:
 
 def compared(rows: list[Given]) -> list[Given]:
     """The rows with means and paired differences in the places of their scores."""
-    by_name = {row["name"]: torch.tensor(row["scores"], dtype=torch.float64) for row in rows}
-    peaks, found = {row["name"]: row["peak_mb"] for row in rows}, []
-    for row in rows:
+    whole = [row for row in rows if "failed" not in row]
+    by_name = {row["name"]: torch.tensor(row["scores"], dtype=torch.float64) for row in whole}
+    peaks, found = {row["name"]: row["peak_mb"] for row in whole}, [row for row in rows if "failed" in row]
+    for row in whole:
         own = by_name[row["name"]]
         if row["base"] not in by_name:
             continue
         mean, ci95 = mean_ci95(own)
         difference, wide = mean_ci95(own - by_name[row["base"]])
-        kept = {key: value for key, value in row.items() if key not in ("scores", "commit")}
-        kept["plain_peak_mb"] = peaks[row["base"]]
+        kept = {k: value for k, value in row.items() if k != "scores"} | {"plain_peak_mb": peaks[row["base"]]}
         found.append({**kept, "accuracy": mean, "ci95": ci95, "difference": difference, "difference_ci95": wide})
     return found
 
@@ -386,8 +388,8 @@ def main(words: list[str] | None = None) -> None:
         "measured": sorted({row["commit"] for row in rows}),
         "date": datetime.date.today().isoformat(), "command": " ".join(["python bench/methods.py", *args.same]),
     }  # fmt: skip
-    found = json.loads(at.read_text("utf-8")) if at.exists() else {}
     if args.json and wanted:
+        found = json.loads(at.read_text("utf-8")) if at.exists() else {}
         write_json(args.json, {"about": about, "rows": compared(rows), "fields": found})
     if args.page:
         results = [args.json, *args.more] if args.json else args.more

@@ -64,6 +64,10 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [title, "", textwrap.fill(how, 120), ""]
     lines += [f"| {' | '.join(titles)} |", "| " + " | ".join(["---"] * len(titles)) + " |"]
     for row in result["rows"]:
+        if "failed" in row:
+            told = f"`{row['method']}` ({row['told']}) | {row['pattern']} | - | - | {row['failed']} | - | - | -"
+            lines.append(f"| {told} | `--only {row['name']}` |")
+            continue
         is_base = row["name"] == row["base"]
         difference = "-" if is_base else f"{100 * row['difference']:+.2f} ± {100 * row['difference_ci95']:.2f}"
         says = "-" if is_base else verdict(row["difference"], row["difference_ci95"])

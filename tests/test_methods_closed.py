@@ -108,7 +108,8 @@ def test_a_scale_is_what_class_numbers_are_fitted_to() -> None:
     learned = ridge_head(0.7, learned=True, scale=4.0).double()
     learner = adapt(CONV4.network, xs, ys, pattern="00001", solver=learned, second_order=True)
     F.cross_entropy(learner(xs), ys).backward()
-    assert learned.log_lam.grad != 0 and learned.log_scale.grad != 0
+    assert all(p.grad is not None and p.grad != 0 for p in (learned.log_lam, learned.log_scale) if p is not None)
+    assert len(list(learned.parameters())) == 2
     for scale in (0.0, -1.0, math.inf):
         with pytest.raises(ValueError, match="ridge_head: scale must be above 0"):
             ridge_head(scale=scale)
@@ -132,12 +133,13 @@ def test_a_prepared_call_is_the_first_one_again(solver: Any) -> None:
         # features read off a gradient: two roundings
         torch.testing.assert_close(head(found), long_way(images), rtol=0, atol=1e-13)
     with torch.no_grad():
-        network.block2.conv.weight.mul_(1.5)
-        network.head.weight.add_(0.1)
+        network.get_parameter("block2.conv.weight").mul_(1.5)
+        network.get_parameter("head.weight").add_(0.1)
     found = adapt(network, xs, ys, pattern="00001", solver=solver)
-    torch.testing.assert_close(head(found), long_way(xs), rtol=0, atol=1e-13)
+    torch.testing.assert_close(head(found), long_way(xs), rtol=0, atol=1e-13)  # as above
     F.cross_entropy(found(xs), ys).backward()
-    assert network.head.weight.grad is not None and network.block1.conv.weight.grad is not None
+    for name in ("head.weight", "block1.conv.weight"):
+        assert network.get_parameter(name).grad is not None
     for wrong in (ys - 1, ys + 1):
         with pytest.raises(ValueError, match="the network's outputs from 0 to 1"):
             adapt(network, xs, wrong, pattern="00001", solver=solver)

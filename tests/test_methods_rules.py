@@ -102,7 +102,7 @@ def test_without_a_gradient_weights_shrink_by_the_decay() -> None:
 def test_derivatives_of_the_outer_gradient_are_those_of_the_general_path() -> None:
     rule = made("00011")
     xs, ys, xq, yq = CONV4.task()
-    leaves = [*rule.parameters(), CONV4.network.block4.conv.weight]
+    leaves = [*rule.parameters(), CONV4.network.get_parameter("block4.conv.weight")]
 
     def twice(loss: Any) -> tuple[Tensor, ...]:
         given: dict[str, Any] = {"pattern": "00011", "steps": STEPS, "rule": rule, "second_order": True, "loss": loss}
@@ -130,6 +130,7 @@ def test_a_subclass_may_say_itself_how_it_updates() -> None:
         adapt(CONV4.network, xs, ys, pattern="00011", steps=1, rule=r).parameters_dict() for r in (rule, half)
     )
     for n in names("00011"):
+        # differences of parameters of about 1
         torch.testing.assert_close((less[n] - start[n]) * 2, moved[n] - start[n], rtol=1e-10, atol=1e-12)
 
 
