@@ -37,7 +37,7 @@ BELOW = {
     "chain": {"_torch", "backends", "cache", "outer", "program", "spec"},
     "evaluated": {"_torch", "backends", "functional", "layers", "program", "spec"},
     "cuda_graph": {"_capture", "_torch", "backends", "cache"},
-    "convert": {"_say", "_torch", "layers", "neighbours", "norms", "program"},
+    "convert": {"_say", "_torch", "evaluated", "layers", "neighbours", "norms", "program"},
     "info": {"", "_C", "_build", "backends"},
     "": {"backends", "convert", "functional", "layers"},
 }
