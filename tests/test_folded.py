@@ -159,6 +159,7 @@ def test_it_is_a_module_like_any_other(name: str) -> None:
             assert CHAIN not in operators(lambda: other(xq))  # noqa: B023
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own tracing
 def test_torch_compile_sees_the_layers() -> None:
     network, torchs, xq = folded("conv4")
     with torch.no_grad():

@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from lambda_kernels.agreement import apart, distance, tolerance
-from lambda_kernels.convert import as_one_operation
 from lambda_kernels.evaluated import EvaluatedChain
+from lambda_kernels.fused import as_one_operation
 from lambda_kernels.layers import ConvBlock, as_written, has_hooks, uses_batch_statistics
 from lambda_kernels.program import Program, program_for
 from lambda_kernels.program.structure import flatten
