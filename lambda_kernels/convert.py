@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable
-from functools import cache
 from typing import Any, TypeVar
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from ._say import say_once
-from ._torch import being_traced
-from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, as_torchs, runs_as_written, torch_class
-from .neighbours import unpatched
-from .norms import exact_norms
-from .program import NORMS, Program, plain_view, program_for, program_seen
+from .fused import Fused, fused_class
+from .fused import _revive as _revive  # earlier pickles ask for it here
+from .layers import TORCH_CLASS, Conv2d, ConvBlock, Linear, torch_class
+from .program import NORMS, Program, program_for, program_seen
 
 __all__ = ["convert", "report", "to_torch"]
 
@@ -23,62 +18,6 @@ _DROP_IN: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: Conv2d, nn.Linear
 
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class Fused:
-    """Runs a module's program, in which conv-norm-ReLU-pool runs are one block, in place of its forward. A name on the
-    class hides a module's child of that name, so that these are unlike any."""
-
-    _lambda_fuses: type[nn.Module]
-    _lambda_blocks: bool
-
-    def __init_subclass__(cls, **named: Any) -> None:
-        """Without the model's own, which may keep a register of its classes."""
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return as_torchs(self, self._lambda_fuses)  # type: ignore[arg-type]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _revive, (self._lambda_fuses, self._lambda_blocks), super().__reduce_ex__(2)[2]
-
-
-def _forward_of(cls: Any, blocks: bool) -> Callable[..., Any]:
-    """The forward of a fused class, with the signature of the one that it takes the place of; without `blocks` there
-    are none to be found, and only norms are other than torch's under a transform."""
-
-    @functools.wraps(cls.forward)
-    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
-        if being_traced() or any(isinstance(x, fx.Proxy) for x in inputs):
-            with exact_norms():
-                return cls.forward(self, *inputs, **named)
-        self = unpatched(self)
-        program = program_for(self, inputs, named, called=False) if blocks and not runs_as_written() else None
-        if program is not None and program.untraceable is not None:
-            say_once(f"{cls.__name__} runs layer by layer, without fused blocks: {program.untraceable}")
-            program = None
-        with exact_norms():
-            if program is None:
-                return cls.forward(plain_view(self, cls), *inputs, **named)
-            return program(self, *inputs, **named)
-
-    return forward
-
-
-@cache
-def _fused_class(cls: Any, blocks: bool) -> type[nn.Module]:
-    names = {
-        "_lambda_fuses": cls,
-        "_lambda_blocks": blocks,
-        "forward": _forward_of(cls, blocks),
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-    }
-    return type(cls)(cls.__name__, (Fused, cls), names)
-
-
-def _revive(cls: Any, blocks: bool = True) -> nn.Module:
-    fused = _fused_class(cls, blocks)
-    return fused.__new__(fused)
 
 
 def convert(model: Model) -> Model:
@@ -104,7 +43,7 @@ def convert(model: Model) -> Model:
         kinds = {type(module) for module in model.modules()}
         blocks = bool(kinds & {nn.Conv2d, Conv2d}) and nn.BatchNorm2d in kinds or ConvBlock in kinds
         if blocks or any(issubclass(kind, NORMS) for kind in kinds):
-            model.__class__ = _fused_class(cls, blocks)  # type: ignore[assignment]
+            model.__class__ = fused_class(cls, blocks, False)  # type: ignore[assignment]
     return model
 
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from . import layers
-from ._torch import mode_active
+from ._torch import looked_at, stand_ins_made, transform_active
 from .backends import Native, choose
 from .functional import asks_for_a_derivative
-from .program import Program, Step
+from .program import Program, Step, memo_of, program_for, tensors_of
 from .program.fuse import RELUS
 from .spec import BlockSpec, conv_spec, output_size
 
-__all__ = ["EvaluatedChain", "Folded"]
+__all__ = ["Evaluated", "EvaluatedChain", "Folded", "logits_of"]
 
 
 class _Block(NamedTuple):
@@ -77,6 +77,7 @@ class EvaluatedChain:
         steps = program.steps
         if any(step.reads != (before,) for before, step in enumerate(steps)) or program.result_slots != [len(steps)]:
             return None
+        steps = tuple(step for step in steps if not _does_nothing(model, step))
         blocks, at = [], 0
         while (found := _block(model, steps, at)) is not None:
             blocks.append(found[0])
@@ -110,7 +111,9 @@ class EvaluatedChain:
         tensors = folded.tensors
         if type(x) is not Tensor or x.dim() != 4 or not x.numel() or asks_for_a_derivative(x, *tensors):
             return None
-        if mode_active(x.device.type) is not None or any(t.dtype != x.dtype or t.device != x.device for t in tensors):
+        if looked_at() or transform_active(x.device.type) is not None:
+            return None
+        if any(t.dtype != x.dtype or t.device != x.device for t in tensors):
             return None
         first = self.blocks[0].spec
         backend = choose("conv_block", x, tensors[0], first.conv, first.pool)
@@ -136,6 +139,53 @@ class EvaluatedChain:
                 return False
             size = torch.Size((weight.shape[0], rows // block.spec.pool, columns // block.spec.pool))
         return folded[-2].shape[1] == size.numel()
+
+
+class Evaluated:
+    """What a chain made of a network's tensors, made anew when one of them was written to, moved or replaced.
+
+    A write that torch does not count, through `.data` or `.numpy()`, is not seen.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[EvaluatedChain, list[Tensor], list[Tensor], list[tuple[int, int]], Folded] | None = None
+
+    def __call__(self, chain: EvaluatedChain, state: Mapping[str, Tensor], x: Any) -> Tensor | None:
+        """The logits [N, ways] of images x [N, C, H, W] by the tensors of `state`; None where the chain gives none."""
+        own = chain.tensors(state)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in own):
+            return None
+        if any(t.is_inference() for t in own):  # torch counts no writes to these
+            return None
+        marks = [(t._version, t.data_ptr()) for t in own]
+        made = self._made
+        if made is None or made[0] is not chain or made[3] != marks or any(a is not b for a, b in zip(made[1], own)):
+            if stand_ins_made():
+                return None
+            held = [t.detach() for t in own]  # so that no other memory is found at their addresses
+            made = self._made = chain, own, held, marks, chain.folded(state)
+        return chain(made[4], x)
+
+
+def logits_of(network: nn.Module, x: Any) -> Tensor | None:
+    """The logits of a network's call as one operation; None where it is no `EvaluatedChain` as it is now, or that gives
+    none for this call."""
+    memo = memo_of(network, x)
+    if memo is None:
+        if not isinstance(x, Tensor) or stand_ins_made() or any(map(layers.has_hooks, network.modules())):
+            return None
+        program_for(network, (x,), {})
+        if (memo := memo_of(network, x)) is None:
+            return None
+    found = memo.get(Evaluated)
+    if found is None:
+        if stand_ins_made():
+            return None
+        chain = EvaluatedChain.find(program_for(network, (x,), {}), network)
+        parameters, buffers = tensors_of(network)
+        found = memo[Evaluated] = chain, {**parameters, **buffers}, Evaluated()
+    chain, state, evaluated = found
+    return None if chain is None else evaluated(chain, state, x)
 
 
 _NORM = ("weight", "bias", "running_mean", "running_var")
@@ -188,6 +238,11 @@ def _spec(conv: Any, norm: Any, pool: int) -> BlockSpec:
 
 def _module(model: nn.Module, step: Step) -> nn.Module | None:
     return model.get_submodule(step.call.path) if step.kind == "module" else None  # type: ignore[attr-defined]
+
+
+def _does_nothing(model: nn.Module, step: Step) -> bool:
+    module = _module(model, step)
+    return type(module) is nn.Identity and not layers.has_hooks(module)
 
 
 def _is_relu(model: nn.Module, step: Step) -> bool:

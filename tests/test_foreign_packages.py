@@ -82,9 +82,14 @@ def test_learn2learns_tasksets() -> None:
         assert of_one_class(xq) == [support[k] for k in yq.tolist()]
 
 
-def test_torchmetas_batches() -> None:
+def test_torchmetas_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    downloads = package("torchvision.datasets.utils")
+    for name in ("_get_confirm_token", "_save_response_content"):  # of older torchvisions, which torchmeta 1.8 imports
+        monkeypatch.setattr(downloads, name, None, raising=False)
     data_of: Any = package("torchmeta.utils.data")
     transforms = package("torchmeta.transforms")
+    subset = package("torchmeta.utils.data.task").SubsetTask  # torch 2 refuses a Subset without this
+    monkeypatch.setattr(subset, "__getitems__", lambda self, places: [self[k] for k in places], raising=False)
 
     class Class(data_of.Dataset):
         def __init__(self, index: int) -> None:

@@ -37,7 +37,8 @@ BELOW = {
     "chain": {"_torch", "backends", "cache", "outer", "program", "spec"},
     "evaluated": {"_torch", "backends", "functional", "layers", "program", "spec"},
     "cuda_graph": {"_capture", "_torch", "backends", "cache"},
-    "convert": {"_say", "_torch", "layers", "neighbours", "norms", "program"},
+    "fused": {"_say", "_torch", "evaluated", "layers", "neighbours", "norms", "program"},
+    "convert": {"fused", "layers", "program"},
     "info": {"", "_C", "_build", "backends"},
     "": {"backends", "convert", "functional", "layers"},
 }
@@ -191,8 +192,8 @@ INSIDE = {
 }  # fmt: skip
 # The modules of lambda_kernels that the adapter may reach, beside the names of its top level.
 OPEN = {
-    "_say", "_torch", "agreement", "evaluated", "cache", "files", "chain", "cuda_graph", "flat", "functional", "info",
-    "layers", "norms", "outer", "program"
+    "_say", "_torch", "agreement", "evaluated", "cache", "files", "chain", "cuda_graph", "flat", "functional", "fused",
+    "info", "layers", "norms", "outer", "program"
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lambda_kernels as lk
+from lambda_kernels.agreement import within
 from lambda_kernels.evaluated import EvaluatedChain
 from lambda_kernels.program import program_for
 from lambda_maml import adapt, adapt_tasks, say
@@ -177,6 +178,17 @@ def test_images_that_are_classified_together_change_no_bit_of_each_other(isa: st
         [sys.executable, "-c", GROUPED], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.stdout.split() == ["alike"], done.stderr
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_images_one_at_a_time_have_the_same_bits_by_any_network(name: str) -> None:
+    model, xs, xq = made(name, torch.float32)
+    learner = adapt(model, xs, YS, pattern="1" * layers(model), steps=1, lr=0.1, statistics="support")
+    with torch.no_grad():
+        alone = torch.cat([learner(x) for x in xq.split(1)])
+        backwards = torch.cat([learner(x.clone()) for x in xq.flip(0).split(1)])
+        assert torch.equal(alone, backwards.flip(0))
+        torch.testing.assert_close(alone, learner(xq), **within(torch.float32, "steps"))
 
 
 @needs_native

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lambda_kernels._torch import being_traced, for_good, stand_ins_made
+from lambda_kernels.evaluated import Evaluated
 from lambda_kernels.norms import exact_norms
 from lambda_kernels.program import OwnState, aliases_of, modes_of, program_for, replace, shadow, tensors_of
 from lambda_kernels.program.structure import flatten
@@ -65,7 +66,7 @@ class AdaptedNetwork(nn.Module):
             _parts={},
             _exported=None,
             _support=None,
-            _folded=None,
+            _chain=Evaluated(),
         )
 
     @property
@@ -126,14 +127,8 @@ class AdaptedNetwork(nn.Module):
         chain = plan.evaluated(network)
         if chain is None:
             return None
-        own = chain.tensors(state)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in own):
-            return None
-        version = [0 if t.is_inference() else t._version for t in own]
-        kept = self.__dict__["_folded"]
-        if kept is None or kept[0] is not chain or kept[2] != version or any(a is not b for a, b in zip(kept[1], own)):
-            kept = self.__dict__["_folded"] = chain, own, version, chain.folded(state)
-        return chain(kept[3], x)
+        evaluated: Evaluated = self.__dict__["_chain"]
+        return evaluated(chain, state, x)
 
     def _compiled(self, *args: Any, **kwargs: Any) -> Any:
         """What torch.compile, torch.export and torch.jit trace: the network's own forward. By Dynamo's hand
@@ -268,7 +263,7 @@ class AdaptedNetwork(nn.Module):
 
     def __copy__(self) -> Any:
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__)
+        twin.__dict__.update(self.__dict__, _chain=Evaluated())
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -325,6 +320,9 @@ class Learner(AdaptedNetwork):
 
     def to_module(self, fold: bool = False) -> nn.Module:
         """As of any adapted network; with `fold` norms with fixed statistics are part of the layers ahead of them.
+
+        A folded chain of blocks is one operation in each call without gradients. It sees what changes its parameters,
+        but for writes that torch does not count, through `.data` or `.numpy()`.
 
         >>> network = adapt(model, xs, ys, pattern="00011").freeze_statistics().to_module(fold=True)
         >>> network.block1.norm
