@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import lambda_kernels as lk
 from lambda_kernels.agreement import within
-from lambda_kernels.convert import Fused
+from lambda_kernels.fused import Fused
 
 
 @pytest.fixture
