@@ -29,6 +29,7 @@ from lambda_maml.lock import locked
 from lambda_maml.maml import TaskLearner
 from lambda_maml.memory import measure_memory
 from lambda_maml.parts import Parts
+from lambda_maml.per_task import Costs, PerTask, entropy, kinds_of, values_of
 from lambda_maml.processes import joined, launched
 from lambda_maml.progress import spoken, time_left
 from lambda_maml.ranks import Lost, Ranks, Stopped
@@ -55,7 +56,7 @@ PUBLIC = (
     *(candidates_of, Goal, time_left),
     *(racing.looks, racing.chance, racing.fastest, racing.most_accurate, racing.Allowance.covers, measure_memory),
     *(Budget.holds, Limit, Trial, trials_of, counts_of, rates_of, Counted, suffixes_and_stages, cheaper),
-    *(is_tie, busy, spoken, t_tail),
+    *(is_tie, busy, spoken, t_tail, Costs.mean, PerTask, PerTask.of, entropy, kinds_of, values_of),
     *(train, Settings, stages, importances, learned_rule, Ahead, Average),
     *(joined, launched, locked, Lost, Stopped, Ranks, Ranks.share, Ranks.first, Ranks.first_then_all, Ranks.total),
     *(getattr(methods, name) for name in methods.__all__),

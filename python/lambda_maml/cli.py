@@ -26,6 +26,8 @@ from .console import bar, device_of, device_option, json_option, options, print_
 if TYPE_CHECKING:
     import torch
 
+    from .per_task import PerTask
+
 DEMO: dict[str, Any] = {
     "dataset": "glyphs",
     "width": 32,
@@ -229,16 +231,22 @@ def evaluate_command(
 
     model, meta = _load(checkpoint, device)
     bits, report = _pattern(model, pattern)
+    rule = _rule(report, steps, lr, norm)
     inner = _inner(checkpoint, model, meta, report, steps, lr, norm)
     (images,) = checkpoint_sets(meta, dataset, root, (split,), pictures, ALONE)
     episodes = data.sample_tasks(images, tasks, seed=TEST_SEED + seed, **_episode(meta))
     found: dict[str, dict[str, Any]] = {}
     scores: dict[str, torch.Tensor] = {}
     together = getattr(inner.get("solver"), "linearises", False)  # its predictions are those of no network
+    again = None if rule is None else rule.decide(model, episodes, **inner)
     for statistics in STATISTICS[:1] if together else STATISTICS:
         try:
             with bar(f"evaluating, statistics of the {statistics}") as progress:
-                mean = evaluate(model, episodes, pattern=bits, statistics=statistics, **inner, progress=progress)
+                given = {"statistics": statistics, **inner, "progress": progress}
+                if rule is None or again is None:
+                    mean = evaluate(model, episodes, pattern=bits, **given)
+                else:
+                    mean = rule.evaluate(model, episodes, again, **given)
         except StatisticsError as error:
             found[statistics] = {"accuracy": None, "ci95": None, "refused": str(error)}
             continue
@@ -249,10 +257,16 @@ def evaluate_command(
         found["support"] |= {"drop": drop, "drop_ci95": ci95 if tasks > 1 else None}
     if as_json:
         told = {**_in_json(inner), "statistics": found}
-        print_json({"pattern": str(bits), "split": split, "tasks": tasks, **found["batch"], **told})
+        used: dict[str, Any] = {"pattern": str(bits)}
+        if rule is not None and again is not None:
+            own_rows = {"cheap": str(rule.cheap), "dear": str(rule.dear), "share": float(again.double().mean())}
+            used = {"pattern": None, "per_task": own_rows}
+        print_json({**used, "split": split, "tasks": tasks, **found["batch"], **told})
         return
     own = inner.get("solver", inner.get("rule"))
     told_of = f"{inner['steps']} steps" if own is None else " ".join(repr(own).split())
+    if rule is not None and again is not None:
+        bits, told_of = f"{rule},", f"{again.double().mean():.0%} of them anew, {told_of}"
     click.echo(f"{bits} on {tasks} {split} tasks, {told_of}:")
     for statistics, how in (("batch", "query images together"), ("support", "each image by itself"))[: len(found)]:
         row = found[statistics]
@@ -314,6 +328,7 @@ def adapt(
     model, meta = _load(checkpoint, device)
     network = meta["network"]
     bits, report = _pattern(model, pattern)
+    rule = _rule(report, steps, lr, norm)
     inner = _inner(checkpoint, model, meta, report, steps, lr, norm)
     classes = class_folders(support)
     ways = network.get("ways", meta["settings"]["ways"])
@@ -331,8 +346,15 @@ def adapt(
     queries = [] if query is None else query_files(query)
     xq = read(queries) if queries else None
 
+    if rule is not None and xq is None:
+        say(f"a rule per task needs the images to classify (--query): adapting by the fixed choice, {bits}")
+        rule = None
     try:
-        learner = adapt_model(model, xs, ys, pattern=bits, statistics=statistics, **inner)
+        if rule is None:
+            learner = adapt_model(model, xs, ys, pattern=bits, statistics=statistics, **inner)
+        else:
+            learner, trial, _ = rule.adapt(model, xs, ys, xq, statistics=statistics, **inner)
+            bits, inner = str(trial.pattern), rule.inner(trial, inner)
     except StatisticsError as error:
         raise ValueError(f"{error}; --statistics batch classifies query images together, by their own") from error
     if statistics == "support":
@@ -485,6 +507,20 @@ def _pattern(model: Any, text: str | None) -> tuple[Any, dict[str, Any]]:
         found = read_selection(expanded(text))
         return str(Pattern.parse(found["chosen"]["pattern"])), found
     return chooser_of(text) or str(Pattern.of(model, text)), {}
+
+
+def _rule(report: Mapping[str, Any], steps: int | None, lr: float | None, norm: str | None) -> PerTask | None:
+    """The rule per task of a pattern.json; None where it has none, ValueError beside an inner loop of another kind."""
+    from .per_task import PerTask
+
+    rule = PerTask.of(report)
+    asked = [f"--{name}" for name, value in (("steps", steps), ("lr", lr), ("norm", norm)) if value is not None]
+    if rule is not None and asked:
+        raise ValueError(
+            f"pattern.json has a rule per task, which was fitted with its own steps, rate and norm: leave "
+            f"{' and '.join(asked)} out, or give --pattern {report['chosen']['pattern']}"
+        )
+    return rule
 
 
 def _inner(

@@ -79,8 +79,10 @@ def tables(found: Mapping[str, Any], every: bool = False) -> None:
     """Print the tables of a selection."""
     from rich.console import Console
 
-    from .report import candidates, headline
+    from .report import candidates, headline, per_task
 
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(candidates(found, every=every))
     console.print(headline(found))
+    if (rule := per_task(found)) is not None:
+        console.print(rule, markup=False, highlight=False, soft_wrap=True)

@@ -74,14 +74,19 @@ choice_options = options(
         "--statistics", type=click.Choice(["batch", "support"]), default="batch",
         help="Judge with the query images normalised together, or each by itself, by the support set's statistics.",
     ),
+    click.option(
+        "--per-task", is_flag=True,
+        help="Also look for a rule that adapts by a cheap pattern and, where its result looks unsure, anew by a dearer "
+        "one; kept if it beats the choice at equal time.",
+    ),
     click.option("--timings", type=PLACE, help="Take times from pytest-benchmark's JSON instead."),
     click.option("--seconds", type=Number(0), default=30.0, help="Time to spend on measuring adaptation times."),
 )  # fmt: skip
 
 
 CHOICE = (
-    "max_drop", "max_time_ms", "max_memory_mb", "patterns", "search", "relative", "rule", "statistics", "timings",
-    "seconds",
+    "max_drop", "max_time_ms", "max_memory_mb", "patterns", "search", "relative", "rule", "statistics", "per_task",
+    "timings", "seconds",
 )  # fmt: skip
 """The names of those that are no part of the inner loop."""
 
@@ -94,7 +99,10 @@ def wanted(given: Mapping[str, Any]) -> dict[str, Any]:
         "decide": given["rule"],
         "max_time": given["max_time_ms"],
         "max_memory": given["max_memory_mb"],
-        **{key: given[key] for key in ("max_drop", "relative", "search", "statistics", "timings", "seconds")},
+        **{
+            key: given[key]
+            for key in ("max_drop", "relative", "search", "statistics", "per_task", "timings", "seconds")
+        },
     }
 
 

@@ -73,6 +73,26 @@ class _Compared(msgspec.Struct, kw_only=True):
     chosen_score: Finite | None | msgspec.UnsetType = msgspec.UNSET
 
 
+class _Figures(msgspec.Struct, kw_only=True):
+    """What a rule per task is worth on so many tasks."""
+
+    tasks: From1
+    share: Share
+    time_ms: Positive
+    gain: Finite
+    gain_ci95: NotBelow0 | None
+    accuracy: Finite | None = None
+    score: Finite | None = None
+
+
+class _PerTask(_Figures, kw_only=True):
+    cheap: Count  # rows of the candidates
+    dear: Count
+    statistic: Literal["entropy", "support_loss"]
+    threshold: Finite
+    test: _Figures | None = None
+
+
 class _OnTest(_Compared, kw_only=True):
     tasks: Count
     support: _Compared | None = None  # files of before 2026-11-29 have none
@@ -101,6 +121,7 @@ class _Form(msgspec.Struct):
     statistics: Literal["batch", "support"] = "batch"
     search: _Search | None = None
     front: list[Count] | None = None  # rows of the candidates
+    per_task: _PerTask | None = None
 
 
 def read_selection(path: str | Path) -> dict[str, Any]:
@@ -123,6 +144,9 @@ def read_selection(path: str | Path) -> dict[str, Any]:
     for place, compared in (("test", form.test), ("test.support", form.test.support)):
         names = [f"full_{key}", f"chosen_{key}"] if compared is not None else []
         missing += [f"{place}.{name}" for name in names if getattr(compared, name) is msgspec.UNSET]
+    for place, figures in (("per_task", form.per_task), ("per_task.test", form.per_task and form.per_task.test)):
+        if figures is not None and getattr(figures, key) is None:
+            missing.append(f"{place}.{key}")
     if form.lr is None and form.inner_rule is None:
         missing.append("lr")
     if form.max_drop is None and form.budget is None:
@@ -151,5 +175,16 @@ def _check_patterns(path: str | Path, form: _Form) -> None:
     beyond = [at for at in form.front or [] if at >= len(form.candidates)]
     if beyond:
         raise ValueError(f"{path}: front names row {beyond[0]} of {len(form.candidates)} candidates; {_REMEDY}")
+    if (rule := form.per_task) is not None:
+        for key, at in (("cheap", rule.cheap), ("dear", rule.dear)):
+            if at >= len(form.candidates):
+                raise ValueError(
+                    f"{path}: per_task.{key} names row {at} of {len(form.candidates)} candidates; {_REMEDY}"
+                )
+        cheap, dear = (form.candidates[at] for at in (rule.cheap, rule.dear))
+        if not cheap.time_ms < dear.time_ms:
+            raise ValueError(
+                f"{path}: per_task adapts anew by {dear.pattern}, which is not slower than {cheap.pattern}; {_REMEDY}"
+            )
     if form.stock_full.pattern != form.full.pattern:
         raise ValueError(f"{path}: stock_full.pattern is {form.stock_full.pattern}, not {form.full.pattern}; {_REMEDY}")

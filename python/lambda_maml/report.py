@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .evaluate import ACCURACY
 from .extras import wanted
 from .files import atomic, written
 from .patterns import Pattern
+from .per_task import PerTask
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,6 +231,15 @@ def candidates(report: Report, *, every: bool = False) -> Table:
         cells = (cell(row) for _, cell in columns)
         table.add_row(pattern, *cells, ", ".join(notes), style="bold" if chosen else None)
     return table
+
+
+def per_task(report: Report) -> str | None:
+    """A rule per task that beat the choice at its time, and its figures; None where there is none."""
+    rule, metric = PerTask.of(report), report.get("metric", ACCURACY)
+    if rule is None:
+        return None
+    told = f"Per task: {rule}: {rule.worth(metric)} over {named(report['chosen'])}"
+    return told + (f"; on {rule.test.tasks} test tasks {rule.worth(metric, rule.test)}." if rule.test else ".")
 
 
 def plot(report: Report, path: str | Path, *, dark: bool = False) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .report import admissible, drop_of, limit_of, named, names, pareto, same, speedups
+from .report import admissible, drop_of, limit_of, named, names, pareto, per_task, same, speedups
 from .report_cells import number, scale_of, table
 from .report_figures import Line, Mark, Point, chart, icon, scatter
 
@@ -53,6 +53,8 @@ def _sentence(selection: Selection) -> str:
 
 def selection_parts(file: str, selection: Selection) -> Iterator[str]:
     yield f"<h3>{escape(task_of(selection))}</h3>\n<p>{escape(_sentence(selection))}</p>"
+    if (rule := per_task(selection)) is not None:
+        yield f"<p>{escape(rule)}</p>"
     yield _protocols(file, selection)
     yield _picture(selection)
     yield _candidates(file, selection)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lambda_kernels.agreement import DRAWS
 from . import models, racing
 from .adapt import STATISTICS, adapt
 from .checkpoint import digest, tensors_of_rule
-from .choice import FEW_BITS, Limit, candidates_of, finite, key_of
+from .choice import FEW_BITS, Limit, Table, candidates_of, finite, front, key_of
 from .data.episodes import Task, as_tasks
 from .evaluate import ACCURACY, Metric, check_metric, evaluate, name_of, stack, worded
 from .goal import Goal
@@ -28,17 +29,18 @@ from .inner.rule import Rule, is_rule
 from .inner.rules import rule_of
 from .memory import measure_memory
 from .patterns import Pattern
+from .per_task import FEWEST, Costs, Figures, Known, PerTask, fit, kinds_of, values_of
 from .places import Solver
 from .plain_torch import disagreement
 from .progress import Progress, shown
 from .ranks import ALONE, Ranks
 from .remembered_scores import Scores
 from .search import counted_or_none, planned, race_among, search_deep, suffixes_and_stages
-from .selection import Selection
+from .selection import Selection, trial_of
 from .solved import check_inner
 from .statistics import StatisticsError
 from .stats import mean_ci95
-from .timing import STOCK, Timing, busy, measure_times, read_trials, stock_of
+from .timing import STOCK, Timing, busy, measure_passes, measure_times, read_trials, stock_of
 from .trials import Trial, counts_of, rates_of, trials_of
 
 __all__ = ["Selection", "rates_in_json", "select_pattern"]
@@ -79,6 +81,7 @@ def select_pattern(
     resume: str | Path | None = None,
     ranks: Ranks = ALONE,
     solver: Solver | None = None,
+    per_task: bool = False,
 ) -> Selection:
     """Evaluate patterns on the same validation `tasks`, time them, and take the fastest within `max_drop`.
 
@@ -117,9 +120,13 @@ def select_pattern(
     resume: a file that keeps the scores of the patterns that are evaluated, until the selection is made: the next call
         with the same weights, tasks, inner loop and metric goes on from it. None: nothing is kept.
     ranks: they divide the tasks; rank 0 alone measures times, while the others sleep. All get the same selection.
+    per_task: also look for a rule that adapts to some tasks by one pattern of the front and to others by a dearer one.
+        It is kept, as `Selection.per_task`, if it beats the choice at its time; see `per_task`. All patterns of the
+        front are then judged on all tasks, after a race too, whose front is that of the candidates that it saw.
 
     Raises ValueError for an unknown rule, metric or search, a max_drop out of range or beside a budget, a budget that
-    no pattern keeps (names the best there is), no tasks, or test tasks that were chosen on.
+    no pattern keeps (names the best there is), no tasks, test tasks that were chosen on, or per_task with fewer than 20
+    tasks or with times from a file.
     """
     inner = rule if not isinstance(rule, str) and is_rule(rule) else None
     if inner is None and decide is None:
@@ -138,6 +145,8 @@ def select_pattern(
     _check_search(search, error, statistics)
     if test_tasks:
         _check_disjoint(tasks, test_tasks)
+    if per_task:
+        _check_per_task(tasks, timings)
     counts, lrs = counts_of(steps), rates_of(rates, lr, inner)
     full = Pattern.full(len(models.layer_names(model)))
     race = search == "race" or (search is None and patterns is None and full.layers > MANY_BITS)
@@ -223,10 +232,17 @@ def select_pattern(
                 scored(trial, len(tasks))
             if race:
                 race_among(trials, reference, limit, scored, by_time, memory, len(tasks), error)
+        found = {t: own[: len(tasks)] for t, own in scored.known.items()}
+        trial, table = limit.choose(found, by_time, reference, memory)
+        per_task_rule: PerTask | None = None
+        if per_task:
+            part = None if seconds is None else seconds / 8
+            passes = ranks.first(lambda: measure_passes(model, xs, ys, xq, seconds=part, **how(trial)))
+            costs = Costs({t: ms.median for t, ms in by_time.items()}, *passes, passes[1] * (statistics == "support"))
+            per_task_rule, said = _rule_per_task(scored, table, trial, costs, goal)
+            warnings += [] if said is None else [said]
     if fault is not None:
         times.pop(STOCK, None)
-    found = {t: own[: len(tasks)] for t, own in scored.known.items()}
-    trial, table = limit.choose(found, by_time, reference, memory)
     warnings += [said for said in (busy(by_time.values()), limit.alone(table)) if said is not None]
     if fault is not None:
         warnings.append(fault)
@@ -244,6 +260,8 @@ def select_pattern(
     if alone_fault is not None:
         warnings.append(f"there are no test figures of images classified each by itself: {alone_fault}")
     test = _on_test(model, test_tasks, own, best, goal.sign, judged, STATISTICS[: 1 if alone_fault else None])
+    if per_task_rule is not None and test_tasks:
+        per_task_rule = _rule_on_test(model, test_tasks, per_task_rule, descent(trial), own, costs, goal.sign, judged)
     moved = inner if solver is None else solver
     kept.remove()
     chosen = descent(trial)
@@ -269,6 +287,7 @@ def select_pattern(
         test=test,
         environment=environment,
         warnings=warnings,
+        per_task=per_task_rule,
     )  # fmt: skip
 
 
@@ -290,8 +309,7 @@ class _Scored:
             known = ranks.first(partial(self.kept.get, str(trial)))
         begin = 0 if known is None else len(known)
         if begin < count:
-            how = {**self.descent(trial), **self.judged}
-            more = evaluate(self.model, self.tasks[begin:count], pattern=trial.pattern, first=begin, **how).scores
+            more = self._evaluated(trial, begin, count)
             known = more if known is None else torch.cat([known, more])
             self.kept.put(str(trial), known)
         assert known is not None
@@ -299,6 +317,35 @@ class _Scored:
             self._tell(self.told, trial, known)
         self.known[trial] = known
         return known[:count]
+
+    def _evaluated(self, trial: Trial, begin: int, end: int) -> Tensor:
+        how = {**self.descent(trial), **self.judged}
+        return evaluate(self.model, self.tasks[begin:end], pattern=trial.pattern, first=begin, **how).scores
+
+    def whole(self, trial: Trial) -> Tensor:
+        """The scores on all tasks of a candidate that a race saw on some. What it lacks is kept apart, so that a
+        selection that is taken up has the same table."""
+        known, n = self.known[trial], len(self.tasks)
+        begin, ranks = len(known), self.judged["ranks"]
+        if begin == n:
+            return known
+        key = f"{trial}: from {begin}"
+        more = ranks.first(partial(self.kept.get, key))
+        if more is None:
+            more = self._evaluated(trial, begin, n)
+            self.kept.put(key, more)
+        return torch.cat([known, more])
+
+    def value(self, trial: Trial, statistic: str) -> Tensor:
+        """A statistic [T] of all tasks, adapted to by a candidate; kept as scores are."""
+        ranks, key = self.judged["ranks"], f"{trial}: {statistic}"
+        known = ranks.first(partial(self.kept.get, key))
+        if known is None:
+            more = {k: v for k, v in self.judged.items() if k != "metric"}
+            how = {**self.descent(trial), "pattern": trial.pattern, **more}
+            known = values_of(statistic, self.model, self.tasks, **how)
+            self.kept.put(key, known)
+        return known
 
     def seconds_a_task(self, trial: Trial) -> float | None:
         """How long a task takes, by some of the first ones; None where these were evaluated before."""
@@ -320,6 +367,44 @@ class _Scored:
             told(done, max(done, whole), f"adaptations at most, {at}")
         else:
             told(len(known), self.candidates, f"patterns, {at}")
+
+
+def _check_per_task(tasks: Sequence[Task], timings: str | Path | None) -> None:
+    if timings is not None:
+        raise ValueError(
+            f"per_task counts the passes that its statistic takes, which timings {timings} do not have: leave one out"
+        )
+    if len(tasks) < FEWEST:
+        raise ValueError(f"per_task judges rules on {FEWEST} tasks at least, got {len(tasks)}: give more")
+
+
+def _rule_per_task(
+    scored: _Scored, table: Table, fixed: Trial, costs: Costs, goal: Goal
+) -> tuple[PerTask | None, str | None]:
+    """A rule over the front's patterns that beats the choice at its time, or else that there is none."""
+    ms = costs.adapting
+    edge = list(dict.fromkeys([*(trial_of(row) for row in front(table)), fixed]))
+    cheap = [trial for trial in edge if ms[trial] < ms[fixed]]
+    scores = {trial: scored.whole(trial) for trial in edge if cheap or trial == fixed}
+    values = {(trial, kind): scored.value(trial, kind) for trial in cheap for kind in kinds_of(goal.name)}
+    rule, beats = fit(Known(scores, values, costs, fixed, scored.judged["statistics"], goal.sign))
+    at = f"{fixed} at its {ms[fixed]:.3g} ms"
+    if rule is None:
+        return None, f"no rule per task beat {at}: no two patterns of the front fit into that time"
+    return (rule, None) if beats else (None, f"no rule per task beat {at}: the best is {rule}: {rule.worth(goal.name)}")
+
+
+def _rule_on_test(
+    model: nn.Module, tasks: Sequence[Task], rule: PerTask, descent: Mapping[str, Any], fixed: Mapping[str, Any],
+    costs: Costs, sign: int, judged: Mapping[str, Any],
+) -> PerTask:  # fmt: skip
+    """The rule with its figures on test tasks, beside the fixed choice's there."""
+    again = rule.decide(model, tasks, ranks=judged["ranks"], **descent)
+    own = rule.evaluate(model, tasks, again, **judged, **descent)
+    other = evaluate(model, tasks, statistics=rule.statistics, **fixed, **judged)
+    share = float(again.double().mean())
+    gain = mean_ci95(sign * (own.scores - other.scores))
+    return replace(rule, test=Figures(len(tasks), share, costs.mean(rule, share), own.mean, *gain))
 
 
 def _check_search(search: str | None, error: float, statistics: str) -> None:

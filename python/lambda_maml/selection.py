@@ -11,6 +11,7 @@ from .choice import Candidate, Table, front
 from .evaluate import worded
 from .files import write_json
 from .patterns import Pattern
+from .per_task import PerTask
 from .timing import STOCK, Timing
 from .trials import Trial
 
@@ -22,7 +23,8 @@ class Selection:
     """What `select_pattern` chose, and everything that it chose by.
 
     trial, full_trial: the choice and the full pattern that it is measured against, with their steps and rates where
-    several were compared; `steps` and `lr` are always the choice's. times, end_to_end_ms: by `Trial.timed`.
+    several were compared; `steps` and `lr` are always the choice's. times, end_to_end_ms: by `Trial.timed`. per_task:
+    a rule that beat the choice at its time, where one was asked for and found; see `PerTask`.
     """
 
     trial: Trial
@@ -34,6 +36,7 @@ class Selection:
     test: dict[str, Any]
     environment: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
+    per_task: PerTask | None = None
 
     @property
     def pattern(self) -> Pattern:
@@ -72,7 +75,7 @@ class Selection:
         Those of another metric are called scores, and `metric` names it."""
         rows = {trial_of(c): c.to_dict(self.table.metric) for c in self.table}
         places = {trial: at for at, trial in enumerate(rows)}
-        stock, end = self.times.get(STOCK), self.end_to_end_ms
+        stock, end, rule = self.times.get(STOCK), self.end_to_end_ms, self.per_task
         full = {k: v for k, v in rows[self.full_trial].items() if k not in ("drop", "drop_bound", "admissible")}
         return {
             "schema": 1,
@@ -88,6 +91,7 @@ class Selection:
             "test": self.test,
             "candidates": list(rows.values()),
             "front": [places[trial_of(c)] for c in self.front],
+            **({} if rule is None else {"per_task": rule.to_dict(places, self.table.metric)}),
             "environment": self.environment,
         }
 

@@ -228,6 +228,26 @@ def measure_times(
     )
 
 
+def measure_passes(
+    model: nn.Module, xs: Tensor, ys: Tensor, xq: Tensor, *, repeats: int = 20, seconds: float | None = None, **how: Any
+) -> tuple[float, float]:  # fmt: skip
+    """Median milliseconds of an adapted network's pass over a query set, and over the support set; `how` as in
+    `adapt`."""
+    learner = adapt(model, xs, ys, **how)
+
+    def passing(x: Tensor) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad():
+                learner(x)
+
+        return run
+
+    wait = torch.cuda.synchronize if xs.is_cuda else (lambda: None)
+    runs = {"query": passing(xq), "support": passing(xs)}
+    found = interleave(runs, repeats=repeats, seconds=seconds, synchronize=wait)
+    return found["query"].median, found["support"].median
+
+
 def measure_time(
     model: nn.Module, xs: Tensor, ys: Tensor, *, pattern: Pattern | str, steps: int, lr: Rate = DEFAULT_LR,
     rule: Rule | None = None, norm: str = "follow", loss: Loss = F.cross_entropy,
