@@ -85,15 +85,15 @@ def ceilings(sizes: Sizes, device: torch.device) -> dict[str, float]:
     source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device).random_()
     copy = functools.partial(torch.empty_like(source).copy_, source)
     found = {"copy_bytes_per_s": 2 * sizes.copy_bytes / best(copy)}
-    n, before = sizes.matmul, torch.backends.cuda.matmul.allow_tf32
+    n, before = sizes.matmul, torch.backends.cuda.matmul.fp32_precision
     for name, dtype, tf32 in (
         ("float32", torch.float32, False), ("tf32", torch.float32, True), ("bfloat16", torch.bfloat16, False),
     ):  # fmt: skip
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         found[f"matmul_{name}_flops"] = 2 * n**3 / best(functools.partial(torch.mm, a, b, out=out))
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.fp32_precision = before  # allow_tf32 would turn "none" into "ieee"
     return found
 
 
