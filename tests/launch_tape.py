@@ -168,7 +168,7 @@ class LaunchTape(TorchDispatchMode):
                 continue
             if found.layout is torch.strided and found.device.type == "cpu":
                 storage = found.untyped_storage()
-                if _contains(storage, address):
+                if storage.device.type == "cpu" and _contains(storage, address):
                     return self._before.setdefault(storage._cdata, StorageWeakRef(storage))
         raise RuntimeError(f"{name} is launched on memory of no tensor")
 

@@ -139,7 +139,7 @@ def test_a_rate_of_each_value_of_a_parameter_is_multiplied_by_autograd() -> None
     for backend in ("native", "reference"):
         with use_backend(backend):
             logits = adapt(model, xs, ys, pattern="11111", steps=2, lr=rates, second_order=True)(xq)
-        assert "MulBackward0" in nodes(logits) and ("_StepsBackward" in nodes(logits)) == (backend == "native")
+        assert "MulBackward0" in nodes(logits) and ("_SlopesBackward" in nodes(logits)) == (backend == "native")
         own = [*rates.values(), *model.parameters()]
         found.append(torch.autograd.grad(F.cross_entropy(logits, yq), own, allow_unused=True, materialize_grads=True))
     assert max(far(a, b) for a, b in zip(*found)) < 1e-10 * max(1.0, *(float(g.abs().max()) for g in found[1]))
