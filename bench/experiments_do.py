@@ -27,7 +27,7 @@ from lambda_maml.adapt import STATISTICS
 from lambda_maml.choice import tied
 from lambda_maml.data import ImageSet, Task
 from lambda_maml.evaluate import Evaluation, evaluate
-from lambda_maml.files import read_json, write_json
+from lambda_maml.files import atomic, read_json, write_json, written
 from lambda_maml.learned_rates import fixed_rates, learned_rule, load_rates
 from lambda_maml.run_state import BEST, LAST
 from lambda_maml.select import select_pattern
@@ -106,8 +106,9 @@ def training(job: Job, place: Place) -> dict[str, Any]:
         raise Stopped(f"{found.stopped} at iteration {found.iteration}, saved")
     assert found.best is not None
     if run.arm == "maml":  # the others' would be too much for a repository
-        (copy := place.checkpoint(run).with_suffix(".tmp")).write_bytes((out / BEST).read_bytes())
-        copy.replace(place.checkpoint(run))
+        kept = place.checkpoint(run)
+        with written(kept), atomic(kept) as part:
+            part.write_bytes((out / BEST).read_bytes())
     return {
         "images": {split: images.fingerprint() for split, images in sets.items()},
         "checkpoint_sha256": sha256(out / BEST),
