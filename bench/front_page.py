@@ -108,9 +108,11 @@ def on_images(experiments: experiments_page.Results) -> Iterator[tuple[str, ...]
 def where(experiments: experiments_page.Results) -> Iterator[str]:
     found = dict(chosen(experiments))
     if found:
-        machine = next(iter(found.values()))["machine"]
+        one = next(iter(found.values()))
+        plan, machine = one["plan"], one["machine"]
         yield (
-            f"{', '.join(found)}: 5-way, 10 steps, 600 test tasks, a cost is paired over them with its 95% interval; "
+            f"{', '.join(found)}: {plan['settings']['ways']}-way, {plan['steps']} steps, "
+            f"{plan['test_tasks']} test tasks, a cost is paired over them with its 95% interval; "
             f"{machine['processor']}, 1 thread; [all results](docs/experiments.md)."
         )
 
