@@ -31,11 +31,11 @@ Pool& pool() {
 
 std::byte* paged(std::size_t size) {
   const bool large = size >= 2 * kHuge;
-  auto* const memory =
-      static_cast<std::byte*>(std::aligned_alloc(large ? kHuge : kLine, (size + kLine - 1) / kLine * kLine));
+  void* memory = nullptr;  // not by aligned_alloc, which is for multiples of the alignment alone
+  if (::posix_memalign(&memory, large ? kHuge : kLine, (size + kLine - 1) / kLine * kLine) != 0) return nullptr;
   // A system that has no large pages says so, and gives small ones.
-  if (large && memory != nullptr) (void)::madvise(memory, size / kHuge * kHuge, MADV_HUGEPAGE);
-  return memory;
+  if (large) (void)::madvise(memory, size / kHuge * kHuge, MADV_HUGEPAGE);
+  return static_cast<std::byte*>(memory);
 }
 
 void Arena::Free::operator()(std::byte* memory) const { std::free(memory); }

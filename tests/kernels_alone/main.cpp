@@ -1,5 +1,7 @@
-// The CPU's kernels without torch and Python, beside plain loops in double: for processors that the tests do not run on.
+// The CPU's kernels without torch and Python, beside plain loops in double: for processors that the tests do not run on,
+// and for sanitizers.
 // Prints the largest error of each result, relative to its largest value; status 1 where one is too large.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -199,9 +201,23 @@ void first_blocks(int64_t stride) {
   check("first block, of gamma", dgamma.data(), want.dgamma), check("first block, of beta", dbeta.data(), want.dbeta);
 }
 
+// Pieces of one arena keep their own values; large ones are of large pages.
+template <typename T>
+void scratch() {
+  Arena arena;
+  std::vector<T*> pieces;
+  Doubles got, want;
+  const int64_t sizes[] = {1, 1000, (5 << 20) / int64_t(sizeof(T)) + 3, 77};
+  for (int64_t size : sizes) pieces.push_back(arena.take<T>(size)), std::fill_n(pieces.back(), size, T(pieces.size()));
+  for (std::size_t i = 0; i < pieces.size(); ++i)
+    for (int64_t at : {int64_t(0), sizes[i] - 1}) got.push_back(double(pieces[i][at])), want.push_back(double(i + 1));
+  const std::vector<T> values(got.begin(), got.end());
+  check("scratch memory", values.data(), want);
+}
+
 template <typename T>
 void all() {
-  products<T>(), convolutions<T>();
+  scratch<T>(), products<T>(), convolutions<T>();
   for (int64_t pool : {1, 2}) norms<T>(pool);
   for (int64_t stride : {1, 2}) first_blocks<T>(stride);
 }
