@@ -31,6 +31,7 @@ DATASETS = {
 }  # fmt: skip
 NAMES = {FULL: f"MAML `{FULL}`", ANIL: f"ANIL `{ANIL}`", BOIL: f"BOIL `{BOIL}`"}
 NONE = "not run"
+SAID_OF_A_ROW = {"set", "channels", "training", "adapted", "steps", "pattern", "allowed drop", "ONLY"}  # columns
 BUSY = 1.5  # processes that ran on average in the minute before; one of them is the times before these
 HEAD = """# Experiments on image sets
 
@@ -41,8 +42,8 @@ make experiments DATA=... JOBS=2
 trains, evaluates and times one configuration after another on the image sets that lie in `DATA`
 ([which files](data.md)), in so many processes of one thread each, and writes one JSON file for each run and each
 evaluation to `results/`: its command, plan, seed, commit, versions, machine and figures. This page is made from these
-files (`python bench/experiments.py --page docs/experiments.md`); what has none is "not run". What is done is left
-alone and what was ended goes on, from the training's own state: start it again.
+files (`python bench/experiments.py --page docs/experiments.md`); what has none is "not run", and named under its
+table. What is done is left alone and what was ended goes on, from the training's own state: start it again.
 
 To do a row again, name its runs, and folders in which nothing lies yet:
 
@@ -108,7 +109,7 @@ def markdown(results: Results, jobs: Sequence[Job]) -> str:
     parts = [HEAD, *(f"**{said}**\n\n" for said in pages.warnings())]
     tables = (pages.headline, pages.choices, pages.one_step, pages.arms, pages.known, pages.times, pages.memory)
     for table in (make() for make in tables):
-        parts += [f"## {table.title}\n\n", f"{table.note}\n\n" if table.note else "", lines(table), "\n"]
+        parts += [f"## {table.title}\n\n", f"{table.note}\n\n" if table.note else "", *with_figures(table), "\n"]
     parts += [HOW.format(full=FULL, anil=ANIL, boil=BOIL), "\n", *pages.state()]
     return "".join(parts).rstrip() + "\n"
 
@@ -116,6 +117,18 @@ def markdown(results: Results, jobs: Sequence[Job]) -> str:
 def lines(table: Table) -> str:
     rows = [f"| {' | '.join(cells)} |" for cells in (table.head, ["---"] * len(table.head), *table.rows)]
     return "\n".join(rows) + "\n"
+
+
+def with_figures(table: Table) -> Iterator[str]:
+    """A table without its rows that have no figure, and what these are of."""
+    empty = [row for row in table.rows if NONE in row and all(is_no_figure(*named) for named in zip(table.head, row))]
+    yield lines(table._replace(rows=[row for row in table.rows if row not in empty]))
+    if empty:
+        yield f"\nNot run: {', '.join(dict.fromkeys(row[-1] for row in empty))}.\n"
+
+
+def is_no_figure(column: str, cell: str) -> bool:
+    return column in SAID_OF_A_ROW or not cell or cell.startswith(NONE)
 
 
 class Figure(NamedTuple):

@@ -259,7 +259,9 @@ def test_the_page_shows_figures_and_what_has_not_run(done, copied, tmp_path, cap
     changed(copied / "results" / "glyphs-1shot.memory.json", lambda found: found["plan"].update(shots=7))
     assert experiments.main(arguments(copied, "--page", str(out))) == 0
     less = out.read_text()
-    assert "3 of 6 results are there" in less and "| not run | not run |" in less
+    assert "3 of 6 results are there" in less and "| not run | yes | not run |" in less
+    assert "Not run: `glyphs-1shot-maml-*`." in less.split("## The choice")[0]
+    assert "| glyphs, 1-shot | 1 | 1 |" in less.split("## The choice")[1]
     assert f"{100 * row['accuracy']:.2f} ± " not in less
     (copied / "results" / "other.json").write_text("{}")
     assert experiments.main(arguments(copied, "--page", str(out))) == 2
