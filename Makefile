@@ -10,8 +10,8 @@ supported = $(1) -c 'import sys; v = sys.version_info; (3, 10) <= v[:2] <= (3, 1
     "lambda-kernels needs Python 3.10 to 3.14, %s is %d.%d: name another one, such as make PYTHON=python3.12" % (sys.executable, v[0], v[1]))'
 
 .DEFAULT_GOAL := all
-.PHONY: all help demo docs test fuzz soak sanitize bench peers timings experiments gpu format lint code audit wheel \
-    tried-wheel clean distclean force
+.PHONY: all help demo docs test fuzz soak sanitize sanitize-memory sanitize-threads bench peers timings experiments gpu \
+    format lint code audit wheel tried-wheel clean distclean force
 
 all: $(VENV)/.built
 	@echo "Ready: source $(BIN)/activate, then lambda-maml demo, or lambda-maml --help. make help lists what else make does."
@@ -24,7 +24,8 @@ help:
 	@echo "make fuzz     random networks and calls beside plain PyTorch, and operators with arguments that do not fit, for"
 	@echo "              SECONDS=600, from SEED=0 on"
 	@echo "make soak     the same, and bad files, kills, many writers of one path, round after round, for SECONDS=600"
-	@echo "make sanitize the native code under AddressSanitizer and UndefinedBehaviorSanitizer: its tests, and COUNT=4000 calls"
+	@echo "make sanitize the native code under AddressSanitizer and UndefinedBehaviorSanitizer: its tests, and COUNT=4000 calls;"
+	@echo "              its tests under ThreadSanitizer (make sanitize-memory, make sanitize-threads: one of the two)"
 	@echo "make bench    benchmarks: make peers, which writes docs/performance.md and README's figures, then make timings: bench/results/local.json"
 	@echo "make experiments  DATA=FOLDER of image sets: trains, chooses and times all configurations of docs/experiments.md, in"
 	@echo "              JOBS=1 processes; goes on where it was ended; ONLY=NAMES some of them, RESULTS= and RUNS= elsewhere"
@@ -54,19 +55,27 @@ fuzz: $(VENV)/.built
 soak: $(VENV)/.built
 	$(BIN)/python tests/soak.py $(SECONDS) $(SEED)
 
-# The extension under AddressSanitizer and UndefinedBehaviorSanitizer, in a folder of its own: the native tests, and COUNT
-# calls of the operators with arguments that do not fit. Run in tests/, where the checkout's own packages are not found.
+# The extension under sanitizers, in folders of its own. Run in tests/, where the checkout's own packages are not found.
+# ThreadSanitizer's has threads of its own: it would not see that those of torch's libgomp have been waited for.
 COUNT ?= 4000
-SANITIZED := $(CURDIR)/build/sanitized
-LIBRARIES := libasan.so libubsan.so libstdc++.so
 NATIVE_TESTS := affine_block chain frozen_block head image_block inner_loop inner_loop_rates norms operators outer snapshot winograd
-sanitize: $(VENV)/.required
-	LAMBDA_KERNELS_SANITIZE=address,undefined LAMBDA_KERNELS_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
-	cd tests && export OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED):. \
+THREAD_TESTS := $(filter-out norms snapshot,$(NATIVE_TESTS))
+preloaded = LD_PRELOAD="$$(for name in $(1); do $${CXX:-g++} -print-file-name=$$name.so; done | tr '\n' ' ')"
+sanitize: sanitize-memory sanitize-threads
+
+sanitize-memory: $(VENV)/.required
+	LAMBDA_KERNELS_SANITIZE=address,undefined LAMBDA_KERNELS_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib build/sanitized
+	cd tests && export OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/sanitized:. \
 	    ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096 UBSAN_OPTIONS=print_stacktrace=1 \
-	    LD_PRELOAD="$$(for name in $(LIBRARIES); do $${CXX:-g++} -print-file-name=$$name; done | tr '\n' ' ')" && \
+	    $(call preloaded,libasan libubsan libstdc++) && \
 	    ../$(BIN)/python -m pytest $(NATIVE_TESTS:%=test_%.py) -p no:benchmark -p no:cacheprovider -q && \
 	    ../$(BIN)/python -m fuzz --kind operator --count $(COUNT) --first $(SEED)
+
+sanitize-threads: $(VENV)/.required
+	LAMBDA_KERNELS_SANITIZE=thread LAMBDA_KERNELS_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib build/threads
+	cd tests && export OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/build/threads:. TSAN_OPTIONS=exitcode=66 OMP_THREAD_LIMIT=1 \
+	    $(call preloaded,libtsan libstdc++) && \
+	    setarch -R ../$(BIN)/python -m pytest $(THREAD_TESTS:%=test_%.py) -p no:benchmark -p no:cacheprovider -q --capture=sys
 
 bench:
 	@$(MAKE) --no-print-directory peers
@@ -131,11 +140,14 @@ wheel: $(VENV)/.required
 	@for local in $(WHEELS); do $(MAKE) --no-print-directory tried-wheel LOCAL=$$local || exit 1; done
 	@ls dist/*.whl
 
+# auditwheel names the oldest glibc that the wheel runs on; the libraries that it does not hold are torch's and the driver's.
 tried-wheel: TRY := build/try
+tried-wheel: OF_OTHERS := liblambda_kernels.so libtorch* libc10* libcuda.so.1
 tried-wheel:
 	rm -rf build/lib* build/bdist* $(TRY)
 	LAMBDA_KERNELS_LOCAL_VERSION=$(LOCAL) LAMBDA_KERNELS_CUDA=$(if $(filter cpu,$(LOCAL)),0,1) \
-	    $(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(TRY) .
+	    $(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(TRY)/built .
+	$(BIN)/auditwheel repair --patcher none $(OF_OTHERS:%=--exclude '%') --wheel-dir $(TRY) $(TRY)/built/*.whl
 	tests/try_wheel.sh $(BIN)/python $(TRY)/*.whl
 	mkdir -p dist
 	mv $(TRY)/*.whl dist/

@@ -5,7 +5,8 @@ else is in pyproject.toml.
 Environment: CXX (compiler), MAX_JOBS (compilers at a time, default: the cores), SOURCE_DATE_EPOCH (date in the build
 information), LAMBDA_KERNELS_LOCAL_VERSION (what follows the `+` of the version, such as `cpu`).
 
-LAMBDA_KERNELS_SANITIZE: sanitizers that the extension is built with, such as "address,undefined" (`make sanitize`).
+LAMBDA_KERNELS_SANITIZE: sanitizers that the extension is built with, such as "address,undefined", or "thread", which
+has threads of its own in place of torch's (`make sanitize`).
 
 LAMBDA_KERNELS_CUDA: 1 builds the CUDA kernels or says what is missing, 0 leaves them out; unset, they are built where
 torch has CUDA and nvcc is found (CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda). TORCH_CUDA_ARCH_LIST: for which GPUs,
@@ -305,6 +306,8 @@ def build_command(torch: Any) -> type[build_ext]:
             for ext in self.extensions:
                 ext.extra_compile_args = list(flags)
                 ext.extra_link_args.extend(self.sanitize)
+                if self.sanitize == ["-fsanitize=thread"]:  # which knows nothing of libgomp's threads
+                    ext.include_dirs.insert(0, str(ROOT / "tests" / "threads_seen"))
                 # where setuptools puts what it links, also in an inplace build, which copies it from there
                 ext.library_dirs.append(str(Path(self.build_lib) / "lambda_kernels"))
             folder = ROOT / "lambda_kernels" if self.inplace else Path(self.build_lib) / "lambda_kernels"

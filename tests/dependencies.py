@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 FREE = re.compile(
-    r"(MIT|MIT-CMU|ISC|PSF-2.0|Python Software Foundation|BSL-1.0|0BSD|Zlib|HPND|CC0-1.0|Unlicense|MPL[- ]2.0|"
-    r"Mozilla Public|(3-Clause )?BSD\b|Apache\b|LLVM-exception).*", re.IGNORECASE | re.DOTALL,
+    r"(MIT|MIT-CMU|ISC|PSF-2.0|Python Software Foundation|BSL-1.0|0BSD|Zlib|HPND|CC0-1.0|Unlicense|Public Domain|"
+    r"MPL[- ]2.0|Mozilla Public|(3-Clause )?BSD\b|Apache\b|LLVM-exception).*", re.IGNORECASE | re.DOTALL,
 )  # fmt: skip
 SECONDS = 60
 
