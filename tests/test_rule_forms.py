@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lambda_maml import LambdaMAML, adapt, adapt_tasks, explain, rules
+from lambda_maml.inner.rules import rule_of
 from lambda_maml.plan import plan_of
 
 STEPS = WAYS = 5
@@ -143,6 +144,24 @@ def test_a_remembered_call_is_that_of_its_rates() -> None:
     assert far(first, other) > 1e-3
     assert far(first, adapt(model, xs, ys, pattern="11", rule=rules.sgd(0.1))(xs)) == 0.0
     assert far(other, adapt(model, xs, ys, pattern="11", lr=0.2)(xs)) == 0.0
+
+
+# torch itself does so, where it first makes a dual number
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is :DeprecationWarning")
+def test_rates_in_a_tensor_are_those_that_it_holds_at_the_call() -> None:
+    model, (xs, ys) = chain(), images()
+    tensor = torch.tensor([[0.1, 0.2], [0.3, 0.0]])
+    for rates in ([[0.1, 0.2], [0.3, 0.0]], [[0.5, 0.2], [0.3, 0.0]]):
+        tensor.copy_(torch.tensor(rates))
+        assert rule_of(tensor) is rule_of(tensor.tolist())
+        for _ in range(2):  # the second call is a prepared one
+            got = adapt(model, xs, ys, pattern="11", steps=2, lr=tensor)(xs)
+        assert far(got, adapt(model, xs, ys, pattern="11", steps=2, rule=rules.sgd(tensor.tolist()))(xs)) == 0.0
+        assert far(got, adapt(model, xs, ys, pattern="11", steps=2, rule=rules.sgd(tensor))(xs)) < 1e-5
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tensor, tensor)
+        for lr in (tensor.neg(), tensor.clone().requires_grad_(), tensor * torch.inf, dual):
+            assert rule_of(lr).lr is lr  # type: ignore[attr-defined]
 
 
 class Signs(rules.sgd):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import marshal
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lambda_kernels._torch import mode_active
 from lambda_kernels.cache import Bounded
 
 from ..network import Layer
@@ -251,6 +253,7 @@ _DESCENTS: Bounded[sgd] = Bounded(256)
 
 def _descent(lr: Any) -> sgd:
     """sgd(lr); the same object for the same numbers, so that what was made of them is found again."""
+    lr = _numbers(lr)
     try:
         numbers = isinstance(lr, np.ndarray) and lr.dtype != object
         key = (lr.shape, lr.dtype, lr.tobytes()) if numbers else marshal.dumps(lr, 2)
@@ -258,6 +261,15 @@ def _descent(lr: Any) -> sgd:
         return sgd(lr)
     rule = _DESCENTS.get(key)
     return _DESCENTS.setdefault(key, sgd(lr)) if rule is None else rule
+
+
+def _numbers(lr: Any) -> Any:
+    """Constant rates in a tensor as the numbers that it holds now, which are known beforehand; others as they are."""
+    constant = type(lr) is Tensor and lr.dim() in (1, 2) and lr.is_floating_point() and not lr.requires_grad
+    if not constant or lr.device.type != "cpu" or lr.numel() == 0 or mode_active() is not None:
+        return lr
+    low, high = lr.aminmax()
+    return lr.tolist() if low >= 0.0 and high < math.inf else lr
 
 
 def rule_of(lr: Rate, rule: Rule | None = None) -> Rule:
