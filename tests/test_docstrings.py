@@ -88,7 +88,7 @@ def names() -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own forward mode
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is :DeprecationWarning")  # torch's own forward mode
 @pytest.mark.parametrize("of", [*PUBLIC, *METHODS], ids=lambda of: of.__qualname__)
 def test_the_examples_of_the_adapter_run(
     of: Any, names: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

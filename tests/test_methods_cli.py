@@ -23,7 +23,7 @@ from lambda_maml.saved_parts import load_inner
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # torch's forward mode
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is :DeprecationWarning"),  # torch's forward mode
 ]
 SMALL = ["--width", 4, "--steps", 2, "--lr", 0.1, "--query", 2, "--val-tasks", 2, "--val-every", 50, "--meta-batch", 2]
 

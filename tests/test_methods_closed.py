@@ -25,7 +25,7 @@ from lambda_maml.places import Learned, Problem
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # torch's own forward mode, when it is first used
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is :DeprecationWarning"),
 ]
 PATTERNS = pytest.mark.parametrize("pattern", ["00001", "00011", "11111"])
 TIGHT: Any = {"rtol": 0.0, "atol": 1e-14}  # the digits that the identities are given with, for parameters below 1

@@ -18,7 +18,7 @@ from lambda_maml.solved import posed
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # torch's own forward mode, when it is first used
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is :DeprecationWarning"),
 ]
 XS, YS, XQ, _ = CONV4.task()
 

@@ -19,7 +19,7 @@ from lambda_maml.parts import Parts
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # torch's forward mode
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is :DeprecationWarning"),  # torch's forward mode
 ]
 PATTERNS = ("11111", "00011", "11111,00001")
 STEPS, RATE = 2, 0.1

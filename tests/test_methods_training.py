@@ -40,7 +40,7 @@ from lambda_maml.train import BEST, LAST, meta_gradient
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # torch's own forward mode, when it is first used
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is :DeprecationWarning"),
 ]
 NAMES = Pattern("00011").parameters(network())
 HEAD, LAST_TWO = small(pattern="00001", val_tasks=2, val_every=50), small(pattern="00011", val_tasks=2, val_every=50)
