@@ -161,7 +161,7 @@ def test_rates_in_a_tensor_are_those_that_it_holds_at_the_call() -> None:
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(tensor, tensor)
         for lr in (tensor.neg(), tensor.clone().requires_grad_(), tensor * torch.inf, dual):
-            assert rule_of(lr).lr is lr  # type: ignore[attr-defined]
+            assert rule_of(lr).lr is lr
 
 
 class Signs(rules.sgd):
