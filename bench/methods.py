@@ -285,7 +285,7 @@ def fields(bench: Bench) -> Given:
     a start that was trained for chosen points."""
     train_tasks, test = (methods.pictures(bench.sets[s]) for s in ("train", "test"))
     torch.manual_seed(0)
-    given = {"inputs": 2, "outputs": 1, "width": 64, "layers": 4}
+    given = {"inputs": 2, "outputs": test(0, 1)[0].ys.shape[-1], "width": 64, "layers": 4}
     field = models.create("lambda_maml.methods:siren", args=given)
     solver = descend(rules.sgd(0.01), 4, backward(select=methods.top_gradient(0.25)))
     parts = Parts(solver=solver, objective=methods.query_loss(F.mse_loss))
@@ -360,6 +360,11 @@ def parsed(words: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def command(same: list[str]) -> str:
+    """As anyone can give it: a machine's own folder has no part in it."""
+    return " ".join(["python bench/methods.py", *("--root=DATA" if w.startswith("--root=") else w for w in same)])
+
+
 def main(words: list[str] | None = None) -> None:
     args = parsed(words)
     torch.set_num_threads(1)
@@ -386,7 +391,7 @@ def main(words: list[str] | None = None) -> None:
         "shots": args.shots, "steps": STEPS, "lr": LR, "meta_batch": BATCH, "environment": info.environment(),
         "trained": sorted({json.loads(p.read_text("utf-8"))["commit"] for p in args.work.glob(f"*/{ENVIRONMENT}")}),
         "measured": sorted({row["commit"] for row in rows}),
-        "date": datetime.date.today().isoformat(), "command": " ".join(["python bench/methods.py", *args.same]),
+        "date": datetime.date.today().isoformat(), "command": command(args.same),
     }  # fmt: skip
     if args.json and wanted:
         found = json.loads(at.read_text("utf-8")) if at.exists() else {}

@@ -82,6 +82,7 @@ def test_what_the_closed_form_can_gain_is_said_from_its_parts() -> None:
 
 
 def test_the_page_shows_the_results() -> None:
-    results = [ROOT / "bench" / "results" / name for name in ("methods.json", "methods-5-shot.json")]
+    names = ("methods.json", "methods-5-shot.json", "methods-cifar.json")
+    results = [ROOT / "bench" / "results" / name for name in names]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in results]
     assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == pages.page(found)
