@@ -180,8 +180,9 @@ def check_products(rows: list[dict[str, Any]]) -> None:
     """What the products do on sm_90, from 64 channels."""
     rows = [row for row in rows if row["architecture"] == 90 and row["kernel"] in PRODUCTS]
     assert {row["kernel"] for row in rows} == PRODUCTS
-    assert [row for row in rows if row["stack"] > aside(row) or row["local"]] == []
-    assert [row for row in rows if row["sass"]["spills"] and not row["stack"]] == []  # but for what is put aside
+    # A product in float64, of no tensor cores of a warp group, may have a few bytes put aside.
+    may = [row for row in rows if row["dtype"] == "float64" and 0 < row["stack"] <= aside(row) and not row["local"]]
+    assert [row for row in rows if row not in may and (row["stack"] or row["local"] or row["sass"]["spills"])] == []
     # A product of 64 rows or more is one of a warp group, a smaller one of a warp, but for fused multiply-adds.
     by_cores = [row for row in rows if row["precision"] != "ieee" or row["dtype"] == "bfloat16"]
     for row in by_cores:
