@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import platform
+import signal
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -195,4 +196,6 @@ def _cuda_devices() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # `| head` ends the program, as it does others
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -113,6 +114,16 @@ def test_info_for_people():
     assert rows["torch"] == torch.__version__
     assert rows["extension"] == "loads" and rows["instruction set"] == "generic"
     assert rows["backend native"] == rows["backend reference"] == "can run"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGPIPE")
+def test_info_ends_quietly_where_nobody_reads_on():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lambda_kernels.info"]
+    with os.fdopen(write, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 def test_info_says_why_the_extension_does_not_load(tmp_path):
