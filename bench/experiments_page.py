@@ -152,7 +152,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def said_of(case: Case) -> str:
-    return f"{DATASETS[case.dataset]}, {case.shots}-shot"
+    return f"{DATASETS[case.dataset]}, {case.shots}-shot" + (f", {case.width} channels" if case.wide else "")
 
 
 class Pages:
