@@ -56,7 +56,7 @@ CORE = (
     Case("omniglot", 5, 32, 12000, {"lr": 0.1}),
 )
 MORE = (
-    Case("cifar_fs", 5, 64, 22000, {**CIFAR, **SMALL}, wide=True),
+    Case("cifar_fs", 5, 64, 14000, {**CIFAR, **SMALL}, wide=True),
     Case("fc100", 5, 32, 12000, CIFAR),
     Case("fc100", 1, 32, 16000, FC_1),
     Case("mini_imagenet", 5, 32, 12000, {"lr": 0.03, "flip": True}),
