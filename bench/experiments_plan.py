@@ -19,8 +19,8 @@ COMMON: dict[str, Any] = {
 CIFAR: dict[str, Any] = {"lr": 0.05, "flip": True, "crop": 4}
 # Few support images gain by second derivatives; of half of the iterations these are worth their time (MAML++).
 FC_1: dict[str, Any] = {**CIFAR, "second_order": True}
-# In equal time, twice the updates of half the tasks at twice the rate end higher where the training images are not yet
-# fitted: with one support image, or with 64 channels.
+# Twice the updates, of half the tasks each, at twice the rate: after 275 s of a 1-shot run 39.7% of the images of 300
+# validation tasks, beside 37.1% with four tasks at 1e-3. With 64 channels it was not compared.
 SMALL: dict[str, Any] = {"meta_batch": 2, "meta_lr": 2e-3, "val_every": 1000}
 CIFAR_1: dict[str, Any] = {**FC_1, **SMALL}
 
