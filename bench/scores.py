@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from lambda_maml import Pattern, checkpoint, data
-from lambda_maml.cli import DEMO, SELECT_SEED
+from lambda_maml.cli_demo import DEMO
 from lambda_maml.cli_train import train_with_progress
+from lambda_maml.cli_types import SELECT_SEED
 from lambda_maml.evaluate import evaluate
 from lambda_maml.settings import Settings
 from lambda_maml.timing import measure_times

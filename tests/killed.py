@@ -21,7 +21,7 @@ import torch
 import torch._dynamo  # an optimiser's first step imports it: once here, not in each child
 from small_runs import VAL, assert_same_bits, network, run, small, state
 
-from lambda_maml import checkpoint, cli, data
+from lambda_maml import checkpoint, cli, cli_demo, data
 from lambda_maml.files import write_json
 from lambda_maml.select import select_pattern
 from lambda_maml.train import BEST, LAST
@@ -46,9 +46,9 @@ def selection(folder: Path) -> None:
 
 def demo(folder: Path) -> None:
     """A small demo, which begins anew each time."""
-    tiny = {**cli.DEMO["settings"], "steps": 1, "query": 2, "val_tasks": 2, "val_every": 2}
+    tiny = {**cli_demo.DEMO["settings"], "steps": 1, "query": 2, "val_tasks": 2, "val_every": 2}
     few: dict[str, Any] = {"width": 4, "settings": tiny, "iterations": 4, "select_tasks": 3, "test_tasks": 3}
-    cli.DEMO.update(few, timing_seconds=0.0)
+    cli_demo.DEMO.update(few, timing_seconds=0.0)
     assert cli.run(["demo", "--out", str(folder)]) == 0
 
 

@@ -11,7 +11,7 @@ import torch
 from machine import fresh
 from PIL import Image
 
-from lambda_maml import checkpoint, cli, data
+from lambda_maml import checkpoint, cli, cli_demo, data
 from lambda_maml.timing import STOCK, timing_info
 
 COMMANDS = ["demo", "train", "methods", "select", "eval", "adapt", "predict", "export", "report", "info"]
@@ -283,9 +283,9 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 @pytest.mark.usefixtures("one_thread")
 def test_demo_writes_all_that_it_promises(tmp_path, capsys, monkeypatch):
-    tiny = {**cli.DEMO["settings"], "steps": 1, "query": 2, "val_tasks": 2, "val_every": 2}
+    tiny = {**cli_demo.DEMO["settings"], "steps": 1, "query": 2, "val_tasks": 2, "val_every": 2}
     small = {"width": 4, "settings": tiny, "iterations": 2, "select_tasks": 3, "test_tasks": 3, "timing_seconds": 0.0}
-    monkeypatch.setattr(cli, "DEMO", {**cli.DEMO, **small})
+    monkeypatch.setattr(cli_demo, "DEMO", {**cli_demo.DEMO, **small})
     for _ in range(2):  # a second demo in the same folder starts afresh
         assert call("demo", "--out", tmp_path) == 0
     text = capsys.readouterr().out

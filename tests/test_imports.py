@@ -163,14 +163,31 @@ INSIDE = {
             "train"
         },
         "cli_methods": {"console", "inner", "methods", "network", "parts", "patterns", "saved_parts", "settings"},
-        "cli_select": {"cli_types", "console"},
         "cli_report": {"cli_types", "console", "pattern_json", "report", "report_html", "report_runs"},
         "cli_export": {"checkpoint", "cli_types", "console", "export", "images", "learner", "onnx_file"},
+        "cli_checkpoint": {
+            "checkpoint", "cli_data", "cli_methods", "cli_types", "console", "inner", "learned_rates", "pattern_json",
+            "patterns", "per_task", "select",
+        },
+        "cli_select": {
+            "cli_checkpoint", "cli_data", "cli_report", "cli_types", "console", "data", "files", "lock",
+            "pattern_json", "processes", "report", "select",
+        },
+        "cli_demo": {
+            "cli_checkpoint", "cli_select", "cli_train", "cli_types", "console", "data", "lock", "run_state", "select",
+            "train",
+        },
+        "cli_eval": {
+            "adapt", "cli_checkpoint", "cli_data", "cli_types", "console", "data", "evaluate", "ranks", "statistics",
+            "stats",
+        },
+        "cli_adapt": {
+            "adapt", "checkpoint", "cli_checkpoint", "cli_export", "cli_types", "console", "files", "images",
+            "learned_rates", "models", "statistics",
+        },
         "cli": {
-            "adapt", "checkpoint", "cli_config", "cli_data", "cli_export", "cli_methods", "cli_report", "cli_select",
-            "cli_train", "cli_types", "console", "data", "evaluate", "explain", "files", "images", "inner",
-            "learned_rates", "lock", "models", "pattern_json", "patterns", "per_task", "processes", "ranks", "report",
-            "run_state", "select", "statistics", "stats", "train",
+            "cli_adapt", "cli_checkpoint", "cli_config", "cli_demo", "cli_eval", "cli_export", "cli_methods",
+            "cli_report", "cli_select", "cli_train", "cli_types", "console", "explain", "models",
         },
         "__main__": {"cli", "extras"},
     },

@@ -14,7 +14,7 @@ from PIL import Image
 from small_runs import SMALL, TRAIN, VAL, network, plain_training, run, small
 from torch import nn
 
-from lambda_maml import adapt, checkpoint, cli, data, rules
+from lambda_maml import adapt, checkpoint, cli, cli_types, data, rules
 from lambda_maml.evaluate import evaluate
 from lambda_maml.learned_rates import check_rates, fixed_rates, learned_rule, load_rates
 from lambda_maml.settings import LEARNED
@@ -177,7 +177,7 @@ def test_the_command_line_uses_learned_rates_without_being_told(
     best = trained / BEST
     model, meta = checkpoint.load(best)
     rates: Any = load_rates(best, model, meta, 2)
-    tasks = data.sample_tasks(data.load("glyphs", split="test"), 8, ways=5, shots=1, query=3, seed=cli.TEST_SEED)
+    tasks = data.sample_tasks(data.load("glyphs", split="test"), 8, ways=5, shots=1, query=3, seed=cli_types.TEST_SEED)
     want = evaluate(model, tasks, pattern="00111", steps=2, lr=rates).mean
     other = evaluate(model, tasks, pattern="00111", steps=2, lr=0.1).mean
     capsys.readouterr()

@@ -12,7 +12,7 @@ import torch
 from small_runs import network, run, small
 from torch import nn
 
-from lambda_maml import Pattern, adapt, checkpoint, cli, data, explain, rules
+from lambda_maml import Pattern, adapt, checkpoint, cli, cli_types, data, explain, rules
 from lambda_maml.evaluate import evaluate
 from lambda_maml.inner.rule import Rule
 from lambda_maml.methods import METHODS, alfa, backward, descend, ntk, remembering, ridge_head, spsa, top_gradient
@@ -128,7 +128,7 @@ def test_a_checkpoint_holds_its_method(
     inner = load_inner(best, model, meta)
     assert len(inner) == 1
     found = evaluated(capsys, best, "--pattern", pattern)
-    tasks = data.sample_tasks(data.load("glyphs", split="test"), 3, ways=5, shots=1, query=2, seed=cli.TEST_SEED)
+    tasks = data.sample_tasks(data.load("glyphs", split="test"), 3, ways=5, shots=1, query=2, seed=cli_types.TEST_SEED)
     assert found["accuracy"] == evaluate(model, tasks, pattern=pattern, steps=2, **inner).mean
     assert call("info", best, "--pattern", pattern) == 0
     assert "steps of alfa" in capsys.readouterr().out or asked != ["--method", "alfa"]

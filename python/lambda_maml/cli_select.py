@@ -1,16 +1,22 @@
-"""The options of `select`: what is compared, and by what it is chosen."""
+"""`lambda-maml select`: what is compared, and by what it is chosen."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import click
 
-from .cli_types import COUNT, PLACE, RATE, Number
-from .console import options
+from .cli_checkpoint import checkpoint_argument, data_options, episode_of, inner_loop, load
+from .cli_data import checkpoint_sets
+from .cli_report import tables
+from .cli_types import COUNT, PLACE, RATE, SEED, SELECT_SEED, TEST_SEED, Number
+from .console import bar, device_option, json_option, options, print_json, say
 
-__all__ = ["CHOICE", "choice_options", "compared", "wanted"]
+__all__ = ["given", "publish", "select"]
 
 
 class Several(click.ParamType):
@@ -123,3 +129,104 @@ def compared(inner: Mapping[str, Any], steps: list[int] | None, rates: list[floa
     if rates is not None:
         found["rates"] = rates
     return found
+
+
+@click.command()
+@checkpoint_argument
+@data_options
+@click.option(
+    "--tasks", type=COUNT, default=200, help="Validation tasks to choose on; as many test tasks to report on."
+)
+@choice_options
+@click.option("--seed", type=SEED, default=0, help="Seed of the tasks.")
+@click.option("--out", type=PLACE, help="Where to write.  [default: pattern.json by the checkpoint]")
+@device_option
+@json_option
+def select(
+    checkpoint: Path, dataset: str | None, root: Path | None, tasks: int, steps: list[int] | None, lr: float | None,
+    rates: list[float] | None, norm: str | None, seed: int, out: Path | None, device: str, as_json: bool, **others: Any,
+) -> None:  # fmt: skip
+    """Choose the fastest pattern whose accuracy is good enough.
+
+    Evaluates patterns on the same validation tasks, measures how long each one adapts, and takes the fastest one within
+    --max-drop of the full pattern, or the most accurate one within a budget. Patterns are judged with the norm
+    statistics that --statistics says; the choice is reported on test tasks by both: of all query images of a task
+    together, and of each image by itself (the support set's), as adapt and export have it. Writes pattern.json and,
+    beside it, report.png (NAME.png by NAME.json).
+
+    One that is ended before goes on from what it had evaluated, if it is started again in the same way.
+
+    Several processes divide the tasks: torchrun --nproc-per-node 4 -m lambda_maml select ...
+    """
+    from . import data
+    from .files import try_folder
+    from .lock import locked
+    from .processes import joined
+    from .report import picture_of
+    from .select import select_pattern
+
+    path = out or checkpoint.parent / "pattern.json"
+    _check_out(path)
+    with joined(device) as ranks, ExitStack() as held:
+        model, meta = load(checkpoint, str(ranks.device or device))
+        if ranks.rank == 0:
+            held.enter_context(locked(path.parent, "select"))
+            try_folder(path, picture_of(path))
+        ranks.check_alike(model.state_dict())
+        rate = rates[0] if lr is None and rates else lr
+        one = inner_loop(checkpoint, model, meta, {}, max(steps) if steps else None, rate, norm)
+        inner = compared(one, steps, rates)
+        choice = {key: others.pop(key) for key in CHOICE}
+        val_set, test_set = ranks.first_then_all(
+            lambda: checkpoint_sets(meta, dataset, root, ("val", "test"), others, ranks)
+        )
+        episode = episode_of(meta)
+        val_tasks = data.sample_tasks(val_set, tasks, seed=SELECT_SEED + seed, **episode)
+        test_tasks = data.sample_tasks(test_set, tasks, seed=TEST_SEED + seed, **episode)
+        with bar("selecting", ranks) as progress:
+            chosen = select_pattern(
+                model, val_tasks, test_tasks=test_tasks, **inner, **wanted(choice), progress=progress, plan=say,
+                resume=path.with_suffix(".evaluated.json"), ranks=ranks,
+            )  # fmt: skip
+        if ranks.rank == 0:
+            publish({**chosen.to_dict(), "command": given()}, chosen.warnings, path, as_json)
+
+
+def _check_out(path: Path) -> None:
+    """ValueError where a selection cannot be written to `path`: nothing but a selection is written over."""
+    from .pattern_json import read_selection
+
+    if path.suffix != ".json":
+        raise ValueError(f"--out {path}: the name ends in .json")
+    if path.exists():
+        try:
+            read_selection(path)
+        except ValueError as error:
+            raise ValueError(f"--out {path}: it holds something else, name another file ({error})") from error
+
+
+def given() -> str:
+    """The command line as it was given."""
+    return shlex.join(["lambda-maml", *(click.get_current_context().obj or [])])
+
+
+def publish(found: dict[str, Any], warnings: list[str], path: Path, as_json: bool) -> None:
+    """Print the tables or the JSON, whether or not it can be written; write pattern.json and report.png."""
+    from .files import write_json
+    from .report import picture_of, plot
+
+    for warning in warnings:
+        say(f"warning: {warning}")
+    if as_json:
+        print_json(found)
+    else:
+        tables(found)
+    write_json(path, found)
+    picture, drawn = picture_of(path), True
+    try:
+        plot(found, picture)
+    except ModuleNotFoundError as missing:
+        say(f"warning: there is no picture: {missing}")
+        drawn = False
+    if not as_json:
+        click.echo(f"wrote {path}{f' and {picture}' if drawn else ''}")

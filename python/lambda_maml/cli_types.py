@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-__all__ = ["COUNT", "PLACE", "RATE", "SEED", "Number", "Place", "expanded"]
+__all__ = ["COUNT", "PLACE", "RATE", "SEED", "SELECT_SEED", "TEST_SEED", "Number", "Place", "expanded"]
 
 
 def expanded(text: str) -> str:
@@ -56,3 +56,6 @@ class Number(click.FloatRange):
 
 PLACE, RATE = Place(), Number(0, 1e6)
 COUNT, SEED = click.IntRange(1, 10**9), click.IntRange(0, 2**32 - 1)
+
+SELECT_SEED, TEST_SEED = 1000, 2000
+"""Seeds of the tasks to choose on and to report on, apart from those of training and of its validation."""
