@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ from .console import bar, device_option, json_option, print_json
 
 if TYPE_CHECKING:
     import torch
+
+    from .evaluate import Evaluation
 
 __all__ = ["evaluate_command"]
 
@@ -51,11 +55,8 @@ def evaluate_command(
     and export do. What the latter costs is a mean of differences on the same tasks, with its 95% interval.
     """
     from . import data
-    from .adapt import STATISTICS
     from .evaluate import evaluate
     from .ranks import ALONE
-    from .statistics import StatisticsError
-    from .stats import mean_ci95
 
     model, meta = load(checkpoint, device)
     bits, report = pattern_of(model, pattern)
@@ -63,48 +64,58 @@ def evaluate_command(
     inner = inner_loop(checkpoint, model, meta, report, steps, lr, norm)
     (images,) = checkpoint_sets(meta, dataset, root, (split,), pictures, ALONE)
     episodes = data.sample_tasks(images, tasks, seed=TEST_SEED + seed, **episode_of(meta))
-    found: dict[str, dict[str, Any]] = {}
-    scores: dict[str, torch.Tensor] = {}
-    together = getattr(inner.get("solver"), "linearises", False)  # its predictions are those of no network
-    again = None if rule is None else rule.decide(model, episodes, **inner)
-    for statistics in STATISTICS[:1] if together else STATISTICS:
-        try:
-            with bar(f"evaluating, statistics of the {statistics}") as progress:
-                given = {"statistics": statistics, **inner, "progress": progress}
-                if rule is None or again is None:
-                    mean = evaluate(model, episodes, pattern=bits, **given)
-                else:
-                    mean = rule.evaluate(model, episodes, again, **given)
-        except StatisticsError as error:
-            found[statistics] = {"accuracy": None, "ci95": None, "refused": str(error)}
-            continue
-        found[statistics] = {"accuracy": mean.mean, "ci95": mean.ci95 if tasks > 1 else None}
-        scores[statistics] = mean.scores
-    if "support" in scores:
-        drop, ci95 = mean_ci95(scores["batch"] - scores["support"])
-        found["support"] |= {"drop": drop, "drop_ci95": ci95 if tasks > 1 else None}
+    if rule is None:
+        found = _by_both(functools.partial(evaluate, model, episodes, pattern=bits), inner)
+        used: dict[str, Any] = {"pattern": str(bits)}
+        subject, how = str(bits), ""
+    else:
+        again = rule.decide(model, episodes, **inner)
+        found = _by_both(functools.partial(rule.evaluate, model, episodes, again), inner)
+        share = float(again.double().mean())
+        used = {"pattern": None, "per_task": {"cheap": str(rule.cheap), "dear": str(rule.dear), "share": share}}
+        subject, how = f"{rule},", f"{share:.0%} of them anew, "
     if as_json:
         told = {**in_json(inner), "statistics": found}
-        used: dict[str, Any] = {"pattern": str(bits)}
-        if rule is not None and again is not None:
-            own_rows = {"cheap": str(rule.cheap), "dear": str(rule.dear), "share": float(again.double().mean())}
-            used = {"pattern": None, "per_task": own_rows}
         print_json({**used, "split": split, "tasks": tasks, **found["batch"], **told})
         return
     own = inner.get("solver", inner.get("rule"))
-    told_of = f"{inner['steps']} steps" if own is None else " ".join(repr(own).split())
-    if rule is not None and again is not None:
-        bits, told_of = f"{rule},", f"{again.double().mean():.0%} of them anew, {told_of}"
-    click.echo(f"{bits} on {tasks} {split} tasks, {told_of}:")
-    for statistics, how in (("batch", "query images together"), ("support", "each image by itself"))[: len(found)]:
-        row = found[statistics]
-        if "refused" in row:
-            click.echo(f"  no figure, {how} (statistics of the {statistics}): {row['refused']}")
+    how += f"{inner['steps']} steps" if own is None else " ".join(repr(own).split())
+    click.echo(f"{subject} on {tasks} {split} tasks, {how}:")
+    for statistics, row in found.items():
+        click.echo(_line(statistics, row))
+
+
+def _by_both(evaluated: Callable[..., Evaluation], inner: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Accuracies by the statistics of either kind, and why there is none; what the second one costs."""
+    from .adapt import STATISTICS
+    from .statistics import StatisticsError
+    from .stats import mean_ci95
+
+    found: dict[str, dict[str, Any]] = {}
+    scores: dict[str, torch.Tensor] = {}
+    together = getattr(inner.get("solver"), "linearises", False)  # its predictions are those of no network
+    for statistics in STATISTICS[:1] if together else STATISTICS:
+        try:
+            with bar(f"evaluating, statistics of the {statistics}") as progress:
+                mean = evaluated(statistics=statistics, **inner, progress=progress)
+        except StatisticsError as error:
+            found[statistics] = {"accuracy": None, "ci95": None, "refused": str(error)}
             continue
-        interval = "% (no interval from one task)" if row["ci95"] is None else f"± {100 * row['ci95']:.2f} %"
-        cost = (
-            f", costs {100 * row['drop']:.2f} ± {100 * row['drop_ci95']:.2f} points"
-            if row.get("drop_ci95") is not None
-            else ""
-        )
-        click.echo(f"  {100 * row['accuracy']:.2f} {interval}, {how} (statistics of the {statistics}){cost}")
+        found[statistics] = {"accuracy": mean.mean, "ci95": mean.ci95 if len(mean.scores) > 1 else None}
+        scores[statistics] = mean.scores
+    if "support" in scores:
+        drop, ci95 = mean_ci95(scores["batch"] - scores["support"])
+        found["support"] |= {"drop": drop, "drop_ci95": ci95 if len(scores["batch"]) > 1 else None}
+    return found
+
+
+def _line(statistics: str, row: Mapping[str, Any]) -> str:
+    """An accuracy for people."""
+    how = {"batch": "query images together", "support": "each image by itself"}[statistics]
+    said = f"{how} (statistics of the {statistics})"
+    if "refused" in row:
+        return f"  no figure, {said}: {row['refused']}"
+    interval = "% (no interval from one task)" if row["ci95"] is None else f"± {100 * row['ci95']:.2f} %"
+    has_cost = row.get("drop_ci95") is not None
+    cost = f", costs {100 * row['drop']:.2f} ± {100 * row['drop_ci95']:.2f} points" if has_cost else ""
+    return f"  {100 * row['accuracy']:.2f} {interval}, {said}{cost}"
