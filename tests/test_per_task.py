@@ -13,7 +13,7 @@ from PIL import Image
 from small_runs import VAL, network
 from torch import Tensor
 
-from lambda_maml import Pattern, adapt, cli, data, select_pattern
+from lambda_maml import Pattern, adapt, cli, data, scored, select_pattern
 from lambda_maml import select as select_module
 from lambda_maml.evaluate import Evaluation, evaluate
 from lambda_maml.pattern_json import read_selection
@@ -186,8 +186,8 @@ def constructed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
         own = scores[str(pattern)][first : first + len(tasks)]
         return Evaluation(own, *mean_ci95(own))
 
-    monkeypatch.setattr(select_module, "evaluate", judged)
-    monkeypatch.setattr(select_module, "values_of", lambda *args, **more: 1.0 - 0.5 * EASY)
+    monkeypatch.setattr(scored, "evaluate", judged)
+    monkeypatch.setattr(scored, "values_of", lambda *args, **more: 1.0 - 0.5 * EASY)
     return scores
 
 
@@ -236,10 +236,10 @@ def test_after_a_race_the_front_is_judged_on_all_tasks_and_what_was_evaluated_is
     options: dict[str, Any] = {"search": "race", "resume": tmp_path / "pattern.evaluated.json"}
     with pytest.raises(KeyboardInterrupt):
         choose(**options)
-    values_of = select_module.values_of  # type: ignore[attr-defined]
-    monkeypatch.setattr(select_module, "values_of", None)  # what was evaluated is taken up
+    values_of = scored.values_of  # type: ignore[attr-defined]
+    monkeypatch.setattr(scored, "values_of", None)  # what was evaluated is taken up
     chosen = choose(**options)
-    monkeypatch.setattr(select_module, "values_of", values_of)
+    monkeypatch.setattr(scored, "values_of", values_of)
     assert chosen.to_dict() == choose(**{**options, "resume": None}).to_dict()
     assert chosen["00001"].tasks == 10 and chosen.pattern == FIXED.pattern
     assert [str(row.pattern) for row in chosen.front] == ["00001", "00011", "11111"]
@@ -255,7 +255,7 @@ def test_no_rule_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     (said,) = [w for w in choose(max_drop=0.5).warnings if "rule per task" in w]
     assert said == "no rule per task beat 00001 at its 2 ms: no two patterns of the front fit into that time"
     noise = torch.rand(24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    monkeypatch.setattr(select_module, "values_of", lambda *args, **more: noise)
+    monkeypatch.setattr(scored, "values_of", lambda *args, **more: noise)
     chosen = choose()
     (said,) = [w for w in chosen.warnings if "rule per task" in w]
     assert chosen.per_task is None and "per_task" not in chosen.to_dict() and "\n" not in said

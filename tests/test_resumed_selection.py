@@ -9,8 +9,7 @@ import pytest
 import torch
 from small_runs import VAL, network
 
-from lambda_maml import data
-from lambda_maml import select as select_module
+from lambda_maml import data, scored
 from lambda_maml.select import Selection, select_pattern
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,7 +25,7 @@ def chosen(kept: Path, **changes: Any) -> Selection:
 @pytest.fixture
 def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The patterns that are evaluated; the third one fails."""
-    evaluate, seen = select_module.evaluate, list[str]()  # type: ignore[attr-defined]
+    evaluate, seen = scored.evaluate, list[str]()  # type: ignore[attr-defined]
 
     def counted(*args: Any, pattern: Any, **options: Any) -> Any:
         seen.append(str(pattern))
@@ -34,7 +33,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise KeyboardInterrupt
         return evaluate(*args, pattern=pattern, **options)
 
-    monkeypatch.setattr(select_module, "evaluate", counted)
+    monkeypatch.setattr(scored, "evaluate", counted)
     return seen
 
 

@@ -11,7 +11,7 @@ import torch
 from small_runs import VAL, network
 from torch import nn
 
-from lambda_maml import Pattern, data, models, select_pattern
+from lambda_maml import Pattern, data, models, scored, select_pattern
 from lambda_maml import select as select_module
 from lambda_maml.choice import Limit
 from lambda_maml.evaluate import evaluate
@@ -70,7 +70,7 @@ def test_a_race_goes_on_from_what_it_had_evaluated(tmp_path: Path, monkeypatch: 
         seen.append((str(pattern), first, len(tasks)))
         return evaluate(model, tasks, pattern=pattern, first=first, **options)
 
-    monkeypatch.setattr(select_module, "evaluate", counted)
+    monkeypatch.setattr(scored, "evaluate", counted)
     options: dict[str, Any] = {"search": "race", "max_drop": 0.0, "resume": kept}
     with pytest.raises(KeyboardInterrupt):
         choose(**options)

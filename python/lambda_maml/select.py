@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,31 +13,30 @@ from lambda_kernels import info
 from lambda_kernels.agreement import DRAWS
 
 from . import models, racing
-from .adapt import STATISTICS, adapt
+from .adapt import STATISTICS
 from .checkpoint import digest, tensors_of_rule
-from .choice import FEW_BITS, Limit, Table, candidates_of, finite, front, key_of
+from .choice import FEW_BITS, Limit, Table, candidates_of, front
 from .data.episodes import Task, as_tasks
-from .evaluate import ACCURACY, Metric, check_metric, evaluate, name_of, stack, worded
+from .evaluate import ACCURACY, Metric, check_metric, stack
 from .goal import Goal
 from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate, Rates
 from .inner.rule import Rule, is_rule
-from .inner.rules import rule_of
 from .memory import measure_memory
 from .patterns import Pattern
-from .per_task import FEWEST, Costs, Figures, Known, PerTask, fit, kinds_of, values_of
+from .per_task import FEWEST, Costs, Known, PerTask, fit, kinds_of
 from .places import Solver
 from .plain_torch import disagreement
 from .progress import Progress, shown
 from .ranks import ALONE, Ranks
 from .remembered_scores import Scores
+from .scored import Scored
 from .search import counted_or_none, planned, race_among, search_deep, suffixes_and_stages
 from .selection import Selection, trial_of
-from .solved import check_inner
-from .statistics import StatisticsError
-from .stats import mean_ci95
+from .tested import alone_fault, check_disjoint, on_test, rule_on_test
 from .timing import STOCK, Timing, busy, measure_passes, measure_times, read_trials, stock_of
-from .trials import Trial, counts_of, rates_of, trials_of
+from .trial_loops import InnerLoops
+from .trials import Trial, counts_of, rates_of
 
 __all__ = ["Selection", "rates_in_json", "select_pattern"]
 
@@ -128,143 +123,80 @@ def select_pattern(
     no pattern keeps (names the best there is), no tasks, test tasks that were chosen on, or per_task with fewer than 20
     tasks or with times from a file.
     """
-    inner = rule if not isinstance(rule, str) and is_rule(rule) else None
-    if inner is None and decide is None:
-        decide, rule = str(rule), "bound"
-    decide = decide or "bound"
-    if decide not in ("bound", "point") or (inner is None and rule != "bound"):
-        wrong = decide if decide not in ("bound", "point") else rule
-        raise ValueError(f"rule is {wrong!r}, expected 'bound' or 'point', or an inner rule such as rules.adam(0.01)")
+    inner, decide = _judged_by(rule, decide)
     tasks, test_tasks = as_tasks(tasks, "select_pattern"), as_tasks(test_tasks or (), "select_pattern: test_tasks")
     if not tasks:
         raise ValueError("select_pattern: there are no tasks")
     check_metric(metric, tasks)
     goal = Goal(loss, metric, lower_is_better)
-    name = goal.name
-    limit = Limit.of(max_drop, decide, relative, max_time, max_memory, name, lower_is_better)
+    limit = Limit.of(max_drop, decide, relative, max_time, max_memory, goal.name, lower_is_better)
     _check_search(search, error, statistics)
     if test_tasks:
-        _check_disjoint(tasks, test_tasks)
+        check_disjoint(tasks, test_tasks)
     if per_task:
         _check_per_task(tasks, timings)
-    counts, lrs = counts_of(steps), rates_of(rates, lr, inner)
-    full = Pattern.full(len(models.layer_names(model)))
-    race = search == "race" or (search is None and patterns is None and full.layers > MANY_BITS)
-    deep = race and patterns is None and full.layers > FEW_BITS
-    candidates = list(dict.fromkeys([*suffixes_and_stages(model), full])) if deep else candidates_of(model, patterns)
-    trials = trials_of(candidates, counts if len(counts) > 1 else [None], lrs if len(lrs) > 1 else [None])
-    fulls = [trial for trial in trials if trial.pattern == full]
-
-    def descent(trial: Trial) -> dict[str, Any]:
-        k, rate = trial.steps or counts[0], lrs[0] if trial.rate is None else trial.rate
-        return {"steps": k, "lr": rate, "rule": inner, "norm": norm, "loss": loss, "solver": solver}
-
-    def how(trial: Trial) -> dict[str, Any]:
-        return {**descent(trial), "pattern": trial.pattern}
-
-    ways, shots = _ways_shots(tasks[0])
+    loops = InnerLoops(counts_of(steps), rates_of(rates, lr, inner), inner, norm, loss, solver)
+    field = _Field.of(model, patterns, search, loops)
+    trials = field.trials
     xs, ys, xq, _ = (part[0] for part in stack(tasks[:1], model))
-    warnings: list[str] = []
-    if len(tasks) == 1 and decide == "bound" and limit.budget is None:
-        warnings.append("one task has no spread, so every bound is infinite and only the full pattern is admissible")
-    elif len(tasks) < FEW_TASKS:
-        warnings.append(f"the choice rests on {len(tasks)} tasks, fewer than {FEW_TASKS}: take more for a firm one")
-
-    for trial in trials if inner is not None or solver is not None else ():
-        if not trial.pattern.rows:
-            given = descent(trial)
-            chosen_rule = rule_of(given["lr"], inner)
-            check_inner(model, xs, ys, trial.pattern, given["steps"], norm, False, loss, chosen_rule, solver)
-    network = _network(model)
-    external: dict[str, Timing] = {}
-    environment = ranks.first(lambda: info.environment(xs.device))
+    loops.check(model, xs, ys, trials)
+    clock = _Clock(model, (xs, ys, xq), loops, ranks, seconds)
+    network, (ways, shots) = _network(model), _ways_shots(tasks[0])
     if timings is not None:
-        file, dtype = timings, str(xs.dtype).removeprefix("torch.")
-        config = {"network": network, "shots": shots, "norm": norm, "dtype": dtype}
-        external, environment = ranks.first(lambda: read_trials(file, trials, counts, config))
+        dtype = str(xs.dtype).removeprefix("torch.")
+        clock.read(timings, trials, {"network": network, "shots": shots, "norm": norm, "dtype": dtype})
     judged: dict[str, Any] = {"metric": metric, "ranks": ranks}
-    own_rates, own_loss = [rates_in_json(rate, inner) for rate in lrs], getattr(loss, "__qualname__", loss)
-    who = (inner,) if solver is None else (inner, solver, digest(tensors_of_rule(solver), ""))
-    about = repr((counts, own_rates, norm, *who, own_loss, name, statistics))
-    kept = Scores(Path(resume) if resume and ranks.rank == 0 else None, model.state_dict(), tasks, about)
-    plain = inner is None and solver is None and isinstance(lrs[0], (int, float))  # as plain PyTorch's loop is
-    fault: str | None = None
-
-    def measure(wanted: Sequence[Trial], **more: Any) -> dict[str, Timing]:
-        given = {**descent(reference), **more}
-        return ranks.first(lambda: measure_times(model, xs, ys, patterns=wanted, stock=fault is None, **given))
-
-    def timed(wanted: Sequence[Trial]) -> dict[Trial, Timing]:
-        """Their times; `times` gets them, too, and plain PyTorch's."""
-        times.update(measure(wanted, seconds=seconds, progress=told) if timings is None else external)
-        if timings is not None and (stock := stock_of(reference)) in external:
-            times[STOCK] = external[stock]
-        return {trial: times[trial.timed] for trial in wanted}
-
-    def sized() -> dict[Trial, float] | None:
-        if limit.budget is None or limit.budget.memory_mb is None:
-            return None
-        return ranks.first(lambda: measure_memory(model, xs, ys, {t: how(t) for t in trials}))
+    kept = _kept(resume, model, tasks, loops, goal.name, statistics, ranks)
 
     with shown(progress, "selecting", here=ranks.rank == 0) as told:
-        scored = _Scored(model, tasks, descent, {**judged, "statistics": statistics}, kept, told)
-        scored.candidates, scored.race = len(trials), race
-        times: dict[str, Timing] = {}
-        counted = counted_or_none(model, xs, counts[0], norm) if deep or plan is not None else None
+        scored = Scored(model, tasks, loops, {**judged, "statistics": statistics}, kept, told)
+        scored.candidates, scored.race = len(trials), field.race
+        counted = counted_or_none(model, xs, loops.counts[0], norm) if field.deep or plan is not None else None
         if plan is not None:
-            each = scored.seconds_a_task(fulls[0])
-            todo = planned(each, trials, fulls, counted, race, len(tasks), len(test_tasks), seconds)
+            each = scored.seconds_a_task(field.fulls[0])
+            todo = planned(each, trials, field.fulls, counted, field.race, len(tasks), len(test_tasks), seconds)
             if ranks.rank == 0:
                 plan(str(todo))
-        for trial in trials if not race and limit.budget is None else fulls:
+        for trial in trials if not field.race and limit.budget is None else field.fulls:
             scored(trial, len(tasks))
-        reference = max(fulls, key=lambda trial: goal.sign * float(scored.known[trial].mean()))
-        if plain:
-            given = descent(reference)
-            fault = ranks.first(lambda: _disagreement(model, tasks[:DRAWS], given))
-        if deep and limit.budget is None and timings is None:
+        reference = max(field.fulls, key=lambda trial: goal.sign * float(scored.known[trial].mean()))
+        clock.compare(tasks[:DRAWS], reference)
+        if field.deep and limit.budget is None and timings is None:
             search_deep(trials, reference, limit, scored, counted, len(tasks), error)
-            memory, by_time = None, timed(list(scored.known))
+            memory, by_time = None, clock(list(scored.known), reference, told)
         else:
-            memory, by_time = sized(), timed(trials)
+            memory, by_time = _sized(model, xs, ys, limit, trials, loops, ranks), clock(trials, reference, told)
             limit.check_budget(by_time, memory)
-            for trial in [] if race else trials:
+            for trial in [] if field.race else trials:
                 scored(trial, len(tasks))
-            if race:
+            if field.race:
                 race_among(trials, reference, limit, scored, by_time, memory, len(tasks), error)
         found = {t: own[: len(tasks)] for t, own in scored.known.items()}
         trial, table = limit.choose(found, by_time, reference, memory)
+        warnings = [*_few(len(tasks), decide, limit)]
         per_task_rule: PerTask | None = None
         if per_task:
-            part = None if seconds is None else seconds / 8
-            passes = ranks.first(lambda: measure_passes(model, xs, ys, xq, seconds=part, **how(trial)))
+            passes = clock.passes(trial)
             costs = Costs({t: ms.median for t, ms in by_time.items()}, *passes, passes[1] * (statistics == "support"))
             per_task_rule, said = _rule_per_task(scored, table, trial, costs, goal)
             warnings += [] if said is None else [said]
-    if fault is not None:
-        times.pop(STOCK, None)
-    warnings += [said for said in (busy(by_time.values()), limit.alone(table)) if said is not None]
-    if fault is not None:
-        warnings.append(fault)
-    end_to_end: dict[str, float] = {}
-    if timings is None:
-        pair = measure([trial, reference], xq=xq, seconds=None if seconds is None else seconds / 4)
-        end_to_end = {key: timing.median for key, timing in pair.items()}
+    warnings += [said for said in (busy(by_time.values()), limit.alone(table), clock.fault) if said is not None]
+    end_to_end = clock.end_to_end(trial, reference)
 
-    best = how(reference)
-    own = best if trial == reference else how(trial)
+    best = loops.of(reference)
+    own = best if trial == reference else loops.of(trial)
     if getattr(solver, "linearises", False):
-        alone_fault: str | None = "its predictions are those of no network"
+        fault: str | None = "its predictions are those of no network"
     else:
-        alone_fault = _alone_fault(model, test_tasks[:1], best)
-    if alone_fault is not None:
-        warnings.append(f"there are no test figures of images classified each by itself: {alone_fault}")
-    test = _on_test(model, test_tasks, own, best, goal.sign, judged, STATISTICS[: 1 if alone_fault else None])
+        fault = alone_fault(model, test_tasks[:1], best)
+    if fault is not None:
+        warnings.append(f"there are no test figures of images classified each by itself: {fault}")
+    test = on_test(model, test_tasks, own, best, goal.sign, judged, STATISTICS[: 1 if fault else None])
     if per_task_rule is not None and test_tasks:
-        per_task_rule = _rule_on_test(model, test_tasks, per_task_rule, descent(trial), own, costs, goal.sign, judged)
-    moved = inner if solver is None else solver
+        descent = loops.descent(trial)
+        per_task_rule = rule_on_test(model, test_tasks, per_task_rule, descent, own, costs, goal.sign, judged)
     kept.remove()
-    chosen = descent(trial)
+    moved, chosen = inner if solver is None else solver, loops.descent(trial)
     return Selection(
         trial=trial,
         full_trial=reference,
@@ -274,99 +206,139 @@ def select_pattern(
             "ways": ways, "shots": shots, "steps": chosen["steps"], "lr": rates_in_json(chosen["lr"], moved),
             "norm": norm,
             **({} if moved is None else {"inner_rule": " ".join(repr(moved).split())}),
-            **({} if name == ACCURACY else {"metric": name, "lower_is_better": lower_is_better}),
+            **({} if goal.name == ACCURACY else {"metric": goal.name, "lower_is_better": lower_is_better}),
             **limit.to_dict(),
             "statistics": statistics,
             "search": {
-                "kind": "race" if race else "all", "tasks": len(tasks), "candidates": len(found if deep else trials),
-                "adaptations": sum(map(len, found.values())), **({"error": error} if race else {}),
+                "kind": "race" if field.race else "all", "tasks": len(tasks),
+                "candidates": len(found if field.deep else trials), "adaptations": sum(map(len, found.values())),
+                **({"error": error} if field.race else {}),
             },
         },
-        times=times,
+        times=clock.times,
         end_to_end_ms=end_to_end,
         test=test,
-        environment=environment,
+        environment=clock.environment,
         warnings=warnings,
         per_task=per_task_rule,
     )  # fmt: skip
 
 
-class _Scored:
-    """The scores of candidates on the first so many tasks, evaluated as they are asked for, and kept."""
+def _judged_by(rule: str | Rule, decide: str | None) -> tuple[Rule | None, str]:
+    """The inner rule, and how a drop is judged, which `rule` may be either of."""
+    inner = rule if not isinstance(rule, str) and is_rule(rule) else None
+    if inner is None and decide is None:
+        decide, rule = str(rule), "bound"
+    decide = decide or "bound"
+    if decide not in ("bound", "point") or (inner is None and rule != "bound"):
+        wrong = decide if decide not in ("bound", "point") else rule
+        raise ValueError(f"rule is {wrong!r}, expected 'bound' or 'point', or an inner rule such as rules.adam(0.01)")
+    return inner, decide
+
+
+class _Field(NamedTuple):
+    """The candidates, and how they are gone through."""
+
+    trials: list[Trial]
+    fulls: list[Trial]  # those of the full pattern
+    race: bool
+    deep: bool  # a race that goes on to what is cheaper than the best of `trials`
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, patterns: Iterable[Pattern | str] | None, search: str | None, loops: InnerLoops
+    ) -> _Field:
+        full = Pattern.full(len(models.layer_names(model)))
+        race = search == "race" or (search is None and patterns is None and full.layers > MANY_BITS)
+        deep = race and patterns is None and full.layers > FEW_BITS
+        candidates = (
+            list(dict.fromkeys([*suffixes_and_stages(model), full])) if deep else candidates_of(model, patterns)
+        )
+        trials = loops.trials(candidates)
+        return cls(trials, [trial for trial in trials if trial.pattern == full], race, deep)
+
+
+class _Clock:
+    """Adaptation times on one task: taken here, on rank 0 alone, or those of a file."""
 
     def __init__(
-        self, model: nn.Module, tasks: Sequence[Task], descent: Callable[[Trial], dict[str, Any]],
-        judged: Mapping[str, Any], kept: Scores, told: Progress | None,
+        self, model: nn.Module, task: tuple[Tensor, Tensor, Tensor], loops: InnerLoops, ranks: Ranks,
+        seconds: float | None,
     ) -> None:  # fmt: skip
-        self.model, self.tasks, self.descent, self.judged = model, tasks, descent, judged
-        self.kept, self.told = kept, told
-        self.known: dict[Trial, Tensor] = {}
-        self.candidates, self.race = 0, False  # for the progress
+        self.model, self.task, self.loops, self.ranks, self.seconds = model, task, loops, ranks, seconds
+        self.times: dict[str, Timing] = {}
+        self.external: dict[str, Timing] | None = None
+        self.fault: str | None = None  # where adapt disagrees with plain PyTorch, which is then not timed
+        self.environment = ranks.first(lambda: info.environment(task[0].device))
 
-    def __call__(self, trial: Trial, count: int) -> Tensor:
-        ranks, known = self.judged["ranks"], self.known.get(trial)
-        if known is None:
-            known = ranks.first(partial(self.kept.get, str(trial)))
-        begin = 0 if known is None else len(known)
-        if begin < count:
-            more = self._evaluated(trial, begin, count)
-            known = more if known is None else torch.cat([known, more])
-            self.kept.put(str(trial), known)
-        assert known is not None
-        if self.told is not None and len(self.known.get(trial, ())) < len(known):
-            self._tell(self.told, trial, known)
-        self.known[trial] = known
-        return known[:count]
+    def read(self, path: str | Path, trials: Sequence[Trial], config: Mapping[str, Any]) -> None:
+        """Take the times from a file."""
+        self.external, self.environment = self.ranks.first(lambda: read_trials(path, trials, self.loops.counts, config))
 
-    def _evaluated(self, trial: Trial, begin: int, end: int) -> Tensor:
-        how = {**self.descent(trial), **self.judged}
-        return evaluate(self.model, self.tasks[begin:end], pattern=trial.pattern, first=begin, **how).scores
+    def compare(self, tasks: Sequence[Task], reference: Trial) -> None:
+        """Note whether `adapt` agrees with plain PyTorch on one of the tasks, where that has such an inner loop."""
+        loops = self.loops
+        if loops.rule is None and loops.solver is None and isinstance(loops.rates[0], (int, float)):
+            descent = loops.descent(reference)
+            self.fault = self.ranks.first(lambda: _disagreement(self.model, tasks, descent))
 
-    def whole(self, trial: Trial) -> Tensor:
-        """The scores on all tasks of a candidate that a race saw on some. What it lacks is kept apart, so that a
-        selection that is taken up has the same table."""
-        known, n = self.known[trial], len(self.tasks)
-        begin, ranks = len(known), self.judged["ranks"]
-        if begin == n:
-            return known
-        key = f"{trial}: from {begin}"
-        more = ranks.first(partial(self.kept.get, key))
-        if more is None:
-            more = self._evaluated(trial, begin, n)
-            self.kept.put(key, more)
-        return torch.cat([known, more])
-
-    def value(self, trial: Trial, statistic: str) -> Tensor:
-        """A statistic [T] of all tasks, adapted to by a candidate; kept as scores are."""
-        ranks, key = self.judged["ranks"], f"{trial}: {statistic}"
-        known = ranks.first(partial(self.kept.get, key))
-        if known is None:
-            more = {k: v for k, v in self.judged.items() if k != "metric"}
-            how = {**self.descent(trial), "pattern": trial.pattern, **more}
-            known = values_of(statistic, self.model, self.tasks, **how)
-            self.kept.put(key, known)
-        return known
-
-    def seconds_a_task(self, trial: Trial) -> float | None:
-        """How long a task takes, by some of the first ones; None where these were evaluated before."""
-        if self.judged["ranks"].first(partial(self.kept.get, str(trial))) is not None:
-            return None
-        begun = 0
-        for count in (2, 10):  # the first ones load and capture
-            start, count = time.perf_counter(), min(count, len(self.tasks))
-            if count > begun:
-                self(trial, count)
-                each, begun = (time.perf_counter() - start) / (count - begun), count
-        return each
-
-    def _tell(self, told: Progress, trial: Trial, scores: Tensor) -> None:
-        known = {**self.known, trial: scores}
-        at = f"{trial} at {worded(float(scores.mean()), name_of(self.judged['metric']))}"
-        if self.race:
-            done, whole = sum(map(len, known.values())), self.candidates * len(self.tasks)
-            told(done, max(done, whole), f"adaptations at most, {at}")
+    def __call__(self, wanted: Sequence[Trial], reference: Trial, told: Progress | None) -> dict[Trial, Timing]:
+        """Their times; `times` gets them, too, and plain PyTorch's."""
+        if self.external is None:
+            self.times |= self._measured(wanted, reference, seconds=self.seconds, progress=told)
         else:
-            told(len(known), self.candidates, f"patterns, {at}")
+            self.times |= self.external
+            if (stock := stock_of(reference)) in self.external:
+                self.times[STOCK] = self.external[stock]
+            if self.fault is not None:
+                self.times.pop(STOCK, None)
+        return {trial: self.times[trial.timed] for trial in wanted}
+
+    def end_to_end(self, trial: Trial, reference: Trial) -> dict[str, float]:
+        """Milliseconds with the query images classified; none by a file's times."""
+        if self.external is not None:
+            return {}
+        part = None if self.seconds is None else self.seconds / 4
+        pair = self._measured([trial, reference], reference, xq=self.task[2], seconds=part)
+        return {key: timing.median for key, timing in pair.items()}
+
+    def passes(self, trial: Trial) -> tuple[float, float]:
+        """Milliseconds of a pass over the query set and one over the support set."""
+        part = None if self.seconds is None else self.seconds / 8
+        return self.ranks.first(lambda: measure_passes(self.model, *self.task, seconds=part, **self.loops.of(trial)))
+
+    def _measured(self, wanted: Sequence[Trial], reference: Trial, **more: Any) -> dict[str, Timing]:
+        how = {**self.loops.descent(reference), **more, "stock": self.fault is None}
+        return self.ranks.first(lambda: measure_times(self.model, *self.task[:2], patterns=wanted, **how))
+
+
+def _few(tasks: int, decide: str, limit: Limit) -> Iterator[str]:
+    """What is to be said of a choice that rests on few tasks."""
+    if tasks == 1 and decide == "bound" and limit.budget is None:
+        yield "one task has no spread, so every bound is infinite and only the full pattern is admissible"
+    elif tasks < FEW_TASKS:
+        yield f"the choice rests on {tasks} tasks, fewer than {FEW_TASKS}: take more for a firm one"
+
+
+def _kept(
+    resume: str | Path | None, model: nn.Module, tasks: Sequence[Task], loops: InnerLoops, metric: str,
+    statistics: str, ranks: Ranks,
+) -> Scores:  # fmt: skip
+    """Scores of an earlier call with the same weights, tasks, inner loops and metric."""
+    rates, loss = [rates_in_json(rate, loops.rule) for rate in loops.rates], loops.loss
+    solver = () if loops.solver is None else (loops.solver, digest(tensors_of_rule(loops.solver), ""))
+    named = getattr(loss, "__qualname__", loss)
+    about = repr((loops.counts, rates, loops.norm, loops.rule, *solver, named, metric, statistics))
+    return Scores(Path(resume) if resume and ranks.rank == 0 else None, model.state_dict(), tasks, about)
+
+
+def _sized(
+    model: nn.Module, xs: Tensor, ys: Tensor, limit: Limit, trials: Sequence[Trial], loops: InnerLoops, ranks: Ranks
+) -> dict[Trial, float] | None:
+    """MB of each candidate, where the budget is one of memory."""
+    if limit.budget is None or limit.budget.memory_mb is None:
+        return None
+    return ranks.first(lambda: measure_memory(model, xs, ys, {trial: loops.of(trial) for trial in trials}))
 
 
 def _check_per_task(tasks: Sequence[Task], timings: str | Path | None) -> None:
@@ -379,7 +351,7 @@ def _check_per_task(tasks: Sequence[Task], timings: str | Path | None) -> None:
 
 
 def _rule_per_task(
-    scored: _Scored, table: Table, fixed: Trial, costs: Costs, goal: Goal
+    scored: Scored, table: Table, fixed: Trial, costs: Costs, goal: Goal
 ) -> tuple[PerTask | None, str | None]:
     """A rule over the front's patterns that beats the choice at its time, or else that there is none."""
     ms = costs.adapting
@@ -392,19 +364,6 @@ def _rule_per_task(
     if rule is None:
         return None, f"no rule per task beat {at}: no two patterns of the front fit into that time"
     return (rule, None) if beats else (None, f"no rule per task beat {at}: the best is {rule}: {rule.worth(goal.name)}")
-
-
-def _rule_on_test(
-    model: nn.Module, tasks: Sequence[Task], rule: PerTask, descent: Mapping[str, Any], fixed: Mapping[str, Any],
-    costs: Costs, sign: int, judged: Mapping[str, Any],
-) -> PerTask:  # fmt: skip
-    """The rule with its figures on test tasks, beside the fixed choice's there."""
-    again = rule.decide(model, tasks, ranks=judged["ranks"], **descent)
-    own = rule.evaluate(model, tasks, again, **judged, **descent)
-    other = evaluate(model, tasks, statistics=rule.statistics, **fixed, **judged)
-    share = float(again.double().mean())
-    gain = mean_ci95(sign * (own.scores - other.scores))
-    return replace(rule, test=Figures(len(tasks), share, costs.mean(rule, share), own.mean, *gain))
 
 
 def _check_search(search: str | None, error: float, statistics: str) -> None:
@@ -425,45 +384,6 @@ def _disagreement(model: nn.Module, tasks: Sequence[Task], descent: Mapping[str,
         if fault is None:
             break
     return fault
-
-
-def _alone_fault(model: nn.Module, tasks: Sequence[Task], full: Mapping[str, Any]) -> str | None:
-    """Why the network, adapted to a task, cannot classify images each by itself; None where it can. All ranks ask."""
-    for task in tasks:
-        xs, ys, _, _ = (part[0] for part in stack([task], model))
-        try:
-            adapt(model, xs, ys, statistics="support", **full)
-        except StatisticsError as error:
-            return str(error)
-    return None
-
-
-def _on_test(
-    model: nn.Module, tasks: Sequence[Task], own: Mapping[str, Any], full: Mapping[str, Any], sign: int,
-    judged: Mapping[str, Any], statistics: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
-    """The choice and the full pattern on `tasks`: query images together, and under "support" each by itself."""
-    together, *alone = (_compared(model, tasks, own, full, sign, {**judged, "statistics": kind}) for kind in statistics)
-    return {"tasks": len(tasks), **together, "support": alone[0] if alone else None}
-
-
-def _compared(
-    model: nn.Module, tasks: Sequence[Task], own: Mapping[str, Any], full: Mapping[str, Any], sign: int,
-    judged: Mapping[str, Any],
-) -> dict[str, float | None]:  # fmt: skip
-    """Mean scores, and the drop (how much worse the choice is) with its two-sided interval."""
-    full_key, chosen_key = (f"{which}_{key_of(name_of(judged['metric']))}" for which in ("full", "chosen"))
-    if not tasks:
-        return {full_key: None, chosen_key: None, "drop": None, "drop_ci95": None}
-    best = evaluate(model, tasks, **full, **judged)
-    chosen = best if own is full else evaluate(model, tasks, **own, **judged)
-    drop, ci95 = mean_ci95(sign * (best.scores - chosen.scores))
-    return {
-        full_key: best.mean,
-        chosen_key: chosen.mean,
-        "drop": drop,
-        "drop_ci95": 0.0 if own is full else finite(ci95),
-    }
 
 
 def rates_in_json(lr: Rate, rule: Any) -> Any:
@@ -491,10 +411,3 @@ def _ways_shots(task: Task) -> tuple[int | None, int]:
         return None, len(task.ys)
     classes, counts = task.ys.unique(return_counts=True)
     return classes.numel(), int(counts.min())
-
-
-def _check_disjoint(tasks: Sequence[Task], test_tasks: Sequence[Task]) -> None:
-    seen = {task.xs.cpu().numpy().tobytes() for task in tasks}
-    for index, task in enumerate(test_tasks):
-        if task.xs.cpu().numpy().tobytes() in seen:
-            raise ValueError(f"test task {index} is one of the tasks that the pattern is chosen on: take other tasks")
