@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
-__all__ = ["NO_LOCKS", "atomic", "is_at", "remove_leftovers"]
+__all__ = ["NO_LOCKS", "atomic", "is_at", "one_at_a_time", "remove_leftovers"]
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What flock says on a file system that has no locks."""
@@ -45,6 +45,29 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def one_at_a_time(path: str | Path) -> Iterator[None]:
+    """Let others that read `path` and write it anew within such a block wait until this one ends.
+
+    >>> with one_at_a_time(folder / "a.json"), atomic(folder / "a.json") as part:
+    ...     _ = part.write_text("{}")
+
+    The lock is that of the folder. On a file system that has none for folders, as NFS, nobody waits.
+    """
+    folder = Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (*NO_LOCKS, errno.EBADF):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _new(path: Path) -> tuple[Path, int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import EXACT
+from machine import PATIENCE
 from torch import Tensor
 
 from lambda_kernels import autograd, backends, info
@@ -173,6 +176,30 @@ def test_the_table_is_kept_and_other_processes_entries_too(tmp_path: Path) -> No
     second.conv2d(*operands(8))
     assert len(json.loads(path.read_text())["choices"]) == 3
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_processes_that_write_one_table_at_a_time_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "choices.json"
+    program = (
+        "import sys; from pathlib import Path; from lambda_kernels.backends.table import Choice, Table\n"
+        "print(flush=True); input()\n"
+        "for i in range(25): Table(Path(sys.argv[1])).add(f'{sys.argv[2]} {i}', Choice('a', {'a': 1.0}, {}))"
+    )
+    pipe = subprocess.PIPE
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program, str(path), str(k)], stdin=pipe, stdout=pipe, text=True)
+        for k in range(3)
+    ]
+    for writer in writers:  # all are ready
+        assert writer.stdout is not None and writer.stdout.readline() == "\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate(timeout=PATIENCE)
+        assert writer.returncode == 0
+    assert set(Table(path).choices) == {f"{k} {i}" for k in range(3) for i in range(25)}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"choices": {"a": 1}}', '{"choices": {"a": {"chosen": "fast"}}}'])

@@ -13,7 +13,7 @@ from typing import Annotated
 import msgspec
 import torch
 
-from ..files import atomic
+from ..files import atomic, one_at_a_time
 
 __all__ = ["Choice", "Table", "cache_folder", "table_of"]
 
@@ -68,9 +68,10 @@ class Table:
             if self.path is None:
                 return
             try:
-                both = _Stored(dict(sorted({**self._read(), **self.choices}.items())))
-                with atomic(self.path) as part:
-                    part.write_bytes(msgspec.json.format(msgspec.json.encode(both), indent=1))
+                with one_at_a_time(self.path):
+                    both = _Stored(dict(sorted({**self._read(), **self.choices}.items())))
+                    with atomic(self.path) as part:
+                        part.write_bytes(msgspec.json.format(msgspec.json.encode(both), indent=1))
             except OSError as error:
                 _log.warning("the choices are kept in this process only: %s", error)
                 self.path = None
