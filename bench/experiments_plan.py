@@ -18,11 +18,10 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 CIFAR: dict[str, Any] = {"lr": 0.05, "flip": True, "crop": 4}
 # Few support images gain by second derivatives; of half of the iterations these are worth their time (MAML++).
-FC_1: dict[str, Any] = {**CIFAR, "second_order": True}
-# Twice the updates, of half the tasks each, at twice the rate: after 275 s of a 1-shot run 39.7% of the images of 300
-# validation tasks, beside 37.1% with four tasks at 1e-3. With 64 channels it was not compared.
+CIFAR_1: dict[str, Any] = {**CIFAR, "second_order": True}
+# With 64 channels: twice the updates, of half the tasks each, at twice the rate. With 32 and one support image these came
+# to 49.4% of the validation tasks' images after 47,000 updates, the others to 49.3% after 22,500.
 SMALL: dict[str, Any] = {"meta_batch": 2, "meta_lr": 2e-3, "val_every": 1000}
-CIFAR_1: dict[str, Any] = {**FC_1, **SMALL}
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +49,16 @@ class Arm(NamedTuple):
 
 CORE = (
     Case("cifar_fs", 5, 32, 20000, CIFAR),
-    Case("cifar_fs", 1, 32, 60000, CIFAR_1),
+    Case("cifar_fs", 1, 32, 24000, CIFAR_1),
     # With 32 channels in first order, 20,000 iterations end at 97.1% of the validation tasks' images.
     Case("omniglot", 1, 64, 20000, {"lr": 0.1, "second_order": True}),
     Case("omniglot", 5, 32, 12000, {"lr": 0.1}),
 )
 MORE = (
     Case("cifar_fs", 5, 64, 14000, {**CIFAR, **SMALL}, wide=True),
+    Case("cifar_fs", 1, 64, 16000, {**CIFAR_1, **SMALL}, wide=True),
     Case("fc100", 5, 32, 12000, CIFAR),
-    Case("fc100", 1, 32, 16000, FC_1),
+    Case("fc100", 1, 32, 16000, CIFAR_1),
     Case("mini_imagenet", 5, 32, 12000, {"lr": 0.03, "flip": True}),
     Case("mini_imagenet", 1, 32, 20000, {"lr": 0.03, "flip": True}),
 )
