@@ -19,8 +19,8 @@ COMMON: dict[str, Any] = {
 CIFAR: dict[str, Any] = {"lr": 0.05, "flip": True, "crop": 4}
 # Few support images gain by second derivatives; of half of the iterations these are worth their time (MAML++).
 CIFAR_1: dict[str, Any] = {**CIFAR, "second_order": True}
-# With 64 channels: twice the updates, of half the tasks each, at twice the rate. With 32 and one support image these came
-# to 49.4% of the validation tasks' images after 47,000 updates, the others to 49.3% after 22,500.
+# With 64 channels: twice the updates, of half the tasks each, at twice the rate. With 32 and one support image these
+# came to 49.4% of the validation tasks' images after 47,000 updates, the others to 49.3% after 22,500.
 SMALL: dict[str, Any] = {"meta_batch": 2, "meta_lr": 2e-3, "val_every": 1000}
 
 
