@@ -18,9 +18,9 @@ from lambda_maml.evaluate import evaluate
 from lambda_maml.memory import measure_memory
 from lambda_maml.pattern_json import read_selection
 from lambda_maml.report import candidates, headline, pareto, plot
-from lambda_maml.search import cheaper
+from lambda_maml.search import cheaper, planned
 from lambda_maml.timing import Timing
-from lambda_maml.trials import Trial
+from lambda_maml.trials import Trial, trials_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TASKS = data.sample_tasks(VAL, 24, ways=3, shots=1, query=4, seed=1)
@@ -250,6 +250,13 @@ def test_what_is_cheaper_keeps_the_first_updated_layer() -> None:
     assert [str(p) for p in cheaper(Pattern("01110"))] == ["01010", "01100"]
     assert [str(p) for p in cheaper(Pattern("111,001"))] == ["101,001", "110,001"]
     assert cheaper(Pattern("00100")) == []
+
+
+@pytest.mark.parametrize("seconds, timing", [(0.0, 5 * 31.0), (1000.0, 1250.0)])
+def test_a_plan_counts_the_rounds_that_are_timed_in_any_case(seconds: float, timing: float) -> None:
+    trials = trials_of([Pattern(f"{bits:05b}") for bits in range(1, 32)])
+    plan = planned(1.0, trials, trials[-1:], None, False, 10, 3, seconds)
+    assert plan.likely == plan.most == 10 * 31 + 2 * 3 * 2 + timing
 
 
 def test_more_patterns_than_twelve_bits_have_are_not_compared_by_default() -> None:

@@ -20,7 +20,7 @@ from .groups import parts_of
 from .network import layers_of
 from .patterns import Pattern
 from .progress import spoken
-from .timing import Timing, is_tie
+from .timing import COUNTED, WARMUP, Timing, is_tie
 from .trials import Trial
 
 __all__ = ["Counted", "Plan", "cheaper", "planned", "race_among", "search_deep", "suffixes_and_stages"]
@@ -172,8 +172,8 @@ def planned(
     costs.
 
     A race is expected to see twenty tasks of each candidate, and all tasks of one in the middle. Where a network cannot
-    be counted, all patterns are taken to cost as much as the full one. `seconds` is what timing takes. No `each`: what
-    was evaluated before is taken up, and no time is foretold.
+    be counted, all patterns are taken to cost as much as the full one. Timing takes `seconds`, or as long as the rounds
+    that are counted in any case. No `each`: what was evaluated before is taken up, and no time is foretold.
     """
     if each is None:
         return Plan(len(trials), tasks, None, None, race)
@@ -183,5 +183,6 @@ def planned(
     most = tasks * sum(own)
     looked = min(tasks, 2 * racing.FIRST_LOOK)
     likely = (tasks * len(fulls) * each + looked * sum(own) + tasks * middle) if race else most
-    after = 2 * test_tasks * (each + middle) + 1.25 * (seconds or 0.0)
+    timed = max(1.25 * (seconds or 0.0), (WARMUP + COUNTED) * sum(own))
+    after = 2 * test_tasks * (each + middle) + timed
     return Plan(len(trials), tasks, min(likely, most) + after, most + after, race)

@@ -139,8 +139,12 @@ class _Stock:
                 self.model(self.xq)
 
 
+WARMUP, COUNTED = 2, 3
+"""Rounds that are not counted, and those that always are, however little time there is."""
+
+
 def interleave(
-    runs: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 2, seconds: float | None = None,
+    runs: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = WARMUP, seconds: float | None = None,
     synchronize: Callable[[], object] = lambda: None, before: Callable[[str], object] = lambda name: None,
     progress: Progress | None = None, clock: Callable[[], int] = time.perf_counter_ns,
 ) -> dict[str, Timing]:  # fmt: skip
@@ -159,7 +163,7 @@ def interleave(
     start = time.perf_counter()
     try:
         for turn in range(-warmup, repeats):
-            if seconds is not None and turn >= min(3, repeats) and time.perf_counter() - start > seconds:
+            if seconds is not None and turn >= min(COUNTED, repeats) and time.perf_counter() - start > seconds:
                 break
             gc.collect()
             shuffle(order)
