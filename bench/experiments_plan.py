@@ -34,7 +34,6 @@ class Case:
     width: int  # channels of each convolution
     iterations: int
     settings: dict[str, Any]
-
     wide: bool = False  # more channels than the set's other case has, which the name then says
 
     def __str__(self) -> str:

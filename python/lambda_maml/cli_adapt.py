@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .cli_checkpoint import (
-    checkpoint_argument,
-    in_json,
-    inner_loop,
-    inner_options,
-    load,
-    pattern_of,
-    pattern_option,
-    rule_of,
-)
+from .cli_checkpoint import checkpoint_argument, in_json, inner_options, pattern_option, read_run
 from .cli_export import line, predictions
 from .cli_types import PLACE
 from .console import device_option, json_option, print_json, say
@@ -70,11 +61,8 @@ def adapt(
         if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
             raise ValueError(f"--out {out}: this is the checkpoint itself: name another file")
         try_folder(out)
-    model, meta = load(checkpoint, device)
+    model, meta, bits, rule, inner = read_run(checkpoint, device, pattern, steps, lr, norm)
     network = meta["network"]
-    bits, report = pattern_of(model, pattern)
-    rule = rule_of(report, steps, lr, norm)
-    inner = inner_loop(checkpoint, model, meta, report, steps, lr, norm)
     classes = class_folders(support)
     ways = network.get("ways", meta["settings"]["ways"])
     if len(classes) != ways:

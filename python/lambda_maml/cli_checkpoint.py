@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "checkpoint_argument", "data_options", "episode_of", "in_json", "inner_loop", "inner_options", "load",
-    "pattern_of", "pattern_option", "rule_of",
+    "pattern_of", "pattern_option", "read_run",
 ]  # fmt: skip
 
 data_options = options(
@@ -69,7 +69,7 @@ def pattern_of(model: Any, text: str | None) -> tuple[Any, dict[str, Any]]:
     return chooser_of(text) or str(Pattern.of(model, text)), {}
 
 
-def rule_of(report: Mapping[str, Any], steps: int | None, lr: float | None, norm: str | None) -> PerTask | None:
+def _rule_of(report: Mapping[str, Any], steps: int | None, lr: float | None, norm: str | None) -> PerTask | None:
     """The rule per task of a pattern.json; None where it has none, ValueError beside an inner loop of another kind."""
     from .per_task import PerTask
 
@@ -118,6 +118,26 @@ def inner_loop(
     if learned is not None and ("lr" not in report or isinstance(rates, list) or rates == rates_in_json(learned, None)):
         return {**inner, "lr": learned}
     return {**inner, "lr": torch.tensor(rates) if isinstance(rates, list) else rates}
+
+
+class Run(NamedTuple):
+    """A checkpoint and how it is adapted."""
+
+    model: Any
+    meta: dict[str, Any]
+    pattern: Any  # bits, or a chooser
+    rule: PerTask | None
+    inner: dict[str, Any]
+
+
+def read_run(
+    checkpoint: Path, device: str, pattern: str | None, steps: int | None, lr: float | None, norm: str | None
+) -> Run:
+    """A checkpoint on a device, with the pattern, the rule per task and the inner loop that the options ask for."""
+    model, meta = load(checkpoint, device)
+    bits, report = pattern_of(model, pattern)
+    rule = _rule_of(report, steps, lr, norm)
+    return Run(model, meta, bits, rule, inner_loop(checkpoint, model, meta, report, steps, lr, norm))
 
 
 def in_json(inner: Mapping[str, Any]) -> dict[str, Any]:

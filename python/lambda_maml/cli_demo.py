@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from .cli_checkpoint import load
-from .cli_select import given, publish
+from .cli_select import command_line, publish
 from .cli_train import exit_if_stopped, say_if_stopped, train_with_progress
 from .cli_types import PLACE, SEED, SELECT_SEED, TEST_SEED
 from .console import bar, json_option, say
@@ -77,5 +77,5 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
             seconds=DEMO["timing_seconds"], progress=progress,
         )  # fmt: skip
     with locked(out, "demo"):
-        publish({**chosen.to_dict(), "command": given()}, chosen.warnings, out / "pattern.json", as_json)
+        publish({**chosen.to_dict(), "command": command_line()}, chosen.warnings, out / "pattern.json", as_json)
     say(f"the whole demo took {time.perf_counter() - start:.0f} s")

@@ -14,12 +14,9 @@ from .cli_checkpoint import (
     data_options,
     episode_of,
     in_json,
-    inner_loop,
     inner_options,
-    load,
-    pattern_of,
     pattern_option,
-    rule_of,
+    read_run,
 )
 from .cli_data import checkpoint_sets
 from .cli_types import COUNT, SEED, TEST_SEED
@@ -58,10 +55,7 @@ def evaluate_command(
     from .evaluate import evaluate
     from .ranks import ALONE
 
-    model, meta = load(checkpoint, device)
-    bits, report = pattern_of(model, pattern)
-    rule = rule_of(report, steps, lr, norm)
-    inner = inner_loop(checkpoint, model, meta, report, steps, lr, norm)
+    model, meta, bits, rule, inner = read_run(checkpoint, device, pattern, steps, lr, norm)
     (images,) = checkpoint_sets(meta, dataset, root, (split,), pictures, ALONE)
     episodes = data.sample_tasks(images, tasks, seed=TEST_SEED + seed, **episode_of(meta))
     if rule is None:

@@ -16,7 +16,7 @@ from .cli_report import tables
 from .cli_types import COUNT, PLACE, RATE, SEED, SELECT_SEED, TEST_SEED, Number
 from .console import bar, device_option, json_option, options, print_json, say
 
-__all__ = ["given", "publish", "select"]
+__all__ = ["command_line", "publish", "select"]
 
 
 class Several(click.ParamType):
@@ -189,7 +189,7 @@ def select(
                 resume=path.with_suffix(".evaluated.json"), ranks=ranks,
             )  # fmt: skip
         if ranks.rank == 0:
-            publish({**chosen.to_dict(), "command": given()}, chosen.warnings, path, as_json)
+            publish({**chosen.to_dict(), "command": command_line()}, chosen.warnings, path, as_json)
 
 
 def _check_out(path: Path) -> None:
@@ -205,7 +205,7 @@ def _check_out(path: Path) -> None:
             raise ValueError(f"--out {path}: it holds something else, name another file ({error})") from error
 
 
-def given() -> str:
+def command_line() -> str:
     """The command line as it was given."""
     return shlex.join(["lambda-maml", *(click.get_current_context().obj or [])])
 

@@ -191,7 +191,7 @@ def _summary(times: Sequence[float]) -> Timing:
 def measure_times(
     model: nn.Module, xs: Tensor, ys: Tensor, *, patterns: Iterable[Pattern | str | Trial], steps: int,
     lr: Rate = DEFAULT_LR, rule: Rule | None = None, norm: str = "follow", loss: Loss = F.cross_entropy,
-    stock: bool = True, xq: Tensor | None = None, repeats: int = 20, warmup: int = 2, seconds: float | None = None,
+    stock: bool = True, xq: Tensor | None = None, repeats: int = 20, warmup: int = WARMUP, seconds: float | None = None,
     progress: Progress | None = None, solver: Solver | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
     """Adaptation time of every pattern on xs [N, C, H, W], ys [N], interleaved in this process; keys are the patterns'
