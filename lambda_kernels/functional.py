@@ -25,6 +25,7 @@ from .spec import (
     check_linear,
     check_same,
     conv_spec,
+    output_size,
     same_padding,
 )
 
@@ -61,9 +62,36 @@ def conv2d(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; the message holds them.
     """
+    return _conv2d(x, weight, bias, stride, padding, dilation, groups, laid=False)
+
+
+def conv2d_as_laid(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntOrPair,
+    padding: IntOrPair | str,
+    dilation: IntOrPair,
+    groups: int,
+) -> Tensor:
+    """`conv2d`'s result in the memory layout that is fastest on the device, channels-last on a CPU. It stays that of
+    the norms, activations and pools behind it, and the next convolution finds it."""
+    return _conv2d(x, weight, bias, stride, padding, dilation, groups, laid=True)
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntOrPair,
+    padding: IntOrPair | str,
+    dilation: IntOrPair,
+    groups: int,
+    laid: bool,
+) -> Tensor:
     x, weight, bias = _autocast("conv2d", x, weight, bias)
     if x.dim() == 3:
-        return conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(-4)
+        return _conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, laid).squeeze(-4)
     same = padding == "same"
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
@@ -74,8 +102,21 @@ def conv2d(
         x = F.pad(x, same_padding(weight.shape, spec.stride, spec.dilation))
     check_conv2d("conv2d", x.shape, weight.shape, None if bias is None else bias.shape, spec)
     tasks = x.dim() == 5 or weight.dim() == 5 or (bias is not None and bias.dim() == 2)
-    y = autograd.Conv2d.apply(_lift(x, 4), _lift(weight, 4), _lift_if(bias, 1), spec, choose("conv2d", x, weight, spec))
+    backend = choose("conv2d", x, weight, spec)
+    images, weights = _lift(x, 4), _lift(weight, 4)
+    if laid and _gains_by_layout(images, weights, spec):
+        images = _laid(images, backend)
+    y = autograd.Conv2d.apply(images, weights, _lift_if(bias, 1), spec, backend)
     return y if tasks else y.squeeze(0)
+
+
+def _gains_by_layout(x: Tensor, weight: Tensor, spec: ConvSpec) -> bool:
+    """Whether ATen and the kernels are faster on channels-last images x [1|T, N, C, H, W], of which nothing lies in
+    order too: neither these nor the result have one channel, image or pixel."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+        return False
+    (height, width), (rows, columns) = x.shape[-2:], output_size(x.shape, weight.shape, spec)
+    return min(*x.shape[1:3], weight.shape[1], height * width, rows * columns) > 1
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -214,15 +214,19 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in module.__dict__
 
 
-def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The result of a torch or lambda_kernels convolution with the given parameters in place of its own."""
+def convolve(
+    conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, as_laid: bool = False
+) -> Tensor:  # fmt: skip
+    """The result of a torch or lambda_kernels convolution with the given parameters in place of its own. `as_laid`:
+    nobody minds how it lies in memory."""
     padding = conv.padding
     if conv.padding_mode != "zeros":
         images = x.flatten(0, -4) if x.dim() > 4 else x  # F.pad takes one batch axis
         images = F.pad(images, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         x = images.unflatten(0, x.shape[:-3]) if x.dim() > 4 else images
         padding = (0, 0)
-    return functional.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+    convolution = functional.conv2d_as_laid if as_laid else functional.conv2d
+    return convolution(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
 def pool_size(pool: nn.Module) -> int:

@@ -113,7 +113,8 @@ class _Leaf:
 class ConvCall(_Leaf):
     def __call__(self, modules: Any, state: State, effects: Any, x: Tensor) -> Tensor:
         conv = modules[self.path]
-        return layers.convolve(conv, x, self.get(state, conv, "weight"), self.get(state, conv, "bias"))
+        weight, bias = self.get(state, conv, "weight"), self.get(state, conv, "bias")
+        return layers.convolve(conv, x, weight, bias, as_laid=True)
 
 
 class LinearCall(_Leaf):
