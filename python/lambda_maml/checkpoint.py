@@ -178,17 +178,29 @@ def load(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, d
     With `model` given, its parameters are overwritten instead and it is returned. Raises ValueError that names both
     networks, if their names differ, or the first key that differs in name or shape; `model` is then unchanged.
     """
-    tensors, meta = read_tensors(path)
-    weights = {k: v for k, v in tensors.items() if not k.startswith(_RULE)}
+    weights, meta = read_weights(path, model)
     if model is None:
-        if "network" not in meta:
-            raise ValueError(f"{path}: holds no network config: it is a training state, pass best.safetensors")
         header: _Header = checked(meta, _Header, path, REMEDY)
         model = _built(header, meta["network"], weights, str(path))
-    else:
-        _check_same_network(path, model, meta.get("network"))
     load_tensors(model, weights, str(path))
     return model, meta
+
+
+def read_weights(path: str | Path, model: nn.Module | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a checkpoint's network, and its `meta`; ValueError where it holds no network, or none of `model`'s
+    name."""
+    tensors, meta = read_tensors(path)
+    if "network" not in meta:
+        raise ValueError(f"{path}: holds no network config: it is a training state, pass best.safetensors")
+    if model is not None:
+        _check_same_network(path, model, meta["network"])
+    return {k: v for k, v in tensors.items() if not k.startswith(_RULE)}, meta
+
+
+def dataset_of(path: str | Path, meta: Mapping[str, Any]) -> Dataset | None:
+    """The images that a checkpoint's network was trained on, as its header has them."""
+    header: _Header = checked(meta, _Header, path, REMEDY)
+    return header.dataset
 
 
 def check_trained(path: str | Path, meta: Mapping[str, Any]) -> None:

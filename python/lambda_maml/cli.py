@@ -16,6 +16,7 @@ from .cli_demo import demo
 from .cli_eval import evaluate_command
 from .cli_export import export, predict
 from .cli_methods import methods
+from .cli_pretrain import pretrain
 from .cli_report import report
 from .cli_select import select
 from .cli_train import train
@@ -50,7 +51,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (demo, train, methods, select, evaluate_command, adapt, predict, export, report):
+for command in (demo, pretrain, train, methods, select, evaluate_command, adapt, predict, export, report):
     cli.add_command(command)
 
 

@@ -65,7 +65,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
         overwrite=again,
     )  # fmt: skip
     say_if_stopped(result, "the demo begins anew")
-    exit_if_stopped(result)
+    exit_if_stopped(result.stopped)
     model, _ = load(out / BEST, "cpu")
     episode = {"ways": settings.ways, "shots": settings.shots, "query": DEMO["query"]}
     with bar("selecting") as progress:

@@ -15,13 +15,26 @@ from .cli_types import COUNT, PLACE, RATE, SEED, Number
 from .console import bar, device_of, device_option, json_option, options, print_json, say
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from .data import ImageSet
     from .ranks import Ranks
     from .settings import Settings
     from .train import Result
 
-__all__ = ["exit_if_stopped", "say_if_stopped", "train", "train_with_progress"]
+__all__ = [
+    "augment_options",
+    "built",
+    "config_of",
+    "exit_if_stopped",
+    "network_options",
+    "say_if_stopped",
+    "set_options",
+    "train",
+    "train_with_progress",
+]
 
-data_options = options(
+set_options = options(
     click.option("--dataset", default="glyphs", help=SETS),
     root_option,
     folder_options,
@@ -29,9 +42,13 @@ data_options = options(
     click.option(
         "--out", type=PLACE, required=True, help="Folder for the checkpoint and the state."
     ),
+)  # fmt: skip
+episode_options = options(
     click.option("--ways", type=COUNT, default=5, help="Classes in a task."),
     click.option("--shots", type=COUNT, default=1, help="Support images per class."),
     click.option("--query", type=COUNT, default=15, help="Query images per class."),
+)
+augment_options = options(
     click.option("--flip", is_flag=True, help="Turn every other training image left for right (colour sets)."),
     click.option(
         "--crop", type=click.IntRange(0), default=0,
@@ -114,6 +131,10 @@ outer_options = options(
     ),
 )  # fmt: skip
 run_options = options(
+    click.option(
+        "--start-from", type=PLACE, metavar="CHECKPOINT",
+        help="Begin with the weights of this checkpoint, of pretrain or of an earlier run.  [default: drawn by --seed]",
+    ),
     click.option("--iterations", type=COUNT, default=10000, help="Meta-updates in all, earlier runs included."),
     click.option("--minutes", type=Number(0, min_open=True), help="Stop this run after so many minutes."),
     click.option("--val-tasks", type=COUNT, default=100, help="Validation tasks that choose the best checkpoint."),
@@ -135,7 +156,9 @@ run_options = options(
 
 
 @click.command()
-@data_options
+@set_options
+@episode_options
+@augment_options
 @network_options
 @inner_options
 @method_options
@@ -145,7 +168,7 @@ run_options = options(
 @json_option
 def train(
     dataset: str, root: Path | None, out: Path, network: str, network_args: tuple[str, ...], width: int | None,
-    iterations: int, minutes: float | None, first_order: bool, batched: bool, log_every: int,
+    start_from: Path | None, iterations: int, minutes: float | None, first_order: bool, batched: bool, log_every: int,
     tensorboard: bool, resume: bool, device: str, as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Meta-train a network (MAML). Ctrl-C saves; --resume continues.
@@ -164,19 +187,19 @@ def train(
     asked = {key: settings.pop(key) for key in OPTIONS}
     with joined(device) as ranks:
         chosen = Settings(**settings, second_order=not first_order)
-        config = _config(network, network_args, width)
+        config = config_of(network, network_args, width)
         train_set, val_set = ranks.first_then_all(
             lambda: image_sets(dataset, root, ("train", "val"), settings, pictures, ranks)
         )
         result = train_with_progress(
-            train_set, val_set, out, chosen, config, iterations=iterations, minutes=minutes, resume=resume,
-            batched=batched, log_every=log_every, tensorboard=tensorboard, device=device, ranks=ranks,
+            train_set, val_set, out, chosen, config, start=start_from, iterations=iterations, minutes=minutes,
+            resume=resume, batched=batched, log_every=log_every, tensorboard=tensorboard, device=device, ranks=ranks,
             parts_of=parts_for(asked, chosen, train_set),
         )  # fmt: skip
         if ranks.rank == 0:
             _tell(result, out, chosen, as_json)
             say_if_stopped(result, "continue with --resume")
-    exit_if_stopped(result)
+    exit_if_stopped(result.stopped)
 
 
 def _tell(result: Result, out: Path, chosen: Settings, as_json: bool) -> None:
@@ -210,12 +233,12 @@ def say_if_stopped(result: Result, remedy: str) -> None:
         say(f"stopped{told} at iteration {result.iteration} and saved; {remedy}")
 
 
-def exit_if_stopped(result: Result) -> None:
-    """End the command where a signal ended the run: the status is 128 and the signal's number."""
+def exit_if_stopped(stopped: str) -> None:
+    """End the command where a signal ended the run, by its word: the status is 128 and the signal's number."""
     from .stopping import SIGNALS
 
     for number, reason in SIGNALS.items():
-        if result.stopped == reason:
+        if stopped == reason:
             raise click.exceptions.Exit(128 + number)
 
 
@@ -224,23 +247,29 @@ def train_with_progress(
     ranks: Ranks | None = None, parts_of: Callable[[Any], Mapping[str, Any]] = lambda model: {}, **more: Any,
 ) -> Result:  # fmt: skip
     """Build the network of `config` for the set and train it, with what `parts_of` has for it and a progress bar."""
-    import torch
-
-    from . import models
     from .ranks import ALONE
     from .train import train as run
 
     ranks = ranks or ALONE
-    channels, height, side = train_set.image_shape
-    torch.manual_seed(settings.seed)
-    shape = {"ways": settings.ways, "in_channels": channels, "image_size": side if height == side else [height, side]}
-    model = models.build({**config, **shape}).to(ranks.device or device_of(device))
+    model = built(config, train_set, settings.ways, settings.seed).to(ranks.device or device_of(device))
     more = {**more, **parts_of(model)}
     with bar("training", ranks, left=False) as progress:
         return run(model, train_set, val_set, out=out, settings=settings, progress=progress, ranks=ranks, **more)
 
 
-def _config(network: str, args: tuple[str, ...], width: int | None) -> dict[str, Any]:
+def built(config: Mapping[str, Any], images: ImageSet, ways: int, seed: int) -> nn.Module:
+    """The network of a config for a set's images, with weights drawn by the seed."""
+    import torch
+
+    from . import models
+
+    channels, height, side = images.image_shape
+    torch.manual_seed(seed)
+    shape = {"ways": ways, "in_channels": channels, "image_size": side if height == side else [height, side]}
+    return models.build({**config, **shape})
+
+
+def config_of(network: str, args: tuple[str, ...], width: int | None) -> dict[str, Any]:
     """What `models.build` takes, less what the images say."""
     given: dict[str, Any] = {}
     for arg in args:

@@ -74,6 +74,7 @@ class _Run(msgspec.Struct):
     dataset: checkpoint.Dataset | None = None
     images: dict[str, str] = {}
     rule: dict[str, str] = {}
+    start: dict[str, str] = {}
 
 
 class _Header(msgspec.Struct):
@@ -125,6 +126,8 @@ class State:
         tensors, meta = ranks.first(lambda: checkpoint.read_tensors(path))
         header = _header(path, meta)
         _check_same(path, meta["run"], self.about)
+        if "start" in meta["run"]:  # the weights it began with need not be at hand any more
+            self.about.setdefault("start", meta["run"]["start"])
         _check_progress(path, header.result, header.run.settings.val_every)
         parts = _by_part(tensors)
         moments = self._moments(path, parts, header.result.iteration)
@@ -243,7 +246,8 @@ def _check_same(path: Path, saved: Mapping[str, Any], about: Mapping[str, Any]) 
     saved = {**saved, "settings": {**asdict(Settings()), **saved.get("settings", {})}}  # settings since then: not set
     if "images" not in saved:  # a run of an earlier version
         about = {name: value for name, value in about.items() if name != "images"}
-    for part in ("dataset", "images", "network", "settings", "rule", "goal"):
+    parts = ["dataset", "images", "network", "settings", "rule", "goal", *(["start"] if "start" in about else [])]
+    for part in parts:
         old, new = saved.get(part, {}), about.get(part, {})
         for name in {**old, **new}:
             if old.get(name) != new.get(name):

@@ -42,7 +42,12 @@ def told_of(train: ImageSet | Sample, val: ImageSet | Sample) -> dict[str, Any]:
     """What a checkpoint says of them."""
     if not isinstance(train, ImageSet):
         return {"dataset": {"name": getattr(train, "__qualname__", type(train).__qualname__)}}
-    told = {"dataset": {"name": train.name, "mean": list(train.mean), "std": list(train.std), **train.origin}}
+    told = {"dataset": told_of_pixels(train)}
     if not isinstance(val, ImageSet):
         return told
     return {**told, "images": {"of training": train.fingerprint(), "of validation": val.fingerprint()}}
+
+
+def told_of_pixels(images: ImageSet) -> dict[str, Any]:
+    """Which set it is, and how its pixels become tensors."""
+    return {"name": images.name, "mean": list(images.mean), "std": list(images.std), **images.origin}

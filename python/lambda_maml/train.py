@@ -29,6 +29,7 @@ from .lock import locked
 from .metrics import METRICS, Metrics, Pace
 from .outer import descent, meta_gradient
 from .parts import Parts, check_fit, trained_with
+from .pretrain import start_from
 from .progress import Progress, shown
 from .ranks import ALONE, Lost, Ranks, Stopped
 from .run_state import BEST, LAST, Result, State, Validation, held_by
@@ -47,7 +48,7 @@ def train(
     metric: Metric = ACCURACY, lower_is_better: bool = False, iterations: int, minutes: float | None = None,
     resume: bool = False, overwrite: bool = False, batched: bool = True, progress: Progress | bool | None = None,
     log_every: int = 50, tensorboard: bool = False, ranks: Ranks = ALONE,
-    parts: Parts | None = None,
+    parts: Parts | None = None, start: str | Path | None = None,
 ) -> Result:  # fmt: skip
     """Meta-train `model` in place until `iterations` are done, `minutes` of this run are over, or a signal comes.
 
@@ -66,6 +67,9 @@ def train(
     `rule` takes the place of the settings' inner rate; its parameters (learned rates) are meta-trained with the
     model's, and both checkpoints hold them: `checkpoint.load_rule`. So it is with `parts`, which have other places than
     the inner step: see `Parts`.
+
+    `start`: a checkpoint, of `pretrain` or of an earlier run, whose weights to begin with; see `start_from`. A resumed
+    run begins with its own, and needs none.
 
     In `out`: best.safetensors and best.json (the checkpoint of the best validation accuracy), last.safetensors (the
     state to resume from), and metrics.jsonl (a line per validation and per `log_every` iterations; with `tensorboard`
@@ -99,7 +103,10 @@ def train(
         raise ValueError(f"minutes is {minutes}, expected above 0")
     with locked(out, "train") if ranks.rank == 0 else contextlib.nullcontext():
         goal = Goal(loss, metric, lower_is_better)
+        begun = None if start is None else start_from(start, model, train_set)
         run = _Run(model, train_set, val_set, Path(out), settings or Settings(), rule, goal, batched, ranks, parts)
+        if begun is not None:
+            run.state.about["start"] = begun
         if resume:
             run.state.resume(run.out / LAST, ranks)
         elif not overwrite and (held := ranks.first(lambda: held_by(run.out))):
