@@ -29,6 +29,8 @@ from lambda_maml.data import ImageSet, Task
 from lambda_maml.evaluate import Evaluation, evaluate
 from lambda_maml.files import atomic, read_json, write_json, written
 from lambda_maml.learned_rates import fixed_rates, learned_rule, load_rates
+from lambda_maml.pretrain import PRETRAINED, Pretraining, pretrain
+from lambda_maml.pretrain import STATE as PRETRAINING_STATE
 from lambda_maml.run_state import BEST, LAST
 from lambda_maml.select import select_pattern
 from lambda_maml.selection import Selection
@@ -59,6 +61,9 @@ class Place(NamedTuple):
     def folder(self, experiment: Experiment) -> Path:
         return self.runs / str(experiment)
 
+    def pretraining(self, experiment: Experiment) -> Path:
+        return self.runs / f"{experiment.pretraining}.pretraining"
+
     def checkpoint(self, experiment: Experiment) -> Path:
         """Where a run's best checkpoint is kept beside its results."""
         return self.results / f"{experiment}.safetensors"
@@ -72,7 +77,8 @@ def do(job: Job, place: Place, command: str) -> None:
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"), "machine": {**machine(), "load": load},
     }  # fmt: skip
     makers: Mapping[str, Callable[[Job, Place], dict[str, Any]]] = {
-        "training": training, "times": times, "memory": peaks, "accuracy": accuracy, "choice": choice
+        "pretraining": pretraining, "training": training, "times": times, "memory": peaks, "accuracy": accuracy,
+        "choice": choice,
     }  # fmt: skip
     made = makers[job.kind](job, place)
     write_json(place.result(job.name), {**about, "seconds": round(time.perf_counter() - begun, 1), **made})
@@ -93,6 +99,23 @@ def network(experiment: Experiment, some: ImageSet) -> nn.Module:
     return models.conv4(experiment.settings["ways"], channels, experiment.case.width, side)
 
 
+def pretraining(job: Job, place: Place) -> dict[str, Any]:
+    """Begin the pretraining, or go on with it; what it came to."""
+    some, out = images(job, place, "train"), place.pretraining(job.experiment)
+    found = pretrain(
+        network(job.experiment, some), some, out=out, settings=Pretraining(**job.plan["settings"]), overwrite=True,
+        resume=(out / PRETRAINING_STATE).is_file(),
+    )  # fmt: skip
+    if found.stopped in SIGNALS.values():
+        raise Stopped(f"{found.stopped} after epoch {len(found.history)}, saved")
+    return {
+        "images": {"train": some.fingerprint()},
+        "checkpoint_sha256": sha256(out / PRETRAINED),
+        "training_seconds": found.history[-1].seconds,
+        "history": found.history,
+    }
+
+
 def training(job: Job, place: Place) -> dict[str, Any]:
     """Begin the run, or go on with it; what it came to."""
     run = job.experiment
@@ -101,6 +124,7 @@ def training(job: Job, place: Place) -> dict[str, Any]:
     found = train(
         network(run, sets["train"]), sets["train"], sets["val"], out=out, settings=Settings(**run.settings),
         iterations=run.iterations, resume=(out / LAST).is_file(), log_every=max(1, run.iterations // 200),
+        start=place.pretraining(run) / PRETRAINED if run.pretraining else None,
     )  # fmt: skip
     if found.stopped in SIGNALS.values():
         raise Stopped(f"{found.stopped} at iteration {found.iteration}, saved")

@@ -62,6 +62,19 @@ MORE = (
     Case("mini_imagenet", 5, 32, 12000, {"lr": 0.03, "flip": True}),
     Case("mini_imagenet", 1, 32, 20000, {"lr": 0.03, "flip": True}),
 )
+# Of supervised pretraining, and of the meta-training that then takes a fraction of the iterations. CIFAR-FS, 1-shot, 32
+# channels: 47.9% of the validation tasks' images after 500 iterations, 48.4% after 1,500, where 24,000 from random
+# weights end at 49.3%.
+PRETRAINING = {
+    "cifar_fs": {"epochs": 30, "flip": True, "crop": 4},
+    "omniglot": {"epochs": 4},
+}  # fmt: skip
+PRETRAINED = (
+    Case("cifar_fs", 5, 64, 3000, {"lr": 0.05, "flip": True, "crop": 4}, wide=True),
+    Case("cifar_fs", 1, 64, 3000, {"lr": 0.05, "flip": True, "crop": 4}, wide=True),
+    Case("omniglot", 1, 64, 3000, {"lr": 0.1}),
+    Case("omniglot", 5, 64, 3000, {"lr": 0.1}, wide=True),
+)
 ARMS = {
     "maml": Arm({}, "MAML, one rate; patterns at meta-test only"),
     "rates": Arm({"learn_lr": "layer-step"}, "inner rates learned per layer and step"),
@@ -71,6 +84,7 @@ ARMS = {
     "sampled": Arm({"patterns": "sampled"}, "a pattern drawn for each meta-batch"),
     "fixed": Arm({"pattern": FIXED}, f"`{FIXED}` in meta-training too"),
     "never": Arm({"norm": "never"}, "norm weights never adapt"),
+    "pretrained": Arm({"meta_batch": 2}, "MAML after supervised pretraining; patterns at meta-test only"),
 }
 
 
@@ -108,6 +122,11 @@ class Experiment:
         return {**found, "seed": self.seed, "cosine": self.iterations}
 
     @property
+    def pretraining(self) -> str:
+        """The name of the pretraining that it begins with, which sets of one image set and width share; "" for none."""
+        return f"{self.case.dataset}-{self.case.width}ch-s{self.seed}" if self.arm == "pretrained" else ""
+
+    @property
     def clock(self) -> str:
         """The part of a name that says which adaptation times are its own."""
         return f"times-{self.settings.get('norm', 'follow')}" + ("-rates" if "learn_lr" in self.settings else "")
@@ -131,7 +150,8 @@ def experiments(tiny: bool = False) -> list[Experiment]:
     """All of them, in the order in which they are run: an arm of all sets before the next arm."""
     if tiny:
         return [Experiment(TINY, "maml", 0)]
-    pairs = [(case, arm) for arm in ARMS for case in CORE] + [(case, "maml") for case in MORE]
+    pairs = [(case, arm) for arm in ARMS for case in (PRETRAINED if arm == "pretrained" else CORE)]
+    pairs += [(case, "maml") for case in MORE]
     return [Experiment(case, arm, seed) for case, arm in pairs for seed in SEEDS]
 
 
@@ -158,12 +178,17 @@ def jobs(tiny: bool = False) -> Iterator[Job]:
         seen.setdefault(name, Job(name, "memory", run, {**network, "steps": list(amount.steps)}, alone=True))
     yield from seen.values()
     for run in runs:
-        about = {
-            "dataset": run.case.dataset, "network": "conv4", "width": run.case.width, "settings": run.settings,
-            "iterations": run.iterations,
-        }  # fmt: skip
+        network = {"dataset": run.case.dataset, "network": "conv4", "width": run.case.width}
+        about = {**network, "settings": run.settings, "iterations": run.iterations}
+        before: tuple[str, ...] = ()
+        if run.pretraining:
+            settings = {**PRETRAINING[run.case.dataset], "seed": run.seed}
+            before, about["pretraining"] = (f"{run.pretraining}.pretraining",), settings
+            if before[0] not in seen:
+                seen[before[0]] = Job(before[0], "pretraining", run, {**network, "settings": settings})
+                yield seen[before[0]]
         trained = f"{run}.training"
-        yield Job(trained, "training", run, about, also=(str(run),))
+        yield Job(trained, "training", run, about, before, also=(str(run),))
         tested = {**about, "test_tasks": amount.test_tasks, "test_seed": TEST_SEED}
         patterns = list(dict.fromkeys([FULL, ANIL, BOIL, run.settings.get("pattern", FULL)]))
         plan = {**tested, "steps": list(amount.steps), "patterns": patterns}
