@@ -29,6 +29,7 @@ DATASETS = {
     "omniglot": "Omniglot", "cifar_fs": "CIFAR-FS", "fc100": "FC100", "mini_imagenet": "mini-ImageNet",
     "glyphs": "glyphs",
 }  # fmt: skip
+MAIN = ("maml", "pretrained")  # arms whose patterns are those of meta-test alone, with one rate
 NAMES = {FULL: f"MAML `{FULL}`", ANIL: f"ANIL `{ANIL}`", BOIL: f"BOIL `{BOIL}`"}
 NONE = "not run"
 SAID_OF_A_ROW = {"set", "channels", "training", "adapted", "steps", "pattern", "allowed drop", "ONLY"}  # columns
@@ -62,6 +63,8 @@ HOW = """## How it is measured
 - Training is first-order MAML, but with one support image per class of CIFAR-FS, FC100 and Omniglot, where the second
   half of it is second-order; with an exponential average of the weights and a cosine schedule of the meta rate. The
   checkpoint is that of the best validation accuracy. Finn et al.'s figures are of second order.
+- "Pretrained": the four blocks first learn to tell all training classes apart (`lambda-maml pretrain`), then 3,000
+  iterations of first-order MAML follow. The published figures have no pretraining.
 - Accuracies are of 5-way tasks with 15 query images per class, in percent, on test classes. Every figure is "mean of
   the seeds (each seed ± the half width of its 95% interval over tasks)": the first interval is of tasks, what lies
   between the seeds is that of seeds. "Together": the norms' statistics are those of a task's query images, as in the
@@ -151,8 +154,9 @@ def mean(values: Iterable[float]) -> float:
     return sum(every) / len(every)
 
 
-def said_of(case: Case) -> str:
-    return f"{DATASETS[case.dataset]}, {case.shots}-shot" + (f", {case.width} channels" if case.wide else "")
+def said_of(case: Case, arm: str = "") -> str:
+    wide = f", {case.width} channels" if case.wide else ""
+    return f"{DATASETS[case.dataset]}, {case.shots}-shot{wide}" + (", pretrained" if arm == "pretrained" else "")
 
 
 class Pages:
@@ -162,7 +166,7 @@ class Pages:
         self.results, self.jobs = results, jobs
         self.runs = list(dict.fromkeys(job.experiment for job in jobs if job.kind == "training"))
         self.pairs = list(dict.fromkeys((run.case, run.arm) for run in self.runs))
-        self.cases = list(dict.fromkeys(run.case for run in self.runs))
+        self.main = [(case, arm) for case, arm in self.pairs if arm in MAIN]
         self.steps: list[int] = sorted({job.steps for job in jobs if job.kind == "choice"})
         self.drops: list[float] = next(job.plan["drops"] for job in jobs if job.kind == "choice")
         self.is_tiny = any(run.case.dataset == "glyphs" for run in self.runs)
@@ -219,33 +223,33 @@ class Pages:
     def headline(self) -> Table:
         rows = []
         last = self.steps[-1]
-        for case in self.cases:
+        for case, arm in self.main:
             together, alone = (
-                self.tested(case, "maml", FULL, last, statistics, "accuracy") for statistics in ("batch", "support")
+                self.tested(case, arm, FULL, last, statistics, "accuracy") for statistics in ("batch", "support")
             )
             goal, said = GOALS.get((case.dataset, case.shots)), percent(together)
             if goal is not None:
                 reached = met(100 * mean(s.value for s in together), goal, self.is_tiny) if together else NONE
                 said += f"; goal {goal:g}: {reached}"
             published = PUBLISHED.get((case.dataset, case.shots), "")
-            rows.append([said_of(case), str(case.width), said, percent(alone), published, f"`{case}-maml-*`"])
+            rows.append([said_of(case, arm), str(case.width), said, percent(alone), published, f"`{case}-{arm}-*`"])
         note = f"Test accuracy after {last} steps, norm weights and all layers adapted."
         head = ["set", "channels", "ours, together", "ours, each by itself", "published, together", "ONLY"]
         return Table(f"`{FULL}` beside the published figures", note, head, rows)
 
     def choices(self) -> Table:
         rows = []
-        for case in self.cases:
+        for case, arm in self.main:
             for steps in reversed(self.steps):
                 for drop in self.drops:
                     which, speeds = f"{drop:g}", SPEED_GOALS.get(drop, (None, None))
                     goals = speeds if (case.dataset, case.shots) in GOALS else (None, None)
-                    own = [self.chosen(case, "maml", steps, which, s, "drop") for s in ("batch", "support")]
-                    stock, ours = self.ratios(case, "maml", steps, which)
+                    own = [self.chosen(case, arm, steps, which, s, "drop") for s in ("batch", "support")]
+                    stock, ours = self.ratios(case, arm, steps, which)
                     rows.append([
-                        said_of(case), str(steps), f"{100 * drop:g}", self.bits(case, "maml", steps, which),
+                        said_of(case, arm), str(steps), f"{100 * drop:g}", self.bits(case, arm, steps, which),
                         *map(percent, own), self.speed(stock, goals[0]), self.speed(ours, goals[1]),
-                        f"`{case}-maml-*`",
+                        f"`{case}-{arm}-*`",
                     ])  # fmt: skip
         head = [
             "set", "steps", "allowed drop", "chosen, by seed", "drop, together", "drop, each by itself",
@@ -291,14 +295,14 @@ class Pages:
 
     def known(self) -> Table:
         rows = []
-        for case in self.cases:
+        for case, arm in self.main:
             for steps in self.steps:
                 for pattern in (FULL, ANIL, BOIL):
-                    own = [self.tested(case, "maml", pattern, steps, s, "accuracy") for s in ("batch", "support")]
-                    drop = percent(self.tested(case, "maml", pattern, steps, "batch", "drop"))
+                    own = [self.tested(case, arm, pattern, steps, s, "accuracy") for s in ("batch", "support")]
+                    drop = percent(self.tested(case, arm, pattern, steps, "batch", "drop"))
                     rows.append([
-                        said_of(case), str(steps), NAMES[pattern], *map(percent, own),
-                        "" if pattern == FULL else drop, f"`{case}-maml-*`",
+                        said_of(case, arm), str(steps), NAMES[pattern], *map(percent, own),
+                        "" if pattern == FULL else drop, f"`{case}-{arm}-*`",
                     ])  # fmt: skip
         head = ["set", "steps", "pattern", "together", "each by itself", "drop, together", "ONLY"]
         return Table("MAML, ANIL and BOIL", "Test accuracy of checkpoints trained with all layers.", head, rows)
@@ -355,6 +359,8 @@ class Pages:
                 f"{trained['iterations']} iterations in {trained['training_seconds'] / 60:.0f} min, best at "
                 f"{trained['best']['iteration']}"
             )  # fmt: skip
+            if (first := self.results.get(f"{run.pretraining}.pretraining")) is not None:
+                told = f"{len(first['history'])} epochs in {first['training_seconds'] / 60:.0f} min; {told}"
             kinds = ["accuracy", *(f"choice-k{steps}" for steps in self.steps)]
             rows.append([f"`{run}`", told, *("yes" if f"{run}.{kind}" in self.results else NONE for kind in kinds)])
         yield lines(Table("", "", ["ONLY", "training", "accuracy", *(f"choice, {k} steps" for k in self.steps)], rows))

@@ -132,11 +132,14 @@ INSIDE = {
         "learned_rates": {"checkpoint", "inner", "network", "settings"},
         "outer": {"adapt", "data", "evaluate", "inner", "maml", "schedule", "settings"},
         "parts": {"adapt", "data", "evaluate", "inner", "methods", "outer", "places", "schedule", "settings", "solved"},
+        "pretrain": {
+            "checkpoint", "data", "forms", "lock", "models", "network", "progress", "run_tasks", "say", "stopping",
+        },
         "run_state": {"average", "checkpoint", "forms", "inner", "ranks", "settings"},
         "train": {
             "ahead", "average", "checkpoint", "data", "evaluate", "files", "goal", "inner", "learned_rates", "lock",
-            "metrics", "models", "outer", "parts", "progress", "ranks", "run_state", "run_tasks", "saved_parts", "say",
-            "schedule", "settings", "stopping",
+            "metrics", "models", "outer", "parts", "pretrain", "progress", "ranks", "run_state", "run_tasks",
+            "saved_parts", "say", "schedule", "settings", "stopping",
         },
         "trial_loops": {"inner", "patterns", "places", "solved", "trials"},
         "scored": {"data", "evaluate", "per_task", "progress", "remembered_scores", "trial_loops", "trials"},
@@ -162,9 +165,10 @@ INSIDE = {
         "cli_config": {"cli_types", "extras"},
         "cli_data": {"cli_types", "console", "data", "models", "ranks"},
         "cli_train": {
-            "cli_data", "cli_methods", "cli_types", "console", "models", "processes", "ranks", "settings", "stopping",
-            "train"
+            "cli_data", "cli_methods", "cli_types", "console", "data", "models", "processes", "ranks", "settings",
+            "stopping", "train",
         },
+        "cli_pretrain": {"cli_data", "cli_train", "cli_types", "console", "pretrain", "ranks"},
         "cli_methods": {"console", "inner", "methods", "network", "parts", "patterns", "saved_parts", "settings"},
         "cli_report": {"cli_types", "console", "pattern_json", "report", "report_html", "report_runs"},
         "cli_export": {"checkpoint", "cli_types", "console", "export", "images", "learner", "onnx_file"},

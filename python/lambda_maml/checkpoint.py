@@ -194,13 +194,8 @@ def read_weights(path: str | Path, model: nn.Module | None = None) -> tuple[dict
         raise ValueError(f"{path}: holds no network config: it is a training state, pass best.safetensors")
     if model is not None:
         _check_same_network(path, model, meta["network"])
+    checked(meta, _Header, path, REMEDY)
     return {k: v for k, v in tensors.items() if not k.startswith(_RULE)}, meta
-
-
-def dataset_of(path: str | Path, meta: Mapping[str, Any]) -> Dataset | None:
-    """The images that a checkpoint's network was trained on, as its header has them."""
-    header: _Header = checked(meta, _Header, path, REMEDY)
-    return header.dataset
 
 
 def check_trained(path: str | Path, meta: Mapping[str, Any]) -> None:

@@ -121,9 +121,8 @@ def pretrain(
         if resume:
             run.resume()
         elif held and not overwrite:
-            raise ValueError(
-                f"{held[0]}: the folder holds a pretraining: resume it (--resume) or choose another folder"
-            )
+            way = "resume it (--resume) or choose" if held[0].name == STATE else "choose"
+            raise ValueError(f"{held[0]}: the folder holds a pretraining: {way} another folder")
         with shown(progress, "pretraining", left=False) as told, stoppable() as stop:
             run.go(stop, told)
         return run.result
@@ -145,7 +144,7 @@ class _Run:
             torch.manual_seed(settings.seed)
             head = nn.Linear(last.in_features, images.num_classes)
         self.classifier.set_submodule(name, head.to(last.weight))
-        self.device = last.weight.device
+        self.kind = last.weight  # its device and dtype
         self.optimizer = torch.optim.SGD(
             self.classifier.parameters(), settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True
         )
@@ -187,7 +186,7 @@ class _Run:
             update = epoch * self.updates + number
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.lr * (1 + math.cos(math.pi * update / total)) / 2
-            y = torch.from_numpy(labels[index]).to(self.device)
+            y = torch.from_numpy(labels[index]).to(self.kind.device)
             logits = self.classifier(self._batch(index, update))
             loss = F.cross_entropy(logits, y)
             self.optimizer.zero_grad(set_to_none=True)
@@ -213,13 +212,13 @@ class _Run:
         if self.augment:
             words = np.random.PCG64(np.random.SeedSequence(self.settings.seed, spawn_key=(update, 4)))
             pixels = self.augment(pixels, self.augment.draws(words, len(pixels)))
-        return self.images.normalised(pixels).to(self.device)
+        return self.images.normalised(pixels).to(self.kind)
 
     def _save(self) -> None:
         tensors = {f"model.{k}": v for k, v in self.classifier.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors[f"momentum.{index}"] = state["momentum_buffer"]
-        meta = {"run": self.about, "history": [entry._asdict() for entry in self.result.history]}
+        meta = {"run": self.about, "history": self.result.history}
         checkpoint.write_tensors(self.folder / STATE, tensors, meta)
 
     def resume(self) -> None:
@@ -252,14 +251,15 @@ class _Run:
         self.result.history.extend(header.history)
 
 
-def start_from(path: str | Path, model: nn.Module, images: object = None) -> dict[str, str]:
+def start_from(path: str | Path, model: nn.Module, images: object = None, val: object = None) -> dict[str, str]:
     """Give a network the weights of a checkpoint, of `pretrain` or `train`, and return what tells the checkpoint from
     others. A last layer for another number of classes stays as it is in `model`.
 
     >>> start_from(folder / "pretrained.safetensors", models.conv4(20, 1, 4, 28)).keys()
     dict_keys(['sha256'])
 
-    images: the set that it is to be trained on; a line on stderr says where the checkpoint's was normalised otherwise.
+    images, val: the sets that it is to be trained and validated on. A line on stderr says where the checkpoint's images
+    were normalised otherwise, and where it was trained on classes of `val`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -269,13 +269,19 @@ def start_from(path: str | Path, model: nn.Module, images: object = None) -> dic
     found = {"sha256": checkpoint.digest(weights, "")}
     own, last = model.state_dict(), f"{layers_of(model)[-1].name}."
     for name in [n for n in own if n.startswith(last) and n in weights]:
-        if weights[name].shape[1:] == own[name].shape[1:]:
-            weights[name] = weights[name] if weights[name].shape == own[name].shape else own[name]
+        if weights[name].shape[1:] == own[name].shape[1:] and len(weights[name]) != len(own[name]):
+            weights[name] = own[name]
     checkpoint.load_tensors(model, weights, str(path))
-    known = checkpoint.dataset_of(path, meta)
-    if isinstance(images, ImageSet) and known is not None:
+    known = meta.get("dataset") or {}
+    if isinstance(images, ImageSet):
         now = told_of_pixels(images)
         for key in ("mean", "std"):
-            if getattr(known, key) != now[key]:
-                say_once(f"{path}: its pixels have {key} {getattr(known, key)}, those of {images.name} {now[key]}")
+            if known.get(key) != now[key]:
+                say_once(f"{path}: its pixels have {key} {known.get(key)}, those of {images.name} {now[key]}")
+    seen = sorted(set(known.get("classes", ())) & set(val.class_names)) if isinstance(val, ImageSet) else []
+    if seen:
+        say_once(
+            f"warning: {path} was trained on {len(seen)} of the validation classes, {seen[0]} among them: divide the "
+            "folder alike (--shares, --split-seed)"
+        )
     return found

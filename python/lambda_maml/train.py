@@ -103,7 +103,7 @@ def train(
         raise ValueError(f"minutes is {minutes}, expected above 0")
     with locked(out, "train") if ranks.rank == 0 else contextlib.nullcontext():
         goal = Goal(loss, metric, lower_is_better)
-        begun = None if start is None else start_from(start, model, train_set)
+        begun = None if start is None else start_from(start, model, train_set, val_set)
         run = _Run(model, train_set, val_set, Path(out), settings or Settings(), rule, goal, batched, ranks, parts)
         if begun is not None:
             run.state.about["start"] = begun
