@@ -194,7 +194,7 @@ INSIDE = {
         },
         "cli": {
             "cli_adapt", "cli_checkpoint", "cli_config", "cli_demo", "cli_eval", "cli_export", "cli_methods",
-            "cli_report", "cli_select", "cli_train", "cli_types", "console", "explain", "models",
+            "cli_pretrain", "cli_report", "cli_select", "cli_train", "cli_types", "console", "explain", "models",
         },
         "__main__": {"cli", "extras"},
     },
