@@ -112,8 +112,11 @@ def _conv2d(
 
 def _gains_by_layout(x: Tensor, weight: Tensor, spec: ConvSpec) -> bool:
     """Whether ATen and the kernels are faster on channels-last images x [1|T, N, C, H, W], of which nothing lies in
-    order too: neither these nor the result have one channel, image or pixel."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+    order too: neither these nor the result have one channel, image or pixel.
+
+    Not within a vmap: some of torch's operators, adaptive pooling and group norm among them, cannot be mapped there.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or functorch_active() or not x.is_contiguous():
         return False
     (height, width), (rows, columns) = x.shape[-2:], output_size(x.shape, weight.shape, spec)
     return min(*x.shape[1:3], weight.shape[1], height * width, rows * columns) > 1

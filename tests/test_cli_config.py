@@ -109,7 +109,7 @@ def test_every_option_of_every_command_has_its_key_and_its_type(name):
         ("[train]\nconfig = 'b.toml'", "train.config: train has no such option"),
         ("[train]\nhelp = true", "train.help: train has no such option"),
         ("[select]\ncheckpoint = 'a'", "select.checkpoint: it is no option: give CHECKPOINT on the command line"),
-        ("[trian]\nsteps = 3", "trian: no command has this name (did you mean train?): tables are demo, pretrain, train"),
+        ("[trian]\nsteps = 3", "trian: no command has this name (did you mean train?): tables are demo, pretrain"),
         ("steps = 3", "steps: no command has this name"),
         ("train = 3", "train is 3, expected a table: write [train] above its options"),
         ("[train]\nsteps = 3.0", "train.steps is 3.0, expected a whole number from 1 to 1e+09"),
