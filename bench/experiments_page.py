@@ -63,8 +63,9 @@ HOW = """## How it is measured
 - Training is first-order MAML, but with one support image per class of CIFAR-FS, FC100 and Omniglot, where the second
   half of it is second-order; with an exponential average of the weights and a cosine schedule of the meta rate. The
   checkpoint is that of the best validation accuracy. Finn et al.'s figures are of second order.
-- "Pretrained": the four blocks first learn to tell all training classes apart (`lambda-maml pretrain`), then 3,000
-  iterations of first-order MAML follow. The published figures have no pretraining.
+- "Pretrained": the four blocks first learn to tell all training classes apart
+  ([pretraining](training.md#pretraining)), then 3,000 iterations of first-order MAML follow. The published figures have
+  no pretraining.
 - Accuracies are of 5-way tasks with 15 query images per class, in percent, on test classes. Every figure is "mean of
   the seeds (each seed ± the half width of its 95% interval over tasks)": the first interval is of tasks, what lies
   between the seeds is that of seeds. "Together": the norms' statistics are those of a task's query images, as in the

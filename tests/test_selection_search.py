@@ -18,7 +18,7 @@ from lambda_maml.evaluate import evaluate
 from lambda_maml.memory import measure_memory
 from lambda_maml.pattern_json import read_selection
 from lambda_maml.report import candidates, headline, pareto, plot
-from lambda_maml.search import cheaper, planned
+from lambda_maml.search import cheaper, planned, search_deep
 from lambda_maml.timing import Timing
 from lambda_maml.trials import Trial, trials_of
 
@@ -247,9 +247,28 @@ def test_a_deep_network_is_searched_from_the_cheapest_patterns_up() -> None:
 
 
 def test_what_is_cheaper_keeps_the_first_updated_layer() -> None:
-    assert [str(p) for p in cheaper(Pattern("01110"))] == ["01010", "01100"]
-    assert [str(p) for p in cheaper(Pattern("111,001"))] == ["101,001", "110,001"]
-    assert cheaper(Pattern("00100")) == []
+    assert {at: str(p) for at, p in cheaper(Pattern("01110")).items()} == {(0, 2): "01010", (0, 3): "01100"}
+    assert [str(p) for p in cheaper(Pattern("111,001")).values()] == ["101,001", "110,001"]
+    assert cheaper(Pattern("00100")) == {}
+
+
+def test_a_layer_whose_freezing_was_ruled_out_is_not_frozen_later() -> None:
+    # Of 14 layers under a full pattern that alone is admitted, freezing every other one costs nothing.
+    full, harmless = Pattern.full(14), {2, 4, 6, 8, 10, 12}
+    seen: dict[str, int] = {}
+
+    def scores(trial: Trial, count: int) -> torch.Tensor:
+        bits = trial.pattern.stages[0]
+        seen[bits] = count
+        harm = {layer for layer in range(14) if bits[layer] == "0"} - harmless
+        return torch.full((count,), 0.9 - 0.2 * len(harm)) + 0.01 * torch.tensor([1.0, -1.0] * 20)[:count]
+
+    candidates = [Trial(Pattern("0" * (14 - k) + "1" * k)) for k in range(1, 15)]
+    limit = Limit.of(0.01, "bound", False, None, None, "accuracy", False)
+    search_deep(candidates, Trial(full), limit, scores, lambda trial: float(str(trial).count("1")), 40, 0.05)  # type: ignore[arg-type]
+    assert seen["11010101010101"] == 40
+    later = [bits for bits in seen if Trial(Pattern(bits)) not in candidates]
+    assert len(later) == 13 and all(bits[0] == "1" for bits in later)
 
 
 @pytest.mark.parametrize("seconds, timing", [(0.0, 5 * 31.0), (1000.0, 1250.0)])

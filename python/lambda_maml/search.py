@@ -43,19 +43,20 @@ def suffixes_and_stages(model: nn.Module) -> list[Pattern]:
     return list(dict.fromkeys(found))
 
 
-def cheaper(pattern: Pattern) -> list[Pattern]:
-    """The patterns that freeze one layer more, behind the first updated one of each stage of a schedule.
+def cheaper(pattern: Pattern) -> dict[tuple[int, int], Pattern]:
+    """The patterns that freeze one layer more, behind the first updated one of each stage of a schedule; by stage and
+    layer, counted from 0.
 
-    >>> [str(p) for p in cheaper(Pattern("00111"))]
-    ['00101', '00110']
+    >>> {layer: str(p) for (_, layer), p in cheaper(Pattern("00111")).items()}
+    {3: '00101', 4: '00110'}
     """
-    found = []
+    found = {}
     for at, bits in enumerate(pattern.stages):
         first = bits.index("1")
         for layer in range(first + 1, len(bits)):
             if bits[layer] == "1":
                 less = bits[:layer] + "0" + bits[layer + 1 :]
-                found.append(Pattern(",".join([*pattern.stages[:at], less, *pattern.stages[at + 1 :]])))
+                found[at, layer] = Pattern(",".join([*pattern.stages[:at], less, *pattern.stages[at + 1 :]]))
     return found
 
 
@@ -100,20 +101,24 @@ def search_deep(
     error: float,
 ) -> None:  # fmt: skip
     """Score the candidates of a deep network, the cheapest first by its multiply-adds, then what is cheaper than the
-    one that is admitted, for as long as something is. Half of `error` is for the candidates, half for the rest."""
+    one that is admitted, for as long as something is. A layer whose freezing was ruled out is not frozen later, where
+    more layers are frozen: n layers take at most n such candidates. Half of `error` is for the candidates, half for the
+    rest."""
 
     def cost(trial: Trial) -> float:
         return 0.0 if counted is None else counted(trial)
 
     best = _fastest(sorted(trials, key=cost), reference, limit, scores, lambda _: [], tasks, error / 2)
     left = error / 2
-    seen = set(trials)
+    done: set[tuple[int, int]] = set()  # layers that were tried
     while best is not None:
-        less = [best._replace(pattern=pattern) for pattern in cheaper(best.pattern)]
-        less = [trial for trial in less if trial not in seen]
-        seen |= set(less)
+        less = {at: best._replace(pattern=p) for at, p in cheaper(best.pattern).items() if at not in done}
+        less = {at: trial for at, trial in less.items() if trial not in trials}
+        order = sorted(less, key=lambda at: cost(less[at]))
         left /= 2
-        best = _fastest(sorted(less, key=cost), reference, limit, scores, lambda _: [], tasks, left) if less else None
+        tried = [less[at] for at in order]
+        best = _fastest(tried, reference, limit, scores, lambda _: [], tasks, left) if tried else None
+        done |= set(order[: len(order) if best is None else tried.index(best)])
 
 
 class Counted:
