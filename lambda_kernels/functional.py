@@ -62,7 +62,7 @@ def conv2d(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices do not fit; the message holds them.
     """
-    return _conv2d(x, weight, bias, stride, padding, dilation, groups, laid=False)
+    return conv2d_as_laid(x, weight, bias, stride, padding, dilation, groups, lay=False)
 
 
 def conv2d_as_laid(
@@ -73,25 +73,13 @@ def conv2d_as_laid(
     padding: IntOrPair | str,
     dilation: IntOrPair,
     groups: int,
+    lay: bool = True,
 ) -> Tensor:
-    """`conv2d`'s result in the memory layout that is fastest on the device, channels-last on a CPU. It stays that of
-    the norms, activations and pools behind it, and the next convolution finds it."""
-    return _conv2d(x, weight, bias, stride, padding, dilation, groups, laid=True)
-
-
-def _conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: IntOrPair,
-    padding: IntOrPair | str,
-    dilation: IntOrPair,
-    groups: int,
-    laid: bool,
-) -> Tensor:
+    """`conv2d`'s result, with `lay` in the memory layout that is fastest on the device, channels-last on a CPU: that of
+    the norms, activations and pools behind it too, so that the next convolution finds it."""
     x, weight, bias = _autocast("conv2d", x, weight, bias)
     if x.dim() == 3:
-        return _conv2d(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, laid).squeeze(-4)
+        return conv2d_as_laid(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, lay).squeeze(-4)
     same = padding == "same"
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
@@ -104,7 +92,7 @@ def _conv2d(
     tasks = x.dim() == 5 or weight.dim() == 5 or (bias is not None and bias.dim() == 2)
     backend = choose("conv2d", x, weight, spec)
     images, weights = _lift(x, 4), _lift(weight, 4)
-    if laid and _gains_by_layout(images, weights, spec):
+    if lay and _gains_by_layout(images, weights, spec):
         images = _laid(images, backend)
     y = autograd.Conv2d.apply(images, weights, _lift_if(bias, 1), spec, backend)
     return y if tasks else y.squeeze(0)
