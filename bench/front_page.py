@@ -115,7 +115,7 @@ def where(experiments: experiments_page.Results) -> Iterator[str]:
         one = next(iter(found.values()))
         plan, machine = one["plan"], one["machine"]
         yield (
-            f"{', '.join(found)}: {plan['settings']['ways']}-way, {plan['steps']} steps, "
+            f"{'; '.join(found)}: {plan['settings']['ways']}-way, {plan['steps']} steps, "
             f"{plan['test_tasks']} test tasks, a cost is paired over them with its 95% interval; "
             f"{machine['processor']}, 1 thread; [all results](docs/experiments.md)."
         )
