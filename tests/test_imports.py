@@ -133,7 +133,8 @@ INSIDE = {
         "outer": {"adapt", "data", "evaluate", "inner", "maml", "schedule", "settings"},
         "parts": {"adapt", "data", "evaluate", "inner", "methods", "outer", "places", "schedule", "settings", "solved"},
         "pretrain": {
-            "checkpoint", "data", "forms", "lock", "models", "network", "progress", "run_tasks", "say", "stopping",
+            "checkpoint", "data", "forms", "lock", "models", "network", "progress", "run_tasks", "say", "schedule",
+            "stopping",
         },
         "run_state": {"average", "checkpoint", "forms", "inner", "ranks", "settings"},
         "train": {

@@ -29,6 +29,7 @@ from .network import layers_of
 from .progress import Progress, shown
 from .run_tasks import told_of_pixels
 from .say import say_once
+from .schedule import along_cosine
 from .stopping import Stop, stoppable
 
 __all__ = ["PRETRAINED", "STATE", "Epoch", "Pretrained", "Pretraining", "pretrain", "start_from"]
@@ -144,7 +145,7 @@ class _Run:
             torch.manual_seed(settings.seed)
             head = nn.Linear(last.in_features, images.num_classes)
         self.classifier.set_submodule(name, head.to(last.weight))
-        self.kind = last.weight  # its device and dtype
+        self.like = last.weight  # for device and dtype
         self.optimizer = torch.optim.SGD(
             self.classifier.parameters(), settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True
         )
@@ -185,8 +186,8 @@ class _Run:
                 return None
             update = epoch * self.updates + number
             for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.lr * (1 + math.cos(math.pi * update / total)) / 2
-            y = torch.from_numpy(labels[index]).to(self.kind.device)
+                group["lr"] = along_cosine(update / total, self.settings.lr)
+            y = torch.from_numpy(labels[index]).to(self.like.device)
             logits = self.classifier(self._batch(index, update))
             loss = F.cross_entropy(logits, y)
             self.optimizer.zero_grad(set_to_none=True)
@@ -212,7 +213,7 @@ class _Run:
         if self.augment:
             words = np.random.PCG64(np.random.SeedSequence(self.settings.seed, spawn_key=(update, 4)))
             pixels = self.augment(pixels, self.augment.draws(words, len(pixels)))
-        return self.images.normalised(pixels).to(self.kind)
+        return self.images.normalised(pixels).to(self.like)
 
     def _save(self) -> None:
         tensors = {f"model.{k}": v for k, v in self.classifier.state_dict().items()}

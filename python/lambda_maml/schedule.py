@@ -11,7 +11,7 @@ from .network import layers_of
 from .patterns import Pattern
 from .settings import Settings, stages
 
-__all__ = ["importances", "meta_rate", "second_order", "training_pattern", "validation_pattern"]
+__all__ = ["along_cosine", "importances", "meta_rate", "second_order", "training_pattern", "validation_pattern"]
 
 
 def second_order(settings: Settings, iteration: int) -> bool:
@@ -41,8 +41,16 @@ def meta_rate(settings: Settings, iteration: int) -> float:
     equation 5, without restarts)."""
     if settings.cosine is None:
         return settings.meta_lr
-    share = min(iteration / settings.cosine, 1.0)
-    return settings.meta_lr_end + (settings.meta_lr - settings.meta_lr_end) * (1 + math.cos(math.pi * share)) / 2
+    return along_cosine(min(iteration / settings.cosine, 1.0), settings.meta_lr, settings.meta_lr_end)
+
+
+def along_cosine(share: float, first: float, last: float = 0.0) -> float:
+    """A rate that falls from `first` to `last` along half a cosine, of which this share is over.
+
+    >>> along_cosine(0.5, 0.1)
+    0.05
+    """
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 
 def training_pattern(settings: Settings, iteration: int, model: nn.Module) -> Pattern:
