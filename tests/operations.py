@@ -9,6 +9,7 @@ from cases import EXACT, BlockCase, assert_as_exact, decided, stock_block
 from torch import Tensor
 
 import lambda_kernels as lk
+from lambda_kernels.agreement import DRAWS
 
 # Called with operands out of lists and tables.
 conv2d: Any = lk.functional.conv2d
@@ -66,6 +67,24 @@ def check_block_rounding(exact: dict[str, Tensor], case: BlockCase, margin: floa
     for name, *three in zip(exact, *grads):
         got, stock, truth = three
         assert_as_exact(name, got, stock, truth, terms=9 * case.width if name == "x" else 1)
+
+
+def check_block_far_from_zero(case: BlockCase) -> None:
+    """Raw pixels, of mean 1000: the mean is many times the deviation, where one-pass sums cancel.
+
+    Sums of 7,000 are rounded to a thousandth, which is 5e-4 of their deviation. Of one channel, luck makes stock's
+    error a tenth: a wrong kernel is wrong in all draws.
+    """
+    for draw in range(DRAWS):
+        torch.manual_seed(draw)
+        operands = block_operands(case)
+        operands["x"] = operands["x"] + 1000.0
+        operands["weight"] = operands["weight"].abs()
+        try:
+            return check_block_rounding(operands, case, margin=1e-2)
+        except AssertionError:
+            if draw == DRAWS - 1:
+                raise
 
 
 # Derivatives by every subset of the operands.
