@@ -14,7 +14,8 @@ from loops import CONV4, NETWORKS, all_close, close, gradients_of
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_maml import adapt, adapt_tasks, models
+from lambda_maml import adapt, adapt_tasks, explain, models, plan
+from lambda_maml.cost import operations_of
 from lambda_maml.inner import batch as batch_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,6 +114,34 @@ def test_the_model_is_left_as_it_was(track: bool) -> None:
             adapt_tasks(case.network, xs * float("nan"), ys, xq, pattern="100011", steps=2, second_order=second_order)
     assert all(torch.equal(t, before[n]) for n, t in case.network.state_dict().items())
     assert all(p.grad is None for p in case.network.parameters())
+
+
+@pytest.mark.parametrize("second_order", [False, True], ids=["first", "second"])
+def test_networks_of_many_operations_go_task_by_task_on_the_cpu(
+    second_order: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    case, vmap, mapped = loops.residual(), torch.func.vmap, []
+
+    def counted(*args: Any, **how: Any) -> Any:
+        mapped.append(args)
+        return vmap(*args, **how)
+
+    monkeypatch.setattr(torch.func, "vmap", counted)
+    xs, ys = (part[0] for part in batch(case)[:2])
+    cost = sum(step.forward for step in operations_of(case.network, xs).steps)
+    for limit in (cost + 1, cost):  # as it is counted for these shapes
+        mapped.clear()
+        monkeypatch.setattr(plan, "MAPPED_ON_CPU", limit)
+        compare(case, copy.deepcopy(case.network), "000110", second_order=second_order)
+        assert bool(mapped) == (limit > cost)
+        told = explain(case.network, xs, ys, pattern="000110", second_order=second_order)
+        assert ("adapt_tasks runs the tasks as batches" in told) == (limit > cost)
+    mapped.clear()
+    monkeypatch.setattr(plan, "MAPPED_ON_CPU", 0)
+    adapt_tasks(CONV4.network, *batch(CONV4)[:3], pattern="00111", second_order=second_order)
+    chain = explain(CONV4.network, *(part[0] for part in batch(CONV4)[:2]), pattern="00111")
+    assert "adapt_tasks runs the tasks as batches" in chain
+    assert not [r for r in caplog.records if "one task at a time" in r.getMessage()]  # it is no slow way
 
 
 def test_tasks_that_cannot_be_batched() -> None:

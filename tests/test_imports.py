@@ -90,7 +90,7 @@ INSIDE = {
         "statistics": {"say"},
         "export": {"extras", "files", "statistics"},
         "onnx_file": {"export", "extras", "images"},
-        "plan": {"network", "say", "statistics"},
+        "plan": {"cost", "network", "say", "statistics"},
         "patterns": {"cost", "groups", "network"},
         "inner": {"cost", "data", "network", "patterns", "plan", "say"},
         "learner": {"export", "inner", "plan", "statistics"},
