@@ -38,10 +38,11 @@ help:
 demo: $(VENV)/.built
 	$(BIN)/lambda-maml demo --out runs/demo
 
-# One process runs all tests of a file, so that fixtures are made once. What the tests start finds bytecode.
+# One process runs all tests of a file, so that fixtures are made once. What the tests start finds bytecode. The slowest
+# tests are named at the end, so that a record of CI says where its time went.
 test: $(VENV)/.built
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest tests -p no:benchmark --numprocesses 2 --dist loadfile \
-	    --no-loadscope-reorder
+	    --no-loadscope-reorder --durations 30 --durations-min 5
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
