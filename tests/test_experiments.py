@@ -271,3 +271,20 @@ def test_the_page_shows_figures_and_what_has_not_run(done, copied, tmp_path, cap
 def test_the_page_of_the_repository_is_that_of_its_results():
     found = page.markdown(page.read(ROOT / "results"), list(plan.jobs()))
     assert (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8") == found
+
+
+def test_a_choice_is_set_beside_plain_maml_of_its_own_seed():
+    case, row = plan.CORE[0], {"steps": 10, "statistics": "batch"}
+
+    def result(name: str, bits: str, accuracy: float, **more: object) -> dict[str, object]:
+        rows = [{**row, "pattern": p, "accuracy": a, "ci95": 0.003} for p, a in (("11111", 0.7), (bits, accuracy))]
+        return {name: {"kind": "", "rows": rows, **more}}
+
+    chosen = {"chosen": {"0.01": "00011"}}
+    found = {
+        **result(f"{case}-maml-s0.accuracy", "11111", 0.7),
+        **result(f"{case}-fixed-s0.choice-k10", "00011", 0.71, **chosen),
+        **result(f"{case}-fixed-s1.choice-k10", "00011", 0.60, **chosen),  # whose plain MAML has not run
+    }
+    below = page.Pages(found, list(plan.jobs())).below_maml(case, "fixed", 10, "0.01")
+    assert [(round(one.value, 6), round(one.ci95, 6)) for one in below] == [(-0.01, round(0.003 * 2**0.5, 6))]
