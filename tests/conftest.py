@@ -50,8 +50,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-def pytest_collection_finish() -> None:
-    """What was imported stays: no collection of garbage, of which each round of a timing has one, goes through it."""
+@pytest.fixture(scope="module", autouse=True)
+def short_collections() -> None:
+    """What was imported and made for earlier files stays: no collection of garbage, of which each round of a timing has
+    one, goes through it. Late in a worker's life that took seconds each time."""
     gc.collect()
     gc.freeze()
 
