@@ -84,6 +84,13 @@ ARMS = {
     "pretrained": Arm({"meta_batch": 2}, "MAML after supervised pretraining; patterns at meta-test only"),
 }
 
+# Runs whose best checkpoint is kept beside their results: together they are less than 2 MB.
+SHIPPED = {
+    "cifar_fs-5shot-maml-s0", "cifar_fs-1shot-maml-s0", "cifar_fs-5shot-64ch-pretrained-s0",
+    "cifar_fs-1shot-64ch-pretrained-s0", "omniglot-1shot-maml-s0", "omniglot-5shot-maml-s0", "omniglot-5shot-fixed-s0",
+    "glyphs-1shot-maml-s0",
+}  # fmt: skip
+
 
 class Amount(NamedTuple):
     """How much is evaluated of each checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -271,6 +272,15 @@ def test_the_page_shows_figures_and_what_has_not_run(done, copied, tmp_path, cap
 def test_the_page_of_the_repository_is_that_of_its_results():
     found = page.markdown(page.read(ROOT / "results"), list(plan.jobs()))
     assert (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8") == found
+
+
+def test_the_checkpoints_beside_the_results_are_those_of_the_results_and_small():
+    kept = {path.stem: path for path in (ROOT / "results").glob("*.safetensors")}
+    assert kept.keys() == plan.SHIPPED - {"glyphs-1shot-maml-s0"}
+    assert sum(path.stat().st_size for path in kept.values()) < 2_000_000
+    for name, path in kept.items():
+        result = json.loads((ROOT / "results" / f"{name}.training.json").read_text(encoding="utf-8"))
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == result["checkpoint_sha256"], name
 
 
 def test_a_choice_is_set_beside_plain_maml_of_its_own_seed():
