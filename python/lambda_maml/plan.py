@@ -195,8 +195,10 @@ class Plan(Layout):
         and memory that fits no cache; of small networks that is less than what every call costs besides. A chain has
         kernels of its own for many tasks.
         """
+        if self.chain is not None:
+            return None
         tensors = flatten(x)[0]
-        if self.chain is not None or any(t.device.type != "cpu" for t in tensors):
+        if any(t.device.type != "cpu" for t in tensors):
             return None
         shapes = tuple((t.shape, t.dtype) for t in tensors)
         cost = self._costs.get(shapes)
