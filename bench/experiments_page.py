@@ -143,6 +143,17 @@ class Figure(NamedTuple):
     ci95: float | None
 
 
+def row_of(one: Row, pattern: str, statistics: str = "batch", steps: int | None = None) -> Row:
+    """The row of a pattern in a choice, or in an accuracy at so many steps."""
+    wanted = {"pattern": pattern, "statistics": statistics} | ({} if steps is None else {"steps": steps})
+    found: Row = next(row for row in one["rows"] if wanted.items() <= row.items())
+    return found
+
+
+def figure(row: Row, key: str) -> Figure:
+    return Figure(row[key], row[{"accuracy": "ci95", "drop": "drop_ci95"}[key]])
+
+
 def percent(seeds: Sequence[Figure]) -> str:
     """The mean of the seeds and each of them, in percent or points."""
     if not seeds:
@@ -187,36 +198,25 @@ class Pages:
 
     def tested(self, case: Case, arm: str, pattern: str, steps: int, statistics: str, key: str) -> list[Figure]:
         """A figure of a well-known pattern on test tasks, for each seed."""
-        interval = {"accuracy": "ci95", "drop": "drop_ci95"}[key]
-        wanted = {"pattern": pattern, "steps": steps, "statistics": statistics}
-        rows = [r for one in self.of(case, arm, "accuracy") for r in one["rows"] if wanted.items() <= r.items()]
-        return [Figure(row[key], row[interval]) for row in rows]
+        return [figure(row_of(one, pattern, statistics, steps), key) for one in self.of(case, arm, "accuracy")]
 
     def chosen(self, case: Case, arm: str, steps: int, which: str, statistics: str, key: str) -> list[Figure]:
         """The same of what was chosen."""
-        interval = {"accuracy": "ci95", "drop": "drop_ci95"}[key]
-        found = []
-        for one in self.of(case, arm, f"choice-k{steps}"):
-            wanted = {"pattern": one["chosen"][which], "statistics": statistics}
-            row = next(row for row in one["rows"] if wanted.items() <= row.items())
-            found.append(Figure(row[key], row[interval]))
-        return found
+        every = self.of(case, arm, f"choice-k{steps}")
+        return [figure(row_of(one, one["chosen"][which], statistics), key) for one in every]
 
     def below_maml(self, case: Case, arm: str, steps: int, which: str) -> list[Figure]:
         """How far what was chosen lies below the full pattern of plain MAML, seed by seed. The intervals of both are
         taken together as those of different tasks are, which is wider than that of paired differences."""
         found = []
-        wanted = {"pattern": FULL, "steps": steps, "statistics": "batch"}
         for run in (run for run in self.runs if (run.case, run.arm) == (case, arm)):
             own, plain = (
                 self.results.get(f"{case}-{name}-s{run.seed}.{kind}")
                 for name, kind in ((arm, f"choice-k{steps}"), ("maml", "accuracy"))
             )
             if own is not None and plain is not None:
-                mine = next(
-                    r for r in own["rows"] if (r["pattern"], r["statistics"]) == (own["chosen"][which], "batch")
-                )
-                theirs = next(r for r in plain["rows"] if wanted.items() <= r.items())
+                mine = row_of(own, own["chosen"][which])
+                theirs = row_of(plain, FULL, steps=steps)
                 found.append(Figure(theirs["accuracy"] - mine["accuracy"], math.hypot(theirs["ci95"], mine["ci95"])))
         return found
 

@@ -98,10 +98,7 @@ def on_images(experiments: experiments_page.Results) -> Iterator[tuple[str, ...]
     for said, one in chosen(experiments):
         bits, stock = one["chosen"]["0.01"], one["stock_ms"]
         own = one["times_ms"][bits]
-        full, row = (
-            next(r for r in one["rows"] if (r["pattern"], r["statistics"]) == (pattern, "batch"))
-            for pattern in (FULL, bits)
-        )
+        full, row = (experiments_page.row_of(one, pattern) for pattern in (FULL, bits))
         name = f"{said}, chosen at 1 point: `{bits}`"
         ratio = f"{digits(stock['median'] / own['median'])}x"
         yield f"{name}: adaptation", _ms(own), f"{_ms(stock)}, `{FULL}`", ratio
