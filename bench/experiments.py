@@ -71,6 +71,7 @@ def run(given: argparse.Namespace) -> int:
     wanted = experiments_plan.chosen(every, given.only)
     done = finished(wanted, given.results)
     if given.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
         for job in wanted:
             print(f"{'done' if job.name in done else progress(job, given.runs):>22}  {job.name}")
         return 0

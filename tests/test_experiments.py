@@ -221,6 +221,14 @@ def test_all_settings_are_ones_that_the_trainer_takes():
         assert Settings(**run.settings).cosine == run.iterations
 
 
+def test_a_list_whose_reader_has_gone_ends_without_a_word(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command(tmp_path, "--list"), env=ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+
+
 def test_times_are_taken_while_nothing_else_runs(tmp_path):
     given = experiments.parse(arguments(tmp_path, "--jobs", "2"))
     runner = experiments.Runner(list(plan.jobs()), set(), given)
