@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -139,8 +140,12 @@ def test_networks_of_many_operations_go_task_by_task_on_the_cpu(
     mapped.clear()
     monkeypatch.setattr(plan, "MAPPED_ON_CPU", 0)
     adapt_tasks(CONV4.network, *batch(CONV4)[:3], pattern="00111", second_order=second_order)
-    chain = explain(CONV4.network, *(part[0] for part in batch(CONV4)[:2]), pattern="00111")
-    assert "adapt_tasks runs the tasks as batches" in chain
+    one = [part[0] for part in batch(CONV4)[:2]]
+    assert "adapt_tasks runs the tasks as batches" in explain(CONV4.network, *one, pattern="00111")
+    smoothed = functools.partial(F.cross_entropy, label_smoothing=0.1)  # is not the loss of a chain's kernels
+    mapped.clear()
+    adapt_tasks(CONV4.network, *batch(CONV4)[:3], pattern="00111", second_order=second_order, loss=smoothed)
+    assert not mapped and "goes task by task" in explain(CONV4.network, *one, pattern="00111", loss=smoothed)
     assert not [r for r in caplog.records if "one task at a time" in r.getMessage()]  # it is no slow way
 
 

@@ -175,7 +175,7 @@ def adapt_tasks(
     Frozen layers see all tasks of a batch at once, updated layers have weights of each task's own, norm statistics are
     each task's own. Networks that cannot be looked into, that draw random numbers, that update running statistics or
     that `torch.func.vmap` cannot follow are adapted one task at a time, and that is said once. On the CPU so are those
-    that are no chain and for which that is faster (`plan.MAPPED_ON_CPU`).
+    for which that is faster (`plan.MAPPED_ON_CPU`): no chains, or under another loss than cross-entropy.
 
     >>> xs, ys, xq, yq = (torch.stack(part) for part in zip(*tasks))             # each with T in front
     >>> adapt_tasks(model, xs, ys, xq, pattern="00011", steps=5, lr=0.03).shape  # [T, Q, ways]
@@ -278,7 +278,7 @@ def _together(a: Adaptation, xs: Any, ys: Any, xq: Any, given: dict[str, Any]) -
 
     if (why := _why_alone(a)) is not None:
         return one_by_one(why)
-    if a.plan.why_faster_alone(a.model, batch.task(xs, 0)) is not None:
+    if a.why_faster_alone(a.support(batch.task(xs, 0), batch.task(ys, 0))) is not None:
         return one_by_one("")
     if a.plan.normalises_batches and not torch.is_grad_enabled():
         warn_of_few(batch.task(xq, 0))

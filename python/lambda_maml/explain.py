@@ -131,7 +131,7 @@ def _around(a: Adaptation, support: Support) -> list[str]:
             if again
             else f"from the {first} call of these shapes on: one prepared call"
         )
-    why_alone = a.plan.why_not_batched or a.why_unmapped or a.plan.why_faster_alone(a.model, support.xs)
+    why_alone = a.plan.why_not_batched or a.why_unmapped or a.why_faster_alone(support)
     lines.append(
         f"  adapt_tasks goes task by task: {why_alone}" if why_alone else "adapt_tasks runs the tasks as batches"
     )

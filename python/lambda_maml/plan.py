@@ -188,15 +188,12 @@ class Plan(Layout):
         return whole_chain(self.program)
 
     def why_faster_alone(self, model: nn.Module, x: Any) -> str | None:
-        """Why several tasks are adapted faster one after another, or None where they are not; `x` are the inputs of one
-        task's support set, `model` is one of the program's structure.
+        """Why several tasks are adapted faster one after another than under `torch.func.vmap`, or None where they are
+        not; `x` are the inputs of one task's support set, `model` is one of the program's structure.
 
-        On the CPU the convolutions and products of `torch.func.vmap` take up to 2.6 times as long as those of one task,
-        and memory that fits no cache; of small networks that is less than what every call costs besides. A chain has
-        kernels of its own for many tasks.
+        On the CPU the convolutions and products of vmap take up to 2.6 times as long as those of one task, and memory
+        that fits no cache; of small networks that is less than what every call costs besides.
         """
-        if self.chain is not None:
-            return None
         tensors = flatten(x)[0]
         if any(t.device.type != "cpu" for t in tensors):
             return None

@@ -98,6 +98,12 @@ class Adaptation:
         """Why `torch.func.vmap` could not follow such a loss or rule, or the network, when it was tried."""
         return self.plan.unmapped.get(self.code)
 
+    def why_faster_alone(self, support: Support) -> str | None:
+        """Why several tasks are adapted faster one after another, or None where they are not; `support` is one's."""
+        if self.plan.chain is not None and support.labels is not None:
+            return None  # a chain under cross-entropy has kernels of its own for many tasks
+        return self.plan.why_faster_alone(self.model, support.xs)
+
     def start(self, tasks: int | None) -> dict[str, Tensor]:
         """The state before the first step; of T tasks, with T in front of what is updated."""
         if tasks is None:
