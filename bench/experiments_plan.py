@@ -57,6 +57,7 @@ CORE = (
 MORE = (
     Case("cifar_fs", 5, 64, 14000, {**CIFAR, **SMALL}, wide=True),
     Case("cifar_fs", 1, 64, 40000, {**CIFAR_1, **SMALL}, wide=True),
+    Case("omniglot", 5, 64, 12000, {"lr": 0.1, **SMALL}, wide=True),
     Case("fc100", 5, 32, 12000, CIFAR),
     Case("fc100", 1, 32, 16000, CIFAR_1),
     Case("mini_imagenet", 5, 32, 12000, {"lr": 0.03, "flip": True}),
