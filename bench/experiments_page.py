@@ -158,8 +158,11 @@ def percent(seeds: Sequence[Figure]) -> str:
     """The mean of the seeds and each of them, in percent or points."""
     if not seeds:
         return NONE
-    each = ", ".join(f"{100 * s.value:.2f}" + ("" if s.ci95 is None else f" ± {100 * s.ci95:.2f}") for s in seeds)
-    return f"{100 * mean(s.value for s in seeds):.2f} ({each})"
+    return f"{100 * mean(s.value for s in seeds):.2f} ({', '.join(map(in_points, seeds))})"
+
+
+def in_points(seed: Figure) -> str:
+    return f"{100 * seed.value:.2f}" + ("" if seed.ci95 is None else f" ± {100 * seed.ci95:.2f}")
 
 
 def mean(values: Iterable[float]) -> float:

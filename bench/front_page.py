@@ -7,6 +7,7 @@ for light and dark pages. tests/test_readme.py holds that README shows what the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import textwrap
@@ -82,39 +83,56 @@ def accuracy(report: Row) -> Iterator[tuple[str, ...]]:
     yield f"{name}: accuracy", found[0], f"{found[1]}{beside}", cost
 
 
-def chosen(experiments: experiments_page.Results) -> Iterator[tuple[str, Row]]:
-    """The choices at one point after ten steps of the networks that `make experiments` has trained, by set: the
-    pretrained network's where it is there."""
+def chosen(experiments: experiments_page.Results) -> Iterator[tuple[experiments_plan.Experiment, Row]]:
+    """The choices after ten steps of the networks that `make experiments` has trained, one for each set: that of a
+    pretrained network, else of one with the pattern in meta-training, else of plain MAML, where it is there."""
     for case in experiments_plan.CORE:
         same = [c for c in experiments_plan.PRETRAINED if (c.dataset, c.shots) == (case.dataset, case.shots)]
-        for one, arm in [*((c, "pretrained") for c in same), (case, "maml")]:
-            name = f"{experiments_plan.Experiment(one, arm, experiments_plan.SEEDS[0])}.choice-k10"
-            if name in experiments:
-                yield experiments_page.said_of(one, arm), experiments[name]
+        for one, arm in [*((c, "pretrained") for c in same), (case, "fixed"), (case, "maml")]:
+            run = experiments_plan.Experiment(one, arm, experiments_plan.SEEDS[0])
+            if f"{run}.choice-k10" in experiments:
+                yield run, experiments[f"{run}.choice-k10"]
                 break
 
 
+def said_of(run: experiments_plan.Experiment) -> str:
+    fixed = f", {experiments_plan.ARMS[run.arm].words}" if run.arm == "fixed" else ""
+    return experiments_page.said_of(run.case, run.arm) + fixed
+
+
 def on_images(experiments: experiments_page.Results) -> Iterator[tuple[str, ...]]:
-    for said, one in chosen(experiments):
+    pages = experiments_page.Pages(experiments, list(experiments_plan.jobs()))
+    for run, one in chosen(experiments):
         bits, stock = one["chosen"]["0.01"], one["stock_ms"]
         own = one["times_ms"][bits]
         full, row = (experiments_page.row_of(one, pattern) for pattern in (FULL, bits))
-        name = f"{said}, chosen at 1 point: `{bits}`"
+        drop = experiments_page.figure(row, "drop")
+        if run.arm == "fixed":
+            (drop, *_) = pages.below_maml(run.case, run.arm, one["plan"]["steps"], "0.01")
+            plain = experiments[f"{dataclasses.replace(run, arm='maml')}.accuracy"]
+            full = experiments_page.row_of(plain, FULL, steps=one["plan"]["steps"])
+        name = f"{said_of(run)}, chosen at 1 point: `{bits}`"
         ratio = f"{digits(stock['median'] / own['median'])}x"
         yield f"{name}: adaptation", _ms(own), f"{_ms(stock)}, `{FULL}`", ratio
-        cost = f"cost {100 * row['drop']:.2f} ± {100 * row['drop_ci95']:.2f} points"
-        yield f"{name}: accuracy", f"{100 * row['accuracy']:.2f}%", f"{100 * full['accuracy']:.2f}%, `{FULL}`", cost
+        accuracies = f"{100 * row['accuracy']:.2f}%", f"{100 * full['accuracy']:.2f}%, `{FULL}`"
+        yield f"{name}: accuracy", *accuracies, f"cost {experiments_page.in_points(drop)} points"
 
 
 def where(experiments: experiments_page.Results) -> Iterator[str]:
     found = dict(chosen(experiments))
     if found:
-        one = next(iter(found.values()))
-        plan, machine = one["plan"], one["machine"]
+        plan = next(iter(found.values()))["plan"]
+        clocks = (experiments[one["timings"].removesuffix(".json")] for one in found.values())
+        machines = sorted({clock["machine"]["processor"] for clock in clocks})
         yield (
-            f"{'; '.join(found)}: {plan['settings']['ways']}-way, {plan['steps']} steps, "
+            f"{'; '.join(map(said_of, found))}: {plan['settings']['ways']}-way, {plan['steps']} steps, "
             f"{plan['test_tasks']} test tasks, a cost is paired over them with its 95% interval; "
-            f"{machine['processor']}, 1 thread; [all results](docs/experiments.md)."
+            f"{' and '.join(machines)}, 1 thread; [all results](docs/experiments.md)."
+        )
+    if any(run.arm == "fixed" for run in found):
+        yield (
+            "With a pattern in meta-training too, the cost is that beside a network of plain MAML, and its interval "
+            "that of a difference of independent means."
         )
 
 
