@@ -103,14 +103,14 @@ def said_of(run: experiments_plan.Experiment) -> str:
 def on_images(experiments: experiments_page.Results) -> Iterator[tuple[str, ...]]:
     pages = experiments_page.Pages(experiments, list(experiments_plan.jobs()))
     for run, one in chosen(experiments):
-        bits, stock = one["chosen"]["0.01"], one["stock_ms"]
-        own = one["times_ms"][bits]
-        full, row = (experiments_page.row_of(one, pattern) for pattern in (FULL, bits))
-        drop = experiments_page.figure(row, "drop")
+        bits, stock, steps = one["chosen"]["0.01"], one["stock_ms"], one["plan"]["steps"]
+        own, row = one["times_ms"][bits], experiments_page.row_of(one, bits)
         if run.arm == "fixed":
-            (drop, *_) = pages.below_maml(run.case, run.arm, one["plan"]["steps"], "0.01")
             plain = experiments[f"{dataclasses.replace(run, arm='maml')}.accuracy"]
-            full = experiments_page.row_of(plain, FULL, steps=one["plan"]["steps"])
+            full = experiments_page.row_of(plain, FULL, steps=steps)
+            (drop, *_) = pages.below_maml(run.case, run.arm, steps, "0.01")
+        else:
+            full, drop = experiments_page.row_of(one, FULL), experiments_page.figure(row, "drop")
         name = f"{said_of(run)}, chosen at 1 point: `{bits}`"
         ratio = f"{digits(stock['median'] / own['median'])}x"
         yield f"{name}: adaptation", _ms(own), f"{_ms(stock)}, `{FULL}`", ratio
