@@ -139,7 +139,7 @@ INSIDE = {
         "run_state": {"average", "checkpoint", "forms", "inner", "ranks", "settings"},
         "train": {
             "ahead", "average", "checkpoint", "data", "evaluate", "files", "goal", "inner", "learned_rates", "lock",
-            "metrics", "models", "outer", "parts", "pretrain", "progress", "ranks", "run_state", "run_tasks",
+            "metrics", "models", "network", "outer", "parts", "pretrain", "progress", "ranks", "run_state", "run_tasks",
             "saved_parts", "say", "schedule", "settings", "stopping",
         },
         "trial_loops": {"inner", "patterns", "places", "solved", "trials"},

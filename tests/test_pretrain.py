@@ -21,6 +21,7 @@ from lambda_kernels.agreement import within
 from lambda_maml import checkpoint, data, evaluate, models
 from lambda_maml.cli import run as command
 from lambda_maml.data import Augment
+from lambda_maml.data.imageset import with_rotations
 from lambda_maml.pretrain import PRETRAINED, STATE, Pretrained, Pretraining, pretrain, start_from
 
 COLOUR = image_set("train", channels=3)
@@ -88,6 +89,34 @@ def test_the_images_of_an_update_are_changed_by_its_own_draws(tmp_path: Path, mo
     assert len({draws.tobytes() for draws in seen}) == len(seen)
     with pytest.raises(ValueError, match="colour images, these have 1 channel"):
         pretrained(tmp_path / "grey", settings=replace(SHORT, crop=2))
+
+
+def test_rotations_are_pretraining_on_the_turned_classes(tmp_path: Path) -> None:
+    turned, own = with_rotations(TRAIN), replace(SHORT, epochs=1)
+    one, two = network(), network()
+    pretrained(tmp_path / "asked", one, replace(own, rotations=True))
+    pretrain(two, turned, out=tmp_path / "given", settings=own)
+    assert all(map(torch.equal, one.parameters(), two.parameters()))
+    plain = network()
+    pretrained(tmp_path / "plain", plain, own)
+    assert not torch.equal(plain.get_parameter("block1.conv.weight"), one.get_parameter("block1.conv.weight"))
+    with pytest.raises(ValueError, match=f"{turned.name} train has the rotations of its classes already"):
+        pretrain(two, turned, out=tmp_path / "twice", settings=replace(own, rotations=True))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_state_from_before_a_setting_is_one_without_it(tmp_path: Path) -> None:
+    def interrupt(done: int, total: int, what: str) -> None:
+        if done == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    pretrained(tmp_path, progress=interrupt)
+    tensors, meta = checkpoint.read_tensors(tmp_path / STATE)
+    del meta["run"]["pretraining"]["rotations"]
+    checkpoint.write_tensors(tmp_path / STATE, tensors, meta)
+    with pytest.raises(ValueError, match=r"has pretraining \{.*'rotations': False.*this one \{.*'rotations': True"):
+        pretrained(tmp_path, settings=replace(SHORT, rotations=True), resume=True)
+    assert pretrained(tmp_path, resume=True).stopped == "epochs"
 
 
 @pytest.mark.usefixtures("one_thread")

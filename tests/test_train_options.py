@@ -103,6 +103,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "average of learned rates": {"average": 0.9, "learn_lr": "layer-step", "weight_decay": 0.1},
     "reptile": {"outer": "reptile"},
     "patience": {"patience": 20},
+    "zero head": {"zero_head": True, "average": 0.9},
 }
 
 
@@ -131,6 +132,46 @@ def test_weight_decay_leaves_learned_rates_alone(tmp_path: Path) -> None:
     run(tmp_path, 3, small(weight_decay=0.3, learn_lr="one"), model)
     torch.testing.assert_close({n: p.detach() for n, p in model.named_parameters()}, want, **GRADIENT)
     torch.testing.assert_close(state(tmp_path)[0]["rule:rate0"], rates.detach(), **GRADIENT)
+
+
+def test_a_zero_head_stays_zero_and_the_rest_learns_as_in_a_plain_loop(
+    tmp_path: Path, without: dict[str, Tensor]
+) -> None:
+    settings, model, plain = small(zero_head=True, weight_decay=0.3), network().double(), network().double()
+    nn.init.zeros_(plain.get_parameter("head.weight"))
+    nn.init.zeros_(plain.get_parameter("head.bias"))
+    want = plain_training(plain, ITERATIONS, settings, optimizer=lambda ps: adamw(0.3)(ps[:-2]))
+    run(tmp_path, ITERATIONS, settings, model)
+    found = {n: p.detach() for n, p in model.named_parameters()}
+    torch.testing.assert_close(found, want, **GRADIENT)
+    assert not close(found, without)
+    best = checkpoint.read_tensors(tmp_path / BEST)[0]
+    assert [n for n in ("head.weight", "head.bias") if found[n].any() or best[n].any()] == []
+
+
+@pytest.mark.parametrize("outer", ["reptile", "maml"])
+def test_a_zero_head_begins_where_a_checkpoint_had_another(outer: str, tmp_path: Path) -> None:
+    run(tmp_path / "first", 1)
+    model = network(seed=3)
+    run(tmp_path / outer, 2, small(zero_head=True, outer=outer), model, start=tmp_path / "first" / BEST)
+    first = checkpoint.read_tensors(tmp_path / "first" / BEST)[0]
+    assert first["head.weight"].any() and not model.get_parameter("head.weight").any()
+    assert not torch.equal(first["block1.conv.weight"], model.get_parameter("block1.conv.weight"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"pattern": "BOIL"}, "pattern 11110 leaves the last layer at zero"),
+        ({"pattern": "11110,00010"}, "pattern 11110,00010 leaves the last layer at zero"),
+        ({"patterns": "MAML; 2: 00110", "pattern": "MAML"}, "pattern 00110 leaves the last layer at zero"),
+        ({"patterns": "sampled"}, "half of the sampled patterns leave the last layer at zero"),
+    ],
+)
+def test_a_zero_head_is_not_for_patterns_that_leave_it(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        run(tmp_path, 1, small(zero_head=True, **changes))
+    run(tmp_path / "fits", 1, small(zero_head=True, pattern="11110,00001"))
 
 
 def test_importances_are_those_of_the_authors_code() -> None:

@@ -22,6 +22,11 @@ run_options = options(
     click.option("--batch", type=click.IntRange(2, 10**9), default=128, help="Images of an update."),
     click.option("--lr", type=RATE, default=0.1, help="The first rate of SGD with momentum; it falls to 0."),
     click.option("--weight-decay", type=RATE, default=5e-4, help="Decay of the weights."),
+    click.option(
+        "--rotations",
+        is_flag=True,
+        help="Make three more classes of each, turned by 90, 180 and 270 degrees. Omniglot has them anyway.",
+    ),
     click.option("--seed", type=SEED, default=0, help="Seed of the network and of the order of the images."),
     click.option(
         "--resume", is_flag=True, help="Continue the run in --out; the result is the same as without the break."
@@ -72,9 +77,10 @@ def pretrain(
             }
         )
     elif result.stopped == "epochs" and last is not None:
+        classes = images.num_classes * (4 if chosen.rotations else 1)
         click.echo(
-            f"{out / PRETRAINED}: {100 * last.accuracy:.1f} % of the images of {images.num_classes} training classes "
-            f"told rightly in epoch {last.epoch}"
+            f"{out / PRETRAINED}: {100 * last.accuracy:.1f} % of the images of {classes} training classes told rightly "
+            f"in epoch {last.epoch}"
         )
     if result.stopped != "epochs":
         say(f"stopped by {result.stopped} after epoch {len(result.history)}; continue with --resume")

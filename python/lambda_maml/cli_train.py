@@ -96,6 +96,10 @@ inner_options = options(
         "--norm", type=click.Choice(["follow", "never"]), default="follow",
         help="Do a layer's norm weights follow its bit, or never adapt.",
     ),
+    click.option(
+        "--zero-head", is_flag=True,
+        help="Let the last layer be zero at the start of each task; it is not meta-learned.",
+    ),
 )  # fmt: skip
 outer_options = options(
     click.option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
@@ -12,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lambda_kernels.program import NORMS, notes_of
 
-__all__ = ["Layer", "layers_of", "module_of"]
+__all__ = ["Layer", "layers_of", "module_of", "zero_last"]
 
 _WITH_ALL_BELOW = (
     _ConvNd,
@@ -84,6 +85,16 @@ def _find(model: nn.Module) -> tuple[Layer, ...]:
 def module_of(model: nn.Module, layer: Layer) -> nn.Module:
     """The module that a layer is, the network itself where it is one layer."""
     return dict(model.named_modules()).get(layer.name, model)
+
+
+@torch.no_grad()
+def zero_last(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the last layer, which become zero in place."""
+    parameters = dict(model.named_parameters())
+    last = [parameters[name] for name in layers_of(model)[-1].weights]
+    for p in last:
+        p.zero_()
+    return last
 
 
 class _Walk:

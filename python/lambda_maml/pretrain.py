@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from . import checkpoint, models
 from .data.augment import Augment
-from .data.imageset import ImageSet
+from .data.imageset import ImageSet, with_rotations
 from .forms import Count, Finite, NotBelow0, checked
 from .lock import locked
-from .network import layers_of
+from .network import layers_of, zero_last
 from .progress import Progress, shown
 from .run_tasks import told_of_pixels
 from .say import say_once
@@ -43,7 +43,9 @@ class Pretraining:
 
     epochs: passes over the images. batch: images of an update, at least (an epoch is divided evenly). lr: rate of SGD
     with Nesterov's momentum 0.9, which falls to 0 along half a cosine. weight_decay: of all weights. flip, crop,
-    jitter: as in `data.Augment`. seed: of the order of the images, their changes, and the classifier's first weights.
+    jitter: as in `data.Augment`. rotations: each class, turned by 90, 180 and 270 degrees, is three more classes, so
+    that the classifier learns the way up too (Lee, Hwang, Shin 2020, "label augmentation"). seed: of the order of the
+    images, their changes, and the classifier's first weights.
 
     Raises:
         ValueError: a number is out of range.
@@ -56,6 +58,7 @@ class Pretraining:
     flip: bool = False
     crop: int = 0
     jitter: float = 0.0
+    rotations: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -139,6 +142,8 @@ class _Run:
             raise ValueError(f"{type(model).__name__} ends in {type(last).__name__} {name}, expected a linear layer")
         self.augment = Augment(settings.flip, settings.crop, settings.jitter)
         self.augment.check(images.image_shape[0])
+        if settings.rotations:
+            images = with_rotations(images)
         self.model, self.images, self.folder, self.settings, self.last = model, images, folder, settings, name
         self.classifier = copy.deepcopy(model).train()
         with torch.random.fork_rng(devices=[]):
@@ -170,9 +175,7 @@ class _Run:
                 self._save()
         own = {k: v for k, v in self.classifier.state_dict().items() if not k.startswith(f"{self.last}.")}
         self.model.load_state_dict(own, strict=False)
-        with torch.no_grad():
-            for parameter in self.model.get_submodule(self.last).parameters():
-                parameter.zero_()
+        zero_last(self.model)
         metrics = {"loss": history[-1].loss, "accuracy": history[-1].accuracy, "seconds": history[-1].seconds}
         checkpoint.save(self.folder / PRETRAINED, self.model, {**self.about, "metrics": metrics})
         (self.folder / STATE).unlink(missing_ok=True)
@@ -235,11 +238,12 @@ class _Run:
             return
         tensors, meta = checkpoint.read_tensors(path)
         header: _Header = checked(meta, _Header, path, checkpoint.REMEDY)
+        then = {**header.run, "pretraining": {**asdict(Pretraining()), **header.run.get("pretraining", {})}}
         for key, own in self.about.items():
-            if header.run.get(key) != own:
+            if then.get(key) != own:
                 raise ValueError(
-                    f"{path}: the run to resume has {key} {header.run.get(key)}, this one {own}: give the same, or "
-                    "another folder"
+                    f"{path}: the run to resume has {key} {then.get(key)}, this one {own}: give the same, or another "
+                    "folder"
                 )
         weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         checkpoint.load_tensors(self.classifier, weights, str(path))

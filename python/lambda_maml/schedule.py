@@ -11,7 +11,10 @@ from .network import layers_of
 from .patterns import Pattern
 from .settings import Settings, stages
 
-__all__ = ["along_cosine", "importances", "meta_rate", "second_order", "training_pattern", "validation_pattern"]
+__all__ = [
+    "along_cosine", "check_zero_head", "importances", "meta_rate", "second_order", "training_pattern",
+    "validation_pattern",
+]  # fmt: skip
 
 
 def second_order(settings: Settings, iteration: int) -> bool:
@@ -79,3 +82,15 @@ def validation_pattern(settings: Settings, model: nn.Module) -> Pattern:
     scheduled = [Pattern.of(model, pattern) for _, pattern in stages(settings.patterns)]
     last = scheduled[-1] if scheduled else Pattern.of(model, "MAML")
     return last if settings.pattern is None else Pattern.of(model, settings.pattern)
+
+
+def check_zero_head(settings: Settings, model: nn.Module) -> None:
+    """ValueError where a pattern of a run whose last layer begins at zero would leave it there."""
+    found = [validation_pattern(settings, model), *(Pattern.of(model, p) for _, p in stages(settings.patterns))]
+    frozen = [p for p in found if all(p.at(step).endswith("0") for step in range(settings.steps))]
+    if settings.patterns == "sampled" or frozen:
+        told = "half of the sampled patterns leave" if not frozen else f"pattern {frozen[0]} leaves"
+        raise ValueError(
+            f"zero_head: {told} the last layer at zero, where all classes are one: choose patterns that end in 1, or "
+            "leave zero_head out"
+        )

@@ -25,7 +25,9 @@ class Settings:
         query: query images per class. steps, lr: the inner loop's steps and rate in training. test_steps: inner steps
         in validation and, by default, in all that is later done with the checkpoint (None: as in training). pattern:
         what is adapted (None: all layers). norm: "follow" or "never", as in `adapt`. meta_batch: tasks per iteration.
-        learn_lr: learn the inner rates with the network, from `lr` on: one of `LEARNED` (None: they stay).
+        learn_lr: learn the inner rates with the network, from `lr` on: one of `LEARNED` (None: they stay). zero_head:
+        the last layer is zero at the start of each task and is not meta-learned, so that no class has a start of its
+        own (Kao, Chiu, Chen 2022, "zeroing trick").
 
     The outer gradient:
         outer: "maml", or "reptile" (Nichol et al. 2018, algorithm 2): adapt to support and query images together, in
@@ -84,6 +86,7 @@ class Settings:
     flip: bool = False
     crop: int = 0
     jitter: float = 0.0
+    zero_head: bool = False
 
     def __post_init__(self) -> None:
         for name in ("shots", "query", "steps", "test_steps", "meta_batch", "val_tasks"):

@@ -27,6 +27,7 @@ from .inner.rule import Rule
 from .learned_rates import check_rates, fault_in, fixed_rates, learned_rule
 from .lock import locked
 from .metrics import METRICS, Metrics, Pace
+from .network import zero_last
 from .outer import descent, meta_gradient
 from .parts import Parts, check_fit, trained_with
 from .pretrain import start_from
@@ -177,7 +178,11 @@ class _Run:
         self.parts = parts
         self.held = trained_with(self.rule, parts, settings, ranks.count)
         self.learned = list(self.held.parameters()) if isinstance(self.held, nn.Module) else []
-        self.parameters = [*model.parameters(), *self.learned]
+        if settings.zero_head:
+            schedule.check_zero_head(settings, model)
+        kept = {id(p) for p in zero_last(model)} if settings.zero_head else set()
+        self.of_network = [p for p in model.parameters() if id(p) not in kept]
+        self.parameters = [*self.of_network, *self.learned]
         about = _about(model, self.held, settings, goal, train_set, val_set)
         average = None if settings.average is None else Average(self.parameters, settings.average)
         self.state = State(model, self.held, self._optimizer(), about, average)
@@ -191,9 +196,7 @@ class _Run:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
-        groups: list[dict[str, Any]] = [
-            {"params": list(self.model.parameters()), "weight_decay": settings.weight_decay}
-        ]
+        groups: list[dict[str, Any]] = [{"params": self.of_network, "weight_decay": settings.weight_decay}]
         if self.learned:
             groups.append({"params": self.learned, "weight_decay": 0.0})
         kind: Any = torch.optim.AdamW if settings.optimizer == "adam" else torch.optim.SGD
@@ -250,7 +253,8 @@ class _Run:
         state, result = self.state, self.state.result
         where = f"at iteration {result.iteration + 1} (inner lr {self.settings.lr}, meta lr {self.settings.meta_lr})"
         self.pace.begin()
-        state.optimizer.zero_grad(set_to_none=True)
+        for p in (*self.model.parameters(), *self.learned):
+            p.grad = None
         loss = self._gradient(tasks, where)
         self._clip(where)
         for group in state.optimizer.param_groups:

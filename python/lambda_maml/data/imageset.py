@@ -132,8 +132,10 @@ class ImageSet(Dataset[tuple[torch.Tensor, int]]):
 def with_rotations(dataset: ImageSet) -> ImageSet:
     """The set with each class turned by 90, 180 and 270 degrees as three more classes (Santoro et al. 2016).
 
-    Raises ValueError for images that are not square.
+    Raises ValueError for images that are not square, and for a set that has its rotations.
     """
+    if any(f"{name}@90" in dataset.class_names for name in dataset.class_names):
+        raise ValueError(f"{dataset.name} {dataset.split} has the rotations of its classes already")
     _, height, width = dataset.image_shape
     if height != width:
         raise ValueError(f"{dataset.name}: rotations need square images, these are {height}x{width}")
