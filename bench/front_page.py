@@ -85,12 +85,14 @@ def accuracy(report: Row) -> Iterator[tuple[str, ...]]:
 
 def chosen(experiments: experiments_page.Results) -> Iterator[tuple[experiments_plan.Experiment, Row]]:
     """The choices after ten steps of the networks that `make experiments` has trained, one for each set: that of a
-    pretrained network, else of one with the pattern in meta-training, else of plain MAML, where it is there."""
+    pretrained network, else of one with the pattern in meta-training where plain MAML, which it is set beside, is there
+    too, else of plain MAML."""
     for case in experiments_plan.CORE:
         same = [c for c in experiments_plan.PRETRAINED if (c.dataset, c.shots) == (case.dataset, case.shots)]
         for one, arm in [*((c, "pretrained") for c in same), (case, "fixed"), (case, "maml")]:
             run = experiments_plan.Experiment(one, arm, experiments_plan.SEEDS[0])
-            if f"{run}.choice-k10" in experiments:
+            beside = {f"{dataclasses.replace(run, arm='maml')}.accuracy"} if arm == "fixed" else set()
+            if {f"{run}.choice-k10", *beside} <= experiments.keys():
                 yield run, experiments[f"{run}.choice-k10"]
                 break
 

@@ -25,6 +25,7 @@ experiments = benches.module("experiments")
 plan = benches.module("experiments_plan")
 page = benches.module("experiments_page")
 doing = benches.module("experiments_do")
+front_page = benches.module("front_page")
 memory = benches.module("memory")
 JOBS = {job.name: job for job in plan.jobs(tiny=True)}
 TRAINING = "glyphs-1shot-maml-s0.training"
@@ -291,18 +292,52 @@ def test_the_checkpoints_beside_the_results_are_those_of_the_results_and_small()
         assert hashlib.sha256(path.read_bytes()).hexdigest() == result["checkpoint_sha256"], name
 
 
+def scores(name: str, *rows: tuple[str, float], **more: object) -> dict[str, dict[str, object]]:
+    """A result whose patterns have these accuracies and drops, in percent; image by image all of it is 0."""
+    found = [
+        {"pattern": bits, "steps": 10, "statistics": "batch", "accuracy": accuracy / 100, "ci95": 0.003,
+         "drop": 0.0007, "drop_ci95": 0.001}
+        for bits, accuracy in rows
+    ]  # fmt: skip
+    zero = {"statistics": "support", "accuracy": 0.0, "ci95": 0.0, "drop": 0.0, "drop_ci95": 0.0}
+    return {name: {"kind": "", "rows": [*({**row, **zero} for row in found), *found], **more}}
+
+
+CHOSEN = {
+    "chosen": {"0.01": "00011"}, "plan": {"steps": 10}, "stock_ms": {"median": 80.0},
+    "times_ms": {"00011": {"median": 2.0}},
+}  # fmt: skip
+
+
 def test_a_choice_is_set_beside_plain_maml_of_its_own_seed():
-    case, row = plan.CORE[0], {"steps": 10, "statistics": "batch"}
-
-    def result(name: str, bits: str, accuracy: float, **more: object) -> dict[str, object]:
-        rows = [{**row, "pattern": p, "accuracy": a, "ci95": 0.003} for p, a in (("11111", 0.7), (bits, accuracy))]
-        return {name: {"kind": "", "rows": rows, **more}}
-
-    chosen = {"chosen": {"0.01": "00011"}}
+    case = plan.CORE[0]
     found = {
-        **result(f"{case}-maml-s0.accuracy", "11111", 0.7),
-        **result(f"{case}-fixed-s0.choice-k10", "00011", 0.71, **chosen),
-        **result(f"{case}-fixed-s1.choice-k10", "00011", 0.60, **chosen),  # whose plain MAML has not run
+        **scores(f"{case}-maml-s0.accuracy", ("11111", 70)),
+        **scores(f"{case}-fixed-s0.choice-k10", ("11111", 60), ("00011", 71), **CHOSEN),
+        **scores(f"{case}-fixed-s1.choice-k10", ("00011", 60), **CHOSEN),  # whose plain MAML has not run
     }
     below = page.Pages(found, list(plan.jobs())).below_maml(case, "fixed", 10, "0.01")
     assert [(round(one.value, 6), round(one.ci95, 6)) for one in below] == [(-0.01, round(0.003 * 2**0.5, 6))]
+
+
+def test_the_front_page_has_a_choice_of_each_set_beside_its_full_pattern():
+    case, other = plan.CORE[0], plan.CORE[2]
+    plain = scores(f"{other}-maml-s0.choice-k10", ("11111", 98), ("00011", 97), **CHOSEN)
+    fixed = scores(f"{other}-fixed-s0.choice-k10", ("11111", 60), ("00011", 99), **CHOSEN)
+    found = {**scores(f"{case}-maml-s0.choice-k10", ("11111", 70), ("00011", 69), **CHOSEN), **plain, **fixed}
+    name = "CIFAR-FS, 5-shot, chosen at 1 point: `00011`"
+    first = [
+        (f"{name}: adaptation", "2.00 ms", "80.0 ms, `11111`", "40.0x"),
+        (f"{name}: accuracy", "69.00%", "70.00%, `11111`", "cost 0.07 ± 0.10 points"),
+    ]  # fmt: skip
+    # Without plain MAML's accuracy there is nothing that a choice with the pattern in meta-training is set beside.
+    rows = list(front_page.on_images(found))
+    assert rows[:2] == first and [row[1:3] for row in rows[3:]] == [("97.00%", "98.00%, `11111`")]
+    found |= scores(f"{other}-maml-s0.accuracy", ("11111", 98))
+    rows = list(front_page.on_images(found))
+    assert rows[:2] == first and [row[1:] for row in rows[3:]] == [
+        ("99.00%", "98.00%, `11111`", "cost -1.00 ± 0.42 points")
+    ]
+    pretrained = plan.PRETRAINED[0]
+    found |= scores(f"{pretrained}-pretrained-s0.choice-k10", ("11111", 75), ("00011", 74), **CHOSEN)
+    assert [row[1:3] for row in front_page.on_images(found)][1] == ("74.00%", "75.00%, `11111`")
