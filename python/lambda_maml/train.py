@@ -178,10 +178,11 @@ class _Run:
         self.parts = parts
         self.held = trained_with(self.rule, parts, settings, ranks.count)
         self.learned = list(self.held.parameters()) if isinstance(self.held, nn.Module) else []
+        head: list[nn.Parameter] = []
         if settings.zero_head:
             schedule.check_zero_head(settings, model)
-        kept = {id(p) for p in zero_last(model)} if settings.zero_head else set()
-        self.of_network = [p for p in model.parameters() if id(p) not in kept]
+            head = zero_last(model)
+        self.of_network = [p for p in model.parameters() if all(p is not own for own in head)]
         self.parameters = [*self.of_network, *self.learned]
         about = _about(model, self.held, settings, goal, train_set, val_set)
         average = None if settings.average is None else Average(self.parameters, settings.average)
