@@ -65,9 +65,9 @@ HOW = """## How it is measured
   half of it is second-order; with an exponential average of the weights and a cosine schedule of the meta rate. The
   checkpoint is that of the best validation accuracy. Finn et al.'s figures are of second order.
 - "Pretrained": the four blocks first learn to tell all training classes apart
-  ([pretraining](training.md#pretraining)), then 3,000 iterations of first-order MAML follow. Before 1-shot, each class
-  turned by 90, 180 and 270 degrees is three more; its last layer is zero at the start of each task and is not
-  meta-learned (`--zero-head`). The published figures have neither.
+  ([pretraining](training.md#pretraining)), then 3,000 iterations of first-order MAML follow. Of 1-shot,
+  classes turned by 90, 180 and 270 degrees are classes of the pretraining too, and the last layer is zero at the start
+  of each task (`--zero-head`). The published figures have no pretraining.
 - Accuracies are of 5-way tasks with 15 query images per class, in percent, on test classes. Every figure is "mean of
   the seeds (each seed ± the half width of its 95% interval over tasks)": the first interval is of tasks, what lies
   between the seeds is that of seeds. "Together": the norms' statistics are those of a task's query images, as in the
