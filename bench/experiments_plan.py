@@ -133,7 +133,8 @@ class Experiment:
 
     @property
     def pretraining(self) -> str:
-        """The name of the pretraining that it begins with, which sets of one image set and width share; "" for none."""
+        """The name of the pretraining that it begins with, which runs of one image set, width, seed and way of
+        pretraining share; "" for none."""
         if not self.case.pretraining:
             return ""
         turned = "-turned" if "rotations" in self.case.pretraining else ""

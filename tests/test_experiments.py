@@ -320,6 +320,17 @@ def test_a_choice_is_set_beside_plain_maml_of_its_own_seed():
     assert [(round(one.value, 6), round(one.ci95, 6)) for one in below] == [(-0.01, round(0.003 * 2**0.5, 6))]
 
 
+def test_runs_that_share_a_pretraining_have_its_settings():
+    every = {job.name: job for job in plan.jobs()}
+    started = [job for job in every.values() if job.kind == "training" and "pretraining" in job.plan]
+    assert len({need for job in started for need in job.needs}) == len(plan.SEEDS) * len(plan.PRETRAINED)
+    for job in started:
+        (need,) = job.needs
+        assert (
+            every[need].plan["settings"] == job.plan["pretraining"] and every[need].plan["width"] == job.plan["width"]
+        )
+
+
 def test_the_front_page_has_a_choice_of_each_set_beside_its_full_pattern():
     case, other = plan.CORE[0], plan.CORE[2]
     plain = scores(f"{other}-maml-s0.choice-k10", ("11111", 98), ("00011", 97), **CHOSEN)

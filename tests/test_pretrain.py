@@ -32,6 +32,11 @@ def pretrained(out: Path, model: nn.Module | None = None, settings: Pretraining 
     return pretrain(model or network(), TRAIN, out=out, settings=settings, **more)
 
 
+def interrupt(done: int, total: int, what: str) -> None:
+    if done == 6:  # of 12 updates in 3 epochs of SHORT: in the second one
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_all_layers_but_the_last_learn_as_in_plain_pytorch(tmp_path: Path) -> None:
     model = network().double()
     twin = to_torch(model)
@@ -94,7 +99,8 @@ def test_the_images_of_an_update_are_changed_by_its_own_draws(tmp_path: Path, mo
 def test_rotations_are_pretraining_on_the_turned_classes(tmp_path: Path) -> None:
     turned, own = with_rotations(TRAIN), replace(SHORT, epochs=1)
     one, two = network(), network()
-    pretrained(tmp_path / "asked", one, replace(own, rotations=True))
+    found = pretrained(tmp_path / "asked", one, replace(own, rotations=True))
+    assert found.classes == turned.num_classes == 4 * TRAIN.num_classes
     pretrain(two, turned, out=tmp_path / "given", settings=own)
     assert all(map(torch.equal, one.parameters(), two.parameters()))
     plain = network()
@@ -106,16 +112,16 @@ def test_rotations_are_pretraining_on_the_turned_classes(tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_state_from_before_a_setting_is_one_without_it(tmp_path: Path) -> None:
-    def interrupt(done: int, total: int, what: str) -> None:
-        if done == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     pretrained(tmp_path, progress=interrupt)
     tensors, meta = checkpoint.read_tensors(tmp_path / STATE)
     del meta["run"]["pretraining"]["rotations"]
     checkpoint.write_tensors(tmp_path / STATE, tensors, meta)
     with pytest.raises(ValueError, match=r"has pretraining \{.*'rotations': False.*this one \{.*'rotations': True"):
         pretrained(tmp_path, settings=replace(SHORT, rotations=True), resume=True)
+    checkpoint.write_tensors(tmp_path / STATE, tensors, {**meta, "run": {**meta["run"], "pretraining": 5}})
+    with pytest.raises(ValueError, match=STATE):
+        pretrained(tmp_path, resume=True)
+    checkpoint.write_tensors(tmp_path / STATE, tensors, meta)
     assert pretrained(tmp_path, resume=True).stopped == "epochs"
 
 
@@ -123,10 +129,6 @@ def test_a_state_from_before_a_setting_is_one_without_it(tmp_path: Path) -> None
 def test_an_interrupted_pretraining_resumes_to_the_same_bits(tmp_path: Path) -> None:
     whole, parts = network(), network()
     pretrained(tmp_path / "whole", whole)
-
-    def interrupt(done: int, total: int, what: str) -> None:
-        if done == 6:  # of 12 updates in 3 epochs: in the second one
-            os.kill(os.getpid(), signal.SIGTERM)
 
     before = [p.clone() for p in parts.parameters()]
     first = pretrained(tmp_path / "parts", parts, progress=interrupt)

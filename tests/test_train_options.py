@@ -165,6 +165,7 @@ def test_a_zero_head_begins_where_a_checkpoint_had_another(outer: str, tmp_path:
         ({"pattern": "BOIL"}, "pattern 11110 leaves the last layer at zero"),
         ({"pattern": "11110,00010"}, "pattern 11110,00010 leaves the last layer at zero"),
         ({"patterns": "MAML; 2: 00110", "pattern": "MAML"}, "pattern 00110 leaves the last layer at zero"),
+        ({"pattern": "11110,00001", "test_steps": 1}, "pattern 11110,00001 leaves the last layer at zero"),
         ({"patterns": "sampled"}, "half of the sampled patterns leave the last layer at zero"),
     ],
 )

@@ -77,10 +77,9 @@ def pretrain(
             }
         )
     elif result.stopped == "epochs" and last is not None:
-        classes = images.num_classes * (4 if chosen.rotations else 1)
         click.echo(
-            f"{out / PRETRAINED}: {100 * last.accuracy:.1f} % of the images of {classes} training classes told rightly "
-            f"in epoch {last.epoch}"
+            f"{out / PRETRAINED}: {100 * last.accuracy:.1f} % of the images of {result.classes} training classes told "
+            f"rightly in epoch {last.epoch}"
         )
     if result.stopped != "epochs":
         say(f"stopped by {result.stopped} after epoch {len(result.history)}; continue with --resume")

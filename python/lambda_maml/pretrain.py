@@ -82,14 +82,16 @@ class Epoch(NamedTuple):
 
 @dataclass
 class Pretrained:
-    """Where a pretraining stands; `stopped` says why it ended ("epochs", or a word of `stopping.SIGNALS`)."""
+    """Where a pretraining stands: its epochs, the classes that it learns to tell apart (turned ones too), and why it
+    ended ("epochs", or a word of `stopping.SIGNALS`)."""
 
     history: list[Epoch]
+    classes: int
     stopped: str = "epochs"
 
 
 class _Header(msgspec.Struct):
-    run: dict[str, Any]
+    run: dict[str, dict[str, Any]]
     history: list[Epoch]
 
 
@@ -155,7 +157,7 @@ class _Run:
             self.classifier.parameters(), settings.lr, momentum=0.9, weight_decay=settings.weight_decay, nesterov=True
         )
         self.updates = max(1, len(images) // settings.batch)  # per epoch
-        self.result = Pretrained([])
+        self.result = Pretrained([], images.num_classes)
         self.about = {
             "pretraining": asdict(settings), "network": models.config_of(model), "dataset": told_of_pixels(images),
             "images": {"of pretraining": images.fingerprint()},
@@ -238,6 +240,7 @@ class _Run:
             return
         tensors, meta = checkpoint.read_tensors(path)
         header: _Header = checked(meta, _Header, path, checkpoint.REMEDY)
+        # Settings that are newer than the state: not set.
         then = {**header.run, "pretraining": {**asdict(Pretraining()), **header.run.get("pretraining", {})}}
         for key, own in self.about.items():
             if then.get(key) != own:

@@ -87,7 +87,8 @@ def validation_pattern(settings: Settings, model: nn.Module) -> Pattern:
 def check_zero_head(settings: Settings, model: nn.Module) -> None:
     """ValueError where a pattern of a run whose last layer begins at zero would leave it there."""
     found = [validation_pattern(settings, model), *(Pattern.of(model, p) for _, p in stages(settings.patterns))]
-    frozen = [p for p in found if all(p.at(step).endswith("0") for step in range(settings.steps))]
+    steps = min(settings.steps, settings.evaluation_steps)
+    frozen = [p for p in found if all(p.at(step).endswith("0") for step in range(steps))]
     if settings.patterns == "sampled" or frozen:
         told = "half of the sampled patterns leave" if not frozen else f"pattern {frozen[0]} leaves"
         raise ValueError(

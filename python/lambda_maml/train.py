@@ -254,7 +254,7 @@ class _Run:
         state, result = self.state, self.state.result
         where = f"at iteration {result.iteration + 1} (inner lr {self.settings.lr}, meta lr {self.settings.meta_lr})"
         self.pace.begin()
-        for p in (*self.model.parameters(), *self.learned):
+        for p in (*self.model.parameters(), *self.learned):  # a zero head's too, which the optimiser has not
             p.grad = None
         loss = self._gradient(tasks, where)
         self._clip(where)
