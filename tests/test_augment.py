@@ -1,4 +1,4 @@
-"""Augmentation of colour images, against PIL image by image."""
+"""Augmentation of images, against PIL image by image."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def test_crops_are_cut_out_of_padded_images_anywhere() -> None:
         (place,) = [at for at, cut in cuts.items() if np.array_equal(cut, own)]
         places.add(place)
     assert {i for i, _ in places} == {j for _, j in places} == set(range(5))
+
+
+def test_grey_images_are_cut_and_turned_as_colour_images_are() -> None:
+    augment = Augment(flip=True, crop=2)
+    assert np.array_equal(augment(PIXELS[..., :1], draws()), augment(PIXELS, draws())[..., :1])
 
 
 def test_about_every_other_image_is_turned_left_for_right() -> None:
@@ -99,11 +104,11 @@ def test_training_with_augmentation_resumes_to_the_same_bits(tmp_path: Path) -> 
 
 def test_what_is_not_for_these_images_is_refused(tmp_path: Path) -> None:
     grey = models.conv4(ways=3, in_channels=1, width=4, image_size=16)
-    with pytest.raises(ValueError, match="are for colour images, these have 1 channel: leave them out"):
-        train(grey, TRAIN, TRAIN, out=tmp_path / "out", settings=small(flip=True), iterations=1)
+    with pytest.raises(ValueError, match="jitter is for colour images of 3 channels, these have 1: leave it out"):
+        train(grey, TRAIN, TRAIN, out=tmp_path / "out", settings=small(jitter=0.1), iterations=1)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="1 channel"):
-        data.sample_tasks(TRAIN, 1, ways=3, query=2, augment=Augment(crop=1))
+    with pytest.raises(ValueError, match="these have 1"):
+        data.sample_tasks(TRAIN, 1, ways=3, query=2, augment=Augment(jitter=0.1))
     with pytest.raises(ValueError, match="crop is -1, expected at least 0 pixels"):
         Settings(crop=-1)
     with pytest.raises(ValueError, match="jitter is 1.5, expected from 0 to 1"):

@@ -92,8 +92,8 @@ def test_the_images_of_an_update_are_changed_by_its_own_draws(tmp_path: Path, mo
     pretrain(models.conv4(3, 3, 4, 16), COLOUR, out=tmp_path, settings=replace(SHORT, epochs=2, flip=True))
     assert len(seen) == 2 * (len(COLOUR) // SHORT.batch) and sum(map(len, seen)) == 2 * len(COLOUR)
     assert len({draws.tobytes() for draws in seen}) == len(seen)
-    with pytest.raises(ValueError, match="colour images, these have 1 channel"):
-        pretrained(tmp_path / "grey", settings=replace(SHORT, crop=2))
+    with pytest.raises(ValueError, match="colour images of 3 channels, these have 1"):
+        pretrained(tmp_path / "grey", settings=replace(SHORT, jitter=0.1))
 
 
 def test_rotations_are_pretraining_on_the_turned_classes(tmp_path: Path) -> None:

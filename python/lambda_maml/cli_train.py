@@ -49,10 +49,10 @@ episode_options = options(
     click.option("--query", type=COUNT, default=15, help="Query images per class."),
 )
 augment_options = options(
-    click.option("--flip", is_flag=True, help="Turn every other training image left for right (colour sets)."),
+    click.option("--flip", is_flag=True, help="Turn every other training image left for right."),
     click.option(
         "--crop", type=click.IntRange(0), default=0,
-        help="Pad training images by so many pixels and cut their size out at random (colour sets).",
+        help="Pad training images by so many pixels and cut their size out at random.",
     ),
     click.option(
         "--jitter", type=Number(0, 1), default=0.0,

@@ -1,4 +1,4 @@
-"""Augmentation of colour images: random crops, colour jitter, horizontal flips."""
+"""Augmentation of images: random crops, colour jitter, horizontal flips."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Augment:
     al. 2019): crop, jitter, flip, in this order.
 
     crop: pad by so many black pixels on each side and cut the image's size out anywhere. jitter: brightness, contrast
-    and saturation in random order, each by a factor from 1 - jitter to 1 + jitter. flip: left for right, every other
-    time.
+    and saturation of colour images in random order, each by a factor from 1 - jitter to 1 + jitter. flip: left for
+    right, every other time; not for letters, which it makes other letters.
 
     >>> augment = Augment(flip=True, crop=2, jitter=0.4)
     >>> augment(np.zeros((5, 8, 8, 3), np.uint8), augment.draws(np.random.PCG64(0), 5)).shape
@@ -48,10 +48,8 @@ class Augment:
 
     def check(self, channels: int) -> None:
         """ValueError where images of so many channels cannot be changed so."""
-        if self and channels != 3:
-            raise ValueError(
-                f"flip, crop and jitter are for colour images, these have {channels} channel: leave them out"
-            )
+        if self.jitter and channels != 3:
+            raise ValueError(f"jitter is for colour images of 3 channels, these have {channels}: leave it out")
 
     @staticmethod
     def draws(bits: np.random.PCG64, images: int) -> NDArray[np.uint64]:
@@ -59,10 +57,10 @@ class Augment:
         return np.asarray(bits.random_raw(images * 7), dtype=np.uint64).reshape(images, 7)
 
     def __call__(self, pixels: NDArray[np.uint8], draws: NDArray[np.uint64]) -> Pixels:
-        """Images [n, H, W, 3] as float32 from 0 to 255, changed by the words [n, 7] of `draws`.
+        """Images [n, H, W, channels] as float32 from 0 to 255, changed by the words [n, 7] of `draws`.
 
         Raises:
-            ValueError: the images have no three channels.
+            ValueError: jitter is given and the images have no three channels.
         """
         self.check(pixels.shape[-1])
         x = pixels.astype(np.float32)

@@ -75,8 +75,8 @@ def sample_tasks(
     (torch.Size([5, 1, 28, 28]), [0, 1, 2, 3, 4], torch.Size([75, 1, 28, 28]))
 
     Raises:
-        ValueError: a number is out of range, the set has too few classes or too few images in a class, or `augment` is
-            given for images without colour.
+        ValueError: a number is out of range, the set has too few classes or too few images in a class, or `augment`
+            is not for such images.
     """
     for label, value, least in (
         ("n", n, 0),
