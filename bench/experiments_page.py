@@ -61,13 +61,14 @@ HOW = """## How it is measured
 
 - Network: four blocks (convolution 3x3, batch norm with batch statistics, ReLU, max-pool), then a linear layer. A
   pattern has a bit for each of these five layers; `{full}` is MAML, `{anil}` ANIL, `{boil}` BOIL.
-- Training is first-order MAML, but with one support image per class of CIFAR-FS, FC100 and Omniglot, where the second
-  half of it is second-order; with an exponential average of the weights and a cosine schedule of the meta rate. The
+- Training is first-order MAML, but with one support image per class of CIFAR-FS and Omniglot, where the second half
+  of it is second-order; with an exponential average of the weights and a cosine schedule of the meta rate. The
   checkpoint is that of the best validation accuracy. Finn et al.'s figures are of second order.
 - "Pretrained": the four blocks first learn to tell all training classes apart
-  ([pretraining](training.md#pretraining)), then 3,000 iterations of first-order MAML follow. Of 1-shot,
-  classes turned by 90, 180 and 270 degrees are classes of the pretraining too, and the last layer is zero at the start
-  of each task (`--zero-head`). The published figures have no pretraining.
+  ([pretraining](training.md#pretraining)), then 3,000 iterations of first-order MAML follow. But for
+  CIFAR-FS with 5 shots, classes turned by 90, 180 and 270 degrees are classes of the pretraining too, and the last
+  layer is zero at the start of each task (`--zero-head`). The published figures have no pretraining. Trained in one
+  step after it, all is second-order, with 8,000 iterations of 1-shot.
 - Accuracies are of 5-way tasks with 15 query images per class, in percent, on test classes. Every figure is "mean of
   the seeds (each seed ± the half width of its 95% interval over tasks)": the first interval is of tasks, what lies
   between the seeds is that of seeds. "Together": the norms' statistics are those of a task's query images, as in the

@@ -59,8 +59,6 @@ MORE = (
     Case("cifar_fs", 5, 64, 14000, {**CIFAR, **SMALL}, wide=True),
     Case("cifar_fs", 1, 64, 40000, {**CIFAR_1, **SMALL}, wide=True),
     Case("omniglot", 5, 64, 12000, {"lr": 0.1, **SMALL}, wide=True),
-    Case("fc100", 5, 32, 12000, CIFAR),
-    Case("fc100", 1, 32, 16000, CIFAR_1),
     Case("mini_imagenet", 5, 32, 12000, {"lr": 0.03, "flip": True}),
     Case("mini_imagenet", 1, 32, 20000, {"lr": 0.03, "flip": True}),
 )
@@ -77,6 +75,17 @@ TURNED = {"epochs": 15, "flip": True, "crop": 4, "rotations": True}  # of four t
 PRETRAINED = (
     Case("cifar_fs", 5, 64, 3000, {**CIFAR, "meta_batch": 2}, wide=True, pretraining=PLAIN),
     Case("cifar_fs", 1, 64, 3000, {**CIFAR, "zero_head": True}, wide=True, pretraining=TURNED),
+    Case("fc100", 5, 64, 3000, {**CIFAR, "zero_head": True}, wide=True, pretraining=TURNED),
+    Case("fc100", 1, 64, 3000, {**CIFAR, "zero_head": True}, wide=True, pretraining=TURNED),
+)
+# With a zero head the support images' features are the head after one step: first order would not teach them that.
+ONE_STEP: dict[str, Any] = {
+    "steps": 1, "test_steps": 1, "lr": 0.3, "learn_lr": "layer-step", "zero_head": True, "pattern": ANIL,
+    "second_order": True, "first_order_iterations": 0, "meta_batch": 4,
+}  # fmt: skip
+PRETRAINED_ONE_STEP = (
+    Case("cifar_fs", 5, 64, 3000, CIFAR, wide=True, pretraining=TURNED),
+    Case("cifar_fs", 1, 64, 8000, CIFAR, wide=True, pretraining=TURNED),
 )
 ARMS = {
     "maml": Arm({}, "MAML, one rate; patterns at meta-test only"),
@@ -88,6 +97,10 @@ ARMS = {
     "fixed": Arm({"pattern": FIXED}, f"`{FIXED}` in meta-training too"),
     "never": Arm({"norm": "never"}, "norm weights never adapt"),
     "pretrained": Arm({}, "MAML after supervised pretraining; patterns at meta-test only"),
+    # The name's order keeps `*-pretrained-*` of others apart.
+    "onestep-pretrained": Arm(
+        ONE_STEP, f"after supervised pretraining, `{ANIL}` trained in one step from a zero head, rates learned"
+    ),
 }
 
 # Runs whose best checkpoint is kept beside their results: together they are less than 2 MB.
@@ -128,7 +141,7 @@ class Experiment:
         """Those of `lambda_maml.train.Settings`."""
         found = {**COMMON, "shots": self.case.shots, **self.case.settings, **ARMS[self.arm].settings}
         if found["second_order"]:
-            found["first_order_iterations"] = self.iterations // 2
+            found.setdefault("first_order_iterations", self.iterations // 2)
         return {**found, "seed": self.seed, "cosine": self.iterations}
 
     @property
@@ -164,7 +177,8 @@ def experiments(tiny: bool = False) -> list[Experiment]:
     """All of them, in the order in which they are run: an arm of all sets before the next arm."""
     if tiny:
         return [Experiment(TINY, "maml", 0)]
-    pairs = [(case, arm) for arm in ARMS for case in (PRETRAINED if arm == "pretrained" else CORE)]
+    others = {"pretrained": PRETRAINED, "onestep-pretrained": PRETRAINED_ONE_STEP}
+    pairs = [(case, arm) for arm in ARMS for case in others.get(arm, CORE)]
     pairs += [(case, "maml") for case in MORE]
     return [Experiment(case, arm, seed) for case, arm in pairs for seed in SEEDS]
 

@@ -323,7 +323,8 @@ def test_a_choice_is_set_beside_plain_maml_of_its_own_seed():
 def test_runs_that_share_a_pretraining_have_its_settings():
     every = {job.name: job for job in plan.jobs()}
     started = [job for job in every.values() if job.kind == "training" and "pretraining" in job.plan]
-    assert len({need for job in started for need in job.needs}) == len(plan.SEEDS) * len(plan.PRETRAINED)
+    ways = {(case.dataset, str(case.pretraining)) for case in plan.PRETRAINED}
+    assert len({need for job in started for need in job.needs}) == len(plan.SEEDS) * len(ways)
     for job in started:
         (need,) = job.needs
         assert (
