@@ -29,6 +29,8 @@ from lambda_maml.data import ImageSet, Task
 from lambda_maml.evaluate import Evaluation, evaluate
 from lambda_maml.files import atomic, read_json, write_json, written
 from lambda_maml.learned_rates import fixed_rates, learned_rule, load_rates
+from lambda_maml.methods import ridge_head
+from lambda_maml.parts import Parts
 from lambda_maml.pretrain import PRETRAINED, Pretraining, pretrain
 from lambda_maml.pretrain import STATE as PRETRAINING_STATE
 from lambda_maml.run_state import BEST, LAST
@@ -92,15 +94,17 @@ def images(job: Job, place: Place, split: str) -> ImageSet:
 BUILT_IN = ("glyphs",)
 
 
-def network(experiment: Experiment, some: ImageSet) -> nn.Module:
-    """The run's network with the weights that training begins at."""
+def network(experiment: Experiment, some: ImageSet, ways: int | None = None) -> nn.Module:
+    """The run's network, for tasks of its own ways by default, with the weights that training begins at."""
     torch.manual_seed(experiment.seed)
     channels, _, side = some.image_shape
-    return models.conv4(experiment.settings["ways"], channels, experiment.case.width, side)
+    return models.conv4(ways or experiment.settings["ways"], channels, experiment.case.width, side)
 
 
 def pretraining(job: Job, place: Place) -> dict[str, Any]:
     """Begin the pretraining, or go on with it; what it came to."""
+    if "iterations" in job.plan["settings"]:
+        return in_many_ways(job, place)
     some, out = images(job, place, "train"), place.pretraining(job.experiment)
     found = pretrain(
         network(job.experiment, some), some, out=out, settings=Pretraining(**job.plan["settings"]), overwrite=True,
@@ -116,23 +120,42 @@ def pretraining(job: Job, place: Place) -> dict[str, Any]:
     }
 
 
+def in_many_ways(job: Job, place: Place) -> dict[str, Any]:
+    """The same of a pretraining that is a meta-training itself, in tasks of more classes, of features for ridge
+    regression."""
+    run, settings = job.experiment, dict(job.plan["settings"])
+    sets = {split: images(job, place, split) for split in ("train", "val")}
+    iterations, parts = settings.pop("iterations"), Parts(solver=ridge_head(**settings.pop("ridge_head")))
+    model = network(run, sets["train"], settings["ways"])
+    return meta_trained(model, sets, place.pretraining(run), Settings(**settings), iterations, parts=parts)
+
+
 def training(job: Job, place: Place) -> dict[str, Any]:
     """Begin the run, or go on with it; what it came to."""
     run = job.experiment
     sets = {split: images(job, place, split) for split in ("train", "val", "test")}
+    name = BEST if "iterations" in run.case.pretraining else PRETRAINED
+    start = place.pretraining(run) / name if run.pretraining else None
     out = place.folder(run)
-    found = train(
-        network(run, sets["train"]), sets["train"], sets["val"], out=out, settings=Settings(**run.settings),
-        iterations=run.iterations, resume=(out / LAST).is_file(), log_every=max(1, run.iterations // 200),
-        start=place.pretraining(run) / PRETRAINED if run.pretraining else None,
-    )  # fmt: skip
-    if found.stopped in SIGNALS.values():
-        raise Stopped(f"{found.stopped} at iteration {found.iteration}, saved")
-    assert found.best is not None
+    made = meta_trained(network(run, sets["train"]), sets, out, Settings(**run.settings), run.iterations, start=start)
     if str(run) in SHIPPED:
         kept = place.checkpoint(run)
         with written(kept), atomic(kept) as part:
             part.write_bytes((out / BEST).read_bytes())
+    return made
+
+
+def meta_trained(
+    model: nn.Module, sets: Mapping[str, ImageSet], out: Path, settings: Settings, iterations: int, **more: Any
+) -> dict[str, Any]:
+    """Begin a meta-training, or go on with it; what it came to."""
+    found = train(
+        model, sets["train"], sets["val"], out=out, settings=settings, iterations=iterations,
+        resume=(out / LAST).is_file(), log_every=max(1, iterations // 200), **more,
+    )  # fmt: skip
+    if found.stopped in SIGNALS.values():
+        raise Stopped(f"{found.stopped} at iteration {found.iteration}, saved")
+    assert found.best is not None
     return {
         "images": {split: images.fingerprint() for split, images in sets.items()},
         "checkpoint_sha256": sha256(out / BEST),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -330,6 +331,34 @@ def test_runs_that_share_a_pretraining_have_its_settings():
         assert (
             every[need].plan["settings"] == job.plan["pretraining"] and every[need].plan["width"] == job.plan["width"]
         )
+
+
+WAYS = {
+    "ways": 6, "shots": 1, "query": 2, "pattern": "00001", "zero_head": True, "meta_batch": 2, "val_tasks": 2,
+    "val_every": 2, "cosine": 4, "iterations": 4, "ridge_head": {"lam": 1.0, "learned": True, "scale": 10.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 1, "batch": 128}, WAYS], ids=["supervised", "many ways"])
+def test_a_training_begins_with_its_pretraining(tmp_path: Path, settings: dict[str, Any]):
+    case = dataclasses.replace(plan.TINY, iterations=10, pretraining=settings)
+    jobs = list(plan.jobs_of([plan.Experiment(case, "pretrained", 0)], plan.TINY_AMOUNT))
+    first, then = (next(job for job in jobs if job.kind == kind) for kind in ("pretraining", "training"))
+    assert then.needs == (first.name,)
+    with pytest.raises(FileNotFoundError, match=f"{first.experiment.pretraining}.pretraining"):
+        doing.do(then, place(tmp_path), "")
+    for job in (first, then, first):  # once more: it goes on from its own state, to the same end
+        doing.do(job, place(tmp_path), experiments.command_of(job))
+    about = {name: json.loads((tmp_path / "results" / f"{name}.json").read_text()) for name in (first.name, then.name)}
+    assert about[first.name]["plan"]["settings"] == {**settings, "seed": 0}
+    start = tmp_path / "runs" / f"{first.experiment.pretraining}.pretraining"
+    checkpoint = start / f"{'best' if 'iterations' in settings else 'pretrained'}.safetensors"
+    assert hashlib.sha256(checkpoint.read_bytes()).hexdigest() == about[first.name]["checkpoint_sha256"]
+    best = json.loads((tmp_path / "runs" / str(then.experiment) / "best.json").read_text())
+    weights, _ = doing.checkpoint.read_weights(checkpoint)
+    assert best["start"]["sha256"] == doing.checkpoint.digest(weights, "")
+    told = "".join(page.Pages(about, jobs).state())
+    assert ("4 iterations in" if "iterations" in settings else "1 epochs in") in told
 
 
 def test_the_front_page_has_a_choice_of_each_set_beside_its_full_pattern():
