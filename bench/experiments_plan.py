@@ -117,9 +117,8 @@ ARMS = {
 
 # Runs whose best checkpoint is kept beside their results: together they are less than 2 MB.
 SHIPPED = {
-    "cifar_fs-5shot-maml-s0", "cifar_fs-1shot-maml-s0", "cifar_fs-5shot-64ch-pretrained-s0",
-    "cifar_fs-1shot-64ch-pretrained-s0", "omniglot-1shot-maml-s0", "omniglot-5shot-maml-s0", "omniglot-5shot-fixed-s0",
-    "glyphs-1shot-maml-s0",
+    "cifar_fs-5shot-64ch-pretrained-s0", "cifar_fs-1shot-64ch-pretrained-s0", "omniglot-1shot-pretrained-s0",
+    "omniglot-5shot-64ch-pretrained-s0", "omniglot-5shot-fixed-s0", "glyphs-1shot-maml-s0",
 }  # fmt: skip
 
 
