@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 from machine import fresh
 from PIL import Image
 
-from lambda_maml import checkpoint, cli, cli_demo, data
+from lambda_maml import checkpoint, cli, cli_demo, data, models
+from lambda_maml.cli_types import TEST_SEED
+from lambda_maml.evaluate import evaluate
+from lambda_maml.learned_rates import load_rates
 from lambda_maml.timing import STOCK, timing_info
 
 COMMANDS = ["demo", "train", "methods", "select", "eval", "adapt", "predict", "export", "report", "info"]
@@ -28,6 +32,15 @@ def trained(tmp_path_factory) -> Path:
     small = ["--width", 4, "--steps", 2, "--lr", 0.1, "--query", 3, "--val-tasks", 3, "--val-every", 2]
     assert call("train", "--out", out, "--iterations", 2, *small) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def zero_head(tmp_path_factory) -> Path:
+    """The same with a zero head and rates per layer and step, as a checkpoint."""
+    out = tmp_path_factory.mktemp("zero")
+    small = ["--width", 4, "--steps", 2, "--lr", 0.4, "--query", 3, "--val-tasks", 3, "--val-every", 2]
+    assert call("train", "--out", out, "--iterations", 2, *small, "--zero-head", "--learn-lr", "layer-step") == 0
+    return out / "best.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +211,51 @@ def test_adapt_classifies_images_as_the_library_does(trained, selected, pictures
     assert [row["probability"] for row in found["predictions"]] == pytest.approx(chances.amax(-1).tolist(), abs=1e-4)
     assert call(*args) == 0
     assert f"{pictures / 'a' / '1.png'}: " in capsys.readouterr().out
+
+
+def test_a_zero_head_takes_any_number_of_classes(zero_head, pictures, tmp_path, capsys):
+    shutil.rmtree(pictures / "e")
+    shutil.rmtree(pictures / "b")
+    out = tmp_path / "adapted.safetensors"
+    assert call("adapt", zero_head, "--support", pictures, "--query", pictures, "--out", out, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["classes"] == ["a", "c", "d"] and len(found["predictions"]) == 3
+    assert call("predict", out, pictures, "--json") == 0
+    again = json.loads(capsys.readouterr().out)["predictions"]
+    assert [row["class"] for row in again] == [row["class"] for row in found["predictions"]]
+
+    assert call("eval", zero_head, "--ways", 7, "--tasks", 4, "--json") == 0
+    model, meta = checkpoint.load(zero_head)
+    by_hand = models.conv4(7, 1, 4, 28)
+    body = {name: tensor for name, tensor in model.state_dict().items() if "head" not in name}
+    by_hand.load_state_dict({**body, "head.weight": torch.zeros(7, 4), "head.bias": torch.zeros(7)})
+    tasks = data.sample_tasks(data.load("glyphs", split="test"), 4, ways=7, query=3, seed=TEST_SEED)
+    rates = load_rates(zero_head, model, meta, 2)
+    assert rates is not None
+    want = evaluate(by_hand, tasks, pattern="11111", steps=2, lr=rates)
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(want.mean)
+
+    chosen = tmp_path / "pattern.json"
+    args = ["--ways", 3, "--tasks", 3, "--seconds", 0, "--max-drop", 1, "--patterns", "ANIL", "--out", chosen]
+    assert call("select", zero_head, *args) == 0
+    assert call("eval", zero_head, "--ways", 3, "--tasks", 3, "--pattern", chosen) == 0
+
+
+def test_a_meta_learned_head_refuses_other_numbers_of_classes(trained, capsys):
+    for command in ("eval", "select"):
+        assert call(command, trained / "best.safetensors", "--ways", 3) == 2
+        one_line_error(capsys, "has 5 classes, not 3", "--zero-head")
+    _, meta = checkpoint.load(trained / "best.safetensors", ways=5)
+    assert meta["settings"]["ways"] == 5
+
+
+def test_rates_per_weight_refuse_other_numbers_of_classes(tmp_path, capsys):
+    small = ["--width", 4, "--steps", 1, "--query", 2, "--val-tasks", 2, "--val-every", 1, "--iterations", 1]
+    assert call("train", "--out", tmp_path / "run", *small, "--zero-head", "--learn-lr", "weight") == 0
+    capsys.readouterr()
+    assert call("eval", tmp_path / "run" / "best.safetensors", "--ways", 3, "--tasks", 2) == 2
+    one_line_error(capsys, "is of another rule", "[5, 4]", "[3, 4]")
+    assert call("eval", tmp_path / "run" / "best.safetensors", "--ways", 3, "--tasks", 2, "--lr", 0.1) == 0
 
 
 def test_adapt_refuses_bad_folders(trained, pictures, tmp_path, capsys):

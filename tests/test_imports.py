@@ -102,7 +102,7 @@ INSIDE = {
         "explain": {"inner", "learner", "patterns", "places", "solved"},
         "maml": {"inner", "learner", "patterns", "plan"},
         "settings": {"data"},
-        "checkpoint": {"files", "forms", "models", "settings", "statistics"},
+        "checkpoint": {"files", "forms", "models", "network", "settings", "statistics"},
         "ranks": set(),
         "signs": {"ranks"},
         "processes": {"ranks", "signs"},

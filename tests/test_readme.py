@@ -78,7 +78,8 @@ def test_the_architecture_page_shows_what_its_examples_print(capsys: pytest.Capt
 
 def commands(program: str) -> list[list[str]]:
     """The arguments of every line of the pages' shell blocks, and of prose in backquotes, that calls the program."""
-    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines()]
+    joined = [block.replace("\\\n", " ") for page in PAGES for block in blocks(page, "sh")]
+    lines = [line for block in joined for line in block.splitlines()]
     lines += [code for page in PAGES for code in re.findall(r"`([^`\n]+)`", prose(page))]
     split = [shlex.split(part, comments=True) for line in lines if program in line for part in line.split(" && ")]
     calls = [[word for word in words if not re.match(r"[A-Z_]+=", word)] for words in split]

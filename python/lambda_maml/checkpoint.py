@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import models
 from .files import atomic, parse_json, write_json, written
 from .forms import Count, Finite, From1, Positive, checked
+from .network import layers_of
 from .settings import Settings
 from .statistics import restore
 
@@ -27,6 +28,10 @@ REMEDY = "take another copy of the checkpoint, or train it anew"
 _NO_NETWORKS = ("PIL", "click", "matplotlib", "msgspec", "numpy", "pip", "rich", "setuptools", "torch", "triton")
 _PLACES = ("rule.", "solver.", "objective.", "weights.", "source.")
 _RULE = "rule:"  # in front of the names of a rule's tensors; no parameter of a module has a colon in its name
+
+
+class WaysError(ValueError):
+    """A network's last layer is made for another number of classes."""
 
 
 class Network(msgspec.Struct):
@@ -171,19 +176,45 @@ def save(
     write_json(path.with_suffix(".json"), meta)
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load(
+    path: str | Path, model: nn.Module | None = None, *, ways: int | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Read a checkpoint: the model built from its config, on the CPU, and its `meta`. An adapted network comes with the
     norm statistics of its support set, in evaluation mode.
 
-    With `model` given, its parameters are overwritten instead and it is returned. Raises ValueError that names both
-    networks, if their names differ, or the first key that differs in name or shape; `model` is then unchanged.
+    With `model` given, its parameters are overwritten instead and it is returned. `ways`: the classes of your tasks,
+    where they are not those of training: a last layer that is zero (`Settings(zero_head=True)`, `pretrain`) is made
+    anew for so many, and `meta` says so.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged; or of another network than `model`, whose name or first key that differs is named,
+            and `model` is unchanged; or `ways` is another number and the last layer was meta-learned (`WaysError`).
     """
     weights, meta = read_weights(path, model)
     if model is None:
         header: _Header = checked(meta, _Header, path, REMEDY)
         model = _built(header, meta["network"], weights, str(path))
     load_tensors(model, weights, str(path))
-    return model, meta
+    trained = meta["network"].get("ways", meta.get("settings", {}).get("ways"))
+    return (model, meta) if ways in (None, trained) else _with_ways(model, meta, ways, f"{path}: the network", trained)
+
+
+def _with_ways(
+    model: nn.Module, meta: Mapping[str, Any], ways: int, what: str, trained: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The same network for tasks of so many classes, and what is then said of it."""
+    last, weights = layers_of(model)[-1].weights, model.state_dict()
+    if "ways" not in meta["network"] or any(weights[name].any() for name in last):
+        raise WaysError(
+            f"{what} has {trained} classes, not {ways}, and its last layer was meta-learned: one that is trained with "
+            "--zero-head takes any number"
+        )
+    config = {**meta["network"], "ways": ways}
+    other = models.build(config)
+    head = {name: torch.zeros_like(other.get_parameter(name)) for name in last}
+    load_tensors(other, {**weights, **head}, what)
+    return other, {**meta, "network": config, "settings": {**meta.get("settings", {}), "ways": ways}}
 
 
 def read_weights(path: str | Path, model: nn.Module | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:

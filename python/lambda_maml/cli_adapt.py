@@ -61,14 +61,14 @@ def adapt(
         if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
             raise ValueError(f"--out {out}: this is the checkpoint itself: name another file")
         try_folder(out)
-    model, meta, bits, rule, inner = read_run(checkpoint, device, pattern, steps, lr, norm)
-    network = meta["network"]
     classes = class_folders(support)
-    ways = network.get("ways", meta["settings"]["ways"])
-    if len(classes) != ways:
-        found = f"{len(classes)} class folders ({', '.join(classes)})" if classes else "no class folder"
-        raise ValueError(f"{support}: {found}, but the network has {ways} classes")
-    shape = image_shape(network)
+    if not classes:
+        raise ValueError(f"{support}: no class folder: give one with a sub-folder of images per class")
+    try:
+        model, meta, bits, rule, inner = read_run(checkpoint, device, pattern, steps, lr, norm, len(classes))
+    except files.WaysError as error:
+        raise ValueError(f"{support}: {len(classes)} class folders ({', '.join(classes)}); {error}") from error
+    shape = image_shape(meta["network"])
     dark = inverted(shape, meta["dataset"]) if invert is None else invert
 
     def read(paths: list[Path]) -> torch.Tensor:

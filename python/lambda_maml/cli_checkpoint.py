@@ -10,7 +10,7 @@ import click
 
 from .cli_data import SETS, folder_options, root_option
 from .cli_methods import chooser_of, inner_of
-from .cli_types import PLACE, RATE, expanded
+from .cli_types import COUNT, PLACE, RATE, expanded
 from .console import device_of, options
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "checkpoint_argument", "data_options", "episode_of", "in_json", "inner_loop", "inner_options", "load",
-    "pattern_of", "pattern_option", "read_run",
+    "pattern_of", "pattern_option", "read_run", "ways_option",
 ]  # fmt: skip
 
 data_options = options(
@@ -32,17 +32,20 @@ inner_options = options(
         help="Do a layer's norm weights follow its bit, or never adapt.  [default: the checkpoint's]",
     ),
 )  # fmt: skip
+ways_option = click.option(
+    "--ways", type=COUNT, help="Classes in a task; others than the checkpoint's after --zero-head alone."
+)
 checkpoint_argument = click.argument("checkpoint", type=PLACE)
 pattern_option = click.option(
     "--pattern", help="Bits such as 00011, a name such as ANIL, or a pattern.json.  [default: all layers]"
 )
 
 
-def load(path: Path, device: str) -> tuple[Any, dict[str, Any]]:
+def load(path: Path, device: str, ways: int | None = None) -> tuple[Any, dict[str, Any]]:
     from . import checkpoint
 
     where = device_of(device)
-    model, meta = checkpoint.load(path)
+    model, meta = checkpoint.load(path, ways=ways)
     if "adapted" in meta:
         raise ValueError(
             f"{path}: is adapted to {', '.join(meta['adapted']['classes'])} already: predict and export take it; give "
@@ -131,10 +134,11 @@ class Run(NamedTuple):
 
 
 def read_run(
-    checkpoint: Path, device: str, pattern: str | None, steps: int | None, lr: float | None, norm: str | None
-) -> Run:
+    checkpoint: Path, device: str, pattern: str | None, steps: int | None, lr: float | None, norm: str | None,
+    ways: int | None = None,
+) -> Run:  # fmt: skip
     """A checkpoint on a device, with the pattern, the rule per task and the inner loop that the options ask for."""
-    model, meta = load(checkpoint, device)
+    model, meta = load(checkpoint, device, ways)
     bits, report = pattern_of(model, pattern)
     rule = _rule_of(report, steps, lr, norm)
     return Run(model, meta, bits, rule, inner_loop(checkpoint, model, meta, report, steps, lr, norm))

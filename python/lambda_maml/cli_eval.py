@@ -17,6 +17,7 @@ from .cli_checkpoint import (
     inner_options,
     pattern_option,
     read_run,
+    ways_option,
 )
 from .cli_data import checkpoint_sets
 from .cli_types import COUNT, SEED, TEST_SEED
@@ -36,13 +37,14 @@ __all__ = ["evaluate_command"]
 @data_options
 @click.option("--split", type=click.Choice(["train", "val", "test"]), default="test", help="Part of the set.")
 @click.option("--tasks", type=COUNT, default=400, help="Number of tasks.")
+@ways_option
 @inner_options
 @click.option("--seed", type=SEED, default=0, help="Seed of the tasks.")
 @device_option
 @json_option
 def evaluate_command(
     checkpoint: Path, pattern: str | None, dataset: str | None, root: Path | None, split: str, tasks: int,
-    steps: int | None, lr: float | None, norm: str | None, seed: int, device: str, as_json: bool,
+    ways: int | None, steps: int | None, lr: float | None, norm: str | None, seed: int, device: str, as_json: bool,
     **pictures: int | None,
 ) -> None:  # fmt: skip
     """Accuracy of a checkpoint on new tasks, under a pattern.
@@ -55,7 +57,7 @@ def evaluate_command(
     from .evaluate import evaluate
     from .ranks import ALONE
 
-    model, meta, bits, rule, inner = read_run(checkpoint, device, pattern, steps, lr, norm)
+    model, meta, bits, rule, inner = read_run(checkpoint, device, pattern, steps, lr, norm, ways)
     (images,) = checkpoint_sets(meta, dataset, root, (split,), pictures, ALONE)
     episodes = data.sample_tasks(images, tasks, seed=TEST_SEED + seed, **episode_of(meta))
     if rule is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from .cli_checkpoint import checkpoint_argument, data_options, episode_of, inner_loop, load
+from .cli_checkpoint import checkpoint_argument, data_options, episode_of, inner_loop, load, ways_option
 from .cli_data import checkpoint_sets
 from .cli_report import tables
 from .cli_types import COUNT, PLACE, RATE, SEED, SELECT_SEED, TEST_SEED, Number
@@ -137,6 +137,7 @@ def compared(inner: Mapping[str, Any], steps: list[int] | None, rates: list[floa
 @click.option(
     "--tasks", type=COUNT, default=200, help="Validation tasks to choose on; as many test tasks to report on."
 )
+@ways_option
 @choice_options
 @click.option("--seed", type=SEED, default=0, help="Seed of the tasks.")
 @click.option("--out", type=PLACE, help="Where to write.  [default: pattern.json by the checkpoint]")
@@ -144,7 +145,8 @@ def compared(inner: Mapping[str, Any], steps: list[int] | None, rates: list[floa
 @json_option
 def select(
     checkpoint: Path, dataset: str | None, root: Path | None, tasks: int, steps: list[int] | None, lr: float | None,
-    rates: list[float] | None, norm: str | None, seed: int, out: Path | None, device: str, as_json: bool, **others: Any,
+    rates: list[float] | None, norm: str | None, ways: int | None, seed: int, out: Path | None, device: str,
+    as_json: bool, **others: Any,
 ) -> None:  # fmt: skip
     """Choose the fastest pattern whose accuracy is good enough.
 
@@ -168,7 +170,7 @@ def select(
     path = out or checkpoint.parent / "pattern.json"
     _check_out(path)
     with joined(device) as ranks, ExitStack() as held:
-        model, meta = load(checkpoint, str(ranks.device or device))
+        model, meta = load(checkpoint, str(ranks.device or device), ways)
         if ranks.rank == 0:
             held.enter_context(locked(path.parent, "select"))
             try_folder(path, picture_of(path))
