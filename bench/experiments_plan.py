@@ -108,10 +108,10 @@ ARMS = {
     "sampled": Arm({"patterns": "sampled"}, "a pattern drawn for each meta-batch"),
     "fixed": Arm({"pattern": FIXED}, f"`{FIXED}` in meta-training too"),
     "never": Arm({"norm": "never"}, "norm weights never adapt"),
-    "pretrained": Arm({}, "MAML after supervised pretraining; patterns at meta-test only"),
+    "pretrained": Arm({}, "MAML after pretraining; patterns at meta-test only"),
     # The name's order keeps `*-pretrained-*` of others apart.
     "onestep-pretrained": Arm(
-        ONE_STEP, f"after supervised pretraining, `{ANIL}` trained in one step from a zero head, rates learned"
+        ONE_STEP, f"after pretraining, `{ANIL}` trained in one step from a zero head, rates learned"
     ),
 }
 

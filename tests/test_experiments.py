@@ -317,8 +317,25 @@ def test_a_choice_is_set_beside_plain_maml_of_its_own_seed():
         **scores(f"{case}-fixed-s0.choice-k10", ("11111", 60), ("00011", 71), **CHOSEN),
         **scores(f"{case}-fixed-s1.choice-k10", ("00011", 60), **CHOSEN),  # whose plain MAML has not run
     }
-    below = page.Pages(found, list(plan.jobs())).below_maml(case, "fixed", 10, "0.01")
+    below = page.Pages(found, list(plan.jobs())).below(case, "fixed", 10, "0.01")
     assert [(round(one.value, 6), round(one.ci95, 6)) for one in below] == [(-0.01, round(0.003 * 2**0.5, 6))]
+
+
+def test_one_step_is_set_beside_maml_of_its_own_network():
+    case, low, middle = plan.PRETRAINED_ONE_STEP[0], {"steps": 1}, {"steps": 5}
+    best = {**CHOSEN, "chosen": {"best": "00001"}}
+    found = {
+        **scores(f"{case}-onestep-pretrained-s0.choice-k1", ("11111", 60), ("00001", 72), **best),
+        **scores(f"{case}-pretrained-s0.accuracy", ("11111", 70)),
+    }
+    (one,) = [row for row in found[f"{case}-pretrained-s0.accuracy"]["rows"] if row["statistics"] == "batch"]
+    found[f"{case}-pretrained-s0.accuracy"]["rows"] = [
+        {**one, **low, "accuracy": 0.69},
+        {**one, **middle, "accuracy": 0.735},
+    ]
+    pages = page.Pages(found, list(plan.jobs()))
+    said = [pages.gained(case, "onestep-pretrained", 1, "pretrained", steps) for steps in (1, 5)]
+    assert said == ["3.00 (3.00 ± 0.42); goal 2: reached", "-1.50 (-1.50 ± 0.42); goal -1: not reached"]
 
 
 def test_runs_that_share_a_pretraining_have_its_settings():
