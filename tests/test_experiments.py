@@ -322,17 +322,13 @@ def test_a_choice_is_set_beside_plain_maml_of_its_own_seed():
 
 
 def test_one_step_is_set_beside_maml_of_its_own_network():
-    case, low, middle = plan.PRETRAINED_ONE_STEP[0], {"steps": 1}, {"steps": 5}
-    best = {**CHOSEN, "chosen": {"best": "00001"}}
+    case, best = plan.PRETRAINED_ONE_STEP[0], {**CHOSEN, "chosen": {"best": "00001"}}
+    after = [{"pattern": "11111", "statistics": "batch", "ci95": 0.003}] * 2
+    rows = [{**row, "steps": k, "accuracy": share} for row, k, share in zip(after, (1, 5), (0.69, 0.735))]
     found = {
         **scores(f"{case}-onestep-pretrained-s0.choice-k1", ("11111", 60), ("00001", 72), **best),
-        **scores(f"{case}-pretrained-s0.accuracy", ("11111", 70)),
+        f"{case}-pretrained-s0.accuracy": {"kind": "", "rows": rows},
     }
-    (one,) = [row for row in found[f"{case}-pretrained-s0.accuracy"]["rows"] if row["statistics"] == "batch"]
-    found[f"{case}-pretrained-s0.accuracy"]["rows"] = [
-        {**one, **low, "accuracy": 0.69},
-        {**one, **middle, "accuracy": 0.735},
-    ]
     pages = page.Pages(found, list(plan.jobs()))
     said = [pages.gained(case, "onestep-pretrained", 1, "pretrained", steps) for steps in (1, 5)]
     assert said == ["3.00 (3.00 ± 0.42); goal 2: reached", "-1.50 (-1.50 ± 0.42); goal -1: not reached"]
