@@ -68,9 +68,9 @@ MORE = (
 PLAIN = {"epochs": 30, "flip": True, "crop": 4}
 TURNED = {"epochs": 15, "flip": True, "crop": 4, "rotations": True}  # of four times the images
 # Not for Omniglot, where 4 epochs on its 4,112 classes (79.7% of the images told rightly) bring 64 channels to 92.0% of
-# the validation tasks' images within 3,000 iterations, as from random weights. There features are made for ridge
-# regression in tasks of many classes (R2-D2 of Bertinetto et al. 2019, the many ways of Snell et al. 2017): of 5 ways
-# the training's own tasks are told to 99% soon, and teach little more.
+# the validation tasks' images within 3,000 iterations; from random weights it is 94.5%. There features are made for
+# ridge regression in tasks of many classes (R2-D2 of Bertinetto et al. 2019, the many ways of Snell et al. 2017): the
+# training loss of 5-way tasks falls to 0.02, and they teach little more.
 MANY_WAYS = {
     "ways": 20, "shots": 1, "query": 5, "pattern": ANIL, "zero_head": True, "second_order": True, "meta_batch": 4,
     "meta_lr": 2e-3, "average": 0.999, "val_tasks": 100, "val_every": 500, "crop": 2, "cosine": 6000,
@@ -93,7 +93,7 @@ PRETRAINED = (
 # With a zero head the support images' features are the head after one step: first order would not teach them that.
 ONE_STEP: dict[str, Any] = {
     "steps": 1, "test_steps": 1, "lr": 0.3, "learn_lr": "layer-step", "zero_head": True, "pattern": ANIL,
-    "second_order": True, "first_order_iterations": 0, "meta_batch": 4,
+    "second_order": True, "first_order_iterations": 0,
 }  # fmt: skip
 PRETRAINED_ONE_STEP = (
     Case("cifar_fs", 5, 64, 3000, CIFAR, wide=True, pretraining=TURNED),

@@ -207,8 +207,8 @@ def _with_ways(
     last, weights = layers_of(model)[-1].weights, model.state_dict()
     if "ways" not in meta["network"] or any(weights[name].any() for name in last):
         raise WaysError(
-            f"{what} has {trained} classes, not {ways}, and its last layer was meta-learned: one that is trained with "
-            "--zero-head takes any number"
+            f"{what} has {trained} classes, not {ways}: only one whose last layer is zero takes another number, as "
+            "train --zero-head makes it"
         )
     config = {**meta["network"], "ways": ways}
     other = models.build(config)
