@@ -181,6 +181,11 @@ def said_of(case: Case, arm: str = "") -> str:
     return f"{DATASETS[case.dataset]}, {case.shots}-shot{wide}" + (", pretrained" if arm == "pretrained" else "")
 
 
+def beside(arm: str) -> str:
+    """The arm of MAML whose full pattern another arm is set beside: after pretraining where that is so too."""
+    return "pretrained" if arm.endswith("-pretrained") else "maml"
+
+
 class Pages:
     """The tables of some results."""
 
@@ -215,10 +220,10 @@ class Pages:
         return [figure(row_of(one, one["chosen"][which], statistics), key) for one in every]
 
     def below(
-        self, case: Case, arm: str, steps: int, which: str, other: str = "maml", others_steps: int | None = None
+        self, case: Case, arm: str, steps: int, which: str, other: str, others_steps: int | None = None
     ) -> list[Figure]:
-        """How far what was chosen lies below the full pattern of another arm, by default of plain MAML after as many
-        steps, seed by seed. The intervals of both are taken together as those of different tasks are, which is wider
+        """How far what was chosen lies below the full pattern of another arm, by default after as many steps, seed by
+        seed. The intervals of both are taken together as those of different tasks are, which is wider
         than that of paired differences."""
         found = []
         for run in (run for run in self.runs if (run.case, run.arm) == (case, arm)):
@@ -296,7 +301,7 @@ class Pages:
         for case, arm in self.pairs:
             full = [self.tested(case, arm, FULL, steps, "batch", "accuracy") for steps in (low, middle)]
             best = self.chosen(case, arm, low, "best", "batch", "accuracy")
-            other = {"onestep": "maml", "onestep-pretrained": "pretrained"}.get(arm)
+            other = beside(arm) if arm.startswith("onestep") else ""
             gained = [self.gained(case, arm, low, other, steps) if other else "" for steps in (low, middle)]
             rows.append([
                 said_of(case), ARMS[arm].words, percent(full[0]), self.bits(case, arm, low, "best"), percent(best),
@@ -332,7 +337,7 @@ class Pages:
                 said_of(case), ARMS[arm].words, percent(self.tested(case, arm, FULL, last, "batch", "accuracy")),
                 self.bits(case, arm, last, which), percent(self.chosen(case, arm, last, which, "batch", "accuracy")),
                 percent(self.chosen(case, arm, last, which, "batch", "drop")),
-                "" if arm == "maml" else percent(self.below(case, arm, last, which)),
+                "" if arm == "maml" else percent(self.below(case, arm, last, which, beside(arm))),
                 percent(self.tested(case, arm, FIXED, last, "batch", "accuracy")) if arm == "fixed" else "",
                 self.speed(stock, None), f"`{case}-{arm}-*`",
             ])  # fmt: skip
@@ -342,8 +347,9 @@ class Pages:
         ]  # fmt: skip
         note = (
             f"Test accuracy after {last} steps, query images together. Stock PyTorch has one rate in all rows. A drop "
-            f"is below `{FULL}` of the same checkpoint. Beside it: how far the choice lies below `{FULL}` of plain "
-            "MAML's checkpoint, with the interval of a difference of independent means."
+            f"is below `{FULL}` of the same checkpoint. Beside it: how far the choice lies below `{FULL}` of MAML's "
+            "checkpoint, with the interval of a difference of independent means; of plain MAML's, and for a row that "
+            'begins with "after pretraining" of MAML\'s after the same.'
         )
         return Table("Patterns at meta-test alone and in meta-training, norms, learned rates", note, head, rows)
 

@@ -43,10 +43,11 @@ class Case:
 
 
 class Arm(NamedTuple):
-    """What differs from MAML with one rate."""
+    """What differs from MAML with one rate, and where it is tried."""
 
     settings: dict[str, Any]
     words: str
+    cases: Sequence[Case]
 
 
 CORE = (
@@ -99,21 +100,33 @@ PRETRAINED_ONE_STEP = (
     Case("cifar_fs", 5, 64, 3000, CIFAR, wide=True, pretraining=TURNED),
     Case("cifar_fs", 1, 64, 8000, CIFAR, wide=True, pretraining=TURNED),
 )
+AFTER = tuple(case for case in PRETRAINED if case.dataset != "fc100")
 ARMS = {
-    "maml": Arm({}, "MAML, one rate; patterns at meta-test only"),
-    "rates": Arm({"learn_lr": "layer-step"}, "inner rates learned per layer and step"),
+    "maml": Arm({}, "MAML, one rate; patterns at meta-test only", CORE),
     "onestep": Arm(
-        {"steps": 1, "test_steps": 1, "lr": 0.1, "learn_lr": "layer-step"}, "trained in one step, rates learned"
+        {"steps": 1, "test_steps": 1, "lr": 0.1, "learn_lr": "layer-step"}, "trained in one step, rates learned",
+        [case for case in CORE if case.dataset == "cifar_fs"],
     ),
-    "sampled": Arm({"patterns": "sampled"}, "a pattern drawn for each meta-batch"),
-    "fixed": Arm({"pattern": FIXED}, f"`{FIXED}` in meta-training too"),
-    "never": Arm({"norm": "never"}, "norm weights never adapt"),
-    "pretrained": Arm({}, "MAML after pretraining; patterns at meta-test only"),
-    # The name's order keeps `*-pretrained-*` of others apart.
+    "fixed": Arm(
+        {"pattern": FIXED}, f"`{FIXED}` in meta-training too", [case for case in CORE if case.dataset == "omniglot"]
+    ),
+    "pretrained": Arm({}, "MAML after pretraining; patterns at meta-test only", PRETRAINED),
+    # The order within a name keeps `*-pretrained-*` of others apart.
     "onestep-pretrained": Arm(
-        ONE_STEP, f"after pretraining, `{ANIL}` trained in one step from a zero head, rates learned"
+        ONE_STEP, f"after pretraining, `{ANIL}` trained in one step from a zero head, rates learned",
+        PRETRAINED_ONE_STEP,
     ),
-}
+    # Second derivatives of the last layer alone cost little.
+    "fixed-pretrained": Arm(
+        {"pattern": ANIL, "second_order": True, "first_order_iterations": 0},
+        f"after pretraining, `{ANIL}` in meta-training too, second order", AFTER,
+    ),
+    "rates-pretrained": Arm(
+        {"learn_lr": "layer-step"}, "after pretraining, inner rates learned per layer and step", AFTER
+    ),
+    "sampled-pretrained": Arm({"patterns": "sampled"}, "after pretraining, a pattern drawn for each meta-batch", AFTER),
+    "never-pretrained": Arm({"norm": "never"}, "after pretraining, norm weights never adapt", AFTER),
+}  # fmt: skip
 
 # Runs whose best checkpoint is kept beside their results: together they are less than 2 MB.
 SHIPPED = {
@@ -189,9 +202,7 @@ def experiments(tiny: bool = False) -> list[Experiment]:
     """All of them, in the order in which they are run: an arm of all sets before the next arm."""
     if tiny:
         return [Experiment(TINY, "maml", 0)]
-    others = {"pretrained": PRETRAINED, "onestep-pretrained": PRETRAINED_ONE_STEP}
-    pairs = [(case, arm) for arm in ARMS for case in others.get(arm, CORE)]
-    pairs += [(case, "maml") for case in MORE]
+    pairs = [(case, name) for name, arm in ARMS.items() for case in arm.cases] + [(case, "maml") for case in MORE]
     return [Experiment(case, arm, seed) for case, arm in pairs for seed in SEEDS]
 
 

@@ -113,7 +113,7 @@ def on_images(experiments: experiments_page.Results) -> Iterator[tuple[str, ...]
         own, row = one["times_ms"][bits], experiments_page.row_of(one, bits)
         if run.arm == "fixed":
             full = experiments_page.row_of(experiments[plain_maml(run)], FULL, steps=steps)
-            (drop, *_) = pages.below(run.case, run.arm, steps, "0.01")
+            (drop, *_) = pages.below(run.case, run.arm, steps, "0.01", experiments_page.beside(run.arm))
         else:
             full, drop = experiments_page.row_of(one, FULL), experiments_page.figure(row, "drop")
         name = f"{said_of(run)}, chosen at 1 point: `{bits}`"

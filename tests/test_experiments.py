@@ -209,9 +209,10 @@ def test_a_name_that_none_has_is_refused(tmp_path, capsys):
 
 def test_a_run_brings_what_it_needs():
     every = list(plan.jobs())
-    names = [job.name for job in plan.chosen(every, ["cifar_fs-5shot-rates-s1.choice-k10"])]
+    names = [job.name for job in plan.chosen(every, ["omniglot-1shot-rates-pretrained-s1.choice-k10"])]
     assert names == [
-        "cifar_fs-5shot.times-follow-rates", "cifar_fs-5shot-rates-s1.training", "cifar_fs-5shot-rates-s1.choice-k10"
+        "omniglot-1shot.times-follow-rates", "omniglot-1shot-rates-pretrained-s1.training",
+        "omniglot-1shot-rates-pretrained-s1.choice-k10",
     ]  # fmt: skip
     assert len({job.name for job in every}) == len(every)
 
@@ -311,13 +312,13 @@ CHOSEN = {
 
 
 def test_a_choice_is_set_beside_plain_maml_of_its_own_seed():
-    case = plan.CORE[0]
+    case = plan.CORE[2]
     found = {
         **scores(f"{case}-maml-s0.accuracy", ("11111", 70)),
         **scores(f"{case}-fixed-s0.choice-k10", ("11111", 60), ("00011", 71), **CHOSEN),
         **scores(f"{case}-fixed-s1.choice-k10", ("00011", 60), **CHOSEN),  # whose plain MAML has not run
     }
-    below = page.Pages(found, list(plan.jobs())).below(case, "fixed", 10, "0.01")
+    below = page.Pages(found, list(plan.jobs())).below(case, "fixed", 10, "0.01", "maml")
     assert [(round(one.value, 6), round(one.ci95, 6)) for one in below] == [(-0.01, round(0.003 * 2**0.5, 6))]
 
 
