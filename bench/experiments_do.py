@@ -267,11 +267,12 @@ def choice(job: Job, place: Place) -> dict[str, Any]:
     test = found.tasks(images(job, place, "test"), "test", plan["test_tasks"], plan["test_seed"])
     inner, clock = found.inner(plan["steps"]), place.result(f"{job.experiment.case}.{job.experiment.clock}")
     chosen = select_pattern(
-        found.model, val, **inner, max_drop=plan["drops"][0], timings=clock,
+        found.model, val, **inner, max_drop=plan["drops"][0], search=plan.get("search", "all"), timings=clock,
         resume=folder / f"choice-k{plan['steps']}.evaluated.json",
     )  # fmt: skip
     named = {f"{drop:g}": admitted(chosen, drop) for drop in plan["drops"]}
-    named["best"] = str(max(chosen.table, key=lambda row: row.score).pattern)
+    judged = [row for row in chosen.table if row.tasks == len(val)]  # not those that a race ruled out
+    named["best"] = str(max(judged, key=lambda row: row.score).pattern)
     tested = compared(found.model, test, list(named.values()), inner)
     dataclasses.replace(chosen, test=on_test(tested, len(test), str(chosen.pattern))).save(
         folder / f"pattern-k{plan['steps']}.json"

@@ -80,7 +80,9 @@ HOW = """## How it is measured
 - A drop is how many points below `{full}` of the same checkpoint and number of steps, the mean of paired differences
   over the same test tasks.
 - The choice is that of `lambda_maml.select_pattern` on validation tasks, of all 31 patterns: the fastest one whose
-  one-sided 95% bound of the drop is within the allowed one. Test tasks have no part in it.
+  one-sided 95% bound of the drop is within the allowed one. Test tasks have no part in it. For fixed and sampled
+  patterns, learned rates and norms that never adapt after pretraining it is a race (`lambda-maml select --search
+  race`), and the best pattern is that of the ones which the race judged on all tasks.
 - Adaptation time runs from support tensors to adapted parameters, on one thread, the query forward not in it: the
   median of interleaved rounds with nothing beside them. Stock is plain PyTorch's full pattern in the same rounds.
   Results are compared with the plain loop's in float64 first. Memory is the peak of the resident set above parameters

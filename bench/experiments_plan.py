@@ -48,6 +48,8 @@ class Arm(NamedTuple):
     settings: dict[str, Any]
     words: str
     cases: Sequence[Case]
+    # `select_pattern`'s: a race is for one allowed drop, and takes a fraction of the adaptations.
+    search: str = "all"
 
 
 CORE = (
@@ -119,13 +121,15 @@ ARMS = {
     # Second derivatives of the last layer alone cost little.
     "fixed-pretrained": Arm(
         {"pattern": ANIL, "second_order": True, "first_order_iterations": 0},
-        f"after pretraining, `{ANIL}` in meta-training too, second order", AFTER,
+        f"after pretraining, `{ANIL}` in meta-training too, second order", AFTER, "race",
     ),
     "rates-pretrained": Arm(
-        {"learn_lr": "layer-step"}, "after pretraining, inner rates learned per layer and step", AFTER
+        {"learn_lr": "layer-step"}, "after pretraining, inner rates learned per layer and step", AFTER, "race"
     ),
-    "sampled-pretrained": Arm({"patterns": "sampled"}, "after pretraining, a pattern drawn for each meta-batch", AFTER),
-    "never-pretrained": Arm({"norm": "never"}, "after pretraining, norm weights never adapt", AFTER),
+    "sampled-pretrained": Arm(
+        {"patterns": "sampled"}, "after pretraining, a pattern drawn for each meta-batch", AFTER, "race"
+    ),
+    "never-pretrained": Arm({"norm": "never"}, "after pretraining, norm weights never adapt", AFTER, "race"),
 }  # fmt: skip
 
 # Runs whose best checkpoint is kept beside their results: together they are less than 2 MB.
@@ -245,13 +249,14 @@ def jobs_of(runs: Sequence[Experiment], amount: Amount) -> Iterator[Job]:
         trained = f"{run}.training"
         yield Job(trained, "training", run, about, before, also=(str(run),))
         tested = {**about, "test_tasks": amount.test_tasks, "test_seed": TEST_SEED}
-        patterns = list(dict.fromkeys([FULL, ANIL, BOIL, run.settings.get("pattern", FULL)]))
+        is_race = ARMS[run.arm].search == "race"
+        patterns = list(dict.fromkeys([FULL, ANIL, *([] if is_race else [BOIL]), run.settings.get("pattern", FULL)]))
         plan = {**tested, "steps": list(amount.steps), "patterns": patterns}
         yield Job(f"{run}.accuracy", "accuracy", run, plan, (trained,), also=(str(run),))
         for steps in amount.steps:
             plan = {
                 **tested, "steps": steps, "val_tasks": amount.val_tasks, "select_seed": SELECT_SEED,
-                "drops": list(amount.drops),
+                **({"search": "race", "drops": [amount.drops[0]]} if is_race else {"drops": list(amount.drops)}),
             }  # fmt: skip
             needs = (trained, f"{run.case}.{run.clock}")
             yield Job(f"{run}.choice-k{steps}", "choice", run, plan, needs, steps=steps, also=(str(run),))

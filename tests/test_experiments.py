@@ -116,6 +116,22 @@ def test_the_choice_is_by_the_file_of_times_and_its_bounds(done):
     assert selection["chosen"]["pattern"] == found["chosen"]["0.01"] and selection["test"]["tasks"] == 4
 
 
+def test_a_race_is_said_in_the_plan_and_names_what_it_judged_on_all_tasks(copied, monkeypatch):
+    arm = plan.ARMS["maml"]._replace(search="race")
+    monkeypatch.setitem(plan.ARMS, "maml", arm)
+    amount, name = plan.TINY_AMOUNT._replace(val_tasks=40), "glyphs-1shot-maml-s0.choice-k1"
+    every = {job.name: job for job in plan.jobs_of(plan.experiments(tiny=True), amount)}
+    assert every[name].plan["search"] == "race" and every[name].plan["drops"] == [0.01]
+    assert every["glyphs-1shot-maml-s0.accuracy"].plan["patterns"] == ["11111", "00001"]
+    training = copied / "results" / f"{TRAINING}.json"
+    changed(training, lambda found: found.update(plan=json.loads(json.dumps(every[TRAINING].plan))))
+    doing.do(every[name], place(copied), "")
+    found = json.loads((copied / "results" / f"{name}.json").read_text())
+    judged = {row["pattern"]: row["tasks"] for row in found["candidates"]}
+    assert sum(judged.values()) < 31 * 40 and set(found["chosen"]) == {"0.01", "best"}
+    assert {judged[bits] for bits in found["chosen"].values()} == {40}
+
+
 def test_what_is_done_is_left_alone(done, capsys):
     before = {path: path.stat().st_mtime_ns for path in (done / "results").iterdir()}
     assert experiments.main(arguments(done)) == 0
@@ -156,7 +172,7 @@ def test_a_result_of_another_plan_is_refused(copied, capsys, reach):
 
 def test_a_run_folder_of_another_configuration_is_refused(copied):
     (copied / "results" / f"{TRAINING}.json").unlink()
-    run = plan.Experiment(plan.TINY, "rates", 0)
+    run = plan.Experiment(plan.TINY, "rates-pretrained", 0)
     (copied / "runs" / "glyphs-1shot-maml-s0").rename(copied / "runs" / str(run))
     job = plan.Job("x", "training", run, {})
     with pytest.raises(ValueError, match="the run to resume has settings learn_lr None, this one layer-step"):
