@@ -402,6 +402,10 @@ def test_report_names_the_front_and_writes_a_picture(tmp_path):
         drawn.append((tmp_path / name).read_bytes())
     assert drawn[0] == drawn[1] != drawn[2] and b"#14181f" in drawn[2] and b"#14181f" not in drawn[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.svg", "dark.svg", "light.svg", "report.png"]
+    beyond = b"costs too much accuracy"  # said where there are such patterns alone
+    report["candidates"] = [{**row, "admissible": True} for row in report["candidates"]]
+    reports.plot(report, tmp_path / "all.svg")
+    assert beyond in drawn[0] and beyond not in (tmp_path / "all.svg").read_bytes()
     with pytest.raises(ValueError, match="ends in .png or .svg"):
         reports.plot(report, tmp_path / "report.jpg")
 

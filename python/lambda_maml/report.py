@@ -273,6 +273,8 @@ def _draw(report: Report, axes: Axes, ink: str, blue: str) -> None:
     known, front = names(report), pareto(report)
 
     def bars(chosen_rows: list[Any], **style: Any) -> None:
+        if not chosen_rows:  # nor is there anything for the legend
+            return
         middles = [row["time_ms"] for row in chosen_rows]
         spans = [row.get("time") or {"low": ms, "high": ms} for row, ms in zip(chosen_rows, middles, strict=True)]
         low = [max(0.0, ms - span["low"]) for ms, span in zip(middles, spans, strict=True)]
@@ -336,11 +338,17 @@ def _draw(report: Report, axes: Axes, ink: str, blue: str) -> None:
     if stock:
         points.append((stock, full["accuracy"], f"stock {full['pattern']}"))
     for index, (time, accuracy, text) in enumerate(sorted(points)):
-        # Neighbours get labels at different heights above the points, with a line down to the point they belong to.
+        # Neighbours get labels at different heights above the points, with a line down to the point they belong to,
+        # which passes behind the labels of others.
+        height = 100 * (high + (0.08 + 0.08 * (index % 2)) * span)
         axes.annotate(
-            text, (time, 100 * accuracy), xytext=(time, 100 * (high + (0.08 + 0.08 * (index % 2)) * span)),
-            ha="center", fontsize=10, fontweight="bold" if chosen["pattern"] in text else "normal",
+            "", (time, 100 * accuracy), xytext=(time, height), zorder=3,
             arrowprops={"arrowstyle": "-", "color": "0.5", "linewidth": 0.7, "shrinkB": 6},
+        )  # fmt: skip
+        axes.text(
+            time, height, text, ha="center", fontsize=10, zorder=6,
+            fontweight="bold" if chosen["pattern"] in text else "normal",
+            bbox={"facecolor": axes.get_facecolor(), "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     times = [row["time_ms"] for row in rows] + ([stock] if stock else [])
     axes.set_xscale("log")
