@@ -166,13 +166,14 @@ def test_a_zero_head_begins_where_a_checkpoint_had_another(outer: str, tmp_path:
         ({"pattern": "11110,00010"}, "pattern 11110,00010 leaves the last layer at zero"),
         ({"patterns": "MAML; 2: 00110", "pattern": "MAML"}, "pattern 00110 leaves the last layer at zero"),
         ({"pattern": "11110,00001", "test_steps": 1}, "pattern 11110,00001 leaves the last layer at zero"),
-        ({"patterns": "sampled"}, "half of the sampled patterns leave the last layer at zero"),
+        ({"patterns": "sampled", "pattern": "BOIL"}, "pattern 11110 leaves the last layer at zero"),
     ],
 )
 def test_a_zero_head_is_not_for_patterns_that_leave_it(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=told):
         run(tmp_path, 1, small(zero_head=True, **changes))
     run(tmp_path / "fits", 1, small(zero_head=True, pattern="11110,00001"))
+    run(tmp_path / "drawn", 3, small(zero_head=True, patterns="sampled"))
 
 
 def test_importances_are_those_of_the_authors_code() -> None:

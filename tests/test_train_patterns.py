@@ -22,8 +22,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ITERATIONS = 5
 
 
-def drawn(iteration: int, seed: int = 0) -> str:
-    return str(training_pattern(small(patterns="sampled", seed=seed), iteration, network()))
+def drawn(iteration: int, seed: int = 0, zero_head: bool = False) -> str:
+    settings = small(patterns="sampled", seed=seed, zero_head=zero_head)
+    return str(training_pattern(settings, iteration, network()))
 
 
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
@@ -55,6 +56,9 @@ def test_each_pattern_is_drawn_as_often_as_any_other() -> None:
     count = Counter(drawn(i) for i in range(3100))
     assert set(count) == {str(p) for p in Pattern.all(5)}
     assert min(count.values()) > 60 and max(count.values()) < 145  # 100 of each, with a deviation of 10
+    count = Counter(drawn(i, zero_head=True) for i in range(1600))
+    assert set(count) == {str(p) for p in Pattern.all(5) if str(p).endswith("1")}
+    assert min(count.values()) > 60 and max(count.values()) < 145
     assert [drawn(i) for i in range(20)] == [drawn(i) for i in range(20)] != [drawn(i, seed=1) for i in range(20)]
 
 

@@ -59,16 +59,19 @@ def along_cosine(share: float, first: float, last: float = 0.0) -> float:
 def training_pattern(settings: Settings, iteration: int, model: nn.Module) -> Pattern:
     """What an iteration adapts: a pattern that is drawn for it, that of the schedule, or the one of all iterations."""
     if settings.patterns == "sampled":
-        return _sampled(settings.seed, iteration, len(layers_of(model)))
+        return _sampled(settings, iteration, len(layers_of(model)))
     begun = [pattern for start, pattern in stages(settings.patterns) if start <= iteration]
     return Pattern.of(model, begun[-1]) if begun else validation_pattern(settings, model)
 
 
-def _sampled(seed: int, iteration: int, layers: int) -> Pattern:
-    """One of the 2^layers - 1 patterns, each as likely as any other, for a seed and an iteration."""
-    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(iteration, 2)))
+def _sampled(settings: Settings, iteration: int, layers: int) -> Pattern:
+    """One of the 2^layers - 1 patterns, each as likely as any other, for a seed and an iteration; with a zero head one
+    of those that end in 1, as the others leave the last layer at zero."""
+    words = np.random.PCG64(np.random.SeedSequence(settings.seed, spawn_key=(iteration, 2)))
     while True:
         bits = "".join("1" if word % 2 else "0" for word in words.random_raw(layers).tolist())
+        if settings.zero_head:
+            bits = bits[:-1] + "1"
         if "1" in bits:
             return Pattern(bits)
 
@@ -89,9 +92,8 @@ def check_zero_head(settings: Settings, model: nn.Module) -> None:
     found = [validation_pattern(settings, model), *(Pattern.of(model, p) for _, p in stages(settings.patterns))]
     steps = min(settings.steps, settings.evaluation_steps)
     frozen = [p for p in found if all(p.at(step).endswith("0") for step in range(steps))]
-    if settings.patterns == "sampled" or frozen:
-        told = "half of the sampled patterns leave" if not frozen else f"pattern {frozen[0]} leaves"
+    if frozen:
         raise ValueError(
-            f"zero_head: {told} the last layer at zero, where all classes are one: choose patterns that end in 1, or "
-            "leave zero_head out"
+            f"zero_head: pattern {frozen[0]} leaves the last layer at zero, where all classes are one: choose patterns "
+            "that end in 1, or leave zero_head out"
         )

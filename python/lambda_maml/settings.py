@@ -37,9 +37,9 @@ class Settings:
 
     What a meta-batch has:
         patterns: "sampled": a pattern drawn anew for each meta-batch, each of all as likely, so that one set of weights
-        serves all of them; or a schedule over iterations, "MAML; 2000: 00111; 5000: ANIL" (None: `pattern` in all).
-        `pattern` is then that of validation alone (None: all layers, or the schedule's last). flip, crop, jitter: of
-        the training images, see `data.Augment`.
+        serves all of them (with zero_head, of those that update the last layer); or a schedule over iterations, "MAML;
+        2000: 00111; 5000: ANIL" (None: `pattern` in all). `pattern` is then that of validation alone (None: all layers,
+        or the schedule's last). flip, crop, jitter: of the training images, see `data.Augment`.
 
     The update:
         optimizer: "adam" or "sgd". meta_lr: its rate; cosine: it falls to `meta_lr_end` within so many iterations,
