@@ -334,8 +334,13 @@ def test_a_choice_is_set_beside_plain_maml_of_its_own_seed():
         **scores(f"{case}-fixed-s0.choice-k10", ("11111", 60), ("00011", 71), **CHOSEN),
         **scores(f"{case}-fixed-s1.choice-k10", ("00011", 60), **CHOSEN),  # whose plain MAML has not run
     }
-    below = page.Pages(found, list(plan.jobs())).below(case, "fixed", 10, "0.01", "maml")
+    pages = page.Pages(found, list(plan.jobs()))
+    below = pages.below(case, "fixed", 10, "0.01", "maml")
     assert [(round(one.value, 6), round(one.ci95, 6)) for one in below] == [(-0.01, round(0.003 * 2**0.5, 6))]
+    assert pages.lost(case, "fixed", 10, "0.01", True) == "-1.00 (-1.00 ± 0.42); goal, nothing lost: reached"
+    found |= scores(f"{case}-maml-s1.accuracy", ("11111", 60.5))  # 0.5 ± 0.42 points above
+    said = pages.lost(case, "fixed", 10, "0.01", True)
+    assert said == "-0.25 (-1.00 ± 0.42, 0.50 ± 0.42); goal, nothing lost: not reached"
 
 
 def test_one_step_is_set_beside_maml_of_its_own_network():
