@@ -80,7 +80,7 @@ def do(job: Job, place: Place, command: str) -> None:
     }  # fmt: skip
     makers: Mapping[str, Callable[[Job, Place], dict[str, Any]]] = {
         "pretraining": pretraining, "training": training, "times": times, "memory": peaks, "accuracy": accuracy,
-        "choice": choice,
+        "choice": choice, "paired": paired,
     }  # fmt: skip
     made = makers[job.kind](job, place)
     write_json(place.result(job.name), {**about, "seconds": round(time.perf_counter() - begun, 1), **made})
@@ -196,10 +196,9 @@ class Trained(NamedTuple):
         return data.sample_tasks(found, count, seed=seed, **episode)
 
 
-def trained(job: Job, place: Place) -> Trained:
+def trained(run: Experiment, place: Place) -> Trained:
     """ValueError where the checkpoint is gone, or another one than the one that the run's result is of."""
-    run, path = job.experiment, place.folder(job.experiment) / BEST
-    result = read_json(place.result(f"{run}.training"))
+    path, result = place.folder(run) / BEST, read_json(place.result(f"{run}.training"))
     if not path.is_file():
         path = place.checkpoint(run)
     if not path.is_file():
@@ -250,7 +249,7 @@ def compared(model: nn.Module, tasks: list[Task], patterns: list[str], inner: Ma
 
 def accuracy(job: Job, place: Place) -> dict[str, Any]:
     """Well-known patterns after each number of steps, on test tasks."""
-    found, plan = trained(job, place), job.plan
+    found, plan = trained(job.experiment, place), job.plan
     tasks = found.tasks(images(job, place, "test"), "test", plan["test_tasks"], plan["test_seed"])
     rows = [
         {"steps": steps, **one.row()}
@@ -262,7 +261,7 @@ def accuracy(job: Job, place: Place) -> dict[str, Any]:
 
 def choice(job: Job, place: Place) -> dict[str, Any]:
     """All patterns on validation tasks, what is chosen at each allowed drop, and these on test tasks."""
-    found, plan, folder = trained(job, place), job.plan, place.folder(job.experiment)
+    found, plan, folder = trained(job.experiment, place), job.plan, place.folder(job.experiment)
     val = found.tasks(images(job, place, "val"), "val", plan["val_tasks"], plan["select_seed"])
     test = found.tasks(images(job, place, "test"), "test", plan["test_tasks"], plan["test_seed"])
     inner, clock = found.inner(plan["steps"]), place.result(f"{job.experiment.case}.{job.experiment.clock}")
@@ -287,6 +286,21 @@ def choice(job: Job, place: Place) -> dict[str, Any]:
         "rows": [one.row() for one in tested],
         "candidates": [row.to_dict() for row in chosen.table],
     }
+
+
+def paired(job: Job, place: Place) -> dict[str, Any]:
+    """What was chosen, beside the full pattern of MAML's checkpoint on the same test tasks, query images together."""
+    own, other, plan = trained(job.experiment, place), trained(job.experiment.beside, place), job.plan
+    tasks = own.tasks(images(job, place, "test"), "test", plan["test_tasks"], plan["test_seed"])
+    bits = read_json(place.result(f"{job.experiment}.choice-k{plan['steps']}"))["chosen"][plan["which"]]
+    mine = evaluate(own.model, tasks, pattern=bits, **own.inner(plan["steps"]))
+    rows = []
+    for steps in plan["others_steps"]:
+        full = evaluate(other.model, tasks, pattern=FULL, **other.inner(steps))
+        drop, ci95 = mean_ci95(full.scores - mine.scores)
+        rows.append({"steps": steps, "accuracy": full.mean, "ci95": full.ci95, "drop": drop, "drop_ci95": ci95})
+    about = {"chosen": bits, "accuracy": mine.mean, "ci95": mine.ci95}
+    return {**own.about, **about, "beside": {"run": str(job.experiment.beside), **other.about}, "rows": rows}
 
 
 def admitted(chosen: Selection, drop: float) -> str:

@@ -183,11 +183,6 @@ def said_of(case: Case, arm: str = "") -> str:
     return f"{DATASETS[case.dataset]}, {case.shots}-shot{wide}" + (", pretrained" if arm == "pretrained" else "")
 
 
-def beside(arm: str) -> str:
-    """The arm of MAML whose full pattern another arm is set beside: after pretraining where that is so too."""
-    return "pretrained" if arm.endswith("-pretrained") else "maml"
-
-
 class Pages:
     """The tables of some results."""
 
@@ -221,21 +216,19 @@ class Pages:
         every = self.of(case, arm, f"choice-k{steps}")
         return [figure(row_of(one, one["chosen"][which], statistics), key) for one in every]
 
-    def below(
-        self, case: Case, arm: str, steps: int, which: str, other: str, others_steps: int | None = None
-    ) -> list[Figure]:
-        """How far what was chosen lies below the full pattern of another arm, by default after as many steps, seed by
-        seed. The intervals of both are taken together as those of different tasks are, which is wider
-        than that of paired differences."""
-        found = []
+    def below(self, case: Case, arm: str, steps: int, which: str, others_steps: int | None = None) -> list[Figure]:
+        """How far what was chosen lies below the full pattern of MAML, by default after as many steps, seed by seed.
+        Where both were not evaluated in pairs, their intervals are taken together as those of different tasks are,
+        which is wider than that of paired differences."""
+        found, theirs_after = [], others_steps or steps
         for run in (run for run in self.runs if (run.case, run.arm) == (case, arm)):
-            own, plain = (
-                self.results.get(f"{case}-{name}-s{run.seed}.{kind}")
-                for name, kind in ((arm, f"choice-k{steps}"), (other, "accuracy"))
-            )
+            pairs = self.results.get(f"{run}.paired")
+            if pairs is not None and (pairs["plan"]["steps"], pairs["plan"]["which"]) == (steps, which):
+                found.append(figure(next(row for row in pairs["rows"] if row["steps"] == theirs_after), "drop"))
+                continue
+            own, plain = (self.results.get(name) for name in (f"{run}.choice-k{steps}", f"{run.beside}.accuracy"))
             if own is not None and plain is not None:
-                mine = row_of(own, own["chosen"][which])
-                theirs = row_of(plain, FULL, steps=others_steps or steps)
+                mine, theirs = row_of(own, own["chosen"][which]), row_of(plain, FULL, steps=theirs_after)
                 found.append(Figure(theirs["accuracy"] - mine["accuracy"], math.hypot(theirs["ci95"], mine["ci95"])))
         return found
 
@@ -303,8 +296,8 @@ class Pages:
         for case, arm in self.pairs:
             full = [self.tested(case, arm, FULL, steps, "batch", "accuracy") for steps in (low, middle)]
             best = self.chosen(case, arm, low, "best", "batch", "accuracy")
-            other = beside(arm) if arm.startswith("onestep") else ""
-            gained = [self.gained(case, arm, low, other, steps) if other else "" for steps in (low, middle)]
+            is_one = arm.startswith("onestep")
+            gained = [self.gained(case, arm, low, steps) if is_one else "" for steps in (low, middle)]
             rows.append([
                 said_of(case), ARMS[arm].words, percent(full[0]), self.bits(case, arm, low, "best"), percent(best),
                 percent(full[1]), *gained, f"`{case}-{arm}-*`",
@@ -316,14 +309,14 @@ class Pages:
         ]  # fmt: skip
         note = (
             f"Test accuracy, query images together. Above MAML's: how far the best pattern after {low} step lies above "
-            f"`{FULL}` of the same network after MAML with one rate, in points, with the interval of a difference of "
-            "independent means."
+            f"`{FULL}` of the same network after MAML with one rate, in points; after pretraining the mean of paired "
+            "differences over the same tasks, else with the interval of a difference of independent means."
         )
         return Table("One step", note, head, rows)
 
-    def gained(self, case: Case, arm: str, low: int, other: str, steps: int) -> str:
-        """How far the best pattern in few steps lies above the full one of another arm, and whether far enough."""
-        above = [Figure(-one.value, one.ci95) for one in self.below(case, arm, low, "best", other, steps)]
+    def gained(self, case: Case, arm: str, low: int, steps: int) -> str:
+        """How far the best pattern in few steps lies above the full one of MAML, and whether far enough."""
+        above = [Figure(-one.value, one.ci95) for one in self.below(case, arm, low, "best", steps)]
         goal = ONE_STEP_GOALS[steps != low] if case.dataset == "cifar_fs" else None
         if goal is None or not above:
             return percent(above)
@@ -351,14 +344,14 @@ class Pages:
         note = (
             f"Test accuracy after {last} steps, query images together. Stock PyTorch has one rate in all rows. A drop "
             f"is below `{FULL}` of the same checkpoint. Beside it: how far the choice lies below `{FULL}` of MAML's "
-            "checkpoint, with the interval of a difference of independent means; of plain MAML's, and for a row that "
-            'begins with "after pretraining" of MAML\'s after the same.'
+            'checkpoint, with the interval of a difference of independent means. For a row that begins with "after '
+            "pretraining\" MAML's checkpoint is that after the same pretraining, and the differences are paired."
         )
         return Table("Patterns at meta-test alone and in meta-training, norms, learned rates", note, head, rows)
 
     def lost(self, case: Case, arm: str, steps: int, which: str, is_goal: bool) -> str:
         """How far what was chosen lies below the full pattern of MAML, and whether each seed's interval reaches 0."""
-        below = self.below(case, arm, steps, which, beside(arm))
+        below = self.below(case, arm, steps, which)
         if not (is_goal and below):
             return percent(below)
         reached = met(min(one.ci95 - one.value for one in below if one.ci95 is not None), 0.0, self.is_tiny)

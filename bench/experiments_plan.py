@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 FULL, ANIL, BOIL = "11111", "00001", "11110"
@@ -187,6 +187,11 @@ class Experiment:
         """The part of a name that says which adaptation times are its own."""
         return f"times-{self.settings.get('norm', 'follow')}" + ("-rates" if "learn_lr" in self.settings else "")
 
+    @property
+    def beside(self) -> Experiment:
+        """The run of MAML whose full pattern it is set beside: after pretraining where that is so too."""
+        return replace(self, arm="pretrained" if self.arm.endswith("-pretrained") else "maml")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -260,6 +265,13 @@ def jobs_of(runs: Sequence[Experiment], amount: Amount) -> Iterator[Job]:
             }  # fmt: skip
             needs = (trained, f"{run.case}.{run.clock}")
             yield Job(f"{run}.choice-k{steps}", "choice", run, plan, needs, steps=steps, also=(str(run),))
+        if run.arm.endswith("-pretrained"):
+            one_step = "steps" in ARMS[run.arm].settings
+            steps = amount.steps[0 if one_step else -1]
+            which, others = ("best", list(amount.steps[:2])) if one_step else (f"{amount.drops[0]:g}", [steps])
+            plan = {**tested, "beside": str(run.beside), "steps": steps, "which": which, "others_steps": others}
+            both = (trained, f"{run}.choice-k{steps}", f"{run.beside}.training")
+            yield Job(f"{run}.paired", "paired", run, plan, both, also=(str(run),))
 
 
 def chosen(every: Sequence[Job], only: Sequence[str]) -> list[Job]:

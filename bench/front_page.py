@@ -7,7 +7,6 @@ for light and dark pages. tests/test_readme.py holds that README shows what the 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import textwrap
@@ -91,14 +90,9 @@ def chosen(experiments: experiments_page.Results) -> Iterator[tuple[experiments_
         same = [c for c in experiments_plan.PRETRAINED if (c.dataset, c.shots) == (case.dataset, case.shots)]
         for one, arm in [*((c, "pretrained") for c in same), (case, "fixed"), (case, "maml")]:
             run = experiments_plan.Experiment(one, arm, experiments_plan.SEEDS[0])
-            if f"{run}.choice-k10" in experiments and (arm != "fixed" or plain_maml(run) in experiments):
+            if f"{run}.choice-k10" in experiments and (arm != "fixed" or f"{run.beside}.accuracy" in experiments):
                 yield run, experiments[f"{run}.choice-k10"]
                 break
-
-
-def plain_maml(run: experiments_plan.Experiment) -> str:
-    """The accuracy of the same network of plain MAML."""
-    return f"{dataclasses.replace(run, arm='maml')}.accuracy"
 
 
 def said_of(run: experiments_plan.Experiment) -> str:
@@ -112,8 +106,8 @@ def on_images(experiments: experiments_page.Results) -> Iterator[tuple[str, ...]
         bits, stock, steps = one["chosen"]["0.01"], one["stock_ms"], one["plan"]["steps"]
         own, row = one["times_ms"][bits], experiments_page.row_of(one, bits)
         if run.arm == "fixed":
-            full = experiments_page.row_of(experiments[plain_maml(run)], FULL, steps=steps)
-            (drop, *_) = pages.below(run.case, run.arm, steps, "0.01", experiments_page.beside(run.arm))
+            full = experiments_page.row_of(experiments[f"{run.beside}.accuracy"], FULL, steps=steps)
+            (drop, *_) = pages.below(run.case, run.arm, steps, "0.01")
         else:
             full, drop = experiments_page.row_of(one, FULL), experiments_page.figure(row, "drop")
         name = f"{said_of(run)}, chosen at 1 point: `{bits}`"

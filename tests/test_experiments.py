@@ -335,7 +335,7 @@ def test_a_choice_is_set_beside_plain_maml_of_its_own_seed():
         **scores(f"{case}-fixed-s1.choice-k10", ("00011", 60), **CHOSEN),  # whose plain MAML has not run
     }
     pages = page.Pages(found, list(plan.jobs()))
-    below = pages.below(case, "fixed", 10, "0.01", "maml")
+    below = pages.below(case, "fixed", 10, "0.01")
     assert [(round(one.value, 6), round(one.ci95, 6)) for one in below] == [(-0.01, round(0.003 * 2**0.5, 6))]
     assert pages.lost(case, "fixed", 10, "0.01", True) == "-1.00 (-1.00 ± 0.42); goal, nothing lost: reached"
     found |= scores(f"{case}-maml-s1.accuracy", ("11111", 60.5))  # 0.5 ± 0.42 points above
@@ -352,7 +352,7 @@ def test_one_step_is_set_beside_maml_of_its_own_network():
         f"{case}-pretrained-s0.accuracy": {"kind": "", "rows": rows},
     }
     pages = page.Pages(found, list(plan.jobs()))
-    said = [pages.gained(case, "onestep-pretrained", 1, "pretrained", steps) for steps in (1, 5)]
+    said = [pages.gained(case, "onestep-pretrained", 1, steps) for steps in (1, 5)]
     assert said == ["3.00 (3.00 ± 0.42); goal 2: reached", "-1.50 (-1.50 ± 0.42); goal -1: not reached"]
 
 
@@ -394,6 +394,29 @@ def test_a_training_begins_with_its_pretraining(tmp_path: Path, settings: dict[s
     assert best["start"]["sha256"] == doing.checkpoint.digest(weights, "")
     told = "".join(page.Pages(about, jobs).state())
     assert ("4 iterations in" if "iterations" in settings else "1 epochs in") in told
+
+
+def test_what_is_chosen_after_pretraining_is_paired_with_the_full_pattern_of_maml(tmp_path: Path):
+    case = dataclasses.replace(plan.TINY, iterations=4, pretraining={"epochs": 1, "batch": 128})
+    runs = [plan.Experiment(case, arm, 0) for arm in ("pretrained", "fixed-pretrained")]
+    jobs = {job.name: job for job in plan.jobs_of(runs, plan.TINY_AMOUNT)}
+    last = jobs[f"{runs[1]}.paired"]
+    assert last.needs == (f"{runs[1]}.training", f"{runs[1]}.choice-k2", f"{runs[0]}.training")
+    for name, job in jobs.items():
+        if job.kind in ("pretraining", "training") or name in (f"{case}.times-follow", *last.needs, last.name):
+            doing.do(job, place(tmp_path), experiments.command_of(job))
+    found = page.read(tmp_path / "results")
+    (row,), bits = found[last.name]["rows"], found[last.name]["chosen"]
+    own, full = (doing.trained(run, place(tmp_path)) for run in (runs[1], runs[0]))
+    tasks = own.tasks(doing.images(last, place(tmp_path), "test"), "test", 4, plan.TEST_SEED)
+    mine, theirs = (
+        doing.evaluate(one.model, tasks, pattern=p, **one.inner(2)).scores for one, p in ((own, bits), (full, "11111"))
+    )
+    assert bits == found[f"{runs[1]}.choice-k2"]["chosen"]["0.01"] and row["steps"] == 2
+    assert (row["drop"], row["drop_ci95"]) == pytest.approx(doing.mean_ci95(theirs - mine))
+    assert found[last.name]["beside"]["checkpoint_sha256"] == full.about["checkpoint_sha256"]
+    (below,) = page.Pages(found, list(jobs.values())).below(case, "fixed-pretrained", 2, "0.01")
+    assert below == (row["drop"], row["drop_ci95"])
 
 
 def test_the_front_page_has_a_choice_of_each_set_beside_its_full_pattern():
