@@ -295,12 +295,15 @@ class Pages:
         low, middle = self.steps[0], self.steps[min(1, len(self.steps) - 1)]
         for case, arm in self.pairs:
             full = [self.tested(case, arm, FULL, steps, "batch", "accuracy") for steps in (low, middle)]
-            best = self.chosen(case, arm, low, "best", "batch", "accuracy")
+            best, accuracy = "", ""
+            if ARMS[arm].choices != "last":
+                best = self.bits(case, arm, low, "best")
+                accuracy = percent(self.chosen(case, arm, low, "best", "batch", "accuracy"))
             is_one = arm.startswith("onestep")
             gained = [self.gained(case, arm, low, steps) if is_one else "" for steps in (low, middle)]
             rows.append([
-                said_of(case), ARMS[arm].words, percent(full[0]), self.bits(case, arm, low, "best"), percent(best),
-                percent(full[1]), *gained, f"`{case}-{arm}-*`",
+                said_of(case), ARMS[arm].words, percent(full[0]), best, accuracy, percent(full[1]), *gained,
+                f"`{case}-{arm}-*`",
             ])  # fmt: skip
         head = [
             "set", "training", f"`{FULL}`, {low} step", "best on validation tasks", f"its accuracy, {low} step",
@@ -327,6 +330,8 @@ class Pages:
         rows = []
         last, which = self.steps[-1], f"{self.drops[0]:g}"
         for case, arm in self.pairs:
+            if ARMS[arm].choices == "first":
+                continue
             stock, _ = self.ratios(case, arm, last, which)
             is_trained = arm.startswith("fixed")  # with what is chosen
             rows.append([
@@ -334,12 +339,11 @@ class Pages:
                 self.bits(case, arm, last, which), percent(self.chosen(case, arm, last, which, "batch", "accuracy")),
                 percent(self.chosen(case, arm, last, which, "batch", "drop")),
                 "" if arm == "maml" else self.lost(case, arm, last, which, is_trained),
-                percent(self.tested(case, arm, FIXED, last, "batch", "accuracy")) if arm == "fixed" else "",
                 self.speed(stock, SPEED_GOALS[0.01][0] if is_trained else None), f"`{case}-{arm}-*`",
             ])  # fmt: skip
         head = [
             "set", "training", f"`{FULL}`", f"chosen at {100 * self.drops[0]:g} points", "its accuracy", "its drop",
-            f"below `{FULL}` of MAML", f"`{FIXED}`", f"faster than stock `{FULL}`", "ONLY",
+            f"below `{FULL}` of MAML", f"faster than stock `{FULL}`", "ONLY",
         ]  # fmt: skip
         note = (
             f"Test accuracy after {last} steps, query images together. Stock PyTorch has one rate in all rows. A drop "
@@ -427,8 +431,10 @@ class Pages:
                 many = "iterations" in first
                 much = f"{first['iterations']} iterations" if many else f"{len(first['history'])} epochs"
                 told = f"{much} in {first['training_seconds'] / 60:.0f} min; {told}"
-            kinds = ["accuracy", *(f"choice-k{steps}" for steps in self.steps)]
-            rows.append([f"`{run}`", told, *("yes" if f"{run}.{kind}" in self.results else NONE for kind in kinds)])
+            kinds = {f"{run}.accuracy": "", **{f"{run}.choice-k{steps}": "" for steps in self.steps}}
+            kinds |= {job.name: NONE for job in self.jobs if job.name in kinds}
+            kinds |= {name: "yes" for name in kinds if name in self.results}
+            rows.append([f"`{run}`", told, *kinds.values()])
         yield lines(Table("", "", ["ONLY", "training", "accuracy", *(f"choice, {k} steps" for k in self.steps)], rows))
 
 

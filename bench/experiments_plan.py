@@ -50,6 +50,7 @@ class Arm(NamedTuple):
     cases: Sequence[Case]
     # `select_pattern`'s: a race is for one allowed drop, and takes a fraction of the adaptations.
     search: str = "all"
+    choices: str = "last"  # after which numbers of steps patterns are chosen: "all", the "first" or the "last"
 
 
 CORE = (
@@ -104,19 +105,19 @@ PRETRAINED_ONE_STEP = (
 )
 AFTER = tuple(case for case in PRETRAINED if case.dataset != "fc100")
 ARMS = {
-    "maml": Arm({}, "MAML, one rate; patterns at meta-test only", CORE),
+    "maml": Arm({}, "MAML, one rate; patterns at meta-test only", CORE, choices="all"),
     "onestep": Arm(
         {"steps": 1, "test_steps": 1, "lr": 0.1, "learn_lr": "layer-step"}, "trained in one step, rates learned",
-        [case for case in CORE if case.dataset == "cifar_fs"],
+        [case for case in CORE if case.dataset == "cifar_fs"], choices="first",
     ),
     "fixed": Arm(
         {"pattern": FIXED}, f"`{FIXED}` in meta-training too", [case for case in CORE if case.dataset == "omniglot"]
     ),
-    "pretrained": Arm({}, "MAML after pretraining; patterns at meta-test only", PRETRAINED),
+    "pretrained": Arm({}, "MAML after pretraining; patterns at meta-test only", PRETRAINED, choices="all"),
     # The order within a name keeps `*-pretrained-*` of others apart.
     "onestep-pretrained": Arm(
         ONE_STEP, f"after pretraining, `{ANIL}` trained in one step from a zero head, rates learned",
-        PRETRAINED_ONE_STEP,
+        PRETRAINED_ONE_STEP, choices="first",
     ),
     # Second derivatives of the last layer alone cost little.
     "fixed-pretrained": Arm(
@@ -258,7 +259,10 @@ def jobs_of(runs: Sequence[Experiment], amount: Amount) -> Iterator[Job]:
         patterns = list(dict.fromkeys([FULL, ANIL, *([] if is_race else [BOIL]), run.settings.get("pattern", FULL)]))
         plan = {**tested, "steps": list(amount.steps), "patterns": patterns}
         yield Job(f"{run}.accuracy", "accuracy", run, plan, (trained,), also=(str(run),))
-        for steps in amount.steps:
+        chosen_after = {"all": amount.steps, "first": amount.steps[:1], "last": amount.steps[-1:]}[
+            ARMS[run.arm].choices
+        ]
+        for steps in chosen_after:
             plan = {
                 **tested, "steps": steps, "val_tasks": amount.val_tasks, "select_seed": SELECT_SEED,
                 **({"search": "race", "drops": [amount.drops[0]]} if is_race else {"drops": list(amount.drops)}),
@@ -266,9 +270,8 @@ def jobs_of(runs: Sequence[Experiment], amount: Amount) -> Iterator[Job]:
             needs = (trained, f"{run.case}.{run.clock}")
             yield Job(f"{run}.choice-k{steps}", "choice", run, plan, needs, steps=steps, also=(str(run),))
         if run.arm.endswith("-pretrained"):
-            one_step = "steps" in ARMS[run.arm].settings
-            steps = amount.steps[0 if one_step else -1]
-            which, others = ("best", list(amount.steps[:2])) if one_step else (f"{amount.drops[0]:g}", [steps])
+            (steps,), is_one_step = chosen_after, "steps" in ARMS[run.arm].settings
+            which, others = ("best", list(amount.steps[:2])) if is_one_step else (f"{amount.drops[0]:g}", [steps])
             plan = {**tested, "beside": str(run.beside), "steps": steps, "which": which, "others_steps": others}
             both = (trained, f"{run}.choice-k{steps}", f"{run.beside}.training")
             yield Job(f"{run}.paired", "paired", run, plan, both, also=(str(run),))

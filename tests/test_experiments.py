@@ -233,6 +233,17 @@ def test_a_run_brings_what_it_needs():
     assert len({job.name for job in every}) == len(every)
 
 
+def test_patterns_are_chosen_after_the_steps_that_a_run_is_about():
+    names = {job.name for job in plan.jobs()}
+    for arm, steps in (("pretrained", (1, 5, 10)), ("onestep-pretrained", (1,)), ("fixed-pretrained", (10,))):
+        run = plan.Experiment(plan.PRETRAINED[0], arm, 0)
+        assert [k for k in (1, 5, 10) if f"{run}.choice-k{k}" in names] == list(steps)
+        assert (f"{run}.paired" in names) == (arm != "pretrained")
+    rows = {row[-1]: row for row in page.Pages({}, list(plan.jobs())).one_step().rows}
+    assert rows[f"`{plan.PRETRAINED[0]}-fixed-pretrained-*`"][3:5] == ["", ""]
+    assert rows[f"`{plan.PRETRAINED[0]}-pretrained-*`"][3:5] == ["not run", "not run"]
+
+
 def test_all_settings_are_ones_that_the_trainer_takes():
     from lambda_maml.train import Settings
 
