@@ -69,7 +69,8 @@ HOW = """## How it is measured
   ([pretraining](training.md#pretraining)), then 3,000 iterations of first-order MAML follow. Except in CIFAR-FS,
   5-shot, classes turned by 90, 180 and 270 degrees are classes of the pretraining too, and the last layer is zero at
   the start of each task (`--zero-head`). Trained in one step, the turned classes and the zero head are in both, all is
-  second-order, and 1-shot has 8,000 iterations. The published figures have no pretraining.
+  second-order, and 1-shot has 8,000 iterations, as with ANIL in meta-training. The published figures have no
+  pretraining.
 - "Pretrained", Omniglot: the pretraining is itself a meta-training, in 20-way 1-shot tasks, with ridge regression as
   the last layer ([how](training.md#other-numbers-of-classes)). First-order MAML with a zero head follows, 1,500
   iterations of 1-shot and 2,000 of 5-shot. Training images are shifted by up to 2 pixels (`--crop 2`).
