@@ -277,7 +277,7 @@ def jobs_of(runs: Sequence[Experiment], amount: Amount) -> Iterator[Job]:
             needs = (trained, f"{run.case}.{run.clock}")
             yield Job(f"{run}.choice-k{steps}", "choice", run, plan, needs, steps=steps, also=(str(run),))
         if run.arm.endswith("-pretrained"):
-            (steps,), is_one_step = chosen_after, "steps" in ARMS[run.arm].settings
+            (steps,), is_one_step = chosen_after, ARMS[run.arm].choices == "first"
             which, others = ("best", list(amount.steps[:2])) if is_one_step else (f"{amount.drops[0]:g}", [steps])
             plan = {**tested, "beside": str(run.beside), "steps": steps, "which": which, "others_steps": others}
             both = (trained, f"{run}.choice-k{steps}", f"{run.beside}.training")
