@@ -281,8 +281,6 @@ def choice(job: Job, place: Place) -> dict[str, Any]:
         "timings": clock.name,
         "warnings": chosen.warnings,
         "chosen": named,
-        "times_ms": {p: chosen.times[p]._asdict() for p in dict.fromkeys([*named.values(), FULL])},
-        "stock_ms": chosen.times[STOCK]._asdict() if STOCK in chosen.times else None,
         "rows": [one.row() for one in tested],
         "candidates": [row.to_dict() for row in chosen.table],
     }

@@ -85,9 +85,10 @@ HOW = """## How it is measured
   patterns, learned rates and norms that never adapt after pretraining it is a race (`lambda-maml select --search
   race`), and the best pattern is that of the ones which the race judged on all tasks.
 - Adaptation time runs from support tensors to adapted parameters, on one thread, the query forward not in it: the
-  median of interleaved rounds with nothing beside them. Stock is plain PyTorch's full pattern in the same rounds.
-  Results are compared with the plain loop's in float64 first. Memory is the peak of the resident set above parameters
-  and inputs, in a process of its own.
+  median of interleaved rounds with nothing beside them. Stock is plain PyTorch's full pattern in the same rounds, and
+  so is learn2learn's, where `LEARN2LEARN_SRC` names the folder of a checkout or of an unpacked release. Results are
+  compared with the plain loop's in float64 first. Memory is the peak of the resident set above parameters and inputs,
+  in a process of its own.
 
 ## Why figures differ
 
@@ -261,10 +262,12 @@ class Pages:
         """How often faster each seed's choice adapts than the full pattern, in stock PyTorch and in ours."""
         stock, ours = [], []
         for one in self.of(case, arm, f"choice-k{steps}"):
-            own = one["times_ms"][one["chosen"][which]]["median"]
-            ours.append(one["times_ms"][FULL]["median"] / own)
-            if one["stock_ms"] is not None:
-                stock.append(one["stock_ms"]["median"] / own)
+            if one["timings"].removesuffix(".json") not in self.results:
+                continue
+            found = medians(self.results, one)
+            own = found[one["chosen"][which]]
+            ours.append(found[FULL] / own)
+            stock.append(found[STOCKS[FULL]] / own)
         return stock, ours
 
     def speed(self, ratios: Sequence[float], goal: float | None) -> str:
@@ -398,7 +401,7 @@ class Pages:
 
     def times(self) -> Table:
         rows = []
-        columns = ("stock_full", "learn2learn", FULL, "00111", FIXED, ANIL)
+        columns = (STOCKS[FULL], "learn2learn", FULL, "00111", FIXED, ANIL)
         for job in (job for job in self.jobs if job.kind == "times"):
             one = self.results.get(job.name)
             for steps in job.plan["steps"]:
@@ -470,6 +473,17 @@ def by_name(one: Row, steps: int) -> dict[str, Row]:
         if extra["steps"] == steps:
             found[extra["pattern"] if extra["kind"] == "adapt" else extra["kind"]] = benchmark["stats"]
     return found
+
+
+def clock(results: Results, choice: Row) -> Row:
+    """The file of times that a choice is by."""
+    return results[choice["timings"].removesuffix(".json")]
+
+
+def medians(results: Results, choice: Row) -> dict[str, float]:
+    """The times in it after as many steps, in milliseconds."""
+    found = by_name(clock(results, choice), choice["plan"]["steps"])
+    return {name: 1e3 * stats["median"] for name, stats in found.items()}
 
 
 def ms(stats: Row) -> str:

@@ -103,16 +103,15 @@ def said_of(run: experiments_plan.Experiment) -> str:
 def on_images(experiments: experiments_page.Results) -> Iterator[tuple[str, ...]]:
     pages = experiments_page.Pages(experiments, list(experiments_plan.jobs()))
     for run, one in chosen(experiments):
-        bits, stock, steps = one["chosen"]["0.01"], one["stock_ms"], one["plan"]["steps"]
-        own, row = one["times_ms"][bits], experiments_page.row_of(one, bits)
+        bits, steps, found = one["chosen"]["0.01"], one["plan"]["steps"], experiments_page.medians(experiments, one)
+        own, stock, row = found[bits], found[experiments_page.STOCKS[FULL]], experiments_page.row_of(one, bits)
         if run.arm == "fixed":
             full = experiments_page.row_of(experiments[f"{run.beside}.accuracy"], FULL, steps=steps)
             (drop, *_) = pages.below(run.case, run.arm, steps, "0.01")
         else:
             full, drop = experiments_page.row_of(one, FULL), experiments_page.figure(row, "drop")
         name = f"{said_of(run)}, chosen at 1 point: `{bits}`"
-        ratio = f"{digits(stock['median'] / own['median'])}x"
-        yield f"{name}: adaptation", _ms(own), f"{_ms(stock)}, `{FULL}`", ratio
+        yield f"{name}: adaptation", f"{digits(own)} ms", f"{digits(stock)} ms, `{FULL}`", f"{digits(stock / own)}x"
         accuracies = f"{100 * row['accuracy']:.2f}%", f"{100 * full['accuracy']:.2f}%, `{FULL}`"
         yield f"{name}: accuracy", *accuracies, f"cost {experiments_page.in_points(drop)} points"
 
@@ -121,8 +120,7 @@ def where(experiments: experiments_page.Results) -> Iterator[str]:
     found = dict(chosen(experiments))
     if found:
         plan = next(iter(found.values()))["plan"]
-        clocks = (experiments[one["timings"].removesuffix(".json")] for one in found.values())
-        machines = sorted({clock["machine"]["processor"] for clock in clocks})
+        machines = sorted({experiments_page.clock(experiments, one)["machine"]["processor"] for one in found.values()})
         yield (
             f"{'; '.join(map(said_of, found))}: {plan['settings']['ways']}-way, {plan['steps']} steps, "
             f"{plan['test_tasks']} test tasks, a cost is paired over them with its 95% interval; "
