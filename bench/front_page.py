@@ -120,7 +120,8 @@ def where(experiments: experiments_page.Results) -> Iterator[str]:
     found = dict(chosen(experiments))
     if found:
         plan = next(iter(found.values()))["plan"]
-        machines = sorted({experiments_page.clock(experiments, one)["machine"]["processor"] for one in found.values()})
+        clocks = (experiments_page.clock(experiments, one) for one in found.values())
+        machines = sorted({clock["machine"]["processor"] for clock in clocks if clock is not None})
         yield (
             f"{'; '.join(map(said_of, found))}: {plan['settings']['ways']}-way, {plan['steps']} steps, "
             f"{plan['test_tasks']} test tasks, a cost is paired over them with its 95% interval; "

@@ -95,9 +95,8 @@ def chosen_by(clock: dict[str, Any], found: dict[str, Any], drop: float) -> str:
     """The most accurate of the candidates within the drop whose times are a tie with the fastest one's."""
     taken = page.by_name(clock, found["plan"]["steps"])
     times = {row["pattern"]: taken[row["pattern"]] for row in found["candidates"]}
-    judged = [
-        row for row in found["candidates"] if row["tasks"] == found["plan"]["val_tasks"]
-    ]  # the others lost a race
+    # The others lost a race.
+    judged = [row for row in found["candidates"] if row["tasks"] == found["plan"]["val_tasks"]]
     within = [row for row in judged if row["pattern"] == "11111" or row["drop_bound"] <= drop + 1e-12]
     first = min((times[row["pattern"]] for row in within), key=lambda time: time["median"])
     tied = [
@@ -110,7 +109,9 @@ def chosen_by(clock: dict[str, Any], found: dict[str, Any], drop: float) -> str:
 def test_the_choice_is_by_the_file_of_times_and_its_bounds(done):
     found = json.loads((done / "results" / "glyphs-1shot-maml-s0.choice-k2.json").read_text())
     clock = json.loads((done / "results" / found["timings"]).read_text())
-    assert len(found["candidates"]) == 31
+    taken = page.by_name(clock, 2)
+    recorded = {row["pattern"]: row["time_ms"] for row in found["candidates"]}
+    assert recorded == pytest.approx({bits: 1e3 * taken[bits]["median"] for bits in recorded}) and len(recorded) == 31
     for drop in (0.01, 0.005):
         assert found["chosen"][f"{drop:g}"] == chosen_by(clock, found, drop)
     best = max(row["accuracy"] for row in found["candidates"])
@@ -296,6 +297,12 @@ def test_the_page_shows_figures_and_what_has_not_run(done, copied, tmp_path, cap
     found = json.loads((done / "results" / "glyphs-1shot-maml-s0.accuracy.json").read_text())
     row = next(row for row in found["rows"] if row["steps"] == 2 and row["pattern"] == "11111")
     assert f"{100 * row['accuracy']:.2f} ± {100 * row['ci95']:.2f}" in whole
+    choices = whole.split("## The choice")[1].splitlines()
+    *told, _, _, only = next(line for line in choices if "| glyphs, 1-shot | 2 | 1 |" in line).split(" | ")
+    (copied / "results" / "glyphs-1shot.times-follow.json").unlink()  # without times a choice has no speed
+    assert experiments.main(arguments(copied, "--page", str(out))) == 0
+    assert " | ".join([*told, "not run", "not run", only]) in out.read_text()
+    shutil.copy(done / "results" / "glyphs-1shot.times-follow.json", copied / "results")
     for name in ("accuracy", "choice-k2"):
         (copied / "results" / f"glyphs-1shot-maml-s0.{name}.json").unlink()
     changed(copied / "results" / "glyphs-1shot.memory.json", lambda found: found["plan"].update(shots=7))
