@@ -440,9 +440,13 @@ class Pages:
         yield "## What has run\n\n"
         done = [job for job in self.jobs if job.name in self.results]
         yield f"{len(done)} of {len(self.jobs)} results are there.\n\n"
-        machines = {about(self.results[job.name]): job for job in done}
-        for said in machines:
-            yield f"- {said}\n"
+        machines: dict[str, list[str]] = {}  # the commits of each
+        for machine in (self.results[job.name]["machine"] for job in done):
+            commits = machines.setdefault(about(machine), [])
+            if (commit := machine["commit"] or "unknown") not in commits:
+                commits.append(commit)
+        for said, commits in machines.items():
+            yield f"- {said}; commits {', '.join(commits)}\n"
         yield "\n" if machines else ""
         rows = []
         for run in self.runs:
@@ -492,10 +496,9 @@ def ms(stats: Row) -> str:
     return f"{median} [{q1}, {q3}]"
 
 
-def about(one: Row) -> str:
-    machine = one["machine"]
+def about(machine: Row) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     return (
         f"{machine['processor']}, instruction set {machine['instruction_set']}, {machine['threads']} thread a process; "
-        f"Python {machine['python']}, {packages}; commit {machine['commit'] or 'unknown'}"
+        f"Python {machine['python']}, {packages}"
     )
