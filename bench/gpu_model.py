@@ -42,6 +42,7 @@ RATES = {  # by kind of kernel, for float32 operands
     "convolve": (1.5e14, "Triton's TF32 for 64 channels, and cuDNN's: assumed"),
     "weight gradient": (0.7e14, "Triton's when it transposed by 4-byte copies (now of 16): assumed"),
     "grouped": (0.2e14, "cuDNN's convolutions in groups, which vmap makes: assumed"),
+    "patches": (0.8e14, "a first block's TF32 products, whose patches are gathered by 4 bytes: assumed"),
     "fma": (0.35e14, "multiply-adds without tensor cores, at half of their peak: assumed"),
     "float64": (1.0e13, "sums in float64, at a third of their peak: assumed"),
 }
@@ -53,6 +54,8 @@ HOST_BY_HAND = 2.0e-5, "of a graph by hand, two copies and a replay: assumed"
 TASKS = 64
 CONFIGURATION = CONFIGURATIONS["mini-imagenet-64"]
 TENSOR_CORES = ("matrix", "convolve", "weight gradient", "grouped")
+# What the CUDA backend launches beside its operations, by the operation that it is like.
+LIKE = {"_over_moments": "image_block"}
 
 
 class Node(NamedTuple):
@@ -141,11 +144,12 @@ def product_of_cuda(name: str, operands: Sequence[Any]) -> tuple[float, str]:
         (tasks, images, channels, height, width), (kh, kw) = shapes[0], operands[1]
         side = channels * kh * kw + 1
         return float(tasks * images * height * width * side * (side + 1)), "float64"
-    if name in ("image_block", "image_block_grad", "block", "conv_block"):
-        (tasks, images, channels, height, width) = shapes[1 if name == "image_block_grad" else 0]
-        weight = shapes[2 if name == "image_block_grad" else 1]
-        places = height * width / (4 if name == "image_block_grad" else 1)  # pooled: one of each window
-        return 2.0 * max(tasks, weight[0]) * images * places * math.prod(weight[1:]), "fma"
+    if name in ("image_block", "image_block_grad"):
+        backward = name == "image_block_grad"
+        (tasks, images, channels, height, width), weight = shapes[backward : backward + 2]
+        places = height * width / (4 if backward else 1)  # pooled: one of each window
+        kind = "fma" if backward or operands[0].dtype == torch.float64 else "patches"
+        return 2.0 * max(tasks, weight[0]) * images * places * math.prod(weight[1:]), kind
     return 0.0, "fma"
 
 
@@ -204,11 +208,11 @@ def weighing(weighed: Weighed) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(module, "launch", launch(module.launch)))
         for name in {"launch", "_launch"} & vars(counting._Cuda).keys():
             stack.enter_context(mock.patch.object(counting._Cuda, name, start(getattr(counting._Cuda, name))))
-        for name in dir(lk.backends.Backend):
+        for name in [*filter(lambda name: not name.startswith("_"), dir(lk.backends.Backend)), *LIKE]:
             plain = getattr(counting._Cuda, name)
-            if not name.startswith("_") and callable(plain) and plain is not getattr(lk.backends.Reference, name):
+            if callable(plain) and plain is not getattr(lk.backends.Reference, name, None):
                 if name not in ("reasons", "refusals", "image_refusals", "layout"):
-                    stack.enter_context(mock.patch.object(counting._Cuda, name, method(name, plain)))
+                    stack.enter_context(mock.patch.object(counting._Cuda, name, method(LIKE.get(name, name), plain)))
         yield
 
 

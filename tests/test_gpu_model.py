@@ -59,11 +59,19 @@ def test_a_full_adaptation_has_the_nodes_of_a_count_and_the_products_of_its_shap
     assert sum(node.flops for node in graph.nodes if node.name == "cuda image_block_grad") == 5 * first / 4
 
 
+def test_a_frozen_first_block_reads_its_images_and_writes_its_windows():
+    (first,) = [n for n in gpu_model.adaptation("00011").nodes if n.name == "cuda image_block" and n.bytes]
+    assert first.flops == 2 * 25 * 84**2 * 64 * 27 and first.kind == "patches"
+    moved = 4 * 25 * (3 * 84**2 + 64 * 42**2)
+    assert moved < first.bytes < 1.01 * moved
+
+
 def test_many_tasks_move_and_compute_as_much_more():
     one, many = gpu_model.adaptation("00011"), gpu_model.adaptation("00011", 64)
     convolutions = [sum(n.flops for n in graph.nodes if n.kind != "fma") for graph in (one, many)]
-    # the support images of 64 tasks, and a query image of each through all four blocks
+    # the support images of 64 tasks, and a query image of each through all four blocks, the first one's moments too
     query = sum(2 * 64 * side**2 * 64 * taps for side, taps in ((84, 27), (42, 576), (21, 576), (10, 576)))
+    query += 64 * 84**2 * 28 * 29
     assert convolutions[1] <= 64 * convolutions[0] + query
     assert convolutions[1] >= 64 * convolutions[0]
     half = gpu_model.adaptation("00011", 64, torch.bfloat16)
