@@ -13,6 +13,7 @@ import importlib
 import itertools
 import os
 import pkgutil
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -149,7 +150,10 @@ class _Choices(dict[str, Choice]):
         return True
 
     def __missing__(self, key: str) -> Choice:
-        return Choice(CHOICES.get(key.split()[0], "triton"), {}, {})
+        op = key.split()[0]
+        if op == "block" and not re.search(r"\[\d+x\d+x3x", key):  # not of images
+            return Choice("triton", {}, {})
+        return Choice(CHOICES.get(op, "triton"), {}, {})
 
 
 def _autotuned(nodes: Nodes) -> Autotune:

@@ -196,15 +196,16 @@ def check_products(channels: int, dtype: torch.dtype) -> None:
 
     def every(backend: Reference, x: Tensor, weight: Tensor, gy: Tensor, vector: Tensor) -> list[Tensor]:
         z, _, _, _, rstd = backend.conv_block(x, weight, vector, vector, BlockSpec(PLAIN, 1e-5, 2))
+        y = backend.block(x, weight, vector, vector, BlockSpec(PLAIN, 1e-5, 2))[0]
         gx = backend.conv2d_input_grad(gy, weight, x.shape, PLAIN)
         gw = backend.conv2d_weight_grad(gy, x, weight.shape, PLAIN)
-        return [z, rstd, gx, gw, backend.linear(gy.flatten(3)[:, 0], x.flatten(3)[:, 0], None)]
+        return [z, rstd, y, gx, gw, backend.linear(gy.flatten(3)[:, 0], x.flatten(3)[:, 0], None)]
 
     operands = (TRITON.layout(x), weight, TRITON.layout(gy), vector)
     results = [every(TRITON, *operands), every(REFERENCE, *operands)]
     truth = every(REFERENCE, *(t.double() for t in operands))
     for name, terms, mine, stock, exact in zip(
-        ("z", "rstd", "x", "weight", "product"), (576, 70, 360, 70, 35), *results, truth
+        ("z", "rstd", "y", "x", "weight", "product"), (576, 70, 576, 360, 70, 35), *results, truth
     ):
         assert_as_exact(name, mine, stock, exact, terms)
 
@@ -417,6 +418,65 @@ def test_conv_block_is_its_convolution_and_norm(dtype: torch.dtype, own: tuple[s
     assert dtype != DOUBLE or torch.equal(index, truth[1])
 
 
+@pytest.mark.parametrize("own", [(), ("x",), ("weight",), ("gamma",), ("x", "weight", "gamma", "beta")], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    ("size", "spec", "pool"),
+    [
+        ((9, 8), PLAIN, 1),
+        ((8, 12), PLAIN, 2),
+        ((9, 7), PLAIN, 2),  # a row and a column that no window holds
+        ((8, 7), ConvSpec((2, 1), (1, 1), (1, 2), 2), 2),  # a column
+        ((11, 10), PLAIN, 4),  # three rows and two columns
+    ],
+    ids=["no-pool", "even", "odd", "strided-groups", "pool-4"],
+)
+def test_a_frozen_block_keeps_one_value_of_a_window(
+    size: tuple[int, int], spec: ConvSpec, pool: int, dtype: torch.dtype, own: tuple[str, ...]
+) -> None:
+    shapes = {"x": (4, 6, *size), "weight": (10, 6 // spec.groups, 3, 3), "gamma": (10,), "beta": (10,)}
+    operands = [randn(T if n in own else 1, *shape, dtype=dtype) for n, shape in shapes.items()]
+    operands[2][:, :3] = torch.tensor([0.0, -1.0, 1.0])  # the least value counts where the scale is negative
+    operands[3][:, 9] = -20.0  # a channel that the ReLU shuts
+    block = BlockSpec(spec, 1e-5, pool)
+    assert TRITON.block_refusals(*operands[:2], block) == []
+    z = TRITON.conv_block(*operands, block)[0]
+    stock = REFERENCE.norm_relu_pool(z, *operands[2:], block)
+    truth = REFERENCE.norm_relu_pool(z.double(), *(t.double() for t in operands[2:]), block)
+    for name, layout in layouts(operands[0]).items():
+        y, mean, rstd = TRITON.block(layout, *operands[1:], block)
+        assert y.dtype == dtype and mean.dtype == rstd.dtype == torch.promote_types(dtype, SINGLE)
+        assert_as_exact(name, y, stock[0], truth[0])
+        assert_moments(z, mean, rstd, stock, truth)
+        assert y.movedim(2, -1).is_contiguous() and not y[:, :, 9].any()
+
+
+def test_a_frozen_block_is_to_the_bit_what_keeps_z_where_the_statistics_are() -> None:
+    x, weight, gamma, beta = (randn(*s, dtype=SINGLE) for s in ((2, 4, 3, 9, 8), (1, 10, 3, 3, 3), (2, 10), (1, 10)))
+    block = BlockSpec(PLAIN, 1e-5, 2)
+    y, mean, rstd = TRITON.block(x, weight, gamma, beta, block)
+    z = TRITON.conv_block(x, weight, gamma, beta, block)[0]
+    at = (Ellipsis, None, None)
+    a = (z - mean[:, None][at]) * (gamma * rstd)[:, None][at] + beta[:, None][at]
+    want = F.max_pool2d(F.relu(a).flatten(0, 1), 2).unflatten(0, y.shape[:2])
+    if DEVICE == "cpu":
+        assert torch.equal(y, want)
+    torch.testing.assert_close(y, want)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|All-NaN slice):RuntimeWarning")  # numpy's, below the interpreter
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=["nan", "inf", "-inf"])
+def test_what_is_not_finite_reaches_a_frozen_blocks_result(value: float) -> None:
+    x, weight, gamma, beta = randn(1, 3, 2, 6, 7), randn(1, 4, 2, 3, 3), randn(1, 4), randn(1, 4)
+    x[0, 1, 1, 2, 3] = value
+    weight[0, 0, 1] = 0.0  # of which 0 times infinity comes
+    gamma[0, 1] = 0.0
+    block = BlockSpec(PLAIN, 1e-5, 2)
+    got, want = TRITON.block(x, weight, gamma, beta, block), REFERENCE.block(x, weight, gamma, beta, block)
+    assert want[0].isnan().all()
+    assert got[0].isnan().all() and got[2].isnan().all()
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, below the interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
 @pytest.mark.parametrize("pool", [1, 2])
@@ -577,6 +637,7 @@ def operator_calls() -> list[tuple[str, tuple[Any, ...]]]:
             ("conv2d_input_grad", (gy, weight.expand(2, -1, -1, -1, -1), [1, *x.shape[1:]], flat)),
             ("conv2d_weight_grad", (gy, x, list(weight.shape), flat)),
             ("conv_block", (x[:1], weight, gamma, beta, flat, 1e-5, 2)),
+            ("block", (x[:1], weight, gamma, beta, flat, 1e-5, 2)),
             ("norm_relu_pool", (z, gamma, beta, 1e-5, 2)),
             ("norm_relu_pool_grad", (y, z, gamma, index, mean, rstd, 2, True)),
             ("norm_relu_pool_grad", (y, z, gamma, index, mean, rstd, 2, False)),
@@ -649,6 +710,7 @@ def test_how_many_launches_a_method_takes(launched: list[str]) -> None:
         (lambda: TRITON.conv2d_input_grad(z, weight, x.shape, PLAIN), ["convolve"]),
         (lambda: TRITON.conv2d_weight_grad(z, x, weight.shape, PLAIN), ["weight_gradient"]),
         (lambda: TRITON.norm_relu_pool(z, bias, bias, norm_block(2)), ["moments", "merge", "normalise"]),
+        (lambda: TRITON.block(x, weight, bias, bias, BlockSpec(PLAIN, 1e-5, 2)), ["convolve", "merge", "normalise"]),
         (
             lambda: TRITON.norm_relu_pool_grad(y, z, bias, index, mean, rstd, norm_block(2), True),
             ["gradient_sums", "finish_sums", "dense_gradient"],
@@ -715,6 +777,16 @@ def test_what_it_refuses() -> None:
             assert TRITON.refusals(Call(op, device, dtype, pool=2)) == []
         assert f"the tensors are on {other}" in TRITON.refusals(Call(op, other, SINGLE, pool=2))[0]
         assert "not torch.complex64" in TRITON.refusals(Call(op, device, torch.complex64, pool=2))[0]
+    x, weight = torch.empty(1, 2, 3, 9, 9), torch.empty(1, 4, 3, 3, 3)
+    for pool, why in ((3, "pools by 1, 2 or 4, not 3"), (16, "pools by at most 8, not 16")):
+        assert why in TRITON.block_refusals(x, weight, BlockSpec(PLAIN, 1e-5, pool))[0]
+    assert (
+        "nothing is left of images [2, 3, 3, 9]"
+        in TRITON.block_refusals(x[..., :3, :], weight, BlockSpec(PLAIN, 1e-5, 4))[0]
+    )
+    want = REFERENCE.block(x.zero_(), weight.zero_(), torch.ones(1, 4), torch.ones(1, 4), BlockSpec(PLAIN, 1e-5, 3))
+    got = TRITON.block(x, weight, torch.ones(1, 4), torch.ones(1, 4), BlockSpec(PLAIN, 1e-5, 3))
+    torch.testing.assert_close(got, want)
     assert "pools by at most 8, not 9" in TRITON.refusals(Call("conv_block", device, SINGLE, pool=9))[0]
 
 

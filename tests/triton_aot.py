@@ -58,6 +58,7 @@ def compiled(job: tuple[str, int, Launch]) -> dict[str, Any]:
         "precision": launch.constant("PRECISION"),
         "channels": launch.constant("CHANNELS"),
         "transposed": launch.constant("TRANSPOSED"),
+        "pool": launch.constant("POOL"),
         "options": launch.options,
         "seconds": round(time.perf_counter() - began, 2),
         "shared_limit": SHARED_LIMIT[architecture],

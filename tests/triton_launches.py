@@ -142,6 +142,7 @@ def calls(dtype: str, every_tile: bool, rare: bool = False) -> list[Call]:
             x = torch.empty(tasks, images, size, size, channels, dtype=kind).permute(0, 1, 4, 2, 3)
             weight = torch.empty(tasks, width, channels, 3, 3, dtype=kind)
             z, y, index, mean, rstd = norm.conv_block(x, weight, gamma, gamma, spec, 1e-5, 2)
+            norm.block(x, weight, gamma, gamma, spec, 1e-5, 2)
             products.conv2d_weight_grad(z, x, weight.shape, spec)
             if channels == 3 and rare:
                 products.conv2d(x, weight[:1], gamma[:1], spec)

@@ -181,12 +181,12 @@ class Autotune(Reference):
     def block(
         self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Over images the fastest of each candidate's own pass and of its parts; else its parts."""
+        """The fastest of each candidate's own pass and of its parts."""
         operands, apart = (x, weight, gamma, beta, block), super().block
         whole = {
             name: lambda b=backend: b.block(*operands)
             for name, backend in self.candidates.items()
-            if name != _TRUTH and not backend.image_refusals(x, weight, block)
+            if not backend.block_refusals(x, weight, block)
         }
         runs: dict[str, Run] = {**whole, "parts": lambda: apart(*operands)}
         return runs[self._fastest(f"block {_spelled(operands)}", x.device, runs, {})]()

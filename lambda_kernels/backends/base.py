@@ -156,6 +156,10 @@ class Backend:
         """`conv_block` where nothing is kept for a gradient: y, mean, rstd."""
         raise NotImplementedError
 
+    def block_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
+        """Why `block` has no pass of its own for these operands and goes by `conv_block`; empty when it has."""
+        return ["it has no pass of its own over a block"]
+
     def affine_block(self, x: Tensor, weight: Tensor, bias: Tensor, block: BlockSpec) -> Tensor:
         """Max-pool of ReLU of the convolution with a bias [1|T, O], where nothing is kept for a gradient: a block whose
         norm has fixed statistics, which are part of weight and bias. `block.eps` is not used."""

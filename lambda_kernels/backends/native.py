@@ -70,10 +70,13 @@ class Native(Reference):
     def block(
         self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor]:
-        filters = block.pool == 2 and _filters(x.shape, weight.shape, block.conv, x.dtype)
-        if not filters and self.image_refusals(x, weight, block):
+        if self.block_refusals(x, weight, block):
             return super().block(x, weight, gamma, beta, block)
         return torch.ops.lambda_kernels.frozen_block(x, weight, gamma, beta, _geometry(block), block.eps)
+
+    def block_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
+        filters = block.pool == 2 and _filters(x.shape, weight.shape, block.conv, x.dtype)
+        return [] if filters else self.image_refusals(x, weight, block)
 
     def affine_block(self, x: Tensor, weight: Tensor, bias: Tensor, block: BlockSpec) -> Tensor:
         if not self.takes_affine(x.shape, weight.shape, x.dtype, block):

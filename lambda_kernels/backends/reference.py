@@ -30,6 +30,7 @@ _PARTS = {
     },
     "head_grad": {"linear", "cross_entropy_grad"},
 }  # fmt: skip
+_PARTS["block_refusals"] = _PARTS["block"]
 _PARTS["prepared"] = {*_PARTS["inner_loop"], "inner_loop"}
 _PARTS["logits"] = _PARTS["steps"] = _PARTS["steps_grad"] = {*_PARTS["inner_loop"], "norm_relu_pool_grad_grad"}
 

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...spec import BlockSpec, ConvSpec
+from ...spec import BlockSpec, ConvSpec, output_size
 from ..base import Call
 from ..reference import Reference, channels_last, each_rate
 from .operators import call, kernel
@@ -98,6 +98,22 @@ class Triton(Reference):
         self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return call("conv_block", x, weight, gamma, beta, *block)
+
+    def block_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
+        spec, _, pool = block
+        why = self.refusals(Call("conv_block", x.device, x.dtype, (x.shape, weight.shape), spec, pool))
+        if pool not in (1, 2, 4):
+            why.append(f"its pass over a block pools by 1, 2 or 4, not {pool}")
+        if min(output_size(x.shape, weight.shape, spec)) < pool or not x.shape[1]:
+            why.append(f"nothing is left of images {list(x.shape[1:])} after the convolution and the pooling")
+        return why
+
+    def block(
+        self, x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, block: BlockSpec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.block_refusals(x, weight, block):
+            return super().block(x, weight, gamma, beta, block)
+        return call("block", x, weight, gamma, beta, *block)
 
     def norm_relu_pool_grad(
         self, gy: Tensor, z: Tensor, gamma: Tensor, index: Tensor, mean: Tensor, rstd: Tensor, block: BlockSpec,

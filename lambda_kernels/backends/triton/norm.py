@@ -10,11 +10,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...spec import ConvSpec
+from ...spec import ConvSpec, output_size
 from .launch import INTERPRETED, LARGEST_COUNT, blocks, launch, power
 from .norm_kernels import dense_gradient, finish_sums, gradient_sums, merge, merge_groups, moments, normalise
-from .outputs import grad_outputs, pooled_outputs
-from .products import conv2d_moments
+from .outputs import grad_outputs, pooled_outputs, statistics
+from .products import conv2d_extremes, conv2d_moments
 
 # Values that a program holds of one tensor, and the most channels among them.
 TILE = 8192 if INTERPRETED else 1024
@@ -36,6 +36,19 @@ def conv_block(
     tasks = max(t.shape[0] for t in (x, weight, gamma, beta))
     z, partial, pixels = conv2d_moments(x, weight, tasks, spec)
     return z, *_finish(z, partial, pixels, gamma, beta, eps, pool)
+
+
+def block(
+    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, spec: ConvSpec, eps: float, pool: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `Reference.block`. Of a window the convolution keeps one value alone, the one that is the largest behind the
+    norm: z is not stored, nor the maxima's places, and the norm and the ReLU go over the windows in place."""
+    tasks = max(t.shape[0] for t in (x, weight, gamma, beta))
+    y, partial, pixels = conv2d_extremes(x, weight, gamma, tasks, spec, pool)
+    height, width = output_size(x.shape, weight.shape, spec)
+    mean, rstd = _merged(y, partial, pixels, y.shape[1] * height * width, eps)
+    _normalise(y, gamma, beta, mean, rstd, y, None, 1)
+    return y, mean, rstd
 
 
 def norm_relu_pool(
@@ -60,34 +73,48 @@ def _finish(
     z: Tensor, partial: Tensor, tile: int, gamma: Tensor, beta: Tensor, eps: float, pool: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, index, mean and rstd from z and the moments of its tiles of `tile` pixels."""
-    tasks, images, channels, height, width = z.shape
-    y, index, mean, rstd = pooled_outputs(z, pool)
+    y, index = pooled_outputs(z, pool)
+    mean, rstd = _merged(z, partial, tile, z.shape[1] * z.shape[3] * z.shape[4], eps)
+    _normalise(z, gamma, beta, mean, rstd, y, index, pool)
+    return y, index, mean, rstd
+
+
+def _merged(like: Tensor, partial: Tensor, tile: int, values: int, eps: float) -> tuple[Tensor, Tensor]:
+    """mean and rstd [T, C] of a task's `values` from the moments of its tiles of `tile` values."""
+    tasks, channels = partial.shape[0], partial.shape[3]
+    mean, rstd = statistics(like, tasks, channels)
     abreast = blocks(channels, MERGE_CHANNELS)
-    values = images * height * width
     while partial.shape[1] > MERGE_ROUNDS * MERGE_TILES:
         tiles, groups = partial.shape[1], blocks(partial.shape[1], MERGE_TILES)
         each, partial = partial, partial.new_empty((tasks, groups, 2, channels))
         launch(
-            merge_groups, tasks * groups * abreast, z,
+            merge_groups, tasks * groups * abreast, like,
             each, partial, channels, values, tiles, groups, tile, MERGE_TILES, MERGE_CHANNELS,
         )  # fmt: skip
         tile *= MERGE_TILES
     launch(
-        merge, tasks * abreast, z, partial, mean, rstd, channels, values, partial.shape[1],
+        merge, tasks * abreast, like, partial, mean, rstd, channels, values, partial.shape[1],
         tile, eps, min(MERGE_TILES, max(2, power(partial.shape[1]))), MERGE_CHANNELS,
     )  # fmt: skip
+    return mean, rstd
+
+
+def _normalise(
+    z: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, y: Tensor, index: Tensor | None, pool: int
+) -> None:
+    """Fill y, and index where there is one; y may be z where nothing is pooled."""
+    tasks, images, channels, height, width = y.shape
     gamma, beta = gamma.contiguous(), beta.contiguous()
-    pixels = images * y.shape[-2] * y.shape[-1]
+    pixels = images * height * width
     if not pixels:
-        return y, index, mean, rstd
+        return
     abreast = min(power(channels), CHANNELS_ABREAST)
     tiles = blocks(pixels, TILE // abreast)
     launch(
         normalise, tasks * tiles * blocks(channels, abreast), z,
-        z, gamma, beta, mean, rstd, y, index, *y.shape[-2:], channels, pixels, tiles,
-        *z.stride(), _own(gamma), _own(beta), pool, TILE // abreast, abreast,
+        z, gamma, beta, mean, rstd, y, y if index is None else index, height, width, channels, pixels, tiles,
+        *z.stride(), _own(gamma), _own(beta), pool, index is not None, TILE // abreast, abreast,
     )  # fmt: skip
-    return y, index, mean, rstd
 
 
 def norm_relu_pool_grad(

@@ -156,10 +156,11 @@ def normalise(
     gamma_task,
     beta_task,
     POOL: tl.constexpr,
+    PLACES: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """y and index [T, N, height, width, C], channels innermost: `pixels` windows per task."""
+    """y and, with PLACES, index [T, N, height, width, C], channels innermost: `pixels` windows per task."""
     pid = tl.program_id(0)
     channel_tiles = tl.cdiv(channels, CHANNELS)
     channel = (pid % channel_tiles).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
@@ -191,7 +192,8 @@ def normalise(
     shut = best <= 0
     at = (task * pixels + pixel)[:, None] * channels + channel[None, :]
     tl.store(y + at, tl.where(shut, 0.0, best).to(y.dtype.element_ty), mask=inside)
-    tl.store(index + at, tl.where(shut, POOL * POOL, place).to(tl.uint8), mask=inside)
+    if PLACES:
+        tl.store(index + at, tl.where(shut, POOL * POOL, place).to(tl.uint8), mask=inside)
 
 
 @triton.jit

@@ -34,6 +34,11 @@ OPERATORS = {
         "(Tensor x, Tensor weight, Tensor gamma, Tensor beta, int[] geometry, float eps, int pool)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     ),
+    "block": (
+        "norm",
+        "(Tensor x, Tensor weight, Tensor gamma, Tensor beta, int[] geometry, float eps, int pool)"
+        " -> (Tensor, Tensor, Tensor)",
+    ),
     "norm_relu_pool_grad": (
         "norm",
         "(Tensor gy, Tensor z, Tensor gamma, Tensor index, Tensor mean, Tensor rstd, int pool, bool need_z)"
@@ -107,7 +112,7 @@ def _imagined_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @_imagine("norm_relu_pool")
 def _imagined_norm_relu_pool(z: Tensor, gamma: Tensor, beta: Tensor, eps: float, pool: int) -> tuple[Tensor, ...]:
-    return outputs.pooled_outputs(z, pool)
+    return *outputs.pooled_outputs(z, pool), *outputs.statistics(z, z.shape[0], z.shape[2])
 
 
 @_imagine("conv_block")
@@ -115,7 +120,15 @@ def _imagined_conv_block(
     x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, geometry: list[int], eps: float, pool: int
 ) -> tuple[Tensor, ...]:
     z = outputs.conv2d_output(x, weight, None, _spec(geometry), max(gamma.shape[0], beta.shape[0]))
-    return z, *outputs.pooled_outputs(z, pool)
+    return z, *outputs.pooled_outputs(z, pool), *outputs.statistics(z, z.shape[0], z.shape[2])
+
+
+@_imagine("block")
+def _imagined_block(
+    x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, geometry: list[int], eps: float, pool: int
+) -> tuple[Tensor, ...]:
+    y = outputs.block_output(x, weight, _spec(geometry), pool, max(gamma.shape[0], beta.shape[0]))
+    return y, *outputs.statistics(y, y.shape[0], y.shape[2])
 
 
 @_imagine("norm_relu_pool_grad")

@@ -48,12 +48,24 @@ def linear_output(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((tasks, x.shape[1], weight.shape[1]))
 
 
-def pooled_outputs(z: Tensor, pool: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty y and index, channels-last, and mean and rstd [T, C]."""
+def pooled_outputs(z: Tensor, pool: int) -> tuple[Tensor, Tensor]:
+    """Empty y and index, channels-last."""
     tasks, count, channels, height, width = z.shape
     shape = (tasks, count, channels, height // pool, width // pool)
-    mean, rstd = (z.new_empty((tasks, channels), dtype=torch.promote_types(z.dtype, torch.float32)) for _ in range(2))
-    return images(z, shape, True), images(z, shape, True, torch.uint8), mean, rstd
+    return images(z, shape, True), images(z, shape, True, torch.uint8)
+
+
+def block_output(x: Tensor, weight: Tensor, spec: ConvSpec, pool: int, tasks: int) -> Tensor:
+    """An empty y, channels-last, of a convolution and pooling; at least `tasks` tasks."""
+    tasks = max(tasks, x.shape[0], weight.shape[0])
+    height, width = output_size(x.shape, weight.shape, spec)
+    return images(x, (tasks, x.shape[1], weight.shape[1], height // pool, width // pool), True)
+
+
+def statistics(like: Tensor, tasks: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Empty mean and rstd [T, C]."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return like.new_empty((tasks, channels), dtype=dtype), like.new_empty((tasks, channels), dtype=dtype)
 
 
 def grad_outputs(z: Tensor, gamma: Tensor, need_z: bool) -> tuple[Tensor, Tensor, Tensor]:

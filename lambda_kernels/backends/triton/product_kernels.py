@@ -24,10 +24,37 @@ def tile_moments(v, inside, count, ROWS: tl.constexpr):
 
 
 @triton.jit
+def window_place(pixel, images, height, width, POOL: tl.constexpr):
+    """image, row and column of pixels counted window by window, over the images; what no window holds comes last."""
+    PLACES: tl.constexpr = POOL * POOL
+    whole_height = height // POOL * POOL
+    whole_width = width // POOL * POOL
+    place = pixel % PLACES
+    window = pixel // PLACES
+    column = window % (width // POOL) * POOL + place % POOL
+    row = window // (width // POOL) % (height // POOL) * POOL + place // POOL
+    image = window // (width // POOL) // (height // POOL)
+    below = (height - whole_height) * width
+    rest = below + whole_height * (width - whole_width)  # of an image
+    if rest > 0:
+        after = pixel - images * whole_height * whole_width
+        left = after % rest
+        beside = tl.maximum(width - whole_width, 1)
+        low = left < below
+        rest_row = tl.where(low, whole_height + left // width, (left - below) // beside)
+        rest_column = tl.where(low, left % width, whole_width + (left - below) % beside)
+        column = tl.where(after < 0, column, rest_column)
+        row = tl.where(after < 0, row, rest_row)
+        image = tl.where(after < 0, image, after // rest)
+    return image, row, column
+
+
+@triton.jit
 def convolve(
     a,
     weight,
     bias,
+    gamma,
     y,
     partial,
     images,
@@ -52,6 +79,7 @@ def convolve(
     w_column,
     bias_task,
     bias_out,
+    gamma_task,
     y_task,
     y_image,
     y_channel,
@@ -69,6 +97,7 @@ def convolve(
     TRANSPOSED: tl.constexpr,
     BIASED: tl.constexpr,
     MOMENTS: tl.constexpr,
+    POOL: tl.constexpr,
     SWAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -81,8 +110,10 @@ def convolve(
 
     One program makes ROWS pixels x COLUMNS channels of one group. `pixels` counts those that share a weight, over the
     images of one task or of all. MOMENTS: partial [T, pixel_tiles, 2, groups outs] gets the tile's mean of y and the
-    sum of squares about it. SWAPPED: the pixels are the product's columns, of which a tensor core takes up
-    to 256 at a time, and only 64 rows.
+    sum of squares about it. POOL > 1: y [.., y_height / POOL, y_width / POOL] gets each window's extreme alone, the
+    least value where gamma [T, groups outs] is negative, so that of a norm's results it is the largest; the moments are
+    those of all pixels. SWAPPED: the pixels are the product's columns, of which a tensor core takes up to 256 at a
+    time, and only 64 rows.
     """
     pid = tl.program_id(0)
     out_tiles = tl.cdiv(outs, COLUMNS)
@@ -93,9 +124,12 @@ def convolve(
 
     pixel = tile * ROWS + tl.arange(0, ROWS)
     row_inside = pixel < pixels
-    column = pixel % y_width
-    row = pixel // y_width % y_height
-    image = pixel // y_width // y_height
+    if POOL == 1:
+        column = pixel % y_width
+        row = pixel // y_width % y_height
+        image = pixel // y_width // y_height
+    else:
+        image, row, column = window_place(pixel, images, y_height, y_width, POOL)
     own_task = task + image // images
     image = (image % images).to(tl.int64)
     out = out_tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -178,8 +212,23 @@ def convolve(
     if BIASED:
         acc += tl.load(bias + task * bias_task + to * bias_out, out_inside, other=0.0).to(SUM)[None, :]
     z = acc.to(y.dtype.element_ty)
-    y_rows = own_task * y_task + image * y_image + row.to(tl.int64) * y_row + column.to(tl.int64) * y_column
-    tl.store(y + (y_rows[:, None] + (to * y_channel)[None, :]), z, mask=row_inside[:, None] & out_inside[None, :])
+    if POOL == 1:
+        y_rows = own_task * y_task + image * y_image + row.to(tl.int64) * y_row + column.to(tl.int64) * y_column
+        tl.store(y + (y_rows[:, None] + (to * y_channel)[None, :]), z, mask=row_inside[:, None] & out_inside[None, :])
+    else:
+        WINDOWS: tl.constexpr = ROWS // (POOL * POOL)
+        falls = tl.load(gamma + task * gamma_task + to, out_inside, other=0.0) < 0
+        best = tl.where(falls[None, :], -z.to(SUM), z.to(SUM))
+        best = tl.max(tl.reshape(best, (WINDOWS, POOL * POOL, COLUMNS)), 1)
+        best = tl.where(falls[None, :], -best, best).to(y.dtype.element_ty)
+        window = tile * WINDOWS + tl.arange(0, WINDOWS)
+        y_column_of = window % (y_width // POOL)
+        y_row_of = window // (y_width // POOL) % (y_height // POOL)
+        image = window // (y_width // POOL) // (y_height // POOL)
+        y_rows = task * y_task + image.to(tl.int64) * y_image
+        y_rows += y_row_of.to(tl.int64) * y_row + y_column_of.to(tl.int64) * y_column
+        at = y_rows[:, None] + (to * y_channel)[None, :]
+        tl.store(y + at, best, mask=(image < images)[:, None] & out_inside[None, :])
     if MOMENTS:
         # Of the values as stored.
         count = tl.minimum(pixels - tile * ROWS, ROWS).to(SUM)

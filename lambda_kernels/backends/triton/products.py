@@ -14,9 +14,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...spec import ConvSpec
+from ...spec import ConvSpec, output_size
 from .launch import INTERPRETED, LARGEST_COUNT, Tile, Tuner, blocks, bucket, launch
-from .outputs import conv2d_output, input_grad_output, linear_output, weight_grad_output
+from .outputs import block_output, conv2d_output, input_grad_output, linear_output, weight_grad_output
 from .product_kernels import convolve, matrix_product, sum_splits, weight_gradient
 
 # For tensor cores; the first one is taken where nothing can be measured.
@@ -88,6 +88,17 @@ def conv2d_moments(x: Tensor, weight: Tensor, tasks: int, spec: ConvSpec) -> tup
     return z, partial, pixels
 
 
+def conv2d_extremes(
+    x: Tensor, weight: Tensor, gamma: Tensor, tasks: int, spec: ConvSpec, pool: int
+) -> tuple[Tensor, Tensor, int]:
+    """As `conv2d_moments`, with each pooling window's extreme alone, channels-last: the largest value, or the least
+    where gamma [1|T, O] is negative. Windows have a power of two of places, 16 at most."""
+    y = block_output(x, weight, spec, pool, tasks)
+    kind = {"transposed": False, "fold": False, "moments": True}
+    partial, pixels = _convolve(x, weight, None, y, spec, **kind, pool=pool, gamma=gamma.contiguous())
+    return y, partial, pixels
+
+
 def conv2d_input_grad(gy: Tensor, weight: Tensor, x_shape: torch.Size, spec: ConvSpec) -> Tensor:
     """As `Reference.conv2d_input_grad`."""
     gx = input_grad_output(gy, weight, x_shape)
@@ -113,9 +124,13 @@ def _convolve(
     transposed: bool,
     fold: bool,
     moments: bool = False,
+    pool: int = 1,
+    gamma: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    """Fill y [T, N, ...]; with `fold` all tasks are one batch. Returns the moments of its tiles and a tile's pixels."""
+    """Fill y [T, N, ...], with `pool` > 1 the extremes of its windows by the sign of gamma; with `fold` all tasks are
+    one batch. Returns the moments of its tiles and a tile's pixels."""
     tasks, images = y.shape[:2]
+    size = y.shape[-2:] if pool == 1 else output_size(a.shape, weight.shape, spec)
     outs, channels = y.shape[2] // spec.groups, a.shape[2] // spec.groups
     kernel = weight.shape[-2:]
     weight = _terms_abreast(weight, 1 if transposed else 2)
@@ -123,12 +138,13 @@ def _convolve(
     w_out, w_in = (w_c, w_o) if transposed else (w_o, w_c)
     w_group = w_o * weight.shape[1] // spec.groups
     batch = tasks * images if fold else images
-    pixels = batch * y.shape[-2] * y.shape[-1]
+    pixels = batch * size[0] * size[1]
     _count(pixels, "pixels")
     width = y.shape[2]
     if not y.numel():
         return y.new_empty(0), 1
     bias_strides = _strides(bias) if bias is not None else [0, 0]
+    gamma_task = _strides(gamma)[0] if gamma is not None else 0
     precision, widen, total = _arithmetic(a, "conv")
     partial = y.new_empty(0)
     for_cores = (*MATRIX_TILES, *(TAP_TILES if channels % TAP_TILES[0].terms == 0 else ()))
@@ -143,17 +159,17 @@ def _convolve(
         launch(
             convolve,
             (1 if fold else tasks) * spec.groups * tiles * blocks(outs, tile.columns),
-            y, a, weight, y if bias is None else bias, y, partial,
-            images, *a.shape[-2:], *y.shape[-2:], pixels, tiles, outs, spec.groups,
-            *_strides(a), w_task, w_group, w_out, w_in, w_row, w_column, *bias_strides, *_strides(y),
+            y, a, weight, y if bias is None else bias, y if gamma is None else gamma, y, partial,
+            images, *a.shape[-2:], *size, pixels, tiles, outs, spec.groups,
+            *_strides(a), w_task, w_group, w_out, w_in, w_row, w_column, *bias_strides, gamma_task, *_strides(y),
             channels, *kernel, *spec.stride, *spec.padding, *spec.dilation,
-            transposed, bias is not None, moments, _swapped(tile), ways[tile], widen, total,
+            transposed, bias is not None, moments, pool, _swapped(tile), ways[tile], widen, total,
             tile.rows, tile.columns, tile.terms,
             **tile.options,
         )  # fmt: skip
 
     shape = bucket(1 if fold else tasks, pixels, outs)
-    constants = (channels, spec.groups, *kernel, *spec.stride, transposed, moments, precision, str(a.dtype))
+    constants = (channels, spec.groups, *kernel, *spec.stride, transposed, moments, pool, precision, str(a.dtype))
     tile = CONVOLVE.tile((*shape, *constants), list(ways), y, run)
     run(tile)
     return partial, tile.rows
