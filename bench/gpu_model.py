@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import lambda_kernels as lk
+from lambda_kernels.backends.cuda.operands import geometry, patches_inside
 from lambda_maml import Pattern, adapt, adapt_tasks, models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +130,8 @@ def operations(name: str, args: Sequence[Any], results: Any) -> tuple[float, str
 def product_of_triton(name: str, operands: dict[str, Any]) -> tuple[float, str]:
     taps = operands.get("CHANNELS", 0) * operands.get("KH", 0) * operands.get("KW", 0)
     if name == "convolve":
-        return 2.0 * operands["y"].numel() * taps, "convolve"
+        of_pixels = operands["y"].numel() // math.prod(operands["y"].shape[-2:])  # y may hold one of each window alone
+        return 2.0 * of_pixels * operands["y_height"] * operands["y_width"] * taps, "convolve"
     if name == "weight_gradient":
         return 2.0 * operands["gy"].numel() * taps, "weight gradient"
     if name == "matrix_product":
@@ -142,8 +144,11 @@ def product_of_cuda(name: str, operands: Sequence[Any]) -> tuple[float, str]:
     shapes = [t.shape for t in operands if isinstance(t, Tensor)]
     if name == "image_moments":
         (tasks, images, channels, height, width), (kh, kw) = shapes[0], operands[1]
-        side = channels * kh * kw + 1
-        return float(tasks * images * height * width * side * (side + 1)), "float64"
+        sizes = geometry(operands[0], torch.Size((1, 1, channels, kh, kw)), operands[2], 1)
+        inside, side = patches_inside(sizes), channels * kh * kw + 1
+        one_by_one = (sizes.out_height * sizes.out_width - inside) * side * (side + 1)
+        distances = kw + (kh - 1) * (2 * kw - 1) if inside else 0
+        return float(tasks * images * (one_by_one + 2 * height * width * channels**2 * distances)), "float64"
     if name in ("image_block", "image_block_grad"):
         backward = name == "image_block_grad"
         (tasks, images, channels, height, width), weight = shapes[backward : backward + 2]
@@ -173,7 +178,10 @@ def weighing(weighed: Weighed) -> Iterator[None]:
             tensors, named = distinct(operands), dict(zip(kernel.arg_names, operands))
             flops, kind = product_of_triton(kernel.fn.__name__, named)
             half = tensors[0].element_size() == 2
-            weighed.nodes[-1] = Node(weighed.nodes[-1].name, sum(map(size, tensors)), flops, kind, half)
+            moved = sum(map(size, tensors))
+            if "z" in named and named["z"] is named.get("y"):  # in place: read and written
+                moved += size(named["y"])
+            weighed.nodes[-1] = Node(weighed.nodes[-1].name, moved, flops, kind, half)
 
         return run
 

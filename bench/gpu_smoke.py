@@ -77,7 +77,9 @@ def cases() -> dict[str, Case]:
         ),
         "conv_block": Case([x, weight, gamma, beta], lambda b, x, *o: b.conv_block(b.layout(x), *o, BLOCK)),
         "block": Case([x, weight[:1], gamma[:1], beta], lambda b, x, *o: b.block(b.layout(x), *o, BLOCK)),
-        "image_moments": Case([images], lambda b, x: b.image_moments(x, (3, 3), spec)),
+        "image_moments": Case(  # also of images whose taps are multiplied by distance
+            [images, made(T, N, C, 21, 37)], lambda b, *xs: [b.image_moments(x, (3, 3), spec) for x in xs]
+        ),
         "image_block": Case([images, first, gamma, beta, moments], lambda b, *o: b.image_block(*o, BLOCK)),
         "image_block_grad": Case(
             [gy, images, first, gamma, *of_image[2:], moments], lambda b, *o: b.image_block_grad(*o, BLOCK)
@@ -100,7 +102,7 @@ def moments_of(images: Tensor) -> Tensor:
 def of_patches(name: str, operands: list[Tensor]) -> Any:
     """What the reference has no method for, by autograd of the block with its z."""
     if name == "image_moments":
-        return moments_of(operands[0])
+        return [moments_of(x) for x in operands]
     if name == "image_block":
         x, weight, gamma, beta, _ = operands
         return REFERENCE.conv_block(x, weight, gamma, beta, BLOCK)[1:]

@@ -27,6 +27,7 @@ def main() -> None:
             moments = backend.image_moments(x, (3, 3), spec)
             y, index, mean, rstd = backend.image_block(x, weight, gamma, beta, moments, BlockSpec(spec, 1e-5, pool))
             backend.image_block_grad(y, x, weight, gamma, index, mean, rstd, moments, BlockSpec(spec, 1e-5, pool))
+        backend.image_moments(made(dtype, 2, 2, 3, 24, 37), (3, 3), spec)  # by distance
         backend.cross_entropy_grad(made(dtype, 2, 7, 5), torch.randint(5, (2, 7), device="cuda"))
         parameters = [made(dtype, n) for n in (1, 5, 4097, 64)]
         backend.sgd_(parameters, [torch.ones_like(p) for p in parameters], [0.1, 0.0, 0.2, 0.3])

@@ -27,6 +27,8 @@ from torch import Tensor
 from lambda_kernels.backends import cuda
 from lambda_kernels.backends.base import Call
 from lambda_kernels.backends.cuda import Cuda
+from lambda_kernels.backends.cuda.library import ImageBlock
+from lambda_kernels.backends.cuda.operands import patches_inside
 from lambda_kernels.spec import BlockSpec, ConvSpec
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -164,6 +166,49 @@ def test_image_block(runner: Runner, number: int, dtype: torch.dtype) -> None:
     assert dz is not None
     dw = REFERENCE.conv2d_weight_grad(dz, x, torch.Size((tasks, *weight.shape[1:])), spec)
     check("dw dgamma dbeta", gradients, (dw, dgamma, dbeta), exact, terms=dz[0, :, 0].numel())
+
+
+@pytest.mark.parametrize(
+    ("images", "inputs", "size", "kernel", "padding", "inside"),
+    [
+        (2, 3, (20, 37), (3, 3), (1, 1), 16 * 33),
+        (3, 1, (33, 35), (3, 3), (1, 1), 29 * 31),  # a row and a column beyond the tiles
+        (2, 3, (18, 40), (3, 3), (0, 0), 12 * 34),
+        (1, 3, (17, 17), (3, 3), (2, 2), 15 * 15),  # the core is the whole image
+        (2, 1, (19, 23), (3, 3), (4, 3), 17 * 21),  # and there are patches of zeros alone
+        (2, 1, (21, 33), (5, 3), (1, 0), 11 * 27),
+        (3, 3, (16, 20), (1, 3), (0, 1), 0),
+        (2, 3, (15, 14), (2, 3), (1, 1), 14 * 10),
+        (1, 1, (40, 66), (10, 3), (9, 2), 31 * 64),
+        (2, 3, (8, 8), (3, 3), (1, 1), 0),  # too few
+        (2, 2, (20, 30), (3, 3), (1, 1), 0),
+        (2, 1, (20, 30), (3, 5), (1, 1), 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_moments_by_distance(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, images: int, inputs: int, size: tuple[int, int],
+    kernel: tuple[int, int], padding: tuple[int, int], inside: int, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Inside of the images taps are multiplied once for each distance; in as many parts as there are, or one."""
+    seen: list[int] = []
+    spec = ConvSpec((1, 1), padding, (1, 1), 1)
+    x = (torch.randn(2, images, inputs, *size) + 0.5).to(device=runner.device, dtype=dtype)
+
+    def found(p: ImageBlock) -> int:
+        seen.append(patches_inside(p))
+        return seen[-1]
+
+    monkeypatch.setattr(cuda, "patches_inside", found)
+    truth = REFERENCE.image_moments(*double(x), kernel, spec)
+    for parts in (64, 10**6):
+        monkeypatch.setattr(cuda, "PART_PATCHES", parts)
+        monkeypatch.setattr(cuda, "DISTANCE_PATCHES", parts)
+        moments = runner.backend.image_moments(x, kernel, spec)
+        torch.testing.assert_close(moments.cpu(), truth, rtol=1e-12, atol=1e-9)
+        assert torch.equal(moments, moments.mT)
+    assert seen == [inside] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=name_of)

@@ -66,12 +66,22 @@ def test_a_frozen_first_block_reads_its_images_and_writes_its_windows():
     assert moved < first.bytes < 1.01 * moved
 
 
+def moments_of_an_image() -> int:
+    """Pairs of taps of patches that reach the border of 84 x 84 pixels; 13 distances of three channels within."""
+    return (84**2 - 80**2) * 28 * 29 + 2 * 84**2 * 13 * 9
+
+
+def test_moments_are_counted_by_distance_inside_of_the_images():
+    (node,) = [n for n in gpu_model.adaptation("11111").nodes if n.kind == "float64"]
+    assert node.flops == 25 * moments_of_an_image() and node.name == "cuda image_moments"
+
+
 def test_many_tasks_move_and_compute_as_much_more():
     one, many = gpu_model.adaptation("00011"), gpu_model.adaptation("00011", 64)
     convolutions = [sum(n.flops for n in graph.nodes if n.kind != "fma") for graph in (one, many)]
     # the support images of 64 tasks, and a query image of each through all four blocks, the first one's moments too
     query = sum(2 * 64 * side**2 * 64 * taps for side, taps in ((84, 27), (42, 576), (21, 576), (10, 576)))
-    query += 64 * 84**2 * 28 * 29
+    query += moments_of_an_image() * 64
     assert convolutions[1] <= 64 * convolutions[0] + query
     assert convolutions[1] >= 64 * convolutions[0]
     half = gpu_model.adaptation("00011", 64, torch.bfloat16)

@@ -435,16 +435,16 @@ def test_a_frozen_block_keeps_one_value_of_a_window(
     size: tuple[int, int], spec: ConvSpec, pool: int, dtype: torch.dtype, own: tuple[str, ...]
 ) -> None:
     shapes = {"x": (4, 6, *size), "weight": (10, 6 // spec.groups, 3, 3), "gamma": (10,), "beta": (10,)}
-    operands = [randn(T if n in own else 1, *shape, dtype=dtype) for n, shape in shapes.items()]
-    operands[2][:, :3] = torch.tensor([0.0, -1.0, 1.0])  # the least value counts where the scale is negative
-    operands[3][:, 9] = -20.0  # a channel that the ReLU shuts
+    x, weight, gamma, beta = (randn(T if n in own else 1, *shape, dtype=dtype) for n, shape in shapes.items())
+    gamma[:, :3] = torch.tensor([0.0, -1.0, 1.0])  # the least value counts where the scale is negative
+    beta[:, 9] = -20.0  # a channel that the ReLU shuts
     block = BlockSpec(spec, 1e-5, pool)
-    assert TRITON.block_refusals(*operands[:2], block) == []
-    z = TRITON.conv_block(*operands, block)[0]
-    stock = REFERENCE.norm_relu_pool(z, *operands[2:], block)
-    truth = REFERENCE.norm_relu_pool(z.double(), *(t.double() for t in operands[2:]), block)
-    for name, layout in layouts(operands[0]).items():
-        y, mean, rstd = TRITON.block(layout, *operands[1:], block)
+    assert TRITON.block_refusals(x, weight, block) == []
+    z = TRITON.conv_block(x, weight, gamma, beta, block)[0]
+    stock = REFERENCE.norm_relu_pool(z, gamma, beta, block)
+    truth = REFERENCE.norm_relu_pool(z.double(), gamma.double(), beta.double(), block)
+    for name, layout in layouts(x).items():
+        y, mean, rstd = TRITON.block(layout, weight, gamma, beta, block)
         assert y.dtype == dtype and mean.dtype == rstd.dtype == torch.promote_types(dtype, SINGLE)
         assert_as_exact(name, y, stock[0], truth[0])
         assert_moments(z, mean, rstd, stock, truth)

@@ -53,12 +53,15 @@ struct ImageBlock {
   void* dgamma;           // [tasks, outputs] as gamma
   void* dbeta;            // [tasks, outputs] as gamma
   double* partial;        // moments: [tasks, parts, K + 1, K + 1]; backward: [tasks, parts, outputs, K + 1]; scratch
+  double* distances;      // moments: [tasks, distance_parts, (kernel_height (2 kernel_width - 1) inputs + 1) inputs],
+                          // scratch
   int64_t tasks, images;  // images: per task
   int64_t inputs, height, width, outputs, kernel_height, kernel_width;
   int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
   int64_t out_height, out_width;  // of the convolution
   int64_t pool;                   // 1 or 2
   int64_t parts;                  // of a task's patches (backward: windows), reduced apart
+  int64_t distance_parts;         // moments: of what is multiplied by distance; or 0
   int64_t x_task, weight_task, gamma_task, beta_task, moments_task;  // strides, 0 where tasks share
   int64_t wide_parameters;                                           // as in NormReluPool
   int64_t tf32;  // forward: 1: products may be rounded to TF32; not for float64

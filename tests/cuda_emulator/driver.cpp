@@ -108,6 +108,22 @@ void image(int dtype, int64_t inputs, int64_t outputs, int64_t pool, int64_t par
   expect(lk_image_block_grad(&p, dtype, nullptr), "image_block_grad");
 }
 
+// With `shifted`, the images do not begin where a 16-byte access may.
+void moments_by_distance(int dtype, int64_t inputs, int64_t kernel_height, int64_t padding, bool shifted) {
+  constexpr int64_t tasks = 2, images = 2, height = 21, width = 37;
+  const int64_t K = inputs * kernel_height * 3, more = shifted ? 1 : 0;
+  lk::ImageBlock p{};
+  p.tasks = tasks, p.images = images, p.inputs = inputs, p.height = height, p.width = width, p.outputs = 1;
+  p.kernel_height = kernel_height, p.kernel_width = 3, p.stride_y = p.stride_x = p.dilation_y = p.dilation_x = 1;
+  p.padding_y = p.padding_x = padding, p.out_height = height + 2 * padding - kernel_height + 1;
+  p.out_width = width + 2 * padding - 2, p.pool = 1, p.parts = 3, p.distance_parts = 3;
+  p.x_task = images * height * width * inputs;
+  p.x = odd(numbers(tasks * p.x_task + more, dtype), more * kSizes[dtype]);
+  p.moments = doubles(tasks * (K + 1) * (K + 1)), p.partial = doubles(tasks * p.parts * (K + 1) * (K + 1));
+  p.distances = doubles(tasks * p.distance_parts * (kernel_height * 5 * inputs + 1) * inputs);
+  expect(lk_image_moments(&p, dtype, nullptr), "image_moments by distance");
+}
+
 void ends_of_a_step(int dtype) {
   constexpr int64_t tasks = 2, images = 5, ways = 37;
   lk::CrossEntropy p{};
@@ -173,6 +189,9 @@ int main() {
       image(dtype, 3, 12, pool, 3);
       image(dtype, 1, 5, pool, 1);
     }
+    moments_by_distance(dtype, 3, 3, 1, false);
+    moments_by_distance(dtype, 3, 2, 0, true);
+    moments_by_distance(dtype, 1, 10, 2, dtype == 0);
     ends_of_a_step(dtype);
     if (dtype <= lk::kFloat64) {
       const int64_t all = 227 * 1024;

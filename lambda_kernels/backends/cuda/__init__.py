@@ -46,6 +46,7 @@ from .operands import (
     named,
     one_dtype,
     parts_of,
+    patches_inside,
     share,
     stride,
     wide,
@@ -55,6 +56,7 @@ __all__ = ["STRUCTURES", "Cuda", "Library", "Limits", "covers"]
 
 MOST_TAPS = 32  # of a patch, in the image block
 PART_PATCHES = 256
+DISTANCE_PATCHES = 2048  # 4 tiles of csrc/cuda/image_distances.cuh
 
 
 class Cuda(Reference):
@@ -204,16 +206,30 @@ class Cuda(Reference):
             why.append(f"nothing is left of images {list(x.shape[1:])} after the convolution and the pooling")
         return why
 
+    def block_refusals(self, x: Tensor, weight: Tensor, block: BlockSpec) -> list[str]:
+        return self.image_refusals(x, weight, block)
+
     def image_moments(self, x: Tensor, kernel: tuple[int, int], spec: ConvSpec) -> Tensor:
         x = self.layout(x)
         parameters = geometry(x, torch.Size((1, 1, x.shape[2], *kernel)), spec, 1)
         side = x.shape[2] * kernel[0] * kernel[1] + 1
         parameters.tasks, parameters.x_task = x.shape[0], x[0].numel()
-        patches = x.shape[1] * parameters.out_height * parameters.out_width
+        inside = patches_inside(parameters)
+        patches = x.shape[1] * (parameters.out_height * parameters.out_width - inside)
         parameters.parts = min(-(-patches // PART_PATCHES), -(-BLOCKS // x.shape[0]))
         moments = torch.empty(x.shape[0], side, side, dtype=torch.float64, device=x.device)
         partial = torch.empty(x.shape[0], parameters.parts, side, side, dtype=torch.float64, device=x.device)
-        fill(parameters, x=x, moments=moments, partial=partial)
+        distances = None
+        if inside:
+            blocks = x.shape[0] * (2 * kernel[0] - 1)
+            parameters.distance_parts = min(-(-x.shape[1] * inside // DISTANCE_PATCHES), -(-BLOCKS // blocks))
+            size = (
+                x.shape[0],
+                parameters.distance_parts,
+                (kernel[0] * (2 * kernel[1] - 1) * x.shape[2] + 1) * x.shape[2],
+            )
+            distances = torch.empty(size, dtype=torch.float64, device=x.device)
+        fill(parameters, x=x, moments=moments, partial=partial, distances=distances)
         self.launch("image_moments", parameters, x, f"{named(x=x)}, kernel {kernel}")
         return moments
 
@@ -229,7 +245,7 @@ class Cuda(Reference):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The first block by its patches' moments: neither the convolution's output nor the maxima's places are
         stored."""
-        if self.image_refusals(x, weight, block):
+        if self.block_refusals(x, weight, block):
             return super().block(x, weight, gamma, beta, block)
         moments = self.image_moments(x, (weight.shape[-2], weight.shape[-1]), block.conv)
         y, _, mean, rstd = self._over_moments(x, weight, gamma, beta, moments, block, False)

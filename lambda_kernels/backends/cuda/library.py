@@ -38,10 +38,10 @@ class NormReluPool(ctypes.Structure):
 
 class ImageBlock(ctypes.Structure):
     _fields_ = _fields(
-        "x weight gamma beta moments mean rstd y index gy dweight dgamma dbeta partial",
+        "x weight gamma beta moments mean rstd y index gy dweight dgamma dbeta partial distances",
         "tasks images inputs height width outputs kernel_height kernel_width stride_y stride_x padding_y padding_x "
-        "dilation_y dilation_x out_height out_width pool parts x_task weight_task gamma_task beta_task moments_task "
-        "wide_parameters tf32",
+        "dilation_y dilation_x out_height out_width pool parts distance_parts x_task weight_task gamma_task beta_task "
+        "moments_task wide_parameters tf32",
         "eps",
     )
 

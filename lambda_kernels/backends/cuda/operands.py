@@ -14,6 +14,7 @@ from .library import ImageBlock
 # About so many blocks fill any device. A reduction's parts depend on the shapes alone: sums are split in one way.
 BLOCKS = 4096
 PART_BYTES = 65536
+MOST_RELATIVE = 2**30  # places that a kernel counts in 32 bits: kMostRelative in csrc/cuda
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -85,6 +86,20 @@ def geometry(x: Tensor, weight: torch.Size, spec: ConvSpec, pool: int) -> ImageB
         padding_y=spec.padding[0], padding_x=spec.padding[1], dilation_y=spec.dilation[0], dilation_x=spec.dilation[1],
         out_height=height, out_width=width, pool=pool,
     )  # fmt: skip
+
+
+def patches_inside(p: ImageBlock) -> int:
+    """How many patches of an image lie in its core (csrc/cuda/image_distances.cuh), where these are at least half of
+    them and there is a kernel that multiplies their taps by distance; else 0."""
+    plain = (p.stride_y, p.stride_x, p.dilation_y, p.dilation_x) == (1, 1, 1, 1)
+    if not plain or p.kernel_width != 3 or p.kernel_height == 1 or p.inputs not in (1, 3):
+        return 0
+    if p.images * p.height * p.width >= MOST_RELATIVE:
+        return 0
+    rows = min(p.out_height - p.padding_y, p.height) - max(p.kernel_height - 1 - p.padding_y, 0) - p.kernel_height + 1
+    columns = min(p.out_width - p.padding_x, p.width) - max(p.kernel_width - 1 - p.padding_x, 0) - p.kernel_width + 1
+    inside = max(rows, 0) * max(columns, 0)
+    return inside if 2 * inside >= p.out_height * p.out_width else 0
 
 
 def named(**tensors: Tensor) -> str:
