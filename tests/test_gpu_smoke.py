@@ -55,8 +55,10 @@ def test_every_triton_kernel_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
         launched.add(kernel.__name__)
         start(kernel, *more, **options)
 
-    for one in pkgutil.iter_modules(package.__path__):
-        names = vars(importlib.import_module(f"{package.__name__}.{one.name}"))
+    # All are imported before one is changed: else a new one would keep what stands in for `launch` here.
+    names_of_modules = [f"{package.__name__}.{one.name}" for one in pkgutil.iter_modules(package.__path__)]
+    modules = [importlib.import_module(name) for name in names_of_modules]
+    for names in map(vars, modules):
         if names.get("launch") is start:
             monkeypatch.setitem(names, "launch", launch)
         own = {n: v for n, v in names.items() if type(v) is kind and v.fn.__module__ == names["__name__"]}
