@@ -68,11 +68,9 @@ def everything(backend: Any, dtype: torch.dtype, place: Callable[[Tensor], Tenso
     parameters = [made(9, 5), made(130)]
     backend.sgd_(parameters, [made(9, 5), made(130)], [0.1, 0.2])
     found["update"] = parameters
-    if dtype in (torch.float32, torch.float64):
-        first = [made(8, 4, 3, 3) * 0.3, made(8), made(8), made(7, 72) * 0.1, made(7)]
-        first = [place(p) for p in first]
-        steps = backend.inner_loop(made(2, 5, 4, 6, 7), labels, first, [True] * 5, [BLOCK], 2, [0.1])
-        found["steps"] = [steps.rows, *steps.updated]
+    first = [place(p) for p in (made(8, 4, 3, 3) * 0.3, made(8), made(8), made(7, 72) * 0.1, made(7))]
+    steps = backend.inner_loop(made(2, 5, 4, 6, 7), labels, first, [True] * 5, [BLOCK], 2, [0.1])
+    found["steps"] = [steps.rows, *steps.updated]
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import assert_as_exact
+from cases import assert_as_exact, name_of
 from chains import Given, Layer, Network, drawn_rates, flat, given, near, plain, run, same
 from cuda_checks import Runner
 
@@ -139,6 +139,23 @@ def test_float32(name: str, tf32: bool, runner: Runner, monkeypatch: pytest.Monk
     assert not tf32 or not case.network.layers or off > 1e-5  # it is TF32 that was tried
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("name", ["uneven-parts", "groups", "many-channels", "images-in-turn", "little-memory", "head"])
+def test_half_precision_is_rounded_once(name: str, dtype: torch.dtype, runner: Runner) -> None:
+    """Beside the same steps in float64, from the same values: within one rounding, though there were several steps."""
+    case = CASES[name]
+    backend, task, _, updated = prepared(case, runner, dtype)
+    truth = task.to("cpu").to(torch.float64)
+    rates = [0.05] * (case.steps * sum(updated))
+    got = run(backend, case.network, task, updated, case.steps, rates)
+    assert got.rows.dtype == torch.float32 and {t.dtype for t in got.updated} == {dtype}
+    want = plain(case.network, truth, updated, torch.tensor(rates).double().view(case.steps, -1))
+    for mine, exact in zip(got.updated, want.updated, strict=True):
+        off = (mine.cpu().reshape(exact.shape) - exact).norm()
+        assert off <= 0.6 * torch.finfo(dtype).eps * exact.norm()  # on average a rounding is 0.29 of it
+    torch.testing.assert_close(got.rows.cpu().double(), want.rows.double(), rtol=2e-3, atol=2e-3)
+
+
 def test_the_prefix_runs_on_another_backend(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a backend that chooses for each operation calls it."""
     case = CASES["parts"]
@@ -209,7 +226,6 @@ REFUSALS = {
     "below": (TWO, "11111111", 3, torch.float64, Limits(6, SHARED), "block 1 of 2 moves"),
     "memory": (TWO, "00011111", 3, torch.float64, Limits(6, 2000), "do not fit into 2000 bytes of shared memory"),
     "steps": (TWO, "00011111", 33, torch.float64, Limits(6, SHARED), "1 to 32 steps"),
-    "half": (TWO, "00011111", 3, torch.bfloat16, Limits(6, SHARED), "float32, or all float64, not bfloat16"),
     "pool": (
         Network((3, 9, 9), (Layer(4, pool=3),)), "11111", 2, torch.float64, Limits(6, SHARED), "1 or 2, not 3"
     ),
@@ -217,6 +233,13 @@ REFUSALS = {
         Network((4, 9, 9), (Layer(4, groups=2),)), "11111", 2, torch.float64, Limits(6, SHARED), "of 2 groups"
     ),
 }  # fmt: skip
+
+
+def test_tensors_of_several_dtypes_are_refused(runner: Runner) -> None:
+    task = given(TWO).to(runner.device)
+    mixed = [*task.parameters[:-1], task.parameters[-1].float()]
+    why = last_steps.planned(runner.backend, *task[:2], mixed, [False] * 3 + [True] * 5, TWO.specs, 3, [0.1])
+    assert why == ["all its tensors are of one dtype of float32, float64, float16, bfloat16, not float32, float64"]
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -230,7 +253,7 @@ def test_what_one_launch_refuses_runs_in_the_ordinary_loop(
     launches = counted(backend, monkeypatch)
     why = last_steps.planned(backend, *task[:2], task.parameters, updated, network.specs, steps, [0.01])
     assert isinstance(why, list) and len(why) == 1 and words in why[0]
-    if name in ("pool", "half"):  # the backend's other operations refuse them, or have other digits
+    if name == "pool":  # the backend's other operations refuse it
         return
     got = run(backend, network, task, updated, steps, [0.01])
     want = run(Reference(), network, task.to("cpu"), updated, steps, [0.01])

@@ -13,10 +13,11 @@ struct Peak {
   int at;   // its place in the window
 };
 
-template <typename T, int Terms, int Eights>
-class LastBlock : public Station<T, Eights> {
+template <typename S, int Terms, int Eights>
+class LastBlock : public Station<S, Eights> {
  protected:
-  using Base = Station<T, Eights>;
+  using Base = Station<S, Eights>;
+  using T = Wide<S>;
   using Base::p, Base::share, Base::near, Base::far, Base::task, Base::me, Base::lane, Base::warp, Base::group, Base::part,
       Base::first_image, Base::images, Base::first_channel, Base::C, Base::kRows, Base::each, Base::meet, Base::from,
       Base::joined;
@@ -31,11 +32,11 @@ class LastBlock : public Station<T, Eights> {
     each(depth * share.columns, [&](int i) {
       const int o = i % share.columns, k = i / share.columns, tap = k / share.inputs, input = k % share.inputs;
       const bool there = o < C && first_channel + o < p.outputs && input < p.inputs;
-      near.weight[i] = there ? from(kWeight)[((first_channel + o) * p.inputs + input) * share.taps + tap] : T(0);
+      near.weight[i] = there ? from(kWeight, ((first_channel + o) * p.inputs + input) * share.taps + tap) : T(0);
     });
     each(2 * C, [&](int i) {
       const int channel = first_channel + i % C;
-      near.affine[i] = channel < p.outputs ? from(i < C ? kGamma : kBeta)[channel] : T(0);
+      near.affine[i] = channel < p.outputs ? from(i < C ? kGamma : kBeta, channel) : T(0);
     });
     each(share.taps * share.places, [&](int i) {
       const int tap = i / share.places, place = i % share.places;
@@ -161,19 +162,20 @@ class LastBlock : public Station<T, Eights> {
  private:
   // The images from `begin` on into shared memory.
   __device__ void bring(int begin, int count) {
-    constexpr int V = 16 / sizeof(T);
+    constexpr int V = 16 / sizeof(S);
     const int inputs = int(p.inputs);
-    const T* x = static_cast<const T*>(p.x) + task * p.x_task + int64_t(first_image + begin) * share.pixels * inputs;
+    const S* x = static_cast<const S*>(p.x) + task * p.x_task + int64_t(first_image + begin) * share.pixels * inputs;
     __syncthreads();
-    const auto kept = [](T v) { return Terms == 1 ? rounded(v) : v; };
+    const auto kept = [](S v) { return Terms == 1 ? rounded(wide(v)) : wide(v); };
     if (inputs % V == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0) {
       const int packs = inputs / V;
 #pragma unroll 4
       for (int i = me; i < count * share.pixels * packs; i += kStepThreads) {
-        Pack<T, V> pack = load<V>(x + i * V);
+        const Pack<S, V> pack = load<V>(x + i * V);
+        Pack<T, V> values;
 #pragma unroll
-        for (int v = 0; v < V; ++v) pack.at[v] = kept(pack.at[v]);
-        store(near.x + i / packs * share.row + i % packs * V, pack);
+        for (int v = 0; v < V; ++v) values.at[v] = kept(pack.at[v]);
+        store(near.x + i / packs * share.row + i % packs * V, values);
       }
     } else {
       each(count * share.pixels * inputs, [&](int i) { near.x[i / inputs * share.row + i % inputs] = kept(x[i]); });

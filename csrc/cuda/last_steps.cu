@@ -1,4 +1,5 @@
-// All steps of the last block and the linear layer behind it by one launch. With one part, a step has one exchange
+// All steps of the last block and the linear layer behind it by one launch; in half precision what is stored is, and the
+// steps are of floats. With one part, a step has one exchange
 // between a task's blocks of threads, of the logits; with several, images are split too and each sum over them is
 // exchanged. Sums have one order: of a warp, of a block, then block by block.
 #include "last_block.cuh"
@@ -14,8 +15,8 @@ __device__ inline T lanes_sum(T v) {
 }
 
 // Eights: of output channels, 0 without a convolution.
-template <typename T, int Terms, int Eights>
-class Steps : public LastBlock<T, Terms, Eights> {
+template <typename S, int Terms, int Eights>
+class Steps : public LastBlock<S, Terms, Eights> {
  public:
   __device__ Steps(const LastSteps& p, int64_t task) : Base(p, task) {}
 
@@ -39,24 +40,25 @@ class Steps : public LastBlock<T, Terms, Eights> {
   }
 
  private:
-  using Base = LastBlock<T, Terms, Eights>;
+  using Base = LastBlock<S, Terms, Eights>;
+  using T = Wide<S>;
   using Base::p, Base::share, Base::near, Base::far, Base::task, Base::me, Base::lane, Base::warp, Base::group, Base::part,
       Base::first_image, Base::images, Base::first_channel, Base::first_feature, Base::slice, Base::C, Base::each,
       Base::meet, Base::from, Base::feature;
 
   __device__ void fetch() {
-    each(share.ways, [&](int i) { near.bias[i] = from(kBias)[i]; });
+    each(share.ways, [&](int i) { near.bias[i] = from(kBias, i); });
     each(share.ways * share.features, [&](int i) {
       const int64_t at = feature(i % share.features);
-      near.head[i] = at < 0 ? T(0) : from(kHead)[i / share.features * p.features + at];
+      near.head[i] = at < 0 ? T(0) : from(kHead, i / share.features * p.features + at);
     });
     if constexpr (Eights > 0) {
       this->fetch_block();
     } else {
-      const T* x = static_cast<const T*>(p.x) + task * p.x_task + first_image * p.features;
+      const S* x = static_cast<const S*>(p.x) + task * p.x_task + first_image * p.features;
       each(images * share.features, [&](int i) {
         const int64_t at = feature(i % share.features);
-        near.y[i] = at < 0 ? T(0) : x[i / share.features * p.features + at];
+        near.y[i] = at < 0 ? T(0) : wide(x[i / share.features * p.features + at]);
       });
     }
     __syncthreads();
@@ -185,8 +187,9 @@ class Steps : public LastBlock<T, Terms, Eights> {
   __device__ void deliver() {
     bool finite = true;
     const auto give = [&](int which, int64_t size, int64_t at, T value) {
-      static_cast<T*>(p.to[which])[task * size + at] = value;
-      finite = finite && value - value == T(0);
+      const S kept = narrow<S>(value);
+      static_cast<S*>(p.to[which])[task * size + at] = kept;
+      finite = finite && wide(kept) - wide(kept) == T(0);
     };
     if (part == 0) {
       if constexpr (Eights > 0) {
@@ -226,10 +229,10 @@ class Steps : public LastBlock<T, Terms, Eights> {
   }
 };
 
-template <typename T, int Terms, int Eights>
+template <typename S, int Terms, int Eights>
 __global__ void __launch_bounds__(kStepThreads, 1) last_steps(const __grid_constant__ LastSteps p, int64_t first) {
   wait_for_launch_before();
-  Steps<T, Terms, Eights>(p, first + blockIdx.x / (p.groups * p.parts)).run();
+  Steps<S, Terms, Eights>(p, first + blockIdx.x / (p.groups * p.parts)).run();
 }
 
 template <typename T>
@@ -278,13 +281,13 @@ bool plan(LastSteps& p, int64_t processors, int64_t shared) {
   return false;
 }
 
-template <typename T, int Terms>
+template <typename S, int Terms>
 cudaError_t steps(const LastSteps& p, void* stream) {
   for (int64_t first = 0; first < p.tasks; first += p.tasks_at_once) {
     const int64_t left = p.tasks - first, tasks = left < p.tasks_at_once ? left : p.tasks_at_once;
-    const auto kernel = p.channels == 0   ? last_steps<T, 1, 0>
-                        : p.channels == 8 ? last_steps<T, Terms, 1>
-                                          : last_steps<T, Terms, 4>;
+    const auto kernel = p.channels == 0   ? last_steps<S, 1, 0>
+                        : p.channels == 8 ? last_steps<S, Terms, 1>
+                                          : last_steps<S, Terms, 4>;
     const int64_t blocks = tasks * p.groups * p.parts;
     LK_RETURN_IF_FAILED(launch_together(kernel, blocks, dim3(kStepThreads), p.shared_bytes, stream, p, first));
   }
@@ -307,10 +310,10 @@ inline bool sound(const LastSteps& p) {
 
 // Fills in how the steps are spread over so many multiprocessors of so many bytes of shared memory; 0 where they fit.
 LK_EXPORT int lk_last_steps_plan(lk::LastSteps* p, int dtype, int64_t processors, int64_t shared) {
-  if (!lk::sound(*p) || (dtype != lk::kFloat32 && dtype != lk::kFloat64)) return cudaErrorInvalidValue;
-  const bool fits =
-      dtype == lk::kFloat32 ? lk::plan<float>(*p, processors, shared) : lk::plan<double>(*p, processors, shared);
-  return fits ? cudaSuccess : cudaErrorInvalidConfiguration;
+  if (!lk::sound(*p)) return cudaErrorInvalidValue;
+  return lk::with_dtype(dtype, [&]<typename S>() {
+    return lk::plan<lk::Wide<S>>(*p, processors, shared) ? cudaSuccess : cudaErrorInvalidConfiguration;
+  });
 }
 
 // After lk_last_steps_plan. Reads x, labels, from, rates, eps; writes to, rows; scratch: scratch, counters.
@@ -318,7 +321,10 @@ LK_EXPORT int lk_last_steps(const lk::LastSteps* p, int dtype, void* stream) {
   if (!lk::sound(*p) || p->groups <= 0 || p->parts <= 0 || p->tasks_at_once <= 0) return cudaErrorInvalidConfiguration;
   LK_RETURN_IF_FAILED(
       cudaMemsetAsync(p->counters, 0, std::size_t(p->tasks) * sizeof(uint32_t), static_cast<cudaStream_t>(stream)));
-  if (dtype == lk::kFloat64) return lk::steps<double, 1>(*p, stream);
-  if (dtype != lk::kFloat32) return cudaErrorInvalidValue;
-  return p->tf32 ? lk::steps<float, 1>(*p, stream) : lk::steps<float, 3>(*p, stream);
+  return lk::with_dtype(dtype, [&]<typename S>() {
+    if constexpr (sizeof(S) == 4) {
+      if (!p->tf32) return lk::steps<S, 3>(*p, stream);
+    }
+    return lk::steps<S, 1>(*p, stream);  // TF32 has no fewer digits than half precision
+  });
 }

@@ -124,10 +124,13 @@ __device__ inline void meet(uint32_t* counter, uint32_t target) {
   __syncthreads();
 }
 
-// What a block of threads has of the last block's steps: its place in the task, its memory, sums over its threads.
-template <typename T, int Eights>
+// What a block of threads has of the last block's steps: its place in the task, its memory, sums over its threads. S is
+// how tensors are stored, T what is computed in and kept from step to step.
+template <typename S, int Eights>
 class Station {
  public:
+  using T = Wide<S>;
+
   __device__ Station(const LastSteps& p, int64_t task)
       : p(p), share(p), near(p, dynamic_shared()), far(p, static_cast<unsigned char*>(p.scratch) + task * p.scratch_bytes),
         task(task), me(int(threadIdx.x)), lane(me % kWarp), warp(me / kWarp) {
@@ -155,7 +158,9 @@ class Station {
   // All blocks of the task come; what they wrote before is seen after.
   __device__ void meet() { lk::meet(p.counters + task, target += uint32_t(p.groups * p.parts)); }
 
-  __device__ const T* from(int which) const { return static_cast<const T*>(p.from[which]) + task * p.from_task[which]; }
+  __device__ T from(int which, int64_t i) const {
+    return wide(static_cast<const S*>(p.from[which])[task * p.from_task[which] + i]);
+  }
 
   // Where the block's feature f stands among all; -1 where there is none.
   __device__ int64_t feature(int f) const {

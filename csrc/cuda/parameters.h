@@ -93,7 +93,8 @@ constexpr int kMostSteps = 32;
 enum Moved : int { kWeight, kGamma, kBeta, kHead, kBias, kMoved };
 
 // All steps of an inner loop of which only the last block (convolution, norm, ReLU, max-pool) and the linear layer
-// behind it take part, or the linear layer alone (outputs 0; x are its features). float32 and float64.
+// behind it take part, or the linear layer alone (outputs 0; x are its features). In half precision the steps are
+// of floats.
 //
 // A task's blocks share its output channels (`groups`) and its images (`parts`); they exchange sums through `scratch`.
 struct LastSteps {
@@ -102,7 +103,7 @@ struct LastSteps {
   const void* from[kMoved];  // weight [tasks, outputs, inputs, kernel_height, kernel_width], gamma and beta
                              // [tasks, outputs], head [tasks, ways, features], bias [tasks, ways]
   void* to[kMoved];          // the values after the steps, each task's own; null where a parameter stays
-  void* rows;                // [steps + 1, tasks]: losses before each step; 0 where the values are finite, else NaN
+  void* rows;                // [steps + 1, tasks] wide: losses before each step; 0 where the values are finite, else NaN
   void* scratch;             // [tasks, scratch_bytes]
   uint32_t* counters;        // [tasks] scratch
   int64_t tasks, images;     // images: per task

@@ -282,9 +282,15 @@ class Autotune(Reference):
             "cuda": lambda: last_steps.inner_loop(one, self, table, *given, query),
             "steps": lambda: apart(*given, query),
         }
+
+        def check(run: Run) -> InnerLoop:
+            done: InnerLoop = run()
+            return done._replace(rows=done.rows.to(x.dtype))  # losses have no more digits than what they are of
+
+        checks = {name: lambda run=run: check(run) for name, run in runs.items()}
         moving = "".join("01"[flag] for flag in updated)
         asked = x, labels, *parameters, moving, *blocks, steps, *(() if query is None else (query,))
-        return runs[self._fastest(f"inner_loop {_spelled(asked)}", x.device, runs, {})]()
+        return runs[self._fastest(f"inner_loop {_spelled(asked)}", x.device, runs, {}, checks)]()
 
     def sgd_(self, parameters: list[Tensor], gradients: list[Tensor], rates: Sequence[float]) -> None:
         moving = [i for i, rate in enumerate(each_rate(parameters, rates)) if rate != 0.0]

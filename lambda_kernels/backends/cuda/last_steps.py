@@ -1,7 +1,7 @@
 """All steps of an inner loop by one launch, where only the last block and the linear layer move, or the latter alone.
 
 The frozen prefix runs once, in a backend's operations; then one kernel (csrc/cuda/last_steps.cu) does all steps, with
-the weights in shared memory.
+the weights in shared memory. Of half precision, what is kept there are floats: values are rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...spec import BlockSpec, output_size
 from ..base import Backend, Call, InnerLoop
-from .library import MOST_STEPS, MOVED, LastSteps
-from .operands import allows_tf32, fill, named
+from .library import DTYPES, MOST_STEPS, MOVED, LastSteps
+from .operands import allows_tf32, fill, named, wide
 
 if TYPE_CHECKING:
     from . import Cuda
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["inner_loop", "planned"]
 
 PER_BLOCK = 3  # weight, gamma, beta
-DTYPES = (torch.float32, torch.float64)
 
 
 def planned(
@@ -39,7 +38,8 @@ def planned(
         why.append(f"it takes 1 to {MOST_STEPS} steps, with one rate for all or one per step and updated parameter")
     if x.dtype not in DTYPES or any(p.dtype != x.dtype for p in parameters):
         found = sorted({str(t.dtype).removeprefix("torch.") for t in (x, *parameters)})
-        why.append(f"all its tensors are float32, or all float64, not {', '.join(found)}")
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        why.append(f"all its tensors are of one dtype of {known}, not {', '.join(found)}")
     if labels.dtype != torch.int64 or labels.dim() != 2 or not labels.numel() or not x.numel():
         why.append("it takes labels [T, N] in int64 of at least one image")
     if blocks and blocks[-1].conv.groups != 1:
@@ -89,7 +89,7 @@ def inner_loop(
         row = next(moving)
         for step in range(steps):
             table.rates[step][which] = row[step if len(row) > 1 else 0]
-    rows = torch.empty(steps + 1, tasks, dtype=x.dtype, device=x.device)
+    rows = torch.empty(steps + 1, tasks, dtype=wide(x), device=x.device)
     scratch = torch.empty(tasks * table.scratch_bytes, dtype=torch.uint8, device=x.device)
     counters = torch.empty(tasks, dtype=torch.int32, device=x.device)
     fill(table, x=given, labels=labels, rows=rows, scratch=scratch, counters=counters)
