@@ -234,7 +234,7 @@ BOUNDS = {
     "reduce": (128, 36864),
     "merge_reduce": (64, 4096),
     "dense": (128, 0),
-    "image_moments": (128, 46080),
+    "image_moments": (128, 47104),
     "merge_image_moments": (64, 2048),
     "image_statistics": (64, 0),
     "image_apply": (128, 36864),

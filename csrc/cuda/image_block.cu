@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   for (int64_t tile = begin; tile < end; tile += kWindows) {
     __syncthreads();
-    find_corners<P, Q>(corners, patches, places, tile, end, me, threads);
+    for (int e = me; e < 4 * Q; e += threads) corners[e] = corner_in_tile<P>(patches, places, tile, end, e);
     __syncthreads();
     for (int e = me; e < K * 4 * Q; e += threads) {
       const int k = e / (4 * Q), at = e % (4 * Q);
@@ -151,11 +151,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   wait_for_launch_before();
   constexpr int Q = kThreads / kWarp * 4, kWindows = P == 2 ? Q : 4 * Q;
   constexpr int kValues = kMostTaps + 4, kWeights = 8 * kMostEights + 8;  // strides: neighbours in other banks
+  constexpr int kSharing = kThreads / (4 * Q), kBatch = 4;  // threads of a place, numbers of each on their way
+  static_assert(kMostTaps % (kSharing * kBatch) == 0 && kSharing * kBatch % 8 == 0, "there is room behind the last tap");
   __shared__ float values[4 * Q][kValues];
   __shared__ float weights[kMostTaps][kWeights];
   __shared__ float norms[2][8 * kMostEights];  // scale, beta
   __shared__ Averages<float> averages;
-  __shared__ Corner corners[4 * Q];
   __shared__ Tap taps[kMostTaps];
   const int K = patches.taps, width = 8 * cover.eights;
   const int me = int(threadIdx.x), lane = me % kWarp, warp = me / kWarp;
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Places places(grid, begin);
 
   averages.find(p.moments + task * p.moments_task, K, me, kThreads);
-  for (int k = me; k < K; k += kThreads) taps[k] = patches.tap(k);
+  for (int k = me; k < kMostTaps; k += kThreads) taps[k] = patches.tap(k < K ? k : 0);  // beyond K weights are 0
   for (int e = me; e < kMostTaps * width; e += kThreads) {
     const int k = e % kMostTaps, o = e / kMostTaps;
     const T* weight = static_cast<const T*>(p.weight) + task * p.weight_task;
@@ -180,21 +181,28 @@ __global__ void __launch_bounds__(kThreads, 2)
     norms[0][e] = there ? read_parameter<T>(p.gamma, task * p.gamma_task + output, p.wide_parameters) * rstd : 0.0f;
     norms[1][e] = there ? read_parameter<T>(p.beta, task * p.beta_task + output, p.wide_parameters) : 0.0f;
   }
-  for (int e = me; e < 4 * Q * (kMostTaps - K); e += kThreads) values[e % (4 * Q)][K + e / (4 * Q)] = 0;
   const int row = lane / 4, column = lane % 4;
   for (int64_t tile = begin; tile < end; tile += kWindows) {
     __syncthreads();
-    find_corners<P, Q>(corners, patches, places, tile, end, me, kThreads);
-    __syncthreads();
-    for (int e = me; e < K * 4 * Q; e += kThreads) {
-      const int k = e / (4 * Q), at = e % (4 * Q);
-      const int to = P == 2 ? at / 16 * 16 + at % 4 * 4 + at / 4 % 4 : at;
-      values[to][k] = rounded(averages.without(pixel(x, patches, corners[at], taps[k]), k));
+    // Each thread has one place, and every kSharing-th tap of it.
+    const int at = me % (4 * Q), to = P == 2 ? at / 16 * 16 + at % 4 * 4 + at / 4 % 4 : at;
+    const Corner here = corner_in_tile<P>(patches, places, tile, end, at);
+    for (int round = 0; round < K; round += kBatch * kSharing) {
+      const int mine = round + me / (4 * Q);
+      float v[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int k = mine + b * kSharing;
+        v[b] = rounded(averages.without(pixel(x, patches, here, taps[k]), k));
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) values[to][mine + b * kSharing] = v[b];
     }
     __syncthreads();
     float z[kMostEights][4] = {};  // minus its mean
 #pragma unroll
     for (int k = 0; k < kMostTaps; k += 8) {
+      if (k >= K) break;
       const float* above = &values[16 * warp + row][k + column];
       const float a[4] = {above[0], above[8 * kValues], above[4], above[8 * kValues + 4]};
 #pragma unroll

@@ -32,21 +32,15 @@ struct Covariance {
 template <typename A>
 constexpr int kQuads = sizeof(A) == 8 ? 16 : 32;
 
-// The corners of a tile's 4 kQuads patches; `first` is the tile's first window (pool 1: output), `end` the part's end.
-template <int P, int Quads>
-__device__ inline void find_corners(Corner (&corners)[4 * Quads], const Patches& patches, const Places& places,
-                                    int64_t first, int64_t end, int me, int threads) {
-  for (int e = me; e < 4 * Quads; e += threads) {
-    const int64_t i = P == 2 ? first + e / 4 : first + e;
-    Corner found{-1, 0, 0};
-    if (i < end) {
-      const Place at = places[i];
-      const int row = P == 2 ? int(at.row) * 2 + e % 4 / 2 : int(at.row);
-      const int column = P == 2 ? int(at.column) * 2 + e % 2 : int(at.column);
-      found = corner(patches, at.image, row, column);
-    }
-    corners[e] = found;
-  }
+// The corner of patch `e` of a tile's 4 kQuads; `first` is the tile's first window (pool 1: output), `end` the part's end.
+template <int P>
+__device__ inline Corner corner_in_tile(const Patches& patches, const Places& places, int64_t first, int64_t end, int e) {
+  const int64_t i = P == 2 ? first + e / 4 : first + e;
+  if (i >= end) return no_corner();
+  const Place at = places[i];
+  const int row = P == 2 ? int(at.row) * 2 + e % 4 / 2 : int(at.row);
+  const int column = P == 2 ? int(at.column) * 2 + e % 2 : int(at.column);
+  return corner(patches, at.image, row, column);
 }
 
 // The mean of each tap over a task's patches, as a sum of two numbers. Patches are multiplied without it, z - mean
@@ -56,8 +50,8 @@ struct Averages {
   A high[kMostTaps], low[kMostTaps];
 
   __device__ void find(const double* moments, int taps, int me, int threads) {
-    for (int k = me; k < taps; k += threads) {
-      const double average = moments[k * (taps + 1) + taps] / moments[(taps + 1) * (taps + 1) - 1];
+    for (int k = me; k < kMostTaps; k += threads) {
+      const double average = k < taps ? moments[k * (taps + 1) + taps] / moments[(taps + 1) * (taps + 1) - 1] : 0.0;
       high[k] = A(average);
       low[k] = A(average - double(high[k]));
     }

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Wide<T>) == 8 ? 1 : 2)
   double sums[kRunTaps] = {}, total = 0;
   for (int64_t tile = begin; tile < end; tile += kWindows) {
     __syncthreads();
-    find_corners<P, Q>(corners, patches, places, tile, end, me, threads);
+    for (int e = me; e < 4 * Q; e += threads) corners[e] = corner_in_tile<P>(patches, places, tile, end, e);
     __syncthreads();
     for (int e = me; e < row_taps * 4 * Q; e += threads) {
       const int k = e / (4 * Q), at = e % (4 * Q);

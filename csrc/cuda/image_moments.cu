@@ -11,9 +11,7 @@ constexpr int kMomentStride = kMostTaps + 4;         // 4 neighbouring pixels li
 
 // A tap of a patch in the order of places, the channels of one next to each other.
 __device__ inline Tap tap_by_place(const Patches& patches, int k) {
-  const int place = k / int(patches.inputs);
-  return {place / patches.kernel_width * patches.dilation_y, place % patches.kernel_width * patches.dilation_x,
-          k % int(patches.inputs)};
+  return patches.tap(k / int(patches.inputs), k % int(patches.inputs));
 }
 
 // Where that order has the tap `k` of a weight.
@@ -45,17 +43,17 @@ __device__ void multiply_patches(const ImageBlock& p, const Patches& patches, co
   for (int64_t tile = begin; tile < end; tile += kMomentPixels) {
     __syncthreads();
     if (me < kMomentPixels) {
-      corners[me] = {-1, 0, 0};
+      corners[me] = no_corner();
       if (tile + me < end) {
         const Place at = places[tile + me];
         corners[me] = corner(patches, at.image, int(at.row), int(at.column));
       }
     }
     __syncthreads();
-    for (int e = me; e < kMomentPixels * K; e += kThreads) {
-      const int k = e / kMomentPixels, at = e % kMomentPixels;
-      values[at][k] = double(pixel(x, patches, corners[at], taps[k]));
-    }
+    const Corner here = corners[me % kMomentPixels];
+#pragma unroll 4
+    for (int k = me / kMomentPixels; k < K; k += kThreads / kMomentPixels)
+      values[me % kMomentPixels][k] = double(pixel(x, patches, here, taps[k]));
     __syncthreads();
     double v[4][2], outside[4][2];  // this lane's taps lane / 4 + 8 t, of two pixels
 #pragma unroll
