@@ -83,7 +83,7 @@ play a graph's rules on a tape of operators. Unproven until there are results:
   the default one do (`tests/test_streams.py` asks a device);
 - that a frozen block in one pass (`block` in `backends/triton/norm.py`) and moments by the distance of taps
   (`csrc/cuda/image_distances.cuh`) do so;
-- that the cooperative launch of all steps of a small pattern (`csrc/cuda/last_steps.cu`), the tensor cores' products of
+- that the cooperative launch of all steps of a small pattern (`csrc/cuda/steps.cuh`), the tensor cores' products of
   doubles, TF32 and half precision (`csrc/cuda/`), and kernels that are placed while the one before them ends, do so;
 - that products of bfloat16 and TF32 parts (`backends/triton/products.py`) keep float32's accuracy on a device as in
   their model, and that the tiles which the sums of instructions favour are the fastest;

@@ -239,7 +239,7 @@ BOUNDS = {
     "image_statistics": (64, 0),
     "image_apply": (128, 36864),
     "image_products": (128, 32768),
-    "image_reduce": (192, 24576),
+    "image_reduce": (200, 25600),
     "merge_image_reduce": (64, 4096),
     "cross_entropy": (96, 1024),
     "sgd": (64, 0),

@@ -1,6 +1,6 @@
 """All steps of an inner loop by one launch, where only the last block and the linear layer move, or the latter alone.
 
-The frozen prefix runs once, in a backend's operations; then one kernel (csrc/cuda/last_steps.cu) does all steps, with
+The frozen prefix runs once, in a backend's operations; then one kernel (csrc/cuda/steps.cuh) does all steps, with
 the weights in shared memory. Of half precision, what is kept there are floats: values are rounded once, at the end.
 """
 
