@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lambda_maml.memory import measure_memory
 from lambda_maml.pattern_json import read_selection
 from lambda_maml.report import candidates, headline, pareto, plot
 from lambda_maml.search import cheaper, planned, search_deep
-from lambda_maml.timing import Timing
+from lambda_maml.timing import Timing, Work
 from lambda_maml.trials import Trial, trials_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -186,8 +187,33 @@ def test_a_busy_machine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(select_module, "measure_times", measured)
     chosen = choose(max_drop=1.0)
-    assert any("the machine was busy" in said and "50%" in said for said in chosen.warnings)
+    assert any("the machine was busy" in said and "lie 50% apart" in said for said in chosen.warnings)
     assert chosen[chosen.trial].score == max(row.score for row in chosen.table)  # all times are a tie
+
+
+def test_work_of_other_processes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it slows all adaptations alike."""
+    moments = iter([Work(0.0, 100.0, 5.0), Work(10.0, 100.0 + 4.0 + 2.0 * (os.cpu_count() or 1), 9.0)])
+    monkeypatch.setattr(Work, "now", lambda: next(moments, None))
+
+    def measured(*args: Any, patterns: Any, **more: Any) -> dict[str, Timing]:
+        return {t.timed: Timing(1.0, 0.99, 1.01) for t in patterns}
+
+    monkeypatch.setattr(select_module, "measure_times", measured)
+    (said,) = [w for w in choose(max_drop=1.0).warnings if "busy" in w]
+    assert "other processes took 20% of the processors" in said and "quartiles" not in said
+
+
+def test_work_is_read_from_what_linux_counts(tmp_path: Path) -> None:
+    counted = tmp_path / "stat"
+    assert Work.now(counted) is None
+    counted.write_text("cpu  100 20 30 9999 500 4 5 41 7 0\ncpu0 1 2 3\n")
+    found = Work.now(counted)
+    assert found is not None and found.all == 200 / os.sysconf("SC_CLK_TCK") and found.own > 0
+    counted.write_text("intr 5\n")
+    assert Work.now(counted) is None
+    start = Work(5.0, 50.0, 1.0)
+    assert start.beside(Work(6.0, 51.0, 2.0)) == 0.0 == start.beside(Work(5.1, 99.0, 1.0))
 
 
 @pytest.mark.usefixtures("clock")

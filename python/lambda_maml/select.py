@@ -34,7 +34,7 @@ from .scored import Scored
 from .search import counted_or_none, planned, race_among, search_deep, suffixes_and_stages
 from .selection import Selection, trial_of
 from .tested import alone_fault, check_disjoint, on_test, rule_on_test
-from .timing import STOCK, Timing, busy, measure_passes, measure_times, read_trials, stock_of
+from .timing import STOCK, Timing, Work, busy, measure_passes, measure_times, read_trials, stock_of
 from .trial_loops import InnerLoops
 from .trials import Trial, counts_of, rates_of
 
@@ -180,7 +180,9 @@ def select_pattern(
             costs = Costs({t: ms.median for t, ms in by_time.items()}, *passes, passes[1] * (statistics == "support"))
             per_task_rule, said = _rule_per_task(scored, table, trial, costs, goal)
             warnings += [] if said is None else [said]
-    warnings += [said for said in (busy(by_time.values()), limit.alone(table), clock.fault) if said is not None]
+    warnings += [
+        said for said in (busy(by_time.values(), clock.beside), limit.alone(table), clock.fault) if said is not None
+    ]
     end_to_end = clock.end_to_end(trial, reference)
 
     best = loops.of(reference)
@@ -269,6 +271,7 @@ class _Clock:
         self.times: dict[str, Timing] = {}
         self.external: dict[str, Timing] | None = None
         self.fault: str | None = None  # where adapt disagrees with plain PyTorch, which is then not timed
+        self.beside = 0.0  # the largest share of the processors that other processes took meanwhile
         self.environment = ranks.first(lambda: info.environment(task[0].device))
 
     def read(self, path: str | Path, trials: Sequence[Trial], config: Mapping[str, Any]) -> None:
@@ -309,7 +312,16 @@ class _Clock:
 
     def _measured(self, wanted: Sequence[Trial], reference: Trial, **more: Any) -> dict[str, Timing]:
         how = {**self.loops.descent(reference), **more, "stock": self.fault is None}
-        return self.ranks.first(lambda: measure_times(self.model, *self.task[:2], patterns=wanted, **how))
+
+        def timed() -> tuple[dict[str, Timing], float]:
+            before = Work.now()
+            times = measure_times(self.model, *self.task[:2], patterns=wanted, **how)
+            after = Work.now()
+            return times, 0.0 if before is None or after is None else before.beside(after)
+
+        times, beside = self.ranks.first(timed)
+        self.beside = max(self.beside, beside)
+        return times
 
 
 def _few(tasks: int, decide: str, limit: Limit) -> Iterator[str]:

@@ -6,6 +6,7 @@ Adaptation time runs from support tensors to adapted parameters; the query forwa
 from __future__ import annotations
 
 import gc
+import os
 import random
 import statistics
 import time
@@ -39,6 +40,8 @@ STOCK = "stock_full"
 
 BUSY = 0.2
 """Quartiles that lie further apart than this share of the median are told as those of a busy machine."""
+BESIDE = 0.1
+"""Other processes that take more than this share of the processors meanwhile are told."""
 
 
 class Timing(NamedTuple):
@@ -66,21 +69,60 @@ def is_tie(one: float | Timing, other: float | Timing) -> bool:
     return within or one.median == other.median
 
 
-def busy(times: Iterable[Timing]) -> str | None:
-    """That the machine was busy while it was timed, where the quartiles of half of the times or more lie apart by more
-    than a fifth of the median; else None.
+def busy(times: Iterable[Timing], beside: float = 0.0) -> str | None:
+    """That the machine was busy while it was timed: the quartiles of half of the times or more lie apart by more than a
+    fifth of the median, or other processes took more than a tenth of the processors (`beside`); else None.
 
     >>> busy([Timing(1.0, 0.98, 1.04), Timing(2.0, 1.97, 2.1)]) is None
     True
     """
     spreads = [(t.q3 - t.q1) / t.median for t in times]
     middle = statistics.median(spreads) if spreads else 0.0
-    if middle <= BUSY:
+    why = []
+    if middle > BUSY:
+        why.append(f"the quartiles of an adaptation's time lie {middle:.0%} apart (median over patterns)")
+    if beside > BESIDE:
+        why.append(f"other processes took {beside:.0%} of the processors")
+    if not why:
         return None
     return (
-        f"the machine was busy: the quartiles of an adaptation's time lie {middle:.0%} apart (median over patterns); "
-        "times that cannot be told apart count as equal: repeat it on a quiet machine, or for longer (--seconds)"
+        f"the machine was busy while times were taken: {', and '.join(why)}; times that cannot be told apart count as "
+        "equal: repeat it on a quiet machine, or for longer (--seconds)"
     )
+
+
+class Work(NamedTuple):
+    """Seconds: on the clock, of all processors' work since the machine started, and of this process's."""
+
+    clock: float
+    all: float
+    own: float
+
+    @classmethod
+    def now(cls, statistics: str | Path = "/proc/stat") -> Work | None:
+        """As of now; None where the system does not tell (it is Linux that does)."""
+        try:
+            first = Path(statistics).read_text(encoding="ascii").partition("\n")[0]
+            user, nice, system, _, _, irq, softirq, stolen = map(int, first.split()[1:9])
+        except (OSError, ValueError):
+            return None
+        ticks = user + nice + system + irq + softirq + stolen
+        return cls(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time())
+
+    def beside(self, later: Work) -> float:
+        """The share of all processors that other processes took till `later`; 0 where that is too soon to tell.
+
+        >>> Work(0.0, 100.0, 7.0).beside(Work(2.0, 100.0 + os.cpu_count(), 7.0))
+        0.5
+        """
+        passed = later.clock - self.clock
+        if passed < TOLD_AFTER:
+            return 0.0
+        return max(0.0, later.all - self.all - (later.own - self.own)) / (passed * (os.cpu_count() or 1))
+
+
+TOLD_AFTER = 0.2
+"""Seconds from which on the system's count of work, in hundredths of a second, says something."""
 
 
 class _Stats(msgspec.Struct):
