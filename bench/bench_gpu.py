@@ -44,9 +44,11 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 from lambda_kernels import info
 from lambda_kernels.agreement import apart, distance
-from lambda_maml import Pattern, adapt, adapt_tasks
+from lambda_kernels.backends import Cuda
+from lambda_maml import Learner, Pattern, adapt, adapt_tasks
 
 FULL = Pattern.full(5)
+RECORDED = 3  # the call from which on an adaptation is a replay
 
 
 class Bench:
@@ -148,7 +150,7 @@ class Bench:
         }
 
     def against(
-        self, makers: Mapping[str, Callable[[], Stock]], problem: Problem, c: Configuration, pattern: Pattern
+        self, makers: Mapping[str, Callable[[], Any]], problem: Problem, c: Configuration, pattern: Pattern
     ) -> dict[str, Any]:
         """The row of `adapt` beside what each maker gives, less those that cannot be made or give another result."""
         self.gate(problem, c, pattern)
@@ -172,7 +174,8 @@ class Bench:
     def adaptation(self, pattern: Pattern, configuration: Configuration, dtype: torch.dtype) -> dict[str, Any]:
         """Support tensors to adapted parameters."""
         problem, k = self.problem(configuration, dtype), configuration.steps
-        makers: dict[str, Callable[[], Stock]] = {
+        makers: dict[str, Callable[[], Any]] = {
+            "ours_dependent": lambda: Dependent(problem, pattern, k),
             "stock_graph": lambda: Graphed(problem, pattern, k),
             "stock_graph_tuned": lambda: Graphed(problem, pattern, k, tuned=True),
         }
@@ -339,6 +342,29 @@ class Bench:
         run()
         self.synchronize()
         return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
+
+
+class Dependent:
+    """Ours with the CUDA library's kernels placed while the one before them ends: whether that gains."""
+
+    def __init__(self, problem: Problem, pattern: Pattern, steps: int) -> None:
+        self.cuda, self.given = Cuda(), problem
+        self.how: dict[str, Any] = {"pattern": pattern, "steps": steps, "lr": LR, "norm": NORM}
+        if why := self.cuda.reasons():
+            raise Skip("; ".join(why))
+
+    def __call__(self) -> Learner:
+        with self.cuda.dependent_launches():
+            return adapt(*self.given, **self.how)
+
+    def reset(self) -> None:
+        """There is nothing to put back."""
+
+    def result(self) -> list[Tensor]:
+        """Of a replay."""
+        for _ in range(RECORDED - 1):
+            self()
+        return [t.detach() for t in self().parameters_dict().values()]
 
 
 def plain_and_true(problem: Problem, pattern: Pattern, steps: int) -> tuple[list[Tensor], list[Tensor], float]:

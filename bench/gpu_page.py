@@ -103,6 +103,8 @@ HOW = """
   frozen parameters without gradients; the frozen layers ahead of the first updated one run once; that as one CUDA graph
   of all steps over static buffers ("tuned": channels-last, cuDNN's algorithms chosen by measurement); prefix and step
   through `torch.compile`. Their parameters are put back off the clock; ours pays for its own copies.
+- "Ours, dependent launches": the CUDA library's kernels are placed while the one before them ends
+  (`Cuda.dependent_launches`). That is off by default, until a device shows that it gains.
 - torch's default switches hold: TF32 in convolutions, not in matrix products.
 - The network has random weights, the images are random pixels. Many tasks: `adapt_tasks` with one query image per task,
   and the same in the columns beside it; time per task.

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEST = ("stock_graph", "stock_graph_tuned", "compile_default", "compile_reduce_overhead")
 NAMES = {
     "ours": "ours",
+    "ours_dependent": "ours, dependent launches",
     "stock_full": "eager stock, all layers",
     "stock_masked": "eager stock, same mask",
     "stock_prefix": "the same, prefix by hand",

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import backends
 from ._capture import ONE_AT_A_TIME, capture, capturing, own_stream, rehearse
 from ._torch import looked_at, switches, transform_active
+from .backends.cuda.library import dependent_launches
 from .cache import Bounded
 
 __all__ = ["Recording", "Recordings", "conditions", "refusal"]
@@ -46,7 +47,7 @@ def refusal(device: torch.device) -> str | None:
 
 def conditions() -> tuple[Hashable, ...]:
     """What a recording keeps of the switches that stand outside the function: with others, another one is made."""
-    return backends.current(), *switches()
+    return backends.current(), dependent_launches(), *switches()
 
 
 class Memory:

@@ -10,6 +10,7 @@ from cases import BLOCKS, STEPS, assert_as_exact, name_of, norm_block
 from cuda_checks import DTYPES, REFERENCE, Runner, T, check, double, operands_of_a_norm
 from torch import Tensor
 
+from lambda_kernels import cuda_graph
 from lambda_kernels.backends.cuda import Cuda
 from lambda_kernels.backends.reference import Reference
 from lambda_kernels.spec import BlockSpec, ConvSpec
@@ -112,10 +113,11 @@ def test_dependent_launches(runner: Runner) -> None:
                  for at in (0, 3, 6)]  # fmt: skip
         return [t for f in found for t in (f.rows, *f.updated)]
 
-    want = results()
+    want, usual = results(), cuda_graph.conditions()
     with runner.backend.dependent_launches():
         got = results()
-    assert all(map(torch.equal, got, want))
+        assert cuda_graph.conditions() != usual  # a recording without them is not replayed
+    assert all(map(torch.equal, got, want)) and cuda_graph.conditions() == usual
 
 
 @pytest.mark.gpu

@@ -10,7 +10,8 @@ import pytest
 import torch
 from benches import module
 
-from lambda_kernels.backends import current
+from lambda_kernels.backends import Cuda, current
+from lambda_kernels.backends.cuda.library import dependent_launches
 from lambda_kernels.backends.native import Native
 
 
@@ -70,6 +71,37 @@ def test_a_competitor_that_computes_something_else_is_not_timed(monkeypatch, tmp
     failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json")
     assert failed == 0 and "stock_prefix: " in row["columns"]["stock_prefix"]["skipped"]
     assert set(row["ratios"]) == {"stock_full"}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_dependent_launches_have_a_column_where_the_library_runs(monkeypatch, tmp_path, emulated_library):
+    """Under them each call is made, and a result that is another one has no times."""
+    bench_gpu = module("bench_gpu")
+    monkeypatch.setattr(bench_gpu, "Cuda", lambda: Cuda(tmp_path / "_cuda.so"))
+    assert "are not built" in row_of_one(monkeypatch, tmp_path)["columns"]["ours_dependent"]["skipped"]
+    seen: list[bool] = []
+    right = bench_gpu.adapt
+
+    def noted(*given: Any, **how: Any) -> Any:
+        seen.append(dependent_launches())
+        return right(*given, **how)
+
+    monkeypatch.setattr(bench_gpu, "Cuda", lambda: Cuda(emulated_library, "cpu"))
+    monkeypatch.setattr(bench_gpu, "adapt", noted)
+    row = row_of_one(monkeypatch, tmp_path)
+    assert row["columns"]["ours_dependent"]["median"] > 0 and row["ratios"]["ours_dependent"]["median"] > 0
+    assert {True, False} == set(seen)
+    monkeypatch.setattr(
+        bench_gpu.Dependent, "result", lambda self: [t * 1.1 for t in self().parameters_dict().values()]
+    )
+    assert " away from plain PyTorch" in row_of_one(monkeypatch, tmp_path)["columns"]["ours_dependent"]["skipped"]
+
+
+def row_of_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
+    with monkeypatch.context() as patch:
+        failed, (row,) = tiny(1, patch, folder / "rows.json")
+    assert failed == 0
+    return row
 
 
 @pytest.mark.usefixtures("one_thread")

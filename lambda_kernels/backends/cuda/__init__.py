@@ -331,8 +331,8 @@ class Cuda(Reference):
     @contextmanager
     def dependent_launches(self) -> Iterator[None]:
         """In it, this thread's kernels are placed on the current device while the one before them in the stream ends,
-        and wait for that one before they read or write memory; a CUDA graph keeps such edges. Without effect below
-        compute capability 9.0."""
+        and wait for that one before they read or write memory; a CUDA graph keeps such edges, and is recorded anew for
+        them. Without effect below compute capability 9.0."""
         able = self._device != "cuda" or torch.cuda.get_device_capability() >= (9, 0)
         self._library.set_dependent_launches(able)
         try:

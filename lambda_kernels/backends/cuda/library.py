@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ import torch
 
 __all__ = [
     "DTYPES", "LIBRARY", "MOST_STEPS", "MOVED", "SGD_TENSORS", "STRUCTURES", "CrossEntropy", "ImageBlock", "LastSteps",
-    "Library", "Limits", "NormReluPool", "Sgd", "covers",
+    "Library", "Limits", "NormReluPool", "Sgd", "covers", "dependent_launches",
 ]  # fmt: skip
+
+_placing = threading.local()
 
 LIBRARY = Path(__file__).parents[2] / "_cuda.so"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # lk::Dtype
@@ -140,6 +143,7 @@ class Library:
     def set_dependent_launches(self, allowed: bool) -> None:
         """For this thread's launches: whether one may be placed on the device while the one before it ends."""
         self._code.lk_set_dependent_launches(allowed)
+        _placing.allowed = allowed
 
     def limits(self, index: int) -> Limits:
         """Of a device."""
@@ -160,6 +164,11 @@ class Library:
         if status:
             words = self._code.lk_error_string(status).decode()
             raise RuntimeError(f"{name} failed with CUDA error {status} ({words}) for {what}")
+
+
+def dependent_launches() -> bool:
+    """Whether this thread's launches may be placed on the device while the one before them ends."""
+    return getattr(_placing, "allowed", False)
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
