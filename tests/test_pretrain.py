@@ -154,6 +154,17 @@ def pretrained_history(folder: Path) -> list[Any]:
     return pretrained(folder, overwrite=True).history
 
 
+def test_an_interrupted_overwrite_leaves_nothing_of_the_earlier_one(tmp_path: Path) -> None:
+    """Training would begin with it, and say so of this one."""
+    pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("of a user's own")
+    assert pretrained(tmp_path, overwrite=True, progress=interrupt).stopped == "SIGTERM"
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["notes.txt", STATE]
+    with pytest.raises(FileNotFoundError):
+        start_from(tmp_path / PRETRAINED, network())
+    assert len(pretrained(tmp_path, resume=True).history) == SHORT.epochs and (tmp_path / PRETRAINED).is_file()
+
+
 def test_bad_input_of_pretrain_is_named(tmp_path: Path) -> None:
     for wrong, words in (
         ({"epochs": 0}, "epochs is 0"), ({"batch": 1}, "batch is 1"), ({"lr": 0.0}, "lr is 0.0"),

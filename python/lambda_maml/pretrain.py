@@ -129,6 +129,9 @@ def pretrain(
         elif held and not overwrite:
             way = "resume it (--resume) or choose" if held[0].name == STATE else "choose"
             raise ValueError(f"{held[0]}: the folder holds a pretraining: {way} another folder")
+        else:  # nothing of an earlier one may be taken for this one, should it be interrupted
+            for path in (*held, (folder / PRETRAINED).with_suffix(".json")):
+                path.unlink(missing_ok=True)
         with shown(progress, "pretraining", left=False) as told, stoppable() as stop:
             run.go(stop, told)
         return run.result
