@@ -51,6 +51,19 @@ def as_written() -> Iterator[None]:
         _CAPTURING.as_written = False
 
 
+Note = Callable[[nn.Module, Tensor, Tensor], None]
+
+
+@contextlib.contextmanager
+def told_of_statistics(note: Note) -> Iterator[None]:
+    """In this thread, each fused block tells its norm, and the mean and variance [C] by which it has normalised."""
+    _CAPTURING.note = note
+    try:
+        yield
+    finally:
+        _CAPTURING.note = None
+
+
 def runs_as_written() -> bool:
     """Whether a model is called within `as_written`."""
     return getattr(_CAPTURING, "as_written", False)
@@ -156,13 +169,16 @@ class ConvBlock(nn.Module):
             return False
         return tiles(pool) if type(pool) is nn.MaxPool2d else type(pool) is nn.Identity
 
+    def is_fused(self) -> bool:
+        """Whether it runs as one block: it is whole, and nobody looks at its parts."""
+        return self.is_whole() and not any(map(has_hooks, (self.conv, self.norm, self.relu, self.pool)))
+
     def forward(self, input: Tensor) -> Tensor:
         if (block := unpatched(self)) is not self:
             return block.forward(input)
-        parts = self.conv, self.norm, self.relu, self.pool
         if is_read(input):
             return self.pool(self.relu(self.norm(self.conv(input))))
-        apart = not self.is_whole() or any(has_hooks(part) for part in parts)
+        apart = not self.is_fused()
         update = None
         evaluated = not apart and is_evaluated(self.norm)
         if apart or (evaluated and not self._folds(input)):
@@ -284,6 +300,9 @@ def fused_block(
         conv.dilation,
         conv.groups,
     )
+    note: Note | None = getattr(_CAPTURING, "note", None)
+    if note is not None:
+        note(norm, *statistics())
     if not (norm.training and norm.track_running_stats):
         return y, None
     height, width = (

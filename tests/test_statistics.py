@@ -22,7 +22,7 @@ import lambda_kernels as lk
 from lambda_kernels.agreement import within
 from lambda_kernels.evaluated import EvaluatedChain
 from lambda_kernels.program import program_for
-from lambda_maml import adapt, adapt_tasks, say
+from lambda_maml import adapt, adapt_tasks, say, statistics
 from lambda_maml.data import load, sample_tasks
 from lambda_maml.evaluate import evaluate
 from lambda_maml.models import conv4
@@ -237,6 +237,49 @@ def test_what_is_changed_after_freezing_is_seen() -> None:
         torch.testing.assert_close(learner(xq), want, **EXACT)
         learner.train()  # the batch's own again
         torch.testing.assert_close(learner(xq), lk.to_torch(learner.to_module()).train()(xq), **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_fused_blocks_tell_what_hooks_on_their_norms_would(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = conv4(ways=3, in_channels=2, width=8, image_size=20).to(dtype)
+    x = (torch.randn(9, 2, 20, 20) * 3 + 1).to(dtype)
+    norms = norms_of_batches(model)
+    with torch.no_grad():
+        want = statistics._seen(model, x, norms, {})
+        monkeypatch.setattr(statistics, "_moments", None)
+        statistics.freeze(model, x)
+    assert len(want) == 4
+    allowed = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for path, (mean, variance) in want.items():
+        norm: Any = model.get_submodule(path)
+        assert norm.running_mean.dtype == norm.running_var.dtype == dtype and not norm.training
+        torch.testing.assert_close(norm.running_mean, mean, rtol=allowed, atol=allowed * float(mean.abs().max()))
+        torch.testing.assert_close(norm.running_var, variance, rtol=allowed, atol=0)
+
+
+class Part(nn.Module):
+    """Two blocks in a row, of which one has a norm that somebody looks at, and a third that is not reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (lk.ConvBlock(2 if i == 0 else 4, 4) for i in range(3))
+        self.head = nn.Linear(4 * 25, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.second(self.first(x)).flatten(1))
+        return y
+
+
+def test_a_block_that_is_not_reached_keeps_its_norm_as_it_is() -> None:
+    model, x, looked = Part().double(), torch.randn(6, 2, 20, 20).double(), []
+    model.second.norm.register_forward_hook(lambda *_: looked.append(1))
+    statistics.freeze(model, x)
+    assert model.third.norm.running_mean is None and model.third.norm.training and looked
+    z = F.conv2d(x, model.first.conv.weight, model.first.conv.bias, padding=1)
+    torch.testing.assert_close(model.first.norm.running_mean, z.mean((0, 2, 3)), **EXACT)
+    torch.testing.assert_close(model.first.norm.running_var, z.var((0, 2, 3), correction=0), **EXACT)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x)[:1], model(x[:1]), **EXACT)
 
 
 def by_parts(network: nn.Module, x: Tensor) -> Tensor:

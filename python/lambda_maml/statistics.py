@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from lambda_kernels.agreement import apart, distance, tolerance
 from lambda_kernels.evaluated import EvaluatedChain
 from lambda_kernels.fused import as_one_operation
-from lambda_kernels.layers import ConvBlock, as_written, has_hooks, uses_batch_statistics
+from lambda_kernels.layers import ConvBlock, as_written, has_hooks, told_of_statistics, uses_batch_statistics
 from lambda_kernels.program import Program, program_for
 from lambda_kernels.program.structure import flatten
 
@@ -31,6 +31,8 @@ __all__ = ["StatisticsError", "fold", "freeze", "norms_of_batches", "restore", "
 
 FEW = 5
 """Fewer images than these say little of a task's statistics."""
+BESIDE = 8
+"""Images beside which one is classified, to see whether they change its result."""
 
 
 class StatisticsError(ValueError):
@@ -58,31 +60,57 @@ def freeze(network: nn.Module, xs: Any) -> None:
             still depends on the images beside it, or cannot be had for one image.
     """
     norms = norms_of_batches(network)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def note(path: str) -> Callable[..., None]:
-        def look(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
-            if path in seen:
-                raise StatisticsError(
-                    f"{path} normalises several times in one pass, each time by other statistics, of which it can hold "
-                    "one pair: give each call a norm of its own"
-                )
-            axes = [axis for axis in range(given[0].dim()) if axis != 1]
-            variance, mean = torch.var_mean(given[0], axes, correction=0)
-            seen[path] = mean, variance
-
-        return look
-
-    hooks = [norm.register_forward_pre_hook(note(path)) for path, norm in norms.items()]
-    try:
-        with as_written():
-            network(xs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    blocks = {id(m.norm) for m in network.modules() if isinstance(m, ConvBlock) and m.is_fused()}
+    fused = {id(norm): path for path, norm in norms.items() if id(norm) in blocks}
+    seen = _seen(network, xs, norms, fused)
+    if not all(path in seen for path in fused.values()):  # a block that was not reached, or not run as one
+        seen = _seen(network, xs, norms, {})
     for path, (mean, variance) in seen.items():
         _hold(norms[path], mean, variance)
     _check_alone(network, xs)
+
+
+def _seen(
+    network: nn.Module, xs: Any, norms: Mapping[str, _BatchNorm], fused: Mapping[int, str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance [C] that each norm sees in one pass over `xs`, by path; `fused` are the paths of the norms, by
+    their `id`, of blocks that tell them."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(path: str, mean: Tensor, variance: Tensor) -> None:
+        if path in seen:
+            raise StatisticsError(
+                f"{path} normalises several times in one pass, each time by other statistics, of which it can hold one "
+                "pair: give each call a norm of its own"
+            )
+        seen[path] = mean, variance
+
+    def look(path: str) -> Callable[..., None]:
+        return lambda norm, given: note(path, *_moments(given[0]))
+
+    def told(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
+        if (path := fused.get(id(norm))) is not None:
+            weight = next(network.parameters())
+            note(path, mean.to(weight.dtype), variance.clamp_min(0).to(weight.dtype))
+
+    with ExitStack() as stack:
+        for path, norm in norms.items():
+            if id(norm) not in fused:
+                stack.callback(norm.register_forward_pre_hook(look(path)).remove)
+        stack.enter_context(as_written())
+        stack.enter_context(told_of_statistics(told))
+        network(xs)
+    return seen
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [C] of x [N, C, ...]."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        # As var_mean, with sums in double, and several times faster: of channels-last ATen's sums are of x's own type.
+        mean, variance = torch.batch_norm_update_stats(x.contiguous(), None, None, 0.0)
+    else:
+        variance, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
+    return mean, variance
 
 
 def _hold(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
@@ -119,7 +147,7 @@ def _check_alone(network: nn.Module, xs: Any) -> None:
     if any(t.dim() == 0 or t.shape[0] != tensors[0].shape[0] for t in tensors) or tensors[0].shape[0] < 2:
         return
     with _evaluating(network):
-        beside = network(xs)
+        beside = network(again([t[:BESIDE] for t in tensors]))
         try:
             alone = network(again([t[:1] for t in tensors]))
         except Exception as error:
