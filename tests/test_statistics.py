@@ -240,12 +240,17 @@ def test_what_is_changed_after_freezing_is_seen() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_fused_blocks_tell_what_hooks_on_their_norms_would(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = conv4(ways=3, in_channels=2, width=8, image_size=20).to(dtype)
+@pytest.mark.parametrize("kind", ["blocks", "torch"])
+def test_fused_blocks_tell_what_hooks_on_their_norms_would(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a user's own network too, which is of torch's layers."""
+    model: nn.Module = conv4(ways=3, in_channels=2, width=8, image_size=20).to(dtype)
+    model = model if kind == "blocks" else lk.to_torch(model)
     x = (torch.randn(9, 2, 20, 20) * 3 + 1).to(dtype)
     norms = norms_of_batches(model)
     with torch.no_grad():
-        want = statistics._seen(model, x, norms, {})
+        want = statistics._seen_by_norms(model, x, norms)
         monkeypatch.setattr(statistics, "_moments", None)
         statistics.freeze(model, x)
     assert len(want) == 4

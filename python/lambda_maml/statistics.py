@@ -8,6 +8,7 @@ folds into the convolution ahead of it.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -60,45 +61,57 @@ def freeze(network: nn.Module, xs: Any) -> None:
             still depends on the images beside it, or cannot be had for one image.
     """
     norms = norms_of_batches(network)
-    blocks = {id(m.norm) for m in network.modules() if isinstance(m, ConvBlock) and m.is_fused()}
-    fused = {id(norm): path for path, norm in norms.items() if id(norm) in blocks}
-    seen = _seen(network, xs, norms, fused)
-    if not all(path in seen for path in fused.values()):  # a block that was not reached, or not run as one
-        seen = _seen(network, xs, norms, {})
-    for path, (mean, variance) in seen.items():
+    seen = _told_by_blocks(network, xs, norms)
+    for path, (mean, variance) in (_seen_by_norms(network, xs, norms) if seen is None else seen).items():
         _hold(norms[path], mean, variance)
     _check_alone(network, xs)
 
 
-def _seen(
-    network: nn.Module, xs: Any, norms: Mapping[str, _BatchNorm], fused: Mapping[int, str]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance [C] that each norm sees in one pass over `xs`, by path; `fused` are the paths of the norms, by
-    their `id`, of blocks that tell them."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+class _Seen(dict[str, tuple[Tensor, Tensor]]):
+    """Mean and variance [C] that each norm saw in one pass, by path."""
 
-    def note(path: str, mean: Tensor, variance: Tensor) -> None:
-        if path in seen:
+    def note(self, path: str, mean: Tensor, variance: Tensor) -> None:
+        if path in self:
             raise StatisticsError(
                 f"{path} normalises several times in one pass, each time by other statistics, of which it can hold one "
                 "pair: give each call a norm of its own"
             )
-        seen[path] = mean, variance
+        self[path] = mean, variance
+
+
+def _told_by_blocks(network: nn.Module, xs: Any, norms: Mapping[str, _BatchNorm]) -> _Seen | None:
+    """What the norms see in one pass over `xs`, where all are parts of fused blocks, which tell it; else None."""
+    inside = {f"{path}.norm".lstrip(".") for path, m in network.named_modules() if isinstance(m, ConvBlock)}
+    run: Callable[[Any], Any] = network
+    program = program_for(network, (xs,), {}, called=False)
+    if program is not None and program.untraceable is None:
+        inside |= {fusion.norm for fusion in program.fusions}
+        run = functools.partial(program, network)
+    if not norms.keys() <= inside:
+        return None
+    seen, paths = _Seen(), {id(norm): path for path, norm in norms.items()}
+    dtype = next(network.parameters()).dtype
+
+    def note(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
+        if (path := paths.get(id(norm))) is not None:
+            seen.note(path, mean.to(dtype), variance.clamp_min(0).to(dtype))
+
+    with told_of_statistics(note):
+        run(xs)
+    return seen if seen.keys() == norms.keys() else None  # else a block was not reached, or was not run as one
+
+
+def _seen_by_norms(network: nn.Module, xs: Any, norms: Mapping[str, _BatchNorm]) -> _Seen:
+    """What the norms see in one pass over `xs`, layer by layer."""
+    seen = _Seen()
 
     def look(path: str) -> Callable[..., None]:
-        return lambda norm, given: note(path, *_moments(given[0]))
-
-    def told(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
-        if (path := fused.get(id(norm))) is not None:
-            weight = next(network.parameters())
-            note(path, mean.to(weight.dtype), variance.clamp_min(0).to(weight.dtype))
+        return lambda norm, given: seen.note(path, *_moments(given[0]))
 
     with ExitStack() as stack:
         for path, norm in norms.items():
-            if id(norm) not in fused:
-                stack.callback(norm.register_forward_pre_hook(look(path)).remove)
+            stack.callback(norm.register_forward_pre_hook(look(path)).remove)
         stack.enter_context(as_written())
-        stack.enter_context(told_of_statistics(told))
         network(xs)
     return seen
 
