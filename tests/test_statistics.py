@@ -23,8 +23,9 @@ from lambda_kernels.agreement import within
 from lambda_kernels.evaluated import EvaluatedChain
 from lambda_kernels.program import program_for
 from lambda_maml import adapt, adapt_tasks, say, statistics
+from lambda_maml import evaluate as evaluating
 from lambda_maml.data import load, sample_tasks
-from lambda_maml.evaluate import evaluate
+from lambda_maml.evaluate import evaluate, evaluate_both
 from lambda_maml.models import conv4
 from lambda_maml.statistics import norms_of_batches
 
@@ -334,6 +335,30 @@ def test_many_tasks_and_their_accuracy() -> None:
     assert all(map(torch.equal, listed, want))
     right = torch.stack([(found.argmax(-1) == task.yq).double().mean() for found, task in zip(want, tasks)])
     assert torch.equal(evaluate(model, tasks, **given).accuracies, right)
+
+
+def test_both_kinds_are_evaluated_with_one_adaptation_to_each_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = sample_tasks(load("glyphs", split="val"), 5, ways=3, shots=2, query=2)
+    model = conv4(ways=3, in_channels=1, width=8, image_size=28)
+    given: Any = dict(pattern="00011", steps=2, lr=0.1)
+    want = {kind: evaluate(model, tasks, statistics=kind, **given) for kind in ("batch", "support")}
+    losses = evaluate(model, tasks, statistics="support", metric=F.cross_entropy, **given)
+    adapted: list[Any] = []
+
+    def noted(*task: Any, **how: Any) -> Any:
+        adapted.append(task)
+        return adapt(*task, **how)
+
+    monkeypatch.setattr(evaluating, "adapt", noted)
+    told: list[int] = []
+    found = evaluate_both(model, tasks, progress=lambda done, total, what: told.append(done), **given)
+    assert len(adapted) == 5 and told == [1, 2, 3, 4, 5] and found.keys() == want.keys()
+    assert all(torch.equal(found[kind].scores, want[kind].scores) for kind in want)
+    assert found["batch"].metric == "accuracy" and found["support"].mean == want["support"].mean
+    again = evaluate_both(model, tasks, metric=F.cross_entropy, **given)["support"]
+    torch.testing.assert_close(again.scores, losses.scores)
+    with pytest.raises(ValueError, match="there are no tasks"):
+        evaluate_both(model, [], **given)
 
 
 class Twice(nn.Module):

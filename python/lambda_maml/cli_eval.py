@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,6 @@ from .cli_types import COUNT, SEED, TEST_SEED
 from .console import bar, device_option, json_option, print_json
 
 if TYPE_CHECKING:
-    import torch
-
     from .evaluate import Evaluation
 
 __all__ = ["evaluate_command"]
@@ -54,14 +53,15 @@ def evaluate_command(
     and export do. What the latter costs is a mean of differences on the same tasks, with its 95% interval.
     """
     from . import data
-    from .evaluate import evaluate
+    from .evaluate import evaluate, evaluate_both
     from .ranks import ALONE
 
     model, meta, bits, rule, inner = read_run(checkpoint, device, pattern, steps, lr, norm, ways)
     (images,) = checkpoint_sets(meta, dataset, root, (split,), pictures, ALONE)
     episodes = data.sample_tasks(images, tasks, seed=TEST_SEED + seed, **episode_of(meta))
     if rule is None:
-        found = _by_both(functools.partial(evaluate, model, episodes, pattern=bits), inner)
+        given = functools.partial(evaluate, model, episodes, pattern=bits)
+        found = _by_both(given, inner, functools.partial(evaluate_both, model, episodes, pattern=bits))
         used: dict[str, Any] = {"pattern": str(bits)}
         subject, how = str(bits), ""
     else:
@@ -81,24 +81,33 @@ def evaluate_command(
         click.echo(_line(statistics, row))
 
 
-def _by_both(evaluated: Callable[..., Evaluation], inner: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Accuracies by the statistics of either kind, and why there is none; what the second one costs."""
+def _by_both(
+    evaluated: Callable[..., Evaluation], inner: Mapping[str, Any],
+    at_once: Callable[..., dict[str, Evaluation]] | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Accuracies by the statistics of either kind, and why there is none; what the second one costs. `at_once` gives
+    both, with one adaptation to each task."""
     from .adapt import STATISTICS
     from .statistics import StatisticsError
     from .stats import mean_ci95
 
     found: dict[str, dict[str, Any]] = {}
-    scores: dict[str, torch.Tensor] = {}
+    known: dict[str, Evaluation] = {}
     together = getattr(inner.get("solver"), "linearises", False)  # its predictions are those of no network
+    if at_once is not None and not together:
+        with suppress(StatisticsError), bar("evaluating") as progress:
+            known = at_once(**inner, progress=progress)
     for statistics in STATISTICS[:1] if together else STATISTICS:
         try:
-            with bar(f"evaluating, statistics of the {statistics}") as progress:
-                mean = evaluated(statistics=statistics, **inner, progress=progress)
+            if statistics not in known:
+                with bar(f"evaluating, statistics of the {statistics}") as progress:
+                    known[statistics] = evaluated(statistics=statistics, **inner, progress=progress)
         except StatisticsError as error:
             found[statistics] = {"accuracy": None, "ci95": None, "refused": str(error)}
             continue
+        mean = known[statistics]
         found[statistics] = {"accuracy": mean.mean, "ci95": mean.ci95 if len(mean.scores) > 1 else None}
-        scores[statistics] = mean.scores
+    scores = {statistics: mean.scores for statistics, mean in known.items()}
     if "support" in scores:
         drop, ci95 = mean_ci95(scores["batch"] - scores["support"])
         found["support"] |= {"drop": drop, "drop_ci95": ci95 if len(scores["batch"]) > 1 else None}

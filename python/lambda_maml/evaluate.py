@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapt import adapt_tasks
+from .adapt import STATISTICS, adapt, adapt_tasks
 from .data.episodes import Task, as_tasks
 from .inner import batch as batches
 from .inner.checks import Loss
@@ -23,7 +23,17 @@ from .progress import Progress, shown
 from .ranks import ALONE, Ranks
 from .stats import mean_ci95
 
-__all__ = ["ACCURACY", "Evaluation", "Metric", "check_metric", "evaluate", "name_of", "stack", "worded"]
+__all__ = [
+    "ACCURACY",
+    "Evaluation",
+    "Metric",
+    "check_metric",
+    "evaluate",
+    "evaluate_both",
+    "name_of",
+    "stack",
+    "worded",
+]
 
 ACCURACY = "accuracy"
 """The share of a task's query images that are classified right, a fraction."""
@@ -154,6 +164,41 @@ def evaluate(
     with shown(progress, "evaluating", here=ranks.rank == 0) as told:
         scores = ranks.total(len(tasks), fill).cpu()
     return Evaluation(scores, *mean_ci95(scores), name_of(metric))
+
+
+def evaluate_both(
+    model: nn.Module, tasks: Sequence[Task], *, metric: Metric = ACCURACY, progress: Progress | bool | None = None,
+    ranks: Ranks = ALONE, **how: Any,
+) -> dict[str, Evaluation]:  # fmt: skip
+    """`evaluate` by the statistics of either kind, by their names in `STATISTICS`; each task is adapted to once for
+    both. `how` are the options of `adapt`.
+
+    Raises what `evaluate` does, and StatisticsError where images cannot be classified each by itself.
+    """
+    if not tasks:
+        raise ValueError("evaluate: there are no tasks")
+    tasks, count = as_tasks(tasks, "evaluate"), len(tasks)
+    check_metric(metric, tasks)
+    share = ranks.share(count)
+
+    def fill(scores: Tensor) -> None:
+        for place in share:
+            xs, ys, xq, yq = (part[0] for part in stack(tasks[place : place + 1], model))
+            learner = adapt(model, xs, ys, **how, turn=Turn(task=place))
+            with torch.no_grad():
+                together = learner(xq)
+                alone = learner.freeze_statistics()(xq)
+            for first, results in ((0, together), (count, alone)):
+                scores[first + place] = _judged(metric, batches.stacked([results]), yq[None])[0]
+            if told is not None:
+                told(place + 1 - share.start, len(share), "tasks")
+
+    with shown(progress, "evaluating", here=ranks.rank == 0) as told:
+        scores = ranks.total(len(STATISTICS) * count, fill).cpu()
+    found = {}
+    for name, own in zip(STATISTICS, scores.split(count)):
+        found[name] = Evaluation(own, *mean_ci95(own), name_of(metric))
+    return found
 
 
 def _judged(metric: Metric, results: Any, yq: Tensor) -> Tensor:

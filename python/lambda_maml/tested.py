@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from .adapt import adapt
+from .adapt import STATISTICS, adapt
 from .choice import finite, key_of
 from .data.episodes import Task
-from .evaluate import evaluate, name_of, stack
+from .evaluate import Evaluation, Metric, evaluate, evaluate_both, name_of, stack
 from .per_task import Costs, Figures, PerTask
 from .statistics import StatisticsError
 from .stats import mean_ci95
@@ -43,26 +43,36 @@ def on_test(
     judged: Mapping[str, Any], statistics: Sequence[str],
 ) -> dict[str, Any]:  # fmt: skip
     """The choice and the full pattern on `tasks`: query images together, and under "support" each by itself."""
-    together, *alone = (_compared(model, tasks, own, full, sign, {**judged, "statistics": kind}) for kind in statistics)
+    best = _by(statistics, model, tasks, {**full, **judged})
+    chosen = best if own is full else _by(statistics, model, tasks, {**own, **judged})
+    together, *alone = (_compared(best[kind], chosen[kind], sign, judged["metric"]) for kind in statistics)
     return {"tasks": len(tasks), **together, "support": alone[0] if alone else None}
 
 
+def _by(
+    statistics: Sequence[str], model: nn.Module, tasks: Sequence[Task], how: Mapping[str, Any]
+) -> Mapping[str, Evaluation | None]:
+    """What was evaluated by these statistics; without tasks nothing was."""
+    if not tasks:
+        return dict.fromkeys(statistics)
+    if len(statistics) == len(STATISTICS):
+        return evaluate_both(model, tasks, **how)
+    return {kind: evaluate(model, tasks, statistics=kind, **how) for kind in statistics}
+
+
 def _compared(
-    model: nn.Module, tasks: Sequence[Task], own: Mapping[str, Any], full: Mapping[str, Any], sign: int,
-    judged: Mapping[str, Any],
+    best: Evaluation | None, chosen: Evaluation | None, sign: int, metric: Metric
 ) -> dict[str, float | None]:  # fmt: skip
     """Mean scores, and the drop (how much worse the choice is) with its two-sided interval."""
-    full_key, chosen_key = (f"{which}_{key_of(name_of(judged['metric']))}" for which in ("full", "chosen"))
-    if not tasks:
+    full_key, chosen_key = (f"{which}_{key_of(name_of(metric))}" for which in ("full", "chosen"))
+    if best is None or chosen is None:
         return {full_key: None, chosen_key: None, "drop": None, "drop_ci95": None}
-    best = evaluate(model, tasks, **full, **judged)
-    chosen = best if own is full else evaluate(model, tasks, **own, **judged)
     drop, ci95 = mean_ci95(sign * (best.scores - chosen.scores))
     return {
         full_key: best.mean,
         chosen_key: chosen.mean,
         "drop": drop,
-        "drop_ci95": 0.0 if own is full else finite(ci95),
+        "drop_ci95": 0.0 if chosen is best else finite(ci95),
     }
 
 
