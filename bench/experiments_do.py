@@ -26,7 +26,7 @@ from lambda_maml import Pattern, adapt, checkpoint, data, models
 from lambda_maml.adapt import STATISTICS
 from lambda_maml.choice import tied
 from lambda_maml.data import ImageSet, Task
-from lambda_maml.evaluate import Evaluation, evaluate
+from lambda_maml.evaluate import Evaluation, evaluate, evaluate_both
 from lambda_maml.files import atomic, read_json, write_json, written
 from lambda_maml.learned_rates import fixed_rates, learned_rule, load_rates
 from lambda_maml.methods import ridge_head
@@ -236,15 +236,9 @@ class Compared(NamedTuple):
 
 
 def compared(model: nn.Module, tasks: list[Task], patterns: list[str], inner: Mapping[str, Any]) -> list[Compared]:
-    """All patterns by both protocols, each evaluated once."""
-    found = []
-    for statistics in STATISTICS:
-        scores = {
-            pattern: evaluate(model, tasks, pattern=pattern, statistics=statistics, **inner)
-            for pattern in dict.fromkeys([FULL, *patterns])
-        }
-        found += [Compared(pattern, statistics, own, scores[FULL]) for pattern, own in scores.items()]
-    return found
+    """All patterns by both protocols, each adapted to the tasks once."""
+    found = {p: evaluate_both(model, tasks, pattern=p, **inner) for p in dict.fromkeys([FULL, *patterns])}
+    return [Compared(p, kind, own[kind], found[FULL][kind]) for kind in STATISTICS for p, own in found.items()]
 
 
 def accuracy(job: Job, place: Place) -> dict[str, Any]:
