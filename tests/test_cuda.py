@@ -206,6 +206,7 @@ def test_moments_by_distance(
         monkeypatch.setattr(cuda, "PART_PATCHES", parts)
         monkeypatch.setattr(cuda, "DISTANCE_PATCHES", parts)
         moments = runner.backend.image_moments(x, kernel, spec)
+        # in float64 whatever the images are, as above
         torch.testing.assert_close(moments.cpu(), truth, rtol=1e-12, atol=1e-9)
         assert torch.equal(moments, moments.mT)
     assert seen == [inside] * 2
