@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GRADIENT
+from cases import EXACT, GRADIENT, assert_as_exact
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import lambda_kernels as lk
+from lambda_kernels.layers import moments
 from lambda_kernels.norms import ByDefinition
 from lambda_maml import adapt
 
@@ -210,3 +211,33 @@ def test_norms_by_their_definition_are_torchs() -> None:
         with ByDefinition():
             got = call()
         torch.testing.assert_close(got, call(), **GRADIENT, msg=functools.partial("call {}: {}".format, number))
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (9, 4, 6), (3, 5, 8, 7), (2, 3, 4, 5, 6)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_moments_are_those_of_var_mean(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (torch.randn(shape, dtype=torch.float64) * 2 + 100).to(dtype)
+    last = (
+        x.contiguous(memory_format=torch.channels_last)
+        if len(shape) == 4
+        else x.movedim(1, -1).contiguous().movedim(-1, 1)
+    )
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    variance, mean = torch.var_mean(x, axes, correction=0)
+    exact_variance, exact_mean = torch.var_mean(x.double(), axes, correction=0)
+    for layout in (x, last, x.requires_grad_()):
+        found = moments(layout)
+        assert not any(t.requires_grad for t in found) and {t.dtype for t in found} == {dtype}
+        for mine, stock, exact in zip(found, (mean, variance), (exact_mean, exact_variance)):
+            if dtype == torch.float64:  # of which there is no truth
+                torch.testing.assert_close(mine, stock, **EXACT)
+            else:
+                assert_as_exact("moments", mine, stock, exact)
+
+
+def test_moments_under_a_transform_and_a_compiler_are_torchs_own() -> None:
+    x = torch.randn(3, 6, 4, 5)
+    want = torch.stack([torch.stack(moments(one)) for one in x])
+    torch.testing.assert_close(torch.func.vmap(lambda one: torch.stack(moments(one)))(x), want)
+    compiled = torch.compile(moments, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(torch.stack(compiled(x[0])), want[0])

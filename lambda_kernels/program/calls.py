@@ -138,9 +138,7 @@ class NormCall(_Leaf):
             )
         y = F.batch_norm(x, None, None, own["weight"], own["bias"], True, 0.0, norm.eps)
         if norm.training and norm.track_running_stats:
-            axes = [a for a in range(x.dim()) if a != 1]
-            variance, mean = torch.var_mean(x.detach(), axes, correction=0)
-            _do(layers.running_update(norm, own, mean, variance, x.numel() // x.shape[1]), effects)
+            _do(layers.running_update(norm, own, *layers.moments(x), x.numel() // x.shape[1]), effects)
         return y
 
 

@@ -22,7 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from lambda_kernels.agreement import apart, distance, tolerance
 from lambda_kernels.evaluated import EvaluatedChain
 from lambda_kernels.fused import as_one_operation
-from lambda_kernels.layers import ConvBlock, as_written, has_hooks, told_of_statistics, uses_batch_statistics
+from lambda_kernels.layers import ConvBlock, as_written, has_hooks, moments, told_of_statistics, uses_batch_statistics
 from lambda_kernels.program import Program, program_for
 from lambda_kernels.program.structure import flatten
 
@@ -106,7 +106,7 @@ def _seen_by_norms(network: nn.Module, xs: Any, norms: Mapping[str, _BatchNorm])
     seen = _Seen()
 
     def look(path: str) -> Callable[..., None]:
-        return lambda norm, given: seen.note(path, *_moments(given[0]))
+        return lambda norm, given: seen.note(path, *moments(given[0]))
 
     with ExitStack() as stack:
         for path, norm in norms.items():
@@ -114,16 +114,6 @@ def _seen_by_norms(network: nn.Module, xs: Any, norms: Mapping[str, _BatchNorm])
         stack.enter_context(as_written())
         network(xs)
     return seen
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance [C] of x [N, C, ...]."""
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        # As var_mean, with sums in double, and several times faster: of channels-last ATen's sums are of x's own type.
-        mean, variance = torch.batch_norm_update_stats(x.contiguous(), None, None, 0.0)
-    else:
-        variance, mean = torch.var_mean(x, [axis for axis in range(x.dim()) if axis != 1], correction=0)
-    return mean, variance
 
 
 def _hold(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
