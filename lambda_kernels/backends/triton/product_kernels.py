@@ -24,16 +24,21 @@ def tile_moments(v, inside, count, ROWS: tl.constexpr):
 
 
 @triton.jit
+def place_of(at, height, width):
+    """image, row and column of places counted in the order of memory, over the images."""
+    return at // width // height, at // width % height, at % width
+
+
+@triton.jit
 def window_place(pixel, images, height, width, POOL: tl.constexpr):
     """image, row and column of pixels counted window by window, over the images; what no window holds comes last."""
     PLACES: tl.constexpr = POOL * POOL
     whole_height = height // POOL * POOL
     whole_width = width // POOL * POOL
     place = pixel % PLACES
-    window = pixel // PLACES
-    column = window % (width // POOL) * POOL + place % POOL
-    row = window // (width // POOL) % (height // POOL) * POOL + place // POOL
-    image = window // (width // POOL) // (height // POOL)
+    image, row, column = place_of(pixel // PLACES, height // POOL, width // POOL)
+    row = row * POOL + place // POOL
+    column = column * POOL + place % POOL
     below = (height - whole_height) * width
     rest = below + whole_height * (width - whole_width)  # of an image
     if rest > 0:
@@ -125,9 +130,7 @@ def convolve(
     pixel = tile * ROWS + tl.arange(0, ROWS)
     row_inside = pixel < pixels
     if POOL == 1:
-        column = pixel % y_width
-        row = pixel // y_width % y_height
-        image = pixel // y_width // y_height
+        image, row, column = place_of(pixel, y_height, y_width)
     else:
         image, row, column = window_place(pixel, images, y_height, y_width, POOL)
     own_task = task + image // images
@@ -222,11 +225,9 @@ def convolve(
         best = tl.max(tl.reshape(best, (WINDOWS, POOL * POOL, COLUMNS)), 1)
         best = tl.where(falls[None, :], -best, best).to(y.dtype.element_ty)
         window = tile * WINDOWS + tl.arange(0, WINDOWS)
-        y_column_of = window % (y_width // POOL)
-        y_row_of = window // (y_width // POOL) % (y_height // POOL)
-        image = window // (y_width // POOL) // (y_height // POOL)
+        image, row, column = place_of(window, y_height // POOL, y_width // POOL)
         y_rows = task * y_task + image.to(tl.int64) * y_image
-        y_rows += y_row_of.to(tl.int64) * y_row + y_column_of.to(tl.int64) * y_column
+        y_rows += row.to(tl.int64) * y_row + column.to(tl.int64) * y_column
         at = y_rows[:, None] + (to * y_channel)[None, :]
         tl.store(y + at, best, mask=(image < images)[:, None] & out_inside[None, :])
     if MOMENTS:
@@ -322,9 +323,7 @@ def weight_gradient(
     for p0 in range(first, last, TERMS):
         pixel = p0 + tl.arange(0, TERMS)
         pixel_inside = pixel < last
-        column = pixel % y_width
-        row = pixel // y_width % y_height
-        image = pixel // y_width // y_height
+        image, row, column = place_of(pixel, y_height, y_width)
         own_task = task + image // images
         image = (image % images).to(tl.int64)
         g_rows = own_task * g_task + image * g_image + row.to(tl.int64) * g_row + column.to(tl.int64) * g_column
