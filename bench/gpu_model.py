@@ -219,7 +219,7 @@ def weighing(weighed: Weighed) -> Iterator[None]:
         for name in [*filter(lambda name: not name.startswith("_"), dir(lk.backends.Backend)), *LIKE]:
             plain = getattr(counting._Cuda, name)
             if callable(plain) and plain is not getattr(lk.backends.Reference, name, None):
-                if name not in ("reasons", "refusals", "image_refusals", "layout"):
+                if name not in ("reasons", "refusals", "block_refusals", "image_refusals", "layout"):
                     stack.enter_context(mock.patch.object(counting._Cuda, name, method(LIKE.get(name, name), plain)))
         yield
 

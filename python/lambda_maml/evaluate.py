@@ -140,10 +140,7 @@ def evaluate(
 
     Raises ValueError without tasks, for an unknown metric, or one that gives an infinite number or NaN.
     """
-    if not tasks:
-        raise ValueError("evaluate: there are no tasks")
-    tasks = as_tasks(tasks, "evaluate")
-    check_metric(metric, tasks)
+    tasks = _checked(tasks, metric)
     share = ranks.share(len(tasks))
 
     def fill(scores: Tensor) -> None:
@@ -175,10 +172,7 @@ def evaluate_both(
 
     Raises what `evaluate` does, and StatisticsError where images cannot be classified each by itself.
     """
-    if not tasks:
-        raise ValueError("evaluate: there are no tasks")
-    tasks, count = as_tasks(tasks, "evaluate"), len(tasks)
-    check_metric(metric, tasks)
+    tasks, count = _checked(tasks, metric), len(tasks)
     share = ranks.share(count)
 
     def fill(scores: Tensor) -> None:
@@ -199,6 +193,15 @@ def evaluate_both(
     for name, own in zip(STATISTICS, scores.split(count)):
         found[name] = Evaluation(own, *mean_ci95(own), name_of(metric))
     return found
+
+
+def _checked(tasks: Sequence[Task], metric: Metric) -> Sequence[Task]:
+    """Tasks as they are evaluated, by a metric that fits them."""
+    if not tasks:
+        raise ValueError("evaluate: there are no tasks")
+    tasks = as_tasks(tasks, "evaluate")
+    check_metric(metric, tasks)
+    return tasks
 
 
 def _judged(metric: Metric, results: Any, yq: Tensor) -> Tensor:

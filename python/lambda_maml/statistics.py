@@ -224,7 +224,7 @@ def _pairs(network: nn.Module, program: Program) -> Iterator[tuple[str, str]]:
             continue
         if step.kind == "module":
             block = network.get_submodule(path)
-            if isinstance(block, ConvBlock) and block.is_whole() and not any(map(has_hooks, block.modules())):
+            if isinstance(block, ConvBlock) and block.is_fused() and not has_hooks(block):
                 yield f"{path}.conv".lstrip("."), f"{path}.norm".lstrip(".")
         elif step.kind == "norm" and len(step.reads) == 1 and read[step.reads[0]] == 1:
             layer = steps.get(step.reads[0])
