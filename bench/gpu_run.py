@@ -83,14 +83,15 @@ class Run:
             self.copy_to(self.copies)
 
     def copy_to(self, folder: Path) -> None:
-        """Results, timings, table and page, as far as they are there, and all logs in one file."""
+        """All logs in one file; timings, table and page, as far as they are there; the results last: whoever sees a row
+        there finds what belongs to it."""
         folder.mkdir(parents=True, exist_ok=True)
-        for path in (self.path, self.timings, self.table, self.page):
-            if path.exists():
-                write(folder / path.name, path.read_text(encoding="utf-8"))
         logs = [(name, self.work / f"{name}.log") for name in self.document["stages"]]
         told = [f"== {name}\n{log.read_text(errors='replace')[-400_000:]}" for name, log in logs if log.exists()]
         write(folder / "log.txt", "\n".join(told))
+        for path in (self.timings, self.table, self.page, self.path):
+            if path.exists():
+                write(folder / path.name, path.read_text(encoding="utf-8"))
 
 
 def write(path: Path, text: str) -> None:
