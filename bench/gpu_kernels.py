@@ -17,6 +17,7 @@ from torch import Tensor
 import lambda_kernels as lk
 from lambda_kernels import backends
 from lambda_kernels.agreement import distance
+from lambda_kernels.spec import ConvSpec
 
 
 def needed(
@@ -27,6 +28,15 @@ def needed(
     x, weight, vectors, y = t * n * i * side * side, own * o * i * 9, 2 * own * o, t * n * o * half * half
     values = x + weight + vectors + y + (weight + vectors + (0 if first else x) if backward else 0)
     return 4 * values, 2 * t * n * o * i * 9 * side * side * ((1 if first else 2) if backward else 1)
+
+
+def as_handed_on(operands: Sequence[Tensor]) -> list[Tensor]:
+    """The images and gradients [T, N, C, H, W] among a block's operands in the memory layout in which the backend's
+    blocks hand them to each other."""
+    x, weight = operands[:2]
+    backend = backends.choose("conv_block", x, weight, ConvSpec((1, 1), (1, 1), (1, 1), 1), 2)
+    return [backend.layout(t.detach()).requires_grad_(t.requires_grad) if i in (0, 4) else t
+            for i, t in enumerate(operands)]  # fmt: skip
 
 
 class Kernels:
@@ -124,7 +134,7 @@ class Kernels:
         return drawn
 
     def block_call(self, operands: list[Tensor], backward: bool) -> Callable[[], tuple[Tensor, ...]]:
-        x, weight, gamma, beta, gy = operands
+        x, weight, gamma, beta, gy = as_handed_on(operands)
 
         def forward() -> tuple[Tensor, ...]:
             with torch.no_grad():

@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 from by_hand import LR, Stock, Tasks, Vmapped
-from gpu_kernels import needed
+from gpu_kernels import as_handed_on, needed
 from harness import CONFIGURATIONS, Problem, write
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -268,16 +268,18 @@ def block(layer: int, backward: bool) -> tuple[float, float]:
     """(seconds, floor in seconds) of a fused block, forward or backward, with weights of each task's own."""
     c, side = CONFIGURATION, CONFIGURATION.image_size >> layer
     channels, images = c.width if layer else c.in_channels, c.ways * c.shots
-    shapes = [(TASKS, images, channels, side, side), (TASKS, c.width, channels, 3, 3), *[(TASKS, c.width)] * 2]
-    operands = [torch.empty(s, device="meta", requires_grad=i > 0 or layer > 0) for i, s in enumerate(shapes)]
-    x, weight, gamma, beta = operands
+    images_in, images_out = (TASKS, images, channels, side, side), (TASKS, images, c.width, side // 2, side // 2)
+    shapes = [images_in, (TASKS, c.width, channels, 3, 3), *[(TASKS, c.width)] * 2, images_out]
+    moving = (layer > 0, True, True, True, False)
+    operands = [torch.empty(s, device="meta", requires_grad=moves) for s, moves in zip(shapes, moving)]
     weighed = Weighed()
     with weighing(weighed):
+        x, weight, gamma, beta, gy = as_handed_on(operands)
         if backward:
             y = lk.functional.conv_block(x, weight, None, gamma, beta)
             weighed.nodes.clear()
             with weighed:
-                torch.autograd.grad(y, [t for t in operands if t.requires_grad], torch.empty_like(y))
+                torch.autograd.grad(y, [t for t in (x, weight, gamma, beta) if t.requires_grad], gy)
         else:
             with torch.no_grad(), weighed:
                 lk.functional.conv_block(x, weight, None, gamma, beta)

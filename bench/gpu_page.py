@@ -81,7 +81,8 @@ play a graph's rules on a tape of operators. Unproven until there are results:
 - that a capture on a stream of the driver's, the pool that all recordings of a device share, and what is repaired after
   a capture that failed (`_capture.py`, `cuda_graph.py`) do so under torch 2.11; that two devices and streams other than
   the default one do (`tests/test_streams.py` asks a device);
-- that a frozen block in one pass (`block` in `backends/triton/norm.py`) and moments by the distance of taps
+- that a frozen block in one pass (`block` in `backends/triton/norm.py`), a block of images whose gradients come from
+  their patches' moments (`ImageBlock` in `autograd.py`), and moments by the distance of taps
   (`csrc/cuda/image_distances.cuh`) do so;
 - that the cooperative launch of all steps of a small pattern (`csrc/cuda/steps.cuh`), the tensor cores' products of
   doubles, TF32 and half precision (`csrc/cuda/`), and kernels that are placed while the one before them ends, do so;
@@ -110,8 +111,9 @@ HOW = """
   and the same in the columns beside it; time per task.
 - Nodes are the kernels, copies and fills that the profiler sees in one call, those beside its graph too.
 - The fused block is timed by events around replays of a graph that goes through several input sets where one would fit
-  in the L2 cache. Its floor is the larger of two times: every input read once and every output written once at the
-  speed of a large copy, and its multiply-adds at the rate of a large matrix product, both measured in the same run.
+  in the L2 cache. Its images lie as blocks hand them to each other, channels-last. Its floor is the larger of two
+  times: every input read once and every output written once at the speed of a large copy, and its multiply-adds at the
+  rate of a large matrix product, both measured in the same run.
 - A row whose result disagrees with stock PyTorch in float64 has no times.
 """
 MODEL = """A figure that no device has shown is predicted for an H200 by `bench/gpu_model.py`, which writes

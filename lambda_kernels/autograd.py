@@ -419,6 +419,60 @@ class Block(Function):
         return tuple(merged.split(r) for r in Block.apply(*merged.operands, *constants)), (0, 0, 0)
 
 
+class ImageBlock(Function):
+    """A fused block over images that need no gradient, without the convolution's output: as `NormReluPool` behind
+    `Conv2d`, with the statistics and the gradients from the moments of the images' patches.
+
+    A gradient that may be differentiated again is made of those two functions: the output is computed then.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor | None, block: BlockSpec, backend: Backend
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        moments = backend.image_moments(x, (weight.shape[-2], weight.shape[-1]), block.conv)
+        y, index, mean, rstd = backend.image_block(x, weight, gamma, beta, moments, block)
+        return _own(y), index, mean, rstd, moments
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, gamma, beta, bias, ctx.block, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        _note_inputs(ctx, x, weight, gamma, beta, bias)
+        ctx.beta_tasks = beta.shape[0]
+        ctx.bias_shape = None if bias is None else bias.shape
+        if any(ctx.needs_input_grad[:4]):
+            ctx.save_for_backward(x, weight, gamma, *output[1:])
+
+    @staticmethod
+    @backward_rule
+    def backward(ctx: Any, gy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if gy is None:
+            return (None,) * 7
+        _, need_weight, need_gamma, need_beta, need_bias = asked(ctx)[:5]
+        d_weight = d_gamma = d_beta = None
+        if need_weight or need_gamma or need_beta:
+            x, weight, gamma, index, mean, rstd, moments = ctx.saved_tensors
+            block, backend = ctx.block, ctx.backend
+            if torch.is_grad_enabled() or functorch_active() or forward_mode():
+                z = _expand(Conv2d.apply(x, weight, None, block.conv, backend), index.shape[0])
+                d_z, d_gamma, d_beta = NormReluPoolGrad.apply(
+                    gy, z, gamma, index, mean, rstd, block, need_weight, backend
+                )
+                if need_weight:
+                    d_weight = Conv2dWeightGrad.apply(d_z, x, weight.shape, block.conv, backend)
+            else:
+                d_weight, d_gamma, d_beta = backend.image_block_grad(
+                    gy, x, weight, gamma, index, mean, rstd, moments, block
+                )
+            d_weight = _sum_to(d_weight, weight.shape[0]) if need_weight else None
+            d_gamma = _sum_to(d_gamma, gamma.shape[0]) if need_gamma else None
+            d_beta = _sum_to(d_beta, ctx.beta_tasks) if need_beta else None
+        d_bias = gy.new_zeros(ctx.bias_shape) if need_bias else None
+        return None, d_weight, d_gamma, d_beta, d_bias, None, None
+
+
 class NormReluPool(Function):
     """Batch-statistics norm, ReLU and max-pool of z [T, N, C, H, W]; returns y, index, mean, rstd as the backend does.
 

@@ -223,14 +223,17 @@ def block_and_statistics(
     gamma = x.new_ones(weight.shape[-4]) if gamma is None else gamma
     beta = x.new_zeros(weight.shape[-4]) if beta is None else beta
     operands = _laid(_lift(x, 4), backend), _lift(weight, 4), _lift(gamma, 1), _lift(beta, 1)
-    if asks_for_a_derivative(*operands, bias):
-        z = autograd.Conv2d.apply(*operands[:2], None, spec, backend)
-        z = z.expand(max(z.shape[0], count), *z.shape[1:])
-        y, _, mean, rstd = autograd.NormReluPool.apply(z, *operands[2:], _lift_if(bias, 1), block, backend)
-    else:
+    own_bias = _lift_if(bias, 1)
+    if not asks_for_a_derivative(*operands, bias):
         y, mean, rstd = autograd.Block.apply(*operands, block, backend)
         if y.shape[0] < count:  # the tasks differ in the bias alone, which cancels
             y, mean, rstd = (t.repeat(count, *[1] * (t.dim() - 1)) for t in (y, mean, rstd))
+    elif _by_moments(operands, count, block, backend):
+        y, _, mean, rstd, _ = autograd.ImageBlock.apply(*operands, own_bias, block, backend)
+    else:
+        z = autograd.Conv2d.apply(*operands[:2], None, spec, backend)
+        z = z.expand(max(z.shape[0], count), *z.shape[1:])
+        y, _, mean, rstd = autograd.NormReluPool.apply(z, *operands[2:], own_bias, block, backend)
 
     def statistics() -> tuple[Tensor, Tensor]:
         shifted = mean if bias is None else mean + bias.detach()
@@ -314,6 +317,15 @@ def asks_for_a_derivative(*tensors: Tensor | None) -> bool:
         return False
     hidden = functorch_active()  # a mapped tensor does not say whether it requires one
     return hidden or any(t is not None and t.requires_grad for t in tensors)
+
+
+def _by_moments(operands: tuple[Tensor, ...], tasks: int, block: BlockSpec, backend: Backend) -> bool:
+    """Whether a block of x, weight, gamma, beta [1|T, ...] goes by its images' patches: they need no gradient."""
+    if torch.compiler.is_compiling() or functorch_active() or forward_mode():
+        return False
+    x, weight = operands[:2]
+    known = not x.requires_grad and max(t.shape[0] for t in operands) == tasks
+    return known and not backend.image_refusals(x, weight, block)
 
 
 def _laid(x: Tensor, backend: Backend) -> Tensor:

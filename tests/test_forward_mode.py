@@ -178,3 +178,28 @@ def test_a_transform_gives_what_it_gives_of_torchs_own_operators(
 ) -> None:
     operands = tiny(op, per_task)
     check(name, lambda *p: call(op, dict(zip(operands, p))), plain(op, per_task), tuple(operands.values()))
+
+
+@pytest.mark.parametrize("way", ["batched", "vmap", "forward over reverse"])
+def test_a_block_of_images_under_transforms_of_its_gradient(way: str) -> None:
+    """Those that begin when the block has run."""
+    operands = {k: v.requires_grad_(k != "x") for k, v in tiny("conv_block", False).items()}
+    inputs = [operands[k] for k in ("weight", "gamma", "beta")]
+    rows = []
+    for y in (call("conv_block", operands), explicit_block(*operands.values(), 1e-5, TINY)):
+        torch.manual_seed(1)
+        directions = torch.randn(3, *y.shape, dtype=y.dtype)
+
+        def pulled(g: Tensor, y: Tensor = y, **more: Any) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(y, inputs, g, retain_graph=True, **more)
+
+        if way == "batched":
+            rows.append(pulled(directions, is_grads_batched=True))
+        elif way == "vmap":
+            rows.append(vmap(pulled)(directions))
+        else:
+            with forward_ad.dual_level():
+                found = pulled(forward_ad.make_dual(directions[0], directions[1]))
+                duals = [forward_ad.unpack_dual(t) for t in found]
+            rows.append(tuple(t for dual in duals for t in (dual.primal, dual.tangent)))
+    torch.testing.assert_close(rows[0], rows[1], **CLOSE)

@@ -18,6 +18,7 @@ from operations import BLOCK, TINY, call, check_gradients, randn, tiny
 from torch import Tensor
 
 import lambda_kernels as lk
+from lambda_kernels.backends.native import Native
 from lambda_kernels.backends.reference import Reference
 
 # Called with operands out of lists and tables.
@@ -94,10 +95,11 @@ def counting(name: str, function: Any, counts: dict[str, int]) -> Any:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often the convolution's two gradients were computed."""
-    counts = {"conv2d_input_grad": 0, "conv2d_weight_grad": 0}
+    """How often the convolution's two gradients were computed, and a block's of images that need none."""
+    counts = {"conv2d_input_grad": 0, "conv2d_weight_grad": 0, "image_block_grad": 0}
     for name in counts:
-        monkeypatch.setattr(Reference, name, counting(name, getattr(Reference, name), counts))
+        owner = Native if name == "image_block_grad" else Reference
+        monkeypatch.setattr(owner, name, counting(name, getattr(owner, name), counts))
     return counts
 
 
@@ -106,7 +108,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_only_what_is_asked_is_computed(op: str, mask: tuple[str, ...], calls: dict[str, int]) -> None:
     operands = {k: v.requires_grad_(k in mask) for k, v in tiny(op, False).items()}
     call(op, operands).sum().backward()
-    assert calls == {"conv2d_input_grad": "x" in mask, "conv2d_weight_grad": "weight" in mask}
+    by_patches = op == "conv_block" and mask[0] == "weight"
+    over_z = "weight" in mask and not by_patches
+    assert calls == {"conv2d_input_grad": "x" in mask, "conv2d_weight_grad": over_z, "image_block_grad": by_patches}
     assert {k for k, v in operands.items() if v.grad is not None} == set(mask)
 
 
@@ -119,7 +123,7 @@ def test_a_gradient_of_some_inputs_computes_only_theirs(of: tuple[str, ...], cal
         calls.update(dict.fromkeys(calls, 0))
         grads = torch.autograd.grad(call("conv2d", operands).sum(), [operands[k] for k in of])
         assert all(g is not None for g in grads)
-        assert calls == {"conv2d_input_grad": "x" in of, "conv2d_weight_grad": "weight" in of}
+        assert calls == {"conv2d_input_grad": "x" in of, "conv2d_weight_grad": "weight" in of, "image_block_grad": 0}
 
 
 def saved(function: Any) -> list[Tensor]:
@@ -143,14 +147,58 @@ def test_only_what_a_gradient_needs_is_kept(op: str, mask: tuple[str, ...]) -> N
     assert pointers == {operands[k].untyped_storage().data_ptr() for k in needed}
 
 
-def test_the_input_of_a_frozen_block_is_not_kept(backend: str) -> None:
-    operands = {k: v.requires_grad_(k in ("gamma", "beta")) for k, v in tiny("conv_block", False).items()}
-    kept = {tuple(t.shape[-4:]) for t in saved(lambda: conv_block(**operands))}
-    assert tuple(operands["x"].shape) not in kept and (2, 2, 4, 5) in kept
-    operands = {k: v.detach().requires_grad_(k == "bias") for k, v in operands.items()}
-    assert not saved(lambda: conv_block(**operands))
-    operands = {k: v.detach().requires_grad_(k == "weight") for k, v in operands.items()}
-    assert tuple(operands["x"].shape) in {tuple(t.shape[-4:]) for t in saved(lambda: conv_block(**operands))}
+def shapes_kept(operands: dict[str, Tensor], mask: tuple[str, ...]) -> set[tuple[int, ...]]:
+    given = {k: v.detach().requires_grad_(k in mask) for k, v in operands.items()}
+    return {tuple(t.shape[-4:]) for t in saved(lambda: conv_block(**given))}
+
+
+def test_what_a_block_keeps(backend: str) -> None:
+    """The convolution's output alone where its weight is frozen; of images that need no gradient these in its place,
+    where there are kernels for that."""
+    operands, output = tiny("conv_block", False), (2, 2, 4, 5)
+    images = tuple(operands["x"].shape)
+    by_patches = backend == "native"
+    frozen = shapes_kept(operands, ("gamma", "beta"))
+    assert ((images in frozen), (output in frozen)) == ((True, False) if by_patches else (False, True))
+    moving = shapes_kept(operands, ("weight", "gamma"))
+    assert images in moving and (output in moving) != by_patches
+    assert images in (both := shapes_kept(operands, ("x", "weight"))) and output in both
+    assert not shapes_kept(operands, ("bias",))
+
+
+def test_a_block_of_images_makes_their_convolution_for_second_derivatives_alone(
+    monkeypatch: pytest.MonkeyPatch, calls: dict[str, int]
+) -> None:
+    convolved = {"conv2d": 0}
+    monkeypatch.setattr(Reference, "conv2d", counting("conv2d", Reference.conv2d, convolved))
+    operands = {k: v.requires_grad_(k != "x") for k, v in tiny("conv_block", False).items()}
+    inputs = [operands[k] for k in ("weight", "gamma", "beta")]
+    y = conv_block(**operands)
+    direction = torch.randn_like(y)
+    first = torch.autograd.grad(y, inputs, direction, retain_graph=True)
+    assert not convolved["conv2d"] and calls["image_block_grad"] == 1
+    again = torch.autograd.grad(y, inputs, direction, create_graph=True)
+    assert convolved["conv2d"] == 1 and calls["image_block_grad"] == 1
+    torch.testing.assert_close(again, first, **EXACT)
+    assert all(g.requires_grad for g in again)
+
+
+def test_a_block_of_images_is_nearer_to_float64_than_its_layers() -> None:
+    """Their moments are in float64: the statistics keep digits that a sum over all pixels in float32 loses."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(25, 3, 40, 40) + 3.0, torch.randn(32, 3, 3, 3) / 5
+    given = {"x": x, "weight": weight, "bias": None, "gamma": torch.rand(32) + 0.5, "beta": torch.randn(32)}
+    errors = []
+    truth = None
+    for dtype, way in ((torch.float64, explicit_block), (torch.float32, conv_block), (torch.float32, explicit_block)):
+        own = {k: None if v is None else v.detach().to(dtype).requires_grad_(k != "x") for k, v in given.items()}
+        y = conv_block(**own) if way is conv_block else explicit_block(*own.values(), 1e-5, TINY)
+        inputs = [own[k] for k in ("weight", "gamma", "beta")]
+        found = torch.autograd.grad(y.tanh().sum(), inputs)  # type: ignore[arg-type]
+        truth = found if truth is None else truth
+        errors.append(max(float((g - t).norm() / t.norm()) for g, t in zip(found, truth)))
+    _, ours, stock = errors
+    assert ours <= stock and ours < 1e-4  # a window whose maximum rounding turns moves them by about 1e-5
 
 
 @pytest.mark.parametrize("op", ["conv2d", "conv_block"])
@@ -173,7 +221,7 @@ def test_second_order_skips_the_frozen_weight_inside_and_reaches_it_outside(op: 
         calls.update(dict.fromkeys(calls, 0))
         (inner,) = torch.autograd.grad(loss(use, frozen, head), head, create_graph=True)
         if use is not F:
-            assert calls == {"conv2d_input_grad": 0, "conv2d_weight_grad": 1}
+            assert calls == {"conv2d_input_grad": 0, "conv2d_weight_grad": 1, "image_block_grad": 0}
         results.append(torch.autograd.grad(loss(use, frozen, head - 0.1 * inner), (frozen, head)))
     torch.testing.assert_close(results[1], results[0], **EXACT)
     assert results[1][0].abs().sum() > 0
