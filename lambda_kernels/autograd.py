@@ -466,7 +466,7 @@ class ImageBlock(Function):
                 d_weight, d_gamma, d_beta = backend.image_block_grad(
                     gy, x, weight, gamma, index, mean, rstd, moments, block
                 )
-            d_weight = _sum_to(d_weight, weight.shape[0]) if need_weight else None
+            d_weight = _sum_to(d_weight, weight.shape[0]) if d_weight is not None and need_weight else None
             d_gamma = _sum_to(d_gamma, gamma.shape[0]) if need_gamma else None
             d_beta = _sum_to(d_beta, ctx.beta_tasks) if need_beta else None
         d_bias = gy.new_zeros(ctx.bias_shape) if need_bias else None
