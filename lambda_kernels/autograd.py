@@ -450,7 +450,7 @@ class ImageBlock(Function):
     def backward(ctx: Any, gy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if gy is None:
             return (None,) * 7
-        _, need_weight, need_gamma, need_beta, need_bias = asked(ctx)[:5]
+        need_weight, need_gamma, need_beta, need_bias = asked(ctx)[1:5]
         d_weight = d_gamma = d_beta = None
         if need_weight or need_gamma or need_beta:
             x, weight, gamma, index, mean, rstd, moments = ctx.saved_tensors
