@@ -35,6 +35,7 @@ __all__ = [
     "looked_at",
     "mode_active",
     "primals_of",
+    "saving_by_hooks",
     "stand_ins_made",
     "switches",
     "temporarily_clear_interpreter_stack",
@@ -79,6 +80,11 @@ _tracing = torch._C._is_tracing
 def being_traced() -> bool:
     """Whether torch.compile, torch.export or torch.jit.trace makes a graph of what is called now."""
     return torch.compiler.is_compiling() or _tracing()
+
+
+def saving_by_hooks() -> bool:
+    """Whether what autograd saves now goes through hooks: a checkpoint's, which compute it anew, or others."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def looked_at(but_for_a_default_device: bool = False) -> bool:

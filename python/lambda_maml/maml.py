@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lambda_kernels._torch import being_traced, stand_ins_made
+from lambda_kernels._torch import being_traced, saving_by_hooks, stand_ins_made
 from lambda_kernels.chain import backend_in_force
 from lambda_kernels.program import aliases_of, flatten, modes_of, replace, tensors_of
 
@@ -19,7 +19,7 @@ from .inner.adaptation import named
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Params, Rule, Step
 from .inner.rules import rule_of
-from .inner.state import Outcome, tied
+from .inner.state import Outcome, tied, version_of
 from .learner import AdaptedNetwork, network_of
 from .patterns import Pattern
 from .plan import Frozen, Layout, Part, Plan, with_copies
@@ -103,6 +103,7 @@ class LambdaMAML(nn.Module):
         self.every_layer, self.norm = pattern is None, norm
         self.first_order, self.allow_unused = bool(orders["first_order"]), orders["allow_unused"]
         self.allow_nograd = bool(orders["allow_nograd"])
+        self._losses = _Losses()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "lr":  # the rates belong to the rule, which registers those that are learned
@@ -161,6 +162,7 @@ class LambdaMAML(nn.Module):
             rule,
             self.first_order if first_order is None else first_order,
             self.allow_unused if allow_unused is None else allow_unused,
+            self._losses,
         )
         return TaskLearner(model, modes_of(model), state, settings)
 
@@ -174,6 +176,12 @@ class LambdaMAML(nn.Module):
             return getattr(module, name)
 
 
+class _Losses:
+    """Of which kind the losses of a module's clones were so far."""
+
+    plain = True  # all of second-order steps were a plain cross-entropy
+
+
 class _Settings(NamedTuple):
     """What all steps of a learner have in common."""
 
@@ -182,6 +190,7 @@ class _Settings(NamedTuple):
     rule: Rule
     first_order: bool
     allow_unused: bool | None
+    losses: _Losses
 
     def names(self, step: int) -> tuple[str, ...]:
         return self.updated[min(step, len(self.updated) - 1)]
@@ -195,6 +204,7 @@ class _Held(NamedTuple):
     read: list[Tensor]  # what it read of the state
     key: Any  # the versions of that, and the modes that it was computed in
     frozen: Frozen
+    token: object  # by which the end of its graph knows it
 
 
 class TaskLearner(AdaptedNetwork):
@@ -218,6 +228,8 @@ class TaskLearner(AdaptedNetwork):
     ) -> None:
         super().__init__(model, modes, Outcome(state, {}, (), aliases_of(model), in_graph=True))
         self.__dict__.update(_settings=settings, _step=step, _memory=None, _prefix=None, _passed=None, _met=None)
+        # Whether all second-order steps of this one so far were on a plain cross-entropy.
+        self.__dict__["_plain"] = True
 
     def __repr__(self) -> str:
         return f"TaskLearner({type(self.__dict__['_held'][0]).__name__} after {self._step} inner steps)"
@@ -231,8 +243,8 @@ class TaskLearner(AdaptedNetwork):
         if len(args) == 1 and not kwargs and self._goes_whole(plan, part, args[0]):
             logits = plan.classify(state, args[0])
             if logits is not None:
-                node: Any = logits.grad_fn
-                self.__dict__["_passed"] = plan, weakref.ref(node.next_functions[0][0])
+                assert plan.chain is not None
+                self.__dict__["_passed"] = plan.chain, outer.Passed.noted(plan.chain, state, args[0], logits)
                 return logits
         modules = self._bind(plan, network)
         inputs = plan.program.pack(args, kwargs)
@@ -240,13 +252,13 @@ class TaskLearner(AdaptedNetwork):
             self.__dict__["_prefix"] = None
             return part.freeze(modules, state, inputs)(modules, state)
         read = self._frozen(state, part)
-        key = part, _modes((*args, *state.values())[0].device), [_version(t) for t in read]
+        key = part, _modes((*args, *state.values())[0].device), [version_of(t) for t in read]
         held: _Held | None = self._prefix
         if held is None or not _same(held, args, read, key):
             frozen = part.freeze(modules, state, inputs)
-            held = _Held(args, [x.detach().clone() for x in args], read, key, frozen)
+            held = _Held(args, [x.detach().clone() for x in args], read, key, frozen, object())
             self.__dict__["_prefix"] = held
-            self._forget_when_freed(frozen)
+            self._forget_when_freed(held)
         return held.frozen(modules, state)
 
     def _goes_whole(self, plan: Plan, part: Part, x: Any) -> bool:
@@ -256,7 +268,9 @@ class TaskLearner(AdaptedNetwork):
         After a step, an input that is met for the first time counts as a query: its pass shares with none.
         """
         if not part.prefix:
-            return self._settings.first_order or plan.plain_losses
+            # What is computed anew for a checkpoint goes the same way, whatever other clones have met meanwhile.
+            plain = self._plain and (self._settings.losses.plain or saving_by_hooks())
+            return self._settings.first_order or plain
         held: _Held | None = self._prefix
         if self._step == 0 or not isinstance(x, Tensor) or (held is not None and held.inputs[0] is x):
             return False
@@ -274,16 +288,20 @@ class TaskLearner(AdaptedNetwork):
         buffers = () if network is None else (n for n, _ in network.named_buffers())
         return read + [state[n] for n in buffers if any(n.startswith(f"{path}.") for path in paths)]
 
-    def _forget_when_freed(self, frozen: Frozen) -> None:
-        """Drop the prefix once a backward pass has gone through it: that frees its graph."""
-        me, boundary = weakref.ref(self), frozen.boundary
+    def _forget_when_freed(self, held: _Held) -> None:
+        """Drop the prefix once a backward pass has gone through it: that frees its graph.
+
+        What is hooked onto the prefix's values holds none of them: Python finds no circle that goes through autograd's
+        graph.
+        """
+        me, token = weakref.ref(self), held.token
 
         def forget(_: Tensor) -> None:
             learner = me()
-            if learner is not None and learner._prefix is not None and learner._prefix.frozen.boundary is boundary:
+            if learner is not None and learner._prefix is not None and learner._prefix.token is token:
                 learner.__dict__["_prefix"] = None
 
-        for value in flatten(boundary)[0]:
+        for value in flatten(held.frozen.boundary)[0]:
             if value.grad_fn is not None:
                 value.register_hook(forget)
 
@@ -312,12 +330,12 @@ class TaskLearner(AdaptedNetwork):
 
     def _step_at_once(self, loss: Tensor) -> bool:
         """A second-order step as one operation, where the loss is cross-entropy of this learner's last pass."""
-        plan, passed = self._passed or (None, lambda: None)
-        if plan is None or passed() is None or not isinstance(loss, Tensor) or loss.numel() != 1:
+        if self._passed is None or not isinstance(loss, Tensor) or loss.numel() != 1:
             return False
+        chain, passed = self._passed
         settings, index = self._settings, self._step
         names, state = settings.names(index), self._state()
-        new = outer.step_of(plan.chain, state, names, settings.rule, index, loss, passed())
+        new = outer.step_of(chain, state, names, settings.rule, index, loss, passed)
         if new is None:
             return False
         self._check_loss(loss)
@@ -346,7 +364,8 @@ class TaskLearner(AdaptedNetwork):
         now = {n: state[n] for n in settings.names(index)}
         create_graph = not self._first_order(first_order)
         if create_graph and self._passed is not None:
-            self._passed[0].plain_losses = False  # later passes go the way that autograd differentiates at once
+            self.__dict__["_plain"] = False  # later passes go the way that autograd differentiates at once
+            settings.losses.plain &= saving_by_hooks()
         grads = autograd.gradients(
             settings.pattern, now, loss, create_graph=create_graph, none=unused_too is True and loss.requires_grad
         )
@@ -448,7 +467,7 @@ class TaskLearner(AdaptedNetwork):
         copies = {id(b): b.clone() for b in (state[n] for n, _ in network.named_buffers() if n in state)}
         state = {n: copies.get(id(t), t) for n, t in state.items()}
         twin = TaskLearner(network, modes_of(network), state, settings, self._step)
-        twin.__dict__["_memory"] = self._memory
+        twin.__dict__.update(_memory=self._memory, _plain=self._plain)
         twin.training = self.training
         return twin
 
@@ -464,10 +483,6 @@ def _modes(device: torch.device) -> tuple[Any, ...]:
     kind = device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, backend_in_force()
-
-
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
 
 
 def _told(value: Any) -> str:

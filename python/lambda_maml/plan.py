@@ -159,7 +159,6 @@ class Plan(Layout):
         self.program = program
         self.outlines: Bounded[Any] = Bounded(_LIMIT)  # what an adaptation made of its pattern, steps and rates
         self.unmapped: Bounded[str] = Bounded(_LIMIT)  # by `Adaptation.code`: why vmap could not follow
-        self.plain_losses = True  # whether all second-order steps of clones so far were on a plain cross-entropy
         self._parts: Bounded[Part] = Bounded(_LIMIT)
         self._costs: Bounded[int] = Bounded(_LIMIT)  # multiply-adds of a forward pass, by the inputs' shapes
         self.normalises_batches = bool(norms_of_batches(model))

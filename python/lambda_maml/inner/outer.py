@@ -3,11 +3,13 @@ one rate per parameter and step, known beforehand or learned, is one operation w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lambda_kernels.chain import Chain
 from lambda_kernels.outer import adapted
@@ -15,8 +17,9 @@ from lambda_kernels.outer import adapted
 from . import chain as chains
 from .adaptation import Adaptation, Stretch, Support
 from .rules import sgd
+from .state import version_of
 
-__all__ = ["refusals", "run", "step_of", "unfit"]
+__all__ = ["Passed", "refusals", "run", "step_of", "unfit"]
 
 
 def refusals(a: Adaptation, stretch: Stretch, chain: Chain | None, x: Any, support: Support) -> list[str]:
@@ -91,27 +94,49 @@ def _rates(rule: Any, names: Sequence[str], steps: range) -> Tensor | None:
     return torch.stack(found).reshape(len(steps), len(names))
 
 
+class Passed(NamedTuple):
+    """A pass of one task over a whole chain, as a step on its loss asks for it."""
+
+    node: Callable[[], Any]  # in autograd's graph, while that is there
+    read: list[Tensor]  # the images and the parameters
+    versions: list[int]
+
+    @classmethod
+    def noted(cls, chain: Chain, state: Mapping[str, Tensor], x: Tensor, logits: Tensor) -> Passed:
+        node: Any = logits.grad_fn
+        read = [x, *(state[name] for name in chain.names if name)]
+        return cls(weakref.ref(node.next_functions[0][0]), read, [version_of(t) for t in read])
+
+    def was_with(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether it read these parameters, and nothing of what it read was written since."""
+        _, *mine = self.read
+        same = len(mine) == len(parameters) and all(p is q for p, q in zip(mine, parameters))
+        return same and self.versions == [version_of(t) for t in self.read]
+
+
 def step_of(
-    chain: Chain, state: Mapping[str, Tensor], updated: Sequence[str], rule: Any, step: int, loss: Tensor, passed: Any
-) -> dict[str, Tensor] | None:
+    chain: Chain, state: Mapping[str, Tensor], updated: Sequence[str], rule: Any, step: int, loss: Tensor,
+    passed: Passed,
+) -> dict[str, Tensor] | None:  # fmt: skip
     """One second-order step on a loss that somebody else took: the new values by name, in autograd's graph.
 
-    passed: the node, in that graph, of a pass over the whole chain. None where the loss is anything else than
-    torch.nn.functional.cross_entropy of its logits, where the pass was with other parameters, or where the rule is no
-    gradient descent with one rate per parameter.
+    None where the loss is anything else than torch.nn.functional.cross_entropy of the pass's logits, where the pass was
+    with other parameters or a hook may change a gradient on the way, or where the rule is no gradient descent with one
+    rate per parameter.
     """
-    labels = _labels_of(loss, passed)
-    order = chain.order(updated)
+    node, order = passed.node(), chain.order(updated)
     rates = _rates(rule, order, range(step, step + 1))
-    if labels is None or rates is None or not order or not all(chain.names):
+    if node is None or rates is None or not order or not all(chain.names):
         return None
-    _, x, *parameters = passed.saved_tensors
     now = [state[name] for name in chain.names]
-    if any(p.data_ptr() != t.data_ptr() or p.numel() != t.numel() for p, t in zip(parameters, now)):
+    if not passed.was_with(now) or any(t._backward_hooks for t in now):
         return None
+    labels = _labels_of(loss, node)
+    if labels is None:
+        return None
+    x, labels = passed.read[0].unsqueeze(0), labels.unsqueeze(0)
     flags = [name in updated for name in chain.names]
-    backend = chain.backend(x, labels.unsqueeze(0))
-    _, new = adapted(backend, x, labels.unsqueeze(0), now, flags, chain.specs, rates, second_order=True)
+    _, new = adapted(chain.backend(x, labels), x, labels, now, flags, chain.specs, rates, second_order=True)
     return dict(zip(order, (value.squeeze(0) for value in new)))
 
 
@@ -126,10 +151,24 @@ def _labels_of(loss: Tensor, passed: Any) -> Tensor | None:
     ):
         return None
     labels: Tensor = node._saved_target
-    for name in ("LogSoftmaxBackward0", "SqueezeBackward1"):
-        node = node.next_functions[0][0]
-        if node is None or node.name() != name:
-            return None
-    if node.next_functions[0][0] is not passed or labels.dtype != torch.int64 or labels.dim() != 1:
+    ignored: int = node._saved_ignore_index
+    softmax: Any = node.next_functions[0][0]
+    if softmax is None or softmax.name() != "LogSoftmaxBackward0":
         return None
-    return None if bool((labels < 0).any()) else labels  # a label that cross-entropy leaves out
+    squeeze: Any = softmax.next_functions[0][0]
+    if squeeze is None or squeeze.name() != "SqueezeBackward1" or squeeze.next_functions[0][0] is not passed:
+        return None
+    if labels.dtype != torch.int64 or labels.dim() != 1 or bool(((labels < 0) | (labels == ignored)).any()):
+        return None
+    return labels if _comes_back_as_it_is(loss, softmax._saved_result, labels, passed) else None
+
+
+def _comes_back_as_it_is(loss: Tensor, log_softmax: Tensor, labels: Tensor, passed: Any) -> bool:
+    """Whether the gradient that reaches the logits is cross-entropy's over [N, ways]: no hook of a user's changes it,
+    and log-softmax [N, ways] was over the classes."""
+    (found,) = torch.autograd.grad(loss, [GradientEdge(passed, 0)], retain_graph=True)
+    with torch.no_grad():
+        count = log_softmax.new_full((), len(labels))
+        g = torch.ops.aten.nll_loss_backward(torch.ones_like(loss), log_softmax, labels, None, 1, -100, count)
+        expected = torch.ops.aten._log_softmax_backward_data(g, log_softmax, 1, log_softmax.dtype)
+        return torch.equal(found.reshape(expected.shape), expected)

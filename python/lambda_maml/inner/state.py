@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lambda_kernels._torch import for_good
 
-__all__ = ["Outcome", "tied", "verdict"]
+__all__ = ["Outcome", "tied", "verdict", "version_of"]
 
 
 class Outcome:
@@ -50,6 +50,11 @@ def tied(state: dict[str, Tensor], aliases: Mapping[str, str]) -> dict[str, Tens
     for alias, name in aliases.items():
         state[alias] = state[name]
     return state
+
+
+def version_of(t: Tensor) -> int:
+    """How often the tensor was written in place, as far as torch knows."""
+    return -1 if t.is_inference() else t._version
 
 
 def verdict(rows: Sequence[Tensor], state: Mapping[str, Tensor], updated: Sequence[str]) -> Tensor:
