@@ -73,7 +73,7 @@ class _Run(msgspec.Struct):
     network: dict[str, Any]
     dataset: checkpoint.Dataset | None = None
     images: dict[str, str] = {}
-    rule: dict[str, str] = {}
+    rule: dict[str, Any] = {}
     start: dict[str, str] = {}
 
 
@@ -250,8 +250,22 @@ def _check_same(path: Path, saved: Mapping[str, Any], about: Mapping[str, Any]) 
     for part in parts:
         old, new = saved.get(part, {}), about.get(part, {})
         for name in {**old, **new}:
+            if name == "settings" and old and "settings" not in old:  # a run of an earlier version
+                continue
             if old.get(name) != new.get(name):
+                where, was, now = _first_difference(name, old.get(name), new.get(name))
                 raise ValueError(
-                    f"{path}: the run to resume has {part} {name} {old.get(name)}, this one {new.get(name)}: "
+                    f"{path}: the run to resume has {part} {where} {was}, this one {now}: "
                     "give the same, or train in another folder"
                 )
+
+
+def _first_difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """Where two values differ, in them the first place that does, and what each has there."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        key = next(key for key in old if old[key] != new[key])
+        return _first_difference(f"{name}.{key}", old[key], new[key])
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        at = next(i for i in range(len(old)) if old[i] != new[i])
+        return _first_difference(f"{name}[{at}]", old[at], new[at])
+    return name, old, new

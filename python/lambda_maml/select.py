@@ -18,6 +18,7 @@ from .checkpoint import digest, tensors_of_rule
 from .choice import FEW_BITS, Limit, Table, candidates_of, front
 from .data.episodes import Task, as_tasks
 from .evaluate import ACCURACY, Metric, check_metric, stack
+from .fingerprint import fingerprint
 from .goal import Goal
 from .inner.checks import Loss
 from .inner.rates import DEFAULT_LR, Rate, Rates
@@ -146,7 +147,7 @@ def select_pattern(
         dtype = str(xs.dtype).removeprefix("torch.")
         clock.read(timings, trials, {"network": network, "shots": shots, "norm": norm, "dtype": dtype})
     judged: dict[str, Any] = {"metric": metric, "ranks": ranks}
-    kept = _kept(resume, model, tasks, loops, goal.name, statistics, ranks)
+    kept = _kept(resume, model, tasks, loops, goal, statistics, ranks)
 
     with shown(progress, "selecting", here=ranks.rank == 0) as told:
         scored = Scored(model, tasks, loops, {**judged, "statistics": statistics}, kept, told)
@@ -333,14 +334,14 @@ def _few(tasks: int, decide: str, limit: Limit) -> Iterator[str]:
 
 
 def _kept(
-    resume: str | Path | None, model: nn.Module, tasks: Sequence[Task], loops: InnerLoops, metric: str,
+    resume: str | Path | None, model: nn.Module, tasks: Sequence[Task], loops: InnerLoops, goal: Goal,
     statistics: str, ranks: Ranks,
 ) -> Scores:  # fmt: skip
     """Scores of an earlier call with the same weights, tasks, inner loops and metric."""
-    rates, loss = [rates_in_json(rate, loops.rule) for rate in loops.rates], loops.loss
-    solver = () if loops.solver is None else (loops.solver, digest(tensors_of_rule(loops.solver), ""))
-    named = getattr(loss, "__qualname__", loss)
-    about = repr((loops.counts, rates, loops.norm, loops.rule, *solver, named, metric, statistics))
+    rates = [rates_in_json(rate, loops.rule) for rate in loops.rates]
+    inner = [(part, digest(tensors_of_rule(part), "")) for part in (loops.rule, loops.solver) if part is not None]
+    parts = fingerprint([loops.rule, loops.solver, goal.loss, goal.metric])
+    about = repr((loops.counts, rates, loops.norm, inner, parts, statistics))
     return Scores(Path(resume) if resume and ranks.rank == 0 else None, model.state_dict(), tasks, about)
 
 

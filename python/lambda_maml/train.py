@@ -21,6 +21,7 @@ from .data.episodes import Task
 from .data.imageset import ImageSet
 from .evaluate import ACCURACY, Metric, check_metric, evaluate, worded
 from .files import remove_leftovers
+from .fingerprint import fingerprint
 from .goal import Goal
 from .inner.checks import Loss, lacks_memory
 from .inner.rule import Rule
@@ -426,9 +427,10 @@ def _about(
     }  # fmt: skip
     if goal != Goal():
         about["goal"] = {"loss": goal.loss_name, "metric": goal.name, "lower_is_better": goal.lower_is_better}
+        about["goal"]["settings"] = fingerprint({"loss": goal.loss, "metric": goal.metric})
     if rule is not None:
         told = type(rule).__qualname__ if type(rule).__repr__ is object.__repr__ else repr(rule)  # no address
-        about["rule"] = {"name": " ".join(told.split())}
+        about["rule"] = {"name": " ".join(told.split()), "settings": fingerprint(rule)}
         if settings.learn_lr is None and (inner := told_of_inner(rule)):
             about["parts"] = inner
     return about

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
+from ..fingerprint import fingerprint
 from ..inner.rules import sgd
 from ..patterns import Pattern
 
@@ -71,7 +72,7 @@ def method(
             @functools.wraps(make)
             def function(*args: Any, **given: Any) -> Any:
                 part = make(*args, **given)
-                part.__dict__["made_with"] = _made_with(known, args, given)
+                _remember(part, known, args, given)
                 return part
 
             METHODS[known.name] = known._replace(make=function)
@@ -82,7 +83,7 @@ def method(
         def __init__(self: Any, *args: Any, **given: Any) -> None:
             init(self, *args, **given)
             if type(self) is make:  # a class made of this one has settings of its own
-                self.__dict__["made_with"] = _made_with(known, args, given)
+                _remember(self, known, args, given)
 
         make.__init__ = __init__  # type: ignore[misc]
         METHODS[known.name] = known
@@ -161,12 +162,15 @@ def made(form: Any, network: nn.Module) -> Any:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _made_with(method: Method, args: Any, given: Any) -> Any:
-    """The form of a call; None where there is none."""
+def _remember(part: Any, method: Method, args: Any, given: Any) -> None:
+    """What a part was made with: `made_with`, from which it can be made again, None where a setting is of a kind that a
+    file does not have; `made_from`, by which two can be told apart."""
     bare = inspect.signature(method.make, follow_wrapped=True).bind(*args, **given).arguments
     settings = {**{k: v for k, v in bare.items() if k != "more"}, **bare.get("more", {})}
+    network = {k for k in settings if method.fill.get(k) == "model"}
+    part.__dict__["made_from"] = {k: _NETWORK if k in network else fingerprint(v) for k, v in settings.items()}
     try:
-        own = {k: _NETWORK if method.fill.get(k) == "model" else described(v) for k, v in settings.items()}
+        own = {k: _NETWORK if k in network else described(v) for k, v in settings.items()}
     except ValueError:
-        return None
-    return {"part": method.name, "with": own}
+        own = None
+    part.__dict__["made_with"] = None if own is None else {"part": method.name, "with": own}
