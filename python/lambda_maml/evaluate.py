@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapt import STATISTICS, adapt, adapt_tasks
 from .data.episodes import Task, as_tasks
 from .inner import batch as batches
-from .inner.checks import Loss
+from .inner.checks import LEFT_OUT, Loss
 from .inner.problem import Turn
 from .inner.rates import DEFAULT_LR, Rate
 from .inner.rule import Rule
@@ -204,11 +204,26 @@ def _checked(tasks: Sequence[Task], metric: Metric) -> Sequence[Task]:
     return tasks
 
 
+def _accuracies(logits: Tensor, yq: Tensor) -> Tensor:
+    """[T]: the share of right classes of logits [T, Q, ways, ...], over the labels that cross-entropy does not leave
+    out."""
+    if logits.dim() < 3 or yq.is_floating_point() or logits[:, :, 0].shape != yq.shape:
+        raise ValueError(
+            f"accuracy compares logits [Q, ways, ...] with class numbers [Q, ...], the network gives "
+            f"{list(logits.shape[1:])}, the labels are {list(yq.shape[1:])} of {yq.dtype}: give a metric of your own, "
+            "a function of the network's result and yq"
+        )
+    known = (yq != LEFT_OUT).flatten(1)
+    if not bool(known.any(1).all()):
+        raise ValueError("a task's query set has no label that counts: all are -100, which cross-entropy leaves out")
+    right = (logits.argmax(2) == yq).flatten(1) & known
+    return right.sum(1).double() / known.sum(1)
+
+
 def _judged(metric: Metric, results: Any, yq: Tensor) -> Tensor:
     """The scores of stacked tasks, float64 [T]."""
     if isinstance(metric, str):
-        right: Tensor = results.argmax(-1) == yq
-        return right.double().mean(-1)
+        return _accuracies(results, yq)
     scores = [float(metric(batches.task(results, t), yq[t])) for t in range(len(yq))]
     wrong = [score for score in scores if not math.isfinite(score)]
     if wrong:

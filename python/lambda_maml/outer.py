@@ -13,13 +13,13 @@ from .adapt import adapt, adapt_tasks
 from .data.episodes import Task, as_tasks
 from .evaluate import stack
 from .inner.batch import alike, task
-from .inner.checks import Loss
+from .inner.checks import LEFT_OUT, Loss
 from .inner.rates import DEFAULT_LR
 from .inner.rule import Rule
 from .maml import LambdaMAML
 from .settings import Settings
 
-__all__ = ["descent", "meta_gradient"]
+__all__ = ["descent", "meta_gradient", "query_losses"]
 
 
 def meta_gradient(
@@ -60,17 +60,19 @@ def _of_query_loss(model: nn.Module, tasks: list[Task], given: dict[str, Any], b
     for part in parts:
         xs, ys, xq, yq = stack(part, model)
         results = adapt_tasks(model, xs, ys, xq, **given)
-        loss = _mean_loss(given["loss"], results, yq) / (len(tasks) / len(part))
+        loss = query_losses(given["loss"], results, yq).sum() / len(tasks)
         loss.backward()
         total += loss.item()
     return total
 
 
-def _mean_loss(loss: Loss, results: Any, yq: Tensor) -> Tensor:
-    """The mean over stacked tasks of the query set's loss."""
-    if loss is F.cross_entropy:
-        return F.cross_entropy(results.flatten(0, 1), yq.flatten())
-    return torch.stack([loss(task(results, t), yq[t]) for t in range(len(yq))]).mean()
+def query_losses(loss: Loss, results: Any, yq: Tensor) -> Tensor:
+    """[T]: each stacked task's loss of its query set."""
+    numbers = loss is F.cross_entropy and yq.dim() == 2 and not yq.is_floating_point()
+    if numbers and not bool((yq == LEFT_OUT).any()):
+        found = F.cross_entropy(results.flatten(0, 1), yq.flatten(), reduction="none")
+        return found.view(len(yq), -1).mean(1)
+    return torch.stack([loss(task(results, t), yq[t]) for t in range(len(yq))])
 
 
 def _of_every_step(

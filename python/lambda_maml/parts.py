@@ -18,7 +18,7 @@ from .inner.checks import Loss
 from .inner.rule import Rule
 from .inner.rules import rule_of
 from .methods import descend, query_loss
-from .outer import descent
+from .outer import descent, query_losses
 from .places import Learned, Objective, Solver, TaskSource, TaskWeights, Turn, descent_of
 from .settings import Settings
 from .solved import check_inner, learned_by, linked, posed
@@ -170,7 +170,6 @@ def _in_batches(model: nn.Module, tasks: list[Task], groups: list[list[int]], gi
     losses: dict[int, Tensor] = {}
     for places in groups:
         xs, ys, xq, yq = stack([tasks[i] for i in places], model)
-        logits = adapt_tasks(model, xs, ys, xq, **given)
-        found = F.cross_entropy(logits.flatten(0, 1), yq.flatten(), reduction="none").view(len(places), -1)
-        losses |= dict(zip(places, found.mean(1)))
+        found = query_losses(given["loss"], adapt_tasks(model, xs, ys, xq, **given), yq)
+        losses |= dict(zip(places, found))
     return torch.stack([losses[i] for i in range(len(tasks))])

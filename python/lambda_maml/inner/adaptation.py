@@ -229,7 +229,8 @@ def describe(
         if fixed:
             plan.outlines.put((key, fixed), found)
     bound, stretches = found
-    in_graph = second_order or is_learned(bound)  # asked here, with the caller's gradient mode
+    # Asked here, with the caller's gradient mode. Learned rates of layers that nothing updates take no part.
+    in_graph = second_order or (is_learned(bound) and any(s.rates is None for s in stretches))
     return Adaptation(
         model,
         plan,

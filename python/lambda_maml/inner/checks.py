@@ -21,6 +21,7 @@ from ..plan import Plan
 from ..say import say_once
 
 __all__ = [
+    "LEFT_OUT",
     "Loss",
     "check_device",
     "check_gradients",
@@ -195,10 +196,13 @@ def told_of(places: Sequence[int]) -> Iterator[None]:
         raise type(error)(f"{error} ({which} of the list, counted from 0)") from error
 
 
+LEFT_OUT = -100  # the class number that torch.nn.functional.cross_entropy leaves out
+
+
 def ignored_label(loss: Loss) -> int | None:
     """The class number that a cross-entropy leaves out, None for another loss."""
     if loss is F.cross_entropy:
-        return -100
+        return LEFT_OUT
     return loss.ignore_index if type(loss) is nn.CrossEntropyLoss else None
 
 
