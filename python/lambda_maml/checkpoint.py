@@ -74,7 +74,7 @@ class _Header(msgspec.Struct):
     metrics: _Metrics | None = None
     adapted: _Adapted | None = None
     images: dict[str, str] = {}
-    rule: dict[str, str] = {}
+    rule: dict[str, Any] = {}
     parts: dict[str, Any] = {}
 
 

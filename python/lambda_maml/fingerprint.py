@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 from collections.abc import Mapping
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ def fingerprint(value: Any, deep: int = 0) -> Any:
     if isinstance(value, partial):
         own = {"args": value.args, "with": value.keywords}
         return {"call": fingerprint(value.func, deep + 1), **fingerprint(own, deep + 1)}
-    if inspect.isfunction(value):
+    if isinstance(value, FunctionType):
         return _of_function(value, deep)
     if isinstance(value, nn.Module):
         return _of_module(value, deep)
@@ -88,10 +88,13 @@ def _of_module(value: nn.Module, deep: int) -> Any:
     if (made_from := value.__dict__.get("made_from")) is not None:
         return {"part": name, "with": made_from}
     told: dict[str, Any] = {"class": name}
-    if isinstance(value, _Loss) or type(value).__module__.partition(".")[0] == __name__.partition(".")[0]:
-        own = {k: v for k, v in vars(value).items() if k[0] != "_" and k != "training"}
-        told |= fingerprint({**own, **(dict(value.named_buffers()) if isinstance(value, _Loss) else {})}, deep + 1)
-    elif type(value).__repr__ is not object.__repr__:
-        told["told"] = " ".join(repr(value).split())
+    own = {k: v for k, v in vars(value).items() if k[0] != "_" and k != "training"}
+    if isinstance(value, _Loss):
+        own |= dict(value.named_buffers())
+    else:  # what else it holds may be what it came to, not what it was made with
+        own = {k: v for k, v in own.items() if isinstance(v, (Rates, FunctionType, partial))}
+        if type(value).__repr__ is not object.__repr__:
+            told["told"] = " ".join(repr(value).split())
+    told |= fingerprint(own, deep + 1)
     children = {n: fingerprint(child, deep + 1) for n, child in value.named_children()}
     return {**told, **({"children": children} if children else {})}
