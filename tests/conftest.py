@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -66,6 +67,20 @@ def pytest_sessionfinish() -> None:
 def two_threads() -> None:
     """Two threads on any machine: parallel code runs as such, and sums are split in one way."""
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def float32_has_its_digits() -> Iterator[None]:
+    """On a device too, whose convolutions round to TF32 as torch's switches stand: tests that try that say so."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    backends: Any = torch.backends
+    switch = backends.cudnn.conv
+    before = switch.fp32_precision
+    switch.fp32_precision = "ieee"
+    yield
+    switch.fp32_precision = before
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ torch.cuda does to the current stream. Functions under test launch work by `Cuda
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -123,6 +124,8 @@ class Cuda:
     def _set_sync_mode(self, mode: Any) -> None:
         self.sync_modes.append(mode)
         self.sync_mode = mode
+        if len(self.sync_modes) == 1:  # as torch does, once in a process and behind the change
+            warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=1)
 
     def _empty(self) -> None:
         assert self.graph is None, "captures_underway.empty() INTERNAL ASSERT FAILED"

@@ -31,7 +31,7 @@ from lambda_kernels.backends.cuda.library import ImageBlock
 from lambda_kernels.backends.cuda.operands import patches_inside
 from lambda_kernels.spec import BlockSpec, ConvSpec
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "float32_has_its_digits")
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -13,10 +13,11 @@ from chains import Given, Layer, Network, drawn_rates, flat, given, near, plain,
 from cuda_checks import Runner
 
 from lambda_kernels.agreement import tolerance
+from lambda_kernels.backends import cuda
 from lambda_kernels.backends.cuda import Cuda, Limits, last_steps
 from lambda_kernels.backends.reference import Reference
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "float32_has_its_digits")
 SHARED = 227 * 1024
 
 
@@ -123,7 +124,8 @@ def test_float32(name: str, tf32: bool, runner: Runner, monkeypatch: pytest.Monk
     """As exact as stock float32 with three products of rounded numbers; with one, TF32's digits are left."""
     case = CASES[name]
     backend, task, truth, updated = prepared(case, runner, torch.float32)
-    monkeypatch.setattr(last_steps, "allows_tf32", lambda _: tf32)
+    for module in (last_steps, cuda):
+        monkeypatch.setattr(module, "allows_tf32", lambda _: tf32)
     rates = [0.05] * (case.steps * sum(updated))
     got = run(backend, case.network, task, updated, case.steps, rates)
     want = plain(case.network, truth, updated, torch.tensor(rates).double().view(case.steps, -1))

@@ -15,7 +15,7 @@ from lambda_kernels.backends.cuda import Cuda
 from lambda_kernels.backends.reference import Reference
 from lambda_kernels.spec import BlockSpec, ConvSpec
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "float32_has_its_digits")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

@@ -17,13 +17,14 @@ from lambda_kernels import agreement, backends
 from lambda_maml import LambdaMAML, adapt, adapt_tasks, models
 from lambda_maml.inner import recorded
 
+pytestmark = pytest.mark.usefixtures("float32_has_its_digits")
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BACKENDS = ["auto", "cuda", "triton", "reference"] if ON_GPU else ["triton"]
 STEPS, LR = 2, 0.1
 GROUPS = loops.conv4_groups()
 # In units of how far the adaptation goes, above the table: two steps go a short way, of which the digits of bfloat16
-# are a large part, and TF32 on a device rounds where the plain loop on it need not.
+# are a large part.
 NEAR = {torch.float32: 2e-3, torch.bfloat16: 0.2}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ def test_a_replay_that_gives_something_else_has_no_kernels(monkeypatch, tmp_path
     bench_gpu = module("bench_gpu")
     right = bench_gpu.adapt
     calls: list[Any] = []
+    graphs: list[str | None] = []
 
     class Wrong:
         def parameters_dict(self) -> dict[str, torch.Tensor]:
@@ -140,9 +142,19 @@ def test_a_replay_that_gives_something_else_has_no_kernels(monkeypatch, tmp_path
 
     def adapt(*task: Any, **given: Any) -> Any:
         calls.append(right(*task, **given))
-        return Wrong() if len(calls) == 3 else calls[-1]
+        graphs.append(os.environ.get("LAMBDA_KERNELS_GRAPHS"))
+        return Wrong() if len(calls) == 4 else calls[-1]
 
     monkeypatch.setattr(bench_gpu, "adapt", adapt)
     failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json", "replays")
     assert failed == 1 and row["status"] == "failed" and "kernels" not in row
     assert row["reason"].endswith(" of its length away from the eager call")
+    assert graphs == ["0", *[None] * 3]  # what it is held against is no replay
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_profiler_that_sees_nothing_is_said(monkeypatch, tmp_path):
+    bench_gpu = module("bench_gpu")
+    monkeypatch.setattr(bench_gpu.Bench, "profiled", lambda self, run: run() and [])
+    failed, (row,) = tiny(1, monkeypatch, tmp_path / "rows.json", "replays")
+    assert failed == 1 and row["status"] == "failed" and "the profiler sees no kernels" in row["reason"]

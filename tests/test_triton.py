@@ -60,7 +60,10 @@ if TRITON.reasons():
     pytest.skip(f"triton: {'; '.join(TRITON.reasons())}", allow_module_level=True)
 
 # numpy's, of triton 3.6's interpreter
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+    pytest.mark.usefixtures("float32_has_its_digits"),
+]
 conv2d: Any = lk.functional.conv2d
 linear: Any = lk.functional.linear
 conv_block: Any = lk.functional.conv_block
@@ -546,6 +549,13 @@ def test_sgd_in_place_is_torchs(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [DOUBLE, SINGLE], ids=name_of)
 def test_sgd_takes_a_rate_per_parameter(dtype: torch.dtype) -> None:
     check_sgd(TRITON, DEVICE, dtype)
+
+
+def test_rates_are_numbers_of_the_host_whatever_the_default_device() -> None:
+    own, gradient = torch.ones(5, device=DEVICE), torch.ones(5, device=DEVICE)
+    with torch.device("meta"):
+        TRITON.sgd_([own], [gradient], [0.5])
+    assert own.eq(0.5).all()
 
 
 def test_rates_are_those_of_a_plain_loop() -> None:

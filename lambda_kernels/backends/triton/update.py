@@ -47,7 +47,7 @@ def sgd(
 
 def sgd_(parameters: Sequence[Tensor], gradients: Sequence[Tensor], rates: Sequence[float]) -> None:
     """As `Backend.sgd_`, for dense tensors of one dtype on one device, with one rate per tensor."""
-    high = torch.tensor(rates, dtype=torch.float32).tolist()
+    high = torch.tensor(rates, dtype=torch.float32, device="cpu").tolist()  # on a default device it would wait for it
     low = [rate - h for rate, h in zip(rates, high)]
     for first in range(0, len(parameters), TENSORS):
         some = slice(first, first + TENSORS)
