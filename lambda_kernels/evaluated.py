@@ -17,6 +17,7 @@ from .backends import Native, choose
 from .functional import asks_for_a_derivative
 from .program import Program, Step, memo_of, program_for, tensors_of
 from .program.fuse import RELUS
+from .program.snapshot import same_values
 from .spec import BlockSpec, conv_spec, output_size
 
 __all__ = ["Evaluated", "EvaluatedChain", "Folded", "logits_of"]
@@ -141,14 +142,25 @@ class EvaluatedChain:
         return folded[-2].shape[1] == size.numel()
 
 
-class Evaluated:
-    """What a chain made of a network's tensors, made anew when one of them was written to, moved or replaced.
+class _Made(NamedTuple):
+    """A chain's folded tensors, and what they were made of."""
 
-    A write that torch does not count, through `.data` or `.numpy()`, is not seen.
-    """
+    chain: EvaluatedChain
+    own: list[Tensor]
+    values: list[Tensor]
+    versions: list[int]
+    folded: Folded
+
+    def holds(self, chain: EvaluatedChain, own: list[Tensor]) -> bool:
+        same = self.chain is chain and all(a is b for a, b in zip(self.own, own))
+        return same and self.versions == [t._version for t in own] and same_values(own, self.values)
+
+
+class Evaluated:
+    """What a chain made of a network's tensors; anew when one of them holds other numbers or is another."""
 
     def __init__(self) -> None:
-        self._made: tuple[EvaluatedChain, list[Tensor], list[Tensor], list[tuple[int, int]], Folded] | None = None
+        self._made: _Made | None = None
 
     def __call__(self, chain: EvaluatedChain, state: Mapping[str, Tensor], x: Any) -> Tensor | None:
         """The logits [N, ways] of images x [N, C, H, W] by the tensors of `state`; None where the chain gives none."""
@@ -157,14 +169,15 @@ class Evaluated:
             return None
         if any(t.is_inference() for t in own):  # torch counts no writes to these
             return None
-        marks = [(t._version, t.data_ptr()) for t in own]
+        if any(t.device.type != "cpu" for t in own):  # no chain runs there, and to compare would wait
+            return None
         made = self._made
-        if made is None or made[0] is not chain or made[3] != marks or any(a is not b for a, b in zip(made[1], own)):
+        if made is None or not made.holds(chain, own):
             if stand_ins_made():
                 return None
-            held = [t.detach() for t in own]  # so that no other memory is found at their addresses
-            made = self._made = chain, own, held, marks, chain.folded(state)
-        return chain(made[4], x)
+            values = [t.detach().clone() for t in own]
+            made = self._made = _Made(chain, own, values, [t._version for t in own], chain.folded(state))
+        return chain(made.folded, x)
 
 
 def logits_of(network: nn.Module, x: Any) -> Tensor | None:

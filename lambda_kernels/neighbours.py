@@ -7,14 +7,15 @@ runs as its unpatched twin: the same attributes and buffers, and higher's fast w
 from __future__ import annotations
 
 import sys
+from collections.abc import MutableMapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["unpatched"]
 
-_TWINS: WeakKeyDictionary[nn.Module, _Twin] = WeakKeyDictionary()
+_TWINS: MutableMapping[nn.Module, _Twin] = WeakIdKeyDictionary()
 _OWN = frozenset(
     "_parameters _modules _param_mapping _being_modified_internally _track_higher_grads _root_ref _fast_params "
     "_param_names _original_params".split()

@@ -14,7 +14,7 @@ all modules of the same structure share one.
 
 from .calls import BlockCall, LinearCall
 from .fuse import EVALUATION
-from .lookup import aliases_of, memo_of, modes_of, notes_of, program_for, program_seen, tensors_of
+from .lookup import aliases_of, memo_of, modes_of, notes_of, program_for, program_seen, snapshot_of, tensors_of
 from .shadow import replace, shadow
 from .steps import LAYERS, NORMS, Arguments, Fusion, OwnState, Program, Slot, Step
 from .structure import flatten
@@ -42,5 +42,6 @@ __all__ = [
     "program_seen",
     "replace",
     "shadow",
+    "snapshot_of",
     "tensors_of",
 ]

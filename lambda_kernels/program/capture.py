@@ -7,9 +7,11 @@ What Dynamo leaves unguarded is closed here: classes and functions that are chan
 from __future__ import annotations
 
 import builtins
+import collections
 import contextlib
 import dis
 import logging
+import os
 import re
 import sysconfig
 import threading
@@ -295,8 +297,8 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fun
         classes = _classes(root, output)
         if guards.lost or not guards.guard_manager.check(given):
             raise Refusal("its forward reads something that is another in each call")
-    for code in codes:
-        if (why := _catches(code)) is not None:
+    for why in (_asks(output), *map(_catches, codes)):
+        if why is not None:
             raise Refusal(why)
     markers = [torch.empty(0) for _ in _outputs(found.graph)]
     environment = done.graph_capture_output().get_runtime_env()
@@ -310,13 +312,25 @@ def _capture(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fun
 def _classes(root: nn.Module, output: Any) -> list[type]:
     """The classes, other than torch's, of the objects that the captured code asked, and of what these inherit from."""
     kinds: dict[type, None] = {type(module): None for module in root.modules()}
-    for guard in output.guards:
-        kind = guard.guarded_class_weakref() if isinstance(guard.guarded_class_weakref, weakref.ref) else None
-        for found in (kind, guard.obj_weakref() if isinstance(guard.obj_weakref, weakref.ref) else None):
-            if isinstance(found, type):
-                kinds[found] = None
+    kinds |= {found: None for found in _guarded(output) if isinstance(found, type)}
     every = dict.fromkeys(base for kind in kinds for base in kind.__mro__)
     return [c for c in every if str(c.__module__).split(".")[0] not in ("builtins", "torch", "typing", "abc")]
+
+
+def _guarded(output: Any) -> Iterator[Any]:
+    """The objects that the captured code asked, and their classes."""
+    for guard in output.guards:
+        for found in (guard.guarded_class_weakref, guard.obj_weakref):
+            yield found() if isinstance(found, weakref.ref) else None
+
+
+def _asks(output: Any) -> str | None:
+    """Whether the captured code asked a mapping that finds by an exception what is missing: see `_catches`."""
+    for found in _guarded(output):
+        if isinstance(found, (type(os.environ), collections.ChainMap)):
+            name = "os.environ" if found is os.environ else f"a {type(found).__name__}"
+            return f"its forward reads {name}: read what it needs where the network is made"
+    return None
 
 
 def _catches(code: types.CodeType) -> str | None:

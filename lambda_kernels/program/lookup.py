@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .._torch import (
     functorch_active,
@@ -27,7 +27,7 @@ from .steps import Program
 from .structure import flatten
 from .walk import is_walkable, look, plain_class, plain_view, walk
 
-__all__ = ["aliases_of", "memo_of", "modes_of", "notes_of", "program_for", "program_seen", "tensors_of"]
+__all__ = ["aliases_of", "memo_of", "modes_of", "notes_of", "program_for", "program_seen", "snapshot_of", "tensors_of"]
 
 _MOST = 64  # captures of one structure: more of them, and the forward asks for something that never stays
 _LOCK = threading.RLock()  # one thread makes a program, the others wait for it
@@ -67,9 +67,9 @@ class _Known:
 
 
 _FAMILIES: Bounded[_Family] = Bounded(128)
-_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_KNOWN: MutableMapping[nn.Module, _Known] = WeakIdKeyDictionary()
 # Why a call is not captured, by its form: of a module, and of all its shadows, which are made anew for each call.
-_REFUSED: WeakKeyDictionary[nn.Module, Bounded[str]] = WeakKeyDictionary()
+_REFUSED: MutableMapping[nn.Module, Bounded[str]] = WeakIdKeyDictionary()
 
 
 def _known(root: nn.Module) -> _Known:
@@ -305,6 +305,12 @@ def modes_of(root: nn.Module) -> dict[str, bool]:
 def aliases_of(root: nn.Module) -> dict[str, str]:
     """The second names of shared parameters and buffers, and their first."""
     return _known(root).aliases
+
+
+def snapshot_of(root: nn.Module) -> Snapshot | None:
+    """What the module is at present; None where changes of it cannot be told."""
+    snapshot = _known(root).snapshot
+    return snapshot if snapshot.complete else None
 
 
 def notes_of(root: nn.Module) -> dict[Any, Any]:

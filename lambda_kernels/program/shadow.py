@@ -10,11 +10,12 @@ import functools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .snapshot import BASE, SCALARS
 from .structure import attributes, opened, slots_of
@@ -26,7 +27,7 @@ _CLOSED = (*SCALARS, Tensor, type, types.ModuleType, types.BuiltinFunctionType, 
 _TENSORS = ("_parameters", "_buffers", "_modules")
 _OWN = tuple(n for n, held in nn.Module().__dict__.items() if isinstance(held, (dict, set)) and n not in _TENSORS)
 _PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
-_ORIGINS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()  # by shadow
+_ORIGINS: MutableMapping[nn.Module, weakref.ref[nn.Module]] = WeakIdKeyDictionary()  # by shadow
 
 
 def shadow(

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from .. import _build
 from ..layers import has_hooks
 
-__all__ = ["BASE", "SCALARS", "Snapshot", "Stamp", "fingerprint", "outline"]
+__all__ = ["BASE", "SCALARS", "Snapshot", "Stamp", "fingerprint", "outline", "same_values"]
 
 SCALARS = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device))
 BASE = frozenset(nn.Module().__dict__)
 _HOOKS = tuple(name for name in BASE if name.endswith("_hooks"))
+_NOT_BUILT = ("training", "_compiled_call_impl")  # attributes that are no part of a network's structure
 _RUN = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")  # when a module is called
 
 
@@ -39,7 +40,16 @@ def _native(name: str) -> Any:
 
 _ADDRESSES: Callable[[list[Any], list[Any], bool], bytes] | None = _native("addresses")
 _FORMS: Callable[[list[Tensor]], bytes] | None = _native("forms")
+_SAME: Callable[[list[Tensor], list[Tensor]], bool] | None = _native("same")
 _VERSIONS: Callable[[list[type], list[Any]], bytes] | None = _native("versions")
+
+
+def same_values(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether tensors hold what others of their shapes do, of which torch's counts of writes do not tell all: a fused
+    optimiser's, a batch norm's, and those through `.data` or `.numpy()` are not among them."""
+    if _SAME is not None:
+        return _SAME(list(tensors), list(others))
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
 
 
 class Snapshot:
@@ -83,6 +93,35 @@ class Snapshot:
     def holds(self, root: nn.Module) -> bool:
         """Whether the network is as it was; False where that cannot be told cheaply."""
         return self.complete and self._now(root) == self._known
+
+    def rebuilt(self, root: nn.Module) -> str | None:
+        """What of the network's structure is another, in words; None where only modes, hooks and tensors may be.
+
+        Attributes count for networks of torch's layers alone: a forward of somebody's own may write some.
+        """
+        modules = list(root.modules())
+        if len(modules) != len(self._parts) + 1 or any(a is not b for a, b in zip(modules[1:], self._parts)):
+            return "its layers are others"
+        tensors = {id(m.__dict__[name]): m for m in modules for name in ("_parameters", "_buffers")}
+        hooks = {id(m.__dict__[name]) for m in modules for name in _HOOKS if name in m.__dict__}
+        own = {id(m.__dict__): m for m in modules}
+        for container, kept in zip(self._containers, self._kept):
+            if id(container) in hooks:
+                continue
+            now = list(container.items()) if isinstance(container, dict) else [(None, v) for v in container]
+            then = kept if isinstance(container, dict) else [(None, v) for v in kept]
+            if id(container) in tensors:
+                present, before = ([(name, t is None) for name, t in items] for items in (now, then))
+                if present != before:
+                    return f"parameters or buffers of {type(tensors[id(container)]).__name__} are others"
+            elif id(container) in own:
+                held = [{name: v for name, v in items if name not in _NOT_BUILT} for items in (now, then)]
+                names = {**held[0], **held[1]}
+                if changed := [n for n in names if not _alike(held[0].get(n, held), held[1].get(n, held))]:
+                    return f"{changed[0]} of {type(own[id(container)]).__name__} is another"
+            elif len(now) != len(then) or not all(_alike(a, b) for x, y in zip(now, then) for a, b in zip(x, y)):
+                return "its layers are others"
+        return None
 
     def _now(self, root: nn.Module) -> bytes:
         if not self.complete or _ADDRESSES is None:
@@ -137,6 +176,13 @@ class Stamp:
             return _VERSIONS(self._classes, self._functions)
         codes = [function.__code__ for function in self._functions]
         return [list(map(id, vars(cls).values())) for cls in self._classes], list(map(id, codes))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two attributes are the same object, or numbers and texts that are equal."""
+    if type(a) is tuple and type(b) is tuple:
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return a is b or (type(a) in SCALARS and type(a) is type(b) and bool(a == b))
 
 
 def _is_fixed(value: Any) -> bool:

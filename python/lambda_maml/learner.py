@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lambda_kernels._torch import being_traced, for_good, stand_ins_made
 from lambda_kernels.evaluated import Evaluated
 from lambda_kernels.norms import exact_norms
-from lambda_kernels.program import OwnState, aliases_of, modes_of, program_for, replace, shadow, tensors_of
+from lambda_kernels.program import OwnState, aliases_of, modes_of, program_for, replace, shadow, snapshot_of, tensors_of
 from lambda_kernels.program.structure import flatten
 
 from .export import Contents, export
@@ -67,6 +67,7 @@ class AdaptedNetwork(nn.Module):
             _exported=None,
             _support=None,
             _chain=Evaluated(),
+            _built=snapshot_of(model),
         )
 
     @property
@@ -82,6 +83,7 @@ class AdaptedNetwork(nn.Module):
         if found is not None:
             return found
         model, modes, outcome = self.__dict__["_held"]
+        self._check_model(model)
         network = for_good(lambda: shadow(model, outcome.state, modes))
         self.__dict__.update(_network=network, _bound={})
         self.__dict__.update({name: network.__dict__[name] for name in _CONTENTS})
@@ -91,12 +93,26 @@ class AdaptedNetwork(nn.Module):
         """What a call runs: a plan, the network whose modules it uses, and the state."""
         model, modes, outcome = self.__dict__["_held"]
         if self.__dict__["_network"] is None and modes_of(model) == modes:
+            self._check_model(model)
             return plan_of(model, program_for(model, args, kwargs)), model, outcome.state
         network = self.module
         program = program_for(network, args, kwargs)
         # What cannot be looked into runs on the learner's own network, which holds what was set on it.
         state = self._state() if program.untraceable is None else OwnState(network)
         return plan_of(network, program), network, state
+
+    def _check_model(self, model: nn.Module) -> None:
+        """RuntimeError where the model, of which this is a twin to be, has another structure by now."""
+        built: Any = self.__dict__["_built"]
+        present = snapshot_of(model)
+        if built is None or present is built:
+            return
+        if (what := built.rebuilt(model)) is not None:
+            raise RuntimeError(
+                f"{type(model).__name__} was changed after the adaptation: {what}. A learner keeps the layers that it "
+                "was adapted with once its `module` was read: read it before the change, or adapt anew"
+            )
+        self.__dict__["_built"] = present or built
 
     def _state(self) -> dict[str, Tensor]:
         """All parameters and buffers by name, as adapted so far."""
@@ -321,8 +337,8 @@ class Learner(AdaptedNetwork):
     def to_module(self, fold: bool = False) -> nn.Module:
         """As of any adapted network; with `fold` norms with fixed statistics are part of the layers ahead of them.
 
-        A folded chain of blocks is one operation in each call without gradients. It sees what changes its parameters,
-        but for writes that torch does not count, through `.data` or `.numpy()`.
+        A folded chain of blocks is one operation in each call without gradients. It sees whatever changes its
+        parameters.
 
         >>> network = adapt(model, xs, ys, pattern="00011").freeze_statistics().to_module(fold=True)
         >>> network.block1.norm

@@ -200,7 +200,7 @@ class _Held(NamedTuple):
     """The frozen prefix of the last input."""
 
     inputs: tuple[Any, ...]
-    values: list[Tensor]  # copies of the inputs: they may be changed in place, past torch's knowledge
+    values: list[Tensor]  # copies of both: they may be changed in place, past torch's knowledge
     read: list[Tensor]  # what it read of the state
     key: Any  # the versions of that, and the modes that it was computed in
     frozen: Frozen
@@ -252,11 +252,12 @@ class TaskLearner(AdaptedNetwork):
             self.__dict__["_prefix"] = None
             return part.freeze(modules, state, inputs)(modules, state)
         read = self._frozen(state, part)
-        key = part, _modes((*args, *state.values())[0].device), [version_of(t) for t in read]
+        versions = [(version_of(t), t.requires_grad) for t in (*args, *read)]
+        key = part, _modes((*args, *state.values())[0].device), versions
         held: _Held | None = self._prefix
         if held is None or not _same(held, args, read, key):
             frozen = part.freeze(modules, state, inputs)
-            held = _Held(args, [x.detach().clone() for x in args], read, key, frozen, object())
+            held = _Held(args, [t.detach().clone() for t in (*args, *read)], read, key, frozen, object())
             self.__dict__["_prefix"] = held
             self._forget_when_freed(held)
         return held.frozen(modules, state)
@@ -475,7 +476,7 @@ class TaskLearner(AdaptedNetwork):
 def _same(held: _Held, args: tuple[Any, ...], read: list[Tensor], key: Any) -> bool:
     mine, given = (*held.inputs, *held.read), (*args, *read)
     same = len(mine) == len(given) and all(a is b for a, b in zip(mine, given))
-    return same and held.key == key and all(torch.equal(mine, x.detach()) for mine, x in zip(held.values, args))
+    return same and held.key == key and all(torch.equal(mine, t.detach()) for mine, t in zip(held.values, given))
 
 
 def _modes(device: torch.device) -> tuple[Any, ...]:

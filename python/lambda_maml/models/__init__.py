@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 import lambda_kernels as lk
 
@@ -112,7 +112,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
     return create(settings.pop("network", None), **settings)
 
 
-_BUILT: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()  # the settings of networks of functions
+_BUILT: MutableMapping[nn.Module, dict[str, Any]] = WeakIdKeyDictionary()  # the settings of networks of functions
 
 
 def _of_function(name: str, settings: dict[str, Any]) -> nn.Module:
