@@ -127,7 +127,9 @@ def test_info_ends_quietly_where_nobody_reads_on():
 
 
 def test_info_says_why_the_extension_does_not_load(tmp_path):
-    shutil.copytree(PACKAGE, tmp_path / "lambda_kernels", ignore=shutil.ignore_patterns("*.so", "_build_info.json"))
+    shutil.copytree(
+        PACKAGE, tmp_path / "lambda_kernels", ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    )
     program = (
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]; "
         "from lambda_kernels import info; info.main(['--json'])"
@@ -143,7 +145,9 @@ UNBUILT = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable
 
 
 def test_an_extension_that_was_not_built_is_said_once_with_the_remedy(tmp_path):
-    shutil.copytree(PACKAGE, tmp_path / "lambda_kernels", ignore=shutil.ignore_patterns("*.so", "_build_info.json"))
+    shutil.copytree(
+        PACKAGE, tmp_path / "lambda_kernels", ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    )
     program = UNBUILT + "import lambda_kernels, lambda_kernels.chain"
     done = run("-c", program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -154,7 +158,9 @@ def test_an_extension_that_was_not_built_is_said_once_with_the_remedy(tmp_path):
 def test_a_source_that_hides_the_installed_package_is_told(tmp_path):
     for place in ("source", "installed"):
         shutil.copytree(
-            PACKAGE, tmp_path / place / "lambda_kernels", ignore=shutil.ignore_patterns("*.so", "_build_info.json")
+            PACKAGE,
+            tmp_path / place / "lambda_kernels",
+            ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__"),
         )
     (tmp_path / "installed/lambda_kernels/_C.so").write_bytes(b"")
     info_folder = tmp_path / "installed/lambda_kernels-0.1.0.dist-info"

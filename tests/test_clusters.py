@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -81,14 +82,22 @@ def test_the_torchrun_commands_have_their_options():
         cli.cli.commands[name].make_context(name, options)
 
 
+def free_port() -> int:
+    """A port that is free, and below those that the system gives to whoever asks for any."""
+    start = 15000 + os.getpid() % 10000
+    for port in range(start, start + 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise OSError(f"no port from {start} on is free")
+
+
 def test_the_training_batch_file_saves_on_sigusr1_and_goes_on_when_it_is_queued_again(tmp_path):
     """On this machine, without Slurm: torchrun starts two ranks, the script passes the signal on to rank 0."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "activate").write_text(f'PATH="{Path(sys.executable).parent}:$PATH"\n')
     given = {"VENV": str(tmp_path), "RUN": "run", "RANKS": "2", "DEVICE": "cpu", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     small = ["--width", "4", "--steps", "1", "--query", "1", "--val-tasks", "2", "--val-every", "2"]
 
     def submit(iterations: int) -> subprocess.Popen[str]:

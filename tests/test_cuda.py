@@ -112,8 +112,9 @@ def test_statistics_far_from_zero(runner: Runner, width: int) -> None:
 @pytest.mark.parametrize("width", [3, 4])
 def test_what_is_not_finite_and_ties(runner: Runner, pool: int, width: int) -> None:
     z = torch.randint(-1, 2, (2, 2, width, 4, 5), device=runner.device).float()
-    gamma, beta = torch.randn(2, width, device=runner.device), torch.zeros(1, width, device=runner.device)
-    gamma[0, 0] = 0
+    # Where beta is 0, a value that is the mean lies on the edge of the ReLU, and rounding decides.
+    gamma, beta = torch.randn(2, width, device=runner.device), torch.full((2, width), 0.3, device=runner.device)
+    gamma[0, 0] = beta[0, 0] = 0
     z[1, 1, 2, 1, 3] = float("nan")
     got, want = (b.norm_relu_pool(z, gamma, beta, norm_block(pool)) for b in (runner.backend, REFERENCE))
     assert torch.equal(got[1], want[1]) and bool(got[0][1, :, 2].isnan().all()) and not got[0][0].isnan().any()

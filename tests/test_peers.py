@@ -128,7 +128,8 @@ def test_the_file_says_what_was_measured_and_where(results):
     }  # fmt: skip
     assert (results["schema"], results["what"], results["tiny"]) == (1, "peers", True)
     assert results["command"].startswith("python bench/bench_peers.py --configurations=omniglot --kinds=adapt,")
-    assert "/tmp" not in json.dumps(results) and str(Path.home()) not in json.dumps(results)
+    assert "/tmp" not in json.dumps(results)
+    assert str(Path.home()) == "/" or str(Path.home()) not in json.dumps(results)
     assert results["machine"]["threads"] == results["ceilings"]["threads"] == 1
     assert results["machine"]["packages"]["torch"] == torch.__version__
     assert [row["name"] for row in results["rows"]] == [

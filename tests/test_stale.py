@@ -180,7 +180,7 @@ class Alike(nn.Sequential):
 
 def test_networks_that_are_equal_to_python_are_two() -> None:
     xs, ys, xq = task()
-    twins = [Alike(*network(seed=seed)) for seed in (0, 5)]
+    twins: list[Any] = [Alike(*network(seed=seed)) for seed in (0, 5)]
     found = [adapt(twin, xs, ys, pattern="01", steps=2, lr=0.1) for twin in twins]
     for twin, learner in zip(twins, found, strict=True):
         want = adapt(nn.Sequential(*twin), xs, ys, pattern="01", steps=2, lr=0.1)
@@ -212,7 +212,7 @@ def test_a_forward_that_finds_by_an_exception_what_is_missing_is_run_as_it_is(
     kind: type[ReadsEnvironment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     xs, ys, xq = task()
-    model = kind()
+    model: Any = kind()
     converted: Any = lk.convert(kind())
     for shift in ("0", "3"):
         if shift == "3":

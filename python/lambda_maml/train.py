@@ -115,10 +115,11 @@ def train(
             way = "resume it (--resume) or choose" if held.name == LAST else "choose"
             raise ValueError(f"{held}: the folder holds an earlier run: {way} another folder")
         run.start(log_every, tensorboard)
-        if not resume:
-            ranks.first(run.begin)
         bar = shown(progress, "training", here=ranks.rank == 0, left=False)
-        with bar as told, stoppable() as stop, contextlib.closing(run.metrics), _saved_by_those_left(run):
+        # Who sees the state that a run begins with may send it a signal.
+        with stoppable() as stop, bar as told, contextlib.closing(run.metrics), _saved_by_those_left(run):
+            if not resume:
+                ranks.first(run.begin)
             _iterate(run, stop, iterations, minutes, told)
         return run.state.result
 
