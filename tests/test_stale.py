@@ -14,7 +14,7 @@ from plain import far, plain
 from torch import Tensor, nn
 
 import lambda_kernels as lk
-from lambda_maml import LambdaMAML, adapt
+from lambda_maml import LambdaMAML, adapt, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -226,3 +226,21 @@ def test_a_forward_that_finds_by_an_exception_what_is_missing_is_run_as_it_is(
             assert far(learner(xq), stock(xq)) < 1e-4
             again: Any = lk.to_torch(converted)
             torch.testing.assert_close(converted(xq), again(xq), rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_can_be_swapped_after_an_adaptation_and_the_next_one_reads_them() -> None:
+    xs, ys, xq = task()
+    model = models.conv4(3, 1, 4, 16)
+    other = models.conv4(3, 1, 4, 16)
+    xs, xq = (F.interpolate(t, 16) for t in (xs, xq))
+    for _ in range(3):  # the second call is remembered
+        adapt(model, xs, ys, pattern="00011", steps=2, lr=0.1)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict(other.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    got, want = (adapt(m, xs, ys, pattern="00011", steps=2, lr=0.1) for m in (model, other))
+    with torch.no_grad():
+        assert torch.equal(got(xq), want(xq))

@@ -28,11 +28,9 @@ class PreparedCall {
  public:
   PreparedCall(const py::list& parameters, std::vector<int64_t> updated, std::vector<int64_t> geometry,
                std::vector<double> eps)
-      : updated_(std::move(updated)), geometry_(std::move(geometry)), eps_(std::move(eps)) {
-    for (py::handle p : parameters) {
+      : parameters_(parameters), updated_(std::move(updated)), geometry_(std::move(geometry)), eps_(std::move(eps)) {
+    for (py::handle p : parameters)
       if (!THPVariable_Check(p.ptr())) throw py::type_error("PreparedCall: no tensor: " + py::repr(p).cast<std::string>());
-      parameters_.push_back(THPVariable_Unpack(p.ptr()));
-    }
   }
 
   // xs [N, ...], ys [N] -> a list of the updated parameters' new values; None where something is not as it should be.
@@ -41,8 +39,11 @@ class PreparedCall {
     if (!THPVariable_Check(xs.ptr()) || !THPVariable_Check(ys.ptr())) return py::none();
     {
       const at::Tensor &x = THPVariable_Unpack(xs.ptr()), &y = THPVariable_Unpack(ys.ptr());
+      std::vector<at::Tensor> parameters;
+      parameters.reserve(parameters_.size());
+      for (py::handle p : parameters_) parameters.push_back(THPVariable_Unpack(p.ptr()));
       const py::gil_scoped_release others;
-      if (!run(x, y, steps, rates, found)) return py::none();
+      if (!run(parameters, x, y, steps, rates, found)) return py::none();
     }
     py::list result;
     for (at::Tensor& t : found) result.append(py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(t))));
@@ -50,14 +51,14 @@ class PreparedCall {
   }
 
  private:
-  bool run(const at::Tensor& x, const at::Tensor& y, int64_t steps, const std::vector<double>& rates,
-           std::vector<at::Tensor>& found) const {
+  bool run(const std::vector<at::Tensor>& parameters, const at::Tensor& x, const at::Tensor& y, int64_t steps,
+           const std::vector<double>& rates, std::vector<at::Tensor>& found) const {
     // Past torch's dispatcher: nothing that is more than values in memory.
     const auto plain = [](const at::Tensor& t) { return !at::isTensorSubclassLike(t) && !t.is_neg(); };
-    if (!std::all_of(parameters_.begin(), parameters_.end(), plain) || !plain(x) || !plain(y)) return false;
+    if (!std::all_of(parameters.begin(), parameters.end(), plain) || !plain(x) || !plain(y)) return false;
     try {
       auto [rows, updated, logits] =
-          inner_loop(x.unsqueeze(0), y.unsqueeze(0), parameters_, updated_, geometry_, eps_, steps, rates, std::nullopt);
+          inner_loop(x.unsqueeze(0), y.unsqueeze(0), parameters, updated_, geometry_, eps_, steps, rates, std::nullopt);
       const double* values = rows.const_data_ptr<double>();
       found = std::move(updated);
       return std::all_of(values, values + rows.numel(), [](double value) { return std::isfinite(value); });
@@ -70,7 +71,7 @@ class PreparedCall {
     }
   }
 
-  std::vector<at::Tensor> parameters_;
+  py::list parameters_;  // Python's objects: torch swaps the tensors in them, where nobody else holds these
   std::vector<int64_t> updated_, geometry_;
   std::vector<double> eps_;
 };

@@ -327,8 +327,9 @@ class Learner(AdaptedNetwork):
             xs: the support set; None: that of `adapt`, as it was.
 
         Raises:
-            ValueError: the support set is not known any more (a copied or loaded learner) or was changed in place; a
-                norm is called several times; a result still depends on the images beside it.
+            ValueError: the support set is not known any more (a copied or loaded learner) or was changed in place (as
+                far as torch counts writes: not those through `.data` or `.numpy()`); a norm is called several times; a
+                result still depends on the images beside it.
         """
         freeze(self.module, self._support_set(xs))
         self.__dict__["_bound"] = {}
