@@ -75,7 +75,7 @@ INSIDE = {
         "": {"calls", "fuse", "lookup", "shadow", "steps", "structure", "walk"},
     },
     "lambda_maml": {
-        "data": {"progress"},
+        "data": {"progress", "say"},
         "files": set(),
         "forms": set(),
         "say": set(),

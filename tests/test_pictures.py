@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lambda_maml import say
 from lambda_maml.data import pictures
 from lambda_maml.data.layout import visible
 from lambda_maml.data.pictures import read_picture, shown
@@ -271,9 +272,27 @@ def test_folders_without_images_are_named(tmp_path):
         class_folders(tmp_path)
 
 
+def test_pictures_of_kinds_that_are_not_read_are_said_once(tmp_path, caplog):
+    say._said.clear()
+    for name in ("1.png", "2.jfif", "3.ppm", "4.avif", "5.HEIC", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    for _ in range(2):
+        assert [path.name for path in image_files(tmp_path)] == ["1.png", "2.jfif", "3.ppm"]
+    (told,) = caplog.messages
+    assert "left out 2 pictures, such as 4.avif: convert them to one of .png" in told
+    with pytest.raises(FileNotFoundError, match="1.png: is a file: give its folder"):
+        query_files(tmp_path / "1.png")
+
+
 def test_a_picture_that_cannot_be_opened_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"x.png: not a readable image: .*No such file"):
+    with pytest.raises(ValueError, match=r"x.png: no such file"):
         read_picture(tmp_path / "x.png", "L")
+    for ending in ("jpg", "jfif", "png", "ppm"):
+        (tmp_path / f"y.{ending}").write_bytes(b"no picture at all")
+        with pytest.raises(
+            ValueError, match=rf"y.{ending}: not a readable image: its format is unknown; copy it again"
+        ):
+            read_picture(tmp_path / f"y.{ending}", "L")
     (tmp_path / "x.png").mkdir()
     with pytest.raises(ValueError, match=r"x.png: not a readable image: .*[Dd]irectory"):
         read_picture(tmp_path / "x.png", "RGB")

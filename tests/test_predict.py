@@ -168,6 +168,8 @@ def test_an_exported_file_classifies_as_the_checkpoint_does(
     for got, row in zip(found, want):
         # float32 through another library's convolutions
         assert got["probabilities"] == pytest.approx(row["probabilities"], abs=1e-5)
+    assert call("predict", file, pictures, "--device", "cuda") == 2
+    assert "cuda" in capsys.readouterr().err.lower()
 
 
 def test_a_pt2_is_exported_and_not_unpickled(trained: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

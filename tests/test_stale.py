@@ -17,6 +17,7 @@ import lambda_kernels as lk
 from lambda_maml import LambdaMAML, adapt, models
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ENVIRONMENT = os.environ
 
 
 def network(track: bool = False, seed: int = 0) -> nn.Sequential:
@@ -195,7 +196,7 @@ class ReadsEnvironment(nn.Module):
         self.layers = network()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x + float(os.environ.get("LAMBDA_TEST_SHIFT", "0")) * x.square())
+        return self.layers(x + float(ENVIRONMENT.get("LAMBDA_TEST_SHIFT", "0")) * x.square())
 
 
 class ReadsChain(ReadsEnvironment):

@@ -258,3 +258,8 @@ def test_an_error_of_the_users_own_is_theirs_for_many_tasks_too() -> None:
 
     with pytest.raises(RuntimeError, match="^mine$"):
         adapt_tasks(mlp(), *map(doubled, (X, Y, Q)), pattern="11", loss=loss)
+
+
+def test_explaining_without_labels_says_nothing_of_labels(caplog: pytest.LogCaptureFixture) -> None:
+    explain(mlp(3), X, pattern=None)
+    assert not [told for told in caplog.messages if "one class" in told]

@@ -328,7 +328,7 @@ def _asks(output: Any) -> str | None:
     """Whether the captured code asked a mapping that finds by an exception what is missing: see `_catches`."""
     for found in _guarded(output):
         if isinstance(found, (type(os.environ), collections.ChainMap)):
-            name = "os.environ" if found is os.environ else f"a {type(found).__name__}"
+            name = "os.environ" if isinstance(found, type(os.environ)) else f"a {type(found).__name__}"
             return f"its forward reads {name}: read what it needs where the network is made"
     return None
 

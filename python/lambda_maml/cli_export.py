@@ -116,6 +116,10 @@ def _classifier(path: Path, device: str) -> tuple[list[str], Callable[[Sequence[
     from .onnx_file import OnnxFile
 
     if path.suffix == ".onnx":
+        if device_of(device).type != "cpu":
+            raise ValueError(
+                f"{path}: an .onnx is run on the CPU, not on {device}: give the .safetensors, or leave it out"
+            )
         served = OnnxFile(path)
         return served.classes, served.classify
     if path.suffix == ".pt2":

@@ -58,7 +58,7 @@ def explain(
         ValueError, TypeError: as `adapt`, for its settings.
     """
     model = network_of(model)
-    ys = _some_labels(xs) if ys is None else ys
+    given, ys = ys is not None, _some_labels(xs) if ys is None else ys
     if callable(pattern):
         pattern = chosen(model, xs, ys, pattern, norm, loss, FIRST)
     if solver is not None and (descent := descent_of(solver)) is None:
@@ -71,7 +71,7 @@ def explain(
         model, pattern = network.model, network.pattern
     a = describe(model, xs, pattern, rule, steps, norm, second_order, loss)
     support = a.support(xs, ys)
-    if ys is not None and support.labels is not None:
+    if given:
         support = a.check_labels(support)
     order = "second order" if a.second_order else "first order"
     which = a.pattern if pattern is told else told

@@ -24,7 +24,7 @@ def query_files(root: Path) -> list[Path]:
         ValueError: no image in it.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder")
+        raise FileNotFoundError(f"{root}: {'is a file: give its folder' if root.is_file() else 'no such folder'}")
     files = [path for folder in (root, *subfolders(root)) for path in image_files(folder)]
     if not files:
         raise ValueError(f"{root}: no image in this folder (known endings: {' '.join(SUFFIXES)})")

@@ -6,8 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-"""Endings of picture files, in lower case."""
+from ..say import say_once
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+"""Endings of the picture files that are read, in lower case."""
+
+_OTHERS = frozenset(".avif .cr2 .dng .heic .heif .ico .jp2 .jxl .nef .pbm .psd .svg .tga .xcf".split())
+"""Endings of pictures that are not read."""
 
 LEFTOVERS = frozenset(
     (
@@ -35,8 +40,13 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder, by name, without hidden ones."""
-    return [path for path in visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    """The image files in a folder, by name, without hidden ones. Pictures of a kind that is not read are said once."""
+    found = visible(folder)
+    files = [path for path in found if path.suffix.lower() in SUFFIXES and path.is_file()]
+    if files and (left := [path for path in found if path.suffix.lower() in _OTHERS]):
+        kinds = " ".join(SUFFIXES)
+        say_once(f"{folder}: left out {len(left)} pictures, such as {left[0].name}: convert them to one of {kinds}")
+    return files
 
 
 def class_folders(root: Path) -> dict[str, list[Path]]:

@@ -22,8 +22,8 @@ _ORIENTATION = 0x0112  # EXIF and TIFF
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF; 0: white is zero
 # What Pillow may take a file for, by its ending: it hands some other formats to programs, as PostScript to Ghostscript.
 _FORMATS = {
-    ".png": ("PNG",), ".jpg": ("JPEG", "MPO"), ".jpeg": ("JPEG", "MPO"), ".bmp": ("BMP", "DIB"), ".gif": ("GIF",),
-    ".tif": ("TIFF",), ".tiff": ("TIFF",), ".webp": ("WEBP",), ".pgm": ("PPM",), ".ppm": ("PPM",),
+    ".png": ("PNG",), ".jpg": ("JPEG", "MPO"), ".jpeg": ("JPEG", "MPO"), ".jfif": ("JPEG",), ".bmp": ("BMP", "DIB"),
+    ".gif": ("GIF",), ".tif": ("TIFF",), ".tiff": ("TIFF",), ".webp": ("WEBP",), ".pgm": ("PPM",), ".ppm": ("PPM",),
 }  # fmt: skip
 _MOST_PIXELS = 89_478_485  # from there on Pillow speaks of decompression bombs
 _IN_A_PICKLE = ("PNG", "JPEG")
@@ -134,7 +134,10 @@ def _opened(source: Path | bytes) -> Iterator[ImageFile]:
                 raise ValueError(f"it has {opened.width}x{opened.height} pixels, more than {_MOST_PIXELS}")
             yield opened
     except Exception as error:  # decoders raise many kinds
-        unknown = isinstance(error, UnidentifiedImageError)  # its text names an object of Python
+        if isinstance(error, FileNotFoundError) and not isinstance(source, bytes):
+            raise ValueError(f"{source}: no such file") from error
+        # The text of the first names an object of Python; Pillow 13 raises the second for what is no JPEG.
+        unknown = isinstance(error, (UnidentifiedImageError, KeyError))
         name, what = "", f"{'its format is unknown' if unknown else error}; copy it again or remove it"
         if not isinstance(source, bytes):
             opens = not (isinstance(error, OSError) and error.errno)
