@@ -114,10 +114,10 @@ class ImageConvolution {
     const Arena::Mark mark = arena.mark();
     const int64_t side = taps_ + 1;
     ImageBlock<T> p = describe(0);
-    // A dense convolution takes whole images.
-    p.slabs = p.dense ? std::clamp<int64_t>(p.images, 1, kImageSlabs) : p.slabs;
+    // Whole images, where they go by distance.
+    p.slabs = by_distance(p) ? std::clamp<int64_t>(p.images, 1, kImageSlabs) : p.slabs;
     p.partial = arena.take<double>(p.slabs * side * side);
-    p.scratch = p.dense ? arena.take<double>(p.slabs * image_moments_scratch(p)) : nullptr;
+    p.scratch = by_distance(p) ? arena.take<double>(p.slabs * image_moments_scratch(p)) : nullptr;
     const auto& kernels = image_block_kernels<T>();
     const int64_t work = c_.pixels() * side * side / p.slabs;
     at::parallel_for(0, p.slabs, 1 + kGrain / (work + 1),

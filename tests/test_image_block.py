@@ -25,6 +25,8 @@ LARGE = (
     ImageCase("75-images", 75, 3, 5, (7, 7)),
     ImageCase("21x21", 3, 1, 48, (21, 21), pool=1),
     ImageCase("33x47", 1, 3, 100, (33, 47)),
+    ImageCase("one-row", 3, 2, 5, (1, 8), (3, 2), pool=1),  # fewer rows of results than taps that read each row
+    ImageCase("three-rows", 4, 1, 6, (7, 9), (5, 5), padding=(0, 0), pool=1),
 )
 CASES = {case.name: case for case in (*IMAGES, *LARGE)}
 

@@ -88,7 +88,8 @@ def test_meta_training_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     assert scores == pytest.approx(means, rel=1e-9)  # rounding of float64 over four updates
     assert result.best is not None and result.best.accuracy == min(scores)
     again, meta = checkpoint.load(tmp_path / BEST)
-    assert meta["goal"] == {"loss": "mse_loss", "metric": "mse_loss", "lower_is_better": True}
+    names = {"loss": "mse_loss", "metric": "mse_loss"}
+    assert meta["goal"] == {**names, "lower_is_better": True, "settings": names}
     assert meta["metrics"]["val_mse_loss"] == min(scores) and isinstance(again, nn.Sequential)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["mse_loss"] for line in lines if line["kind"] == "validation"] == scores

@@ -50,6 +50,13 @@ int64_t image_moments_scratch(const ImageBlock<T>& p) {
   return image_row(p) * (p.height + (p.kernel_y + 1) * (2 * p.kernel_y - 1) * image_shifts(p));
 }
 
+// Whether the moments are taken by the distance of two taps, image by image: each tap then reads some rows that all taps
+// read, and others above or below these, but none that is both.
+template <typename T>
+bool by_distance(const ImageBlock<T>& p) {
+  return p.dense && p.out_rows >= p.kernel_y - 1;
+}
+
 template <typename T>
 struct ImageBlockKernels {
   void (*moments)(const ImageBlock<T>&, int64_t begin, int64_t end);  // slabs: x -> partial; of images, where dense

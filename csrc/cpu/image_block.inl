@@ -451,7 +451,7 @@ static void image_moments(const ImageBlock<T>& p, int64_t begin, int64_t end) {
   using V = Values<double>;
   constexpr int64_t L = Vector<double>::kLanes;
   constexpr int kRows = kVectorBytes == 64 ? 8 : 4, kColumns = kVectorBytes == 64 ? 3 : 2;
-  if (p.dense) return dense_moments(p, begin, end);
+  if (by_distance(p)) return dense_moments(p, begin, end);
   const int64_t K = p.taps, side = K + 1, items = p.images * p.out_rows;
   double patch[kPixels][kSide], second[kSide][kSide];
   for (int64_t slab = begin; slab < end; ++slab) {

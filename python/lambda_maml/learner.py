@@ -67,7 +67,7 @@ class AdaptedNetwork(nn.Module):
             _exported=None,
             _support=None,
             _chain=Evaluated(),
-            _built=snapshot_of(model),
+            _built=None if being_traced() else snapshot_of(model),
         )
 
     @property
